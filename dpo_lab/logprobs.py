@@ -1,0 +1,240 @@
+"""Log-probabilities of completions under a causal language model: exact, and frugal with memory.
+
+Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, evaluation. Three things keep it lean:
+the LM head is applied only where it predicts a completion token; logits exist for one chunk of positions at a time, in
+the forward and in the backward pass; and a prompt is computed once for all its completions where that saves work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+LOGITS_IN_A_CHUNK = 2**22  # 16 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
+KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
+SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
+
+
+@dataclass(frozen=True)
+class CompletionBatch:
+    """N completions with their prompts as padded rows of token ids. R rows of L positions, T completion tokens in all.
+
+    One row is [prompt, completion], or [prompt, completion 1, ..., completion K] where the prompt is shared: then `mask`
+    lets each completion see the prompt and itself, and its positions continue from the prompt's end.
+    """
+
+    input_ids: Tensor  # (R, L)
+    position_ids: Tensor  # (R, L)
+    mask: Tensor | None  # (R, 1, L, L) True where attention is allowed; None for plain causal attention
+    sources: Tensor  # (T,) flat position in (R * L) whose hidden state predicts the token
+    targets: Tensor  # (T,) completion token ids
+    owners: Tensor  # (T,) which of the N completions the token belongs to
+    n: int  # completions
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens in the batch, T."""
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> "CompletionBatch":
+        """The same batch on `device`."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return CompletionBatch(**moved)
+
+
+def completion_batch(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    prompt_of: Sequence[int],
+    *,
+    share: bool = False,
+) -> CompletionBatch:
+    """Lay out completions for `completion_logps`.
+
+    Args:
+        prompts: token ids of each prompt; at least one token each (BOS for an empty text).
+        completions: token ids of N completions, at least one token each, with EOS where they have ended.
+        prompt_of: N indices into `prompts`.
+        share: put completions of one prompt in one row where that saves a quarter of the tokens. Exact for the model
+            families in SHARES_PROMPTS; `can_share` tells.
+
+    Raises:
+        ValueError: an empty prompt or completion, or an index outside `prompts`.
+    """
+    if len(completions) != len(prompt_of) or not completions:
+        raise ValueError(f"{len(completions)} completions and {len(prompt_of)} values in prompt_of; need one each, at least one")
+    for i, (completion, p) in enumerate(zip(completions, prompt_of)):
+        if not 0 <= p < len(prompts):
+            raise ValueError(f"prompt_of[{i}] is {p}; with {len(prompts)} prompts it must be in 0..{len(prompts) - 1}")
+        if not len(prompts[p]):
+            raise ValueError(f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context")
+        if not len(completion):
+            raise ValueError(f"completion {i} has no tokens; drop it, or end it with EOS")
+
+    groups: dict[int, list[int]] = {}
+    for i, p in enumerate(prompt_of):
+        groups.setdefault(p, []).append(i)
+    saved = sum((len(members) - 1) * len(prompts[p]) for p, members in groups.items())
+    total = sum(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
+    share = share and saved * 4 >= total
+    rows = list(groups.items()) if share else [(p, [i]) for i, p in enumerate(prompt_of)]
+
+    length = max(len(prompts[p]) + sum(len(completions[i]) for i in members) for p, members in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    position_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    segments = torch.full((len(rows), length), -1)  # 0 in the prompt, 1.. in its completions, -1 in padding
+    sources, targets, owners = [], [], []
+    for r, (p, members) in enumerate(rows):
+        end = n_prompt = len(prompts[p])
+        input_ids[r, :end] = torch.as_tensor(prompts[p])
+        position_ids[r, :end] = torch.arange(end)
+        segments[r, :end] = 0
+        for k, i in enumerate(members, start=1):
+            n = len(completions[i])
+            input_ids[r, end : end + n] = torch.as_tensor(completions[i])
+            position_ids[r, end : end + n] = torch.arange(n_prompt, n_prompt + n)
+            segments[r, end : end + n] = k
+            sources += [r * length + n_prompt - 1, *range(r * length + end, r * length + end + n - 1)]
+            targets += list(completions[i])
+            owners += [i] * n
+            end += n
+    mask = None
+    if share:
+        visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (R, L, L)
+        mask = (visible & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    return CompletionBatch(
+        input_ids, position_ids, mask, torch.tensor(sources), torch.tensor(targets), torch.tensor(owners), len(completions)
+    )
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether sharing a prompt among its completions is exact for this model."""
+    return model.config.model_type in SHARES_PROMPTS and getattr(model.config, "sliding_window", None) is None
+
+
+def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
+    """log pi(completion | prompt) of each completion, (N,) nats, float64 (float32 where the device has no float64).
+
+    Args:
+        model: a Hugging Face causal LM with a linear LM head. Its mode is yours to set: dropout changes the result.
+        batch: made by `completion_batch`, on the model's device.
+        reduction: "sum" over tokens, as DPO defines it; "mean" divides by the number of tokens, which removes the length
+            from the implicit reward and is another objective (IPO on means, SimPO).
+
+    Differentiable with respect to the model's parameters. Token log-probabilities are computed in float32 or better and
+    summed in float64: a float32 sum near -700 is off by up to 8e-4.
+
+    Raises:
+        ValueError: `reduction` unknown, token ids outside the vocabulary, or a row longer than the model's context.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'sum' (DPO) or 'mean' (length-normalised)")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and (longest := int(batch.position_ids.max()) + 1) > context:
+        raise ValueError(f"prompt and completion have {longest} tokens, the model's context is {context}; shorten them")
+    head = model.get_output_embeddings()
+    if (largest := int(batch.input_ids.max())) >= head.weight.shape[0]:
+        raise ValueError(f"token id {largest} is outside the model's vocabulary of {head.weight.shape[0]}; is it its tokenizer?")
+
+    mask = torch.ones_like(batch.input_ids)  # padding is on the right, where causal attention never looks
+    if batch.mask is not None:
+        mask = torch.zeros(batch.mask.shape, dtype=model.dtype, device=batch.mask.device)
+        mask.masked_fill_(~batch.mask, torch.finfo(model.dtype).min)
+    decoder = model.get_decoder()
+    hidden = decoder(
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state  # (R, L, D)
+    hidden = hidden.flatten(0, 1).index_select(0, batch.sources)  # (T, D)
+    tokens = token_logps(hidden, head.weight, getattr(head, "bias", None), batch.targets)  # (T,)
+    wide = torch.float32 if tokens.device.type == "mps" else torch.float64
+    sums = torch.zeros(batch.n, dtype=wide, device=tokens.device).index_add(0, batch.owners, tokens.to(wide))  # (N,)
+    return sums / torch.bincount(batch.owners, minlength=batch.n) if reduction == "mean" else sums
+
+
+def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T + bias)[target] at each position, (T,) nats, in chunks of bounded memory.
+
+    hidden (T, D), weight (V, D), bias (V,) or None, targets (T,). Under autocast the product runs in its dtype; the
+    normaliser is float32 (float64 for float64 input).
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _TokenLogps.apply(hidden, weight, bias, targets, dtype)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, dtype):
+        ctx.chunk, ctx.dtype = max(64, LOGITS_IN_A_CHUNK // len(weight)), dtype
+        keep = any(ctx.needs_input_grad) and len(targets) * len(weight) * dtype.itemsize <= KEPT_LOGITS_BYTES
+        h, w = hidden.to(dtype), weight.to(dtype)
+        logps, kept = [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for h_c, y_c in zip(h.split(ctx.chunk), targets.split(ctx.chunk)):
+                logits = _logits(h_c, w, bias)  # (C, V)
+                wide = logits.to(torch.promote_types(dtype, torch.float32))
+                logps.append(wide.gather(1, y_c[:, None])[:, 0] - wide.logsumexp(1))
+                if keep:
+                    kept.append(logits)
+        ctx.save_for_backward(hidden, weight, bias, targets, *kept)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_b = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for c, i in enumerate(range(0, len(targets), ctx.chunk)):
+                rows = slice(i, i + ctx.chunk)
+                g = torch.softmax(kept[c] if kept else _logits(h[rows], w, bias), 1)  # (C, V)
+                g[torch.arange(len(g), device=g.device), targets[rows]] -= 1
+                g.mul_(-grad[rows, None].to(g.dtype))  # d loss / d logits
+                grad_h[rows] = g @ w
+                if grad_w is not None:
+                    grad_w += g.T @ h[rows]
+                if grad_b is not None:
+                    grad_b += g.sum(0)
+        return grad_h.to(hidden.dtype), grad_w, grad_b, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden @ weight.T if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight.T)
+
+
+@torch.no_grad()
+def score_completions(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    prompt_of: Sequence[int],
+    *,
+    batch_tokens: int = 8192,
+    reduction: Literal["sum", "mean"] = "sum",
+    progress: str | None = None,
+) -> Tensor:
+    """`completion_logps` of any number of completions, (N,) on the CPU, in batches of about `batch_tokens` tokens.
+
+    Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
+    """
+    device, training, share = next(model.parameters()).device, model.training, can_share(model)
+    lengths = [0] * len(prompts)  # of the longest completion with its prompt, so that a prompt's completions stay together
+    for completion, p in zip(completions, prompt_of):
+        lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))
+    order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
+    logps = torch.empty(len(completions), dtype=torch.float64)
+    model.eval()
+    with tqdm(total=len(completions), desc=progress, disable=progress is None, unit="completion") as bar:
+        while order:
+            size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
+            now, order = order[-size:], order[:-size]
+            batch = completion_batch(prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share)
+            logps[now] = completion_logps(model, batch.to(device), reduction=reduction).cpu().double()
+            bar.update(len(now))
+    model.train(training)
+    return logps

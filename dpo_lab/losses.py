@@ -1,0 +1,192 @@
+"""From log-probabilities to losses: pure functions of tensors, one loss per pair, nothing reduced.
+
+Pairs are two index vectors into N completions (Appendix B of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290),
+so a prompt with K ranked completions has K(K-1)/2 pairs over K log-probabilities.
+"""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kind = Literal["sigmoid", "ipo", "hinge", "robust"]
+
+
+class DPOLoss(NamedTuple):
+    """What `dpo_loss` returns. The last three carry no gradient."""
+
+    losses: Tensor  # (P,) one a pair; has the gradient
+    rewards: Tensor  # (N,) implicit rewards, beta * (policy_logps - reference_logps)
+    margins: Tensor  # (P,) reward of chosen minus reward of rejected
+    gradient_weights: Tensor  # (P,) minus the derivative of the loss by the margin
+
+
+def dpo_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    beta: float,
+    *,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> DPOLoss:
+    """The DPO loss of each preference pair (Eq. 7 of Rafailov et al. 2023) and its relatives.
+
+    With the implicit reward r = beta * (log pi - log pi_ref) and the margin m = r[chosen] - r[rejected]:
+
+    - `sigmoid`: -log sigma(m). `label_smoothing` e > 0 gives cDPO, -(1-e) log sigma(m) - e log sigma(-m): each label is
+      taken to be wrong with probability e (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
+    - `robust`: [-(1-e) log sigma(m) + e log sigma(-m)] / (1-2e), unbiased under labels flipped with probability e
+      (Eq. 12 of Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409).
+    - `ipo`: (m / beta - 1 / (2 beta))^2 (Eq. 17 of Azar et al. 2023, https://arxiv.org/abs/2310.12036). The log-ratios
+      are those you pass: sums, as in the DPO paper's code, or means per token.
+    - `hinge`: max(0, 1 - m) (Zhao et al. 2023, https://arxiv.org/abs/2305.10425).
+
+    The gradient weight -d loss / d margin is the sigma(-m) of the paper's gradient (Section 4) when kind is "sigmoid".
+    Completions stacked chosen first, with chosen = arange(P) and rejected = arange(P, 2P), give the textbook loss.
+
+    Args:
+        policy_logps: (N,) log pi(y|x) in nats, summed over the tokens of each completion.
+        reference_logps: (N,) log pi_ref(y|x) in nats.
+        chosen: (P,) integer indices into the N completions.
+        rejected: (P,) integer indices into the N completions.
+        beta: strength of the KL constraint, positive.
+        label_smoothing: in [0, 0.5), for sigmoid and robust only.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was found and what is allowed.
+    """
+    _check_kind(kind, label_smoothing)
+    check_beta(beta)
+    _check_logps("policy_logps", policy_logps)
+    _check_logps("reference_logps", reference_logps)
+    if policy_logps.shape != reference_logps.shape:
+        raise ValueError(
+            f"policy_logps has shape {tuple(policy_logps.shape)} and reference_logps {tuple(reference_logps.shape)}; "
+            "both must be (N,), one value for each completion in the same order"
+        )
+    check_pairs(chosen, rejected, len(policy_logps))
+    for name, logps in (("policy_logps", policy_logps), ("reference_logps", reference_logps)):
+        _check_finite(name, logps, chosen, rejected)
+
+    rewards = beta * (policy_logps - reference_logps)  # (N,)
+    margins = rewards[chosen] - rewards[rejected]  # (P,)
+    e = label_smoothing
+    if kind == "sigmoid":
+        losses = -(1 - e) * F.logsigmoid(margins) - e * F.logsigmoid(-margins)
+        weights = (1 - e) * torch.sigmoid(-margins) - e * torch.sigmoid(margins)
+    elif kind == "robust":
+        losses = (-(1 - e) * F.logsigmoid(margins) + e * F.logsigmoid(-margins)) / (1 - 2 * e)
+        weights = ((1 - e) * torch.sigmoid(-margins) + e * torch.sigmoid(margins)) / (1 - 2 * e)
+    elif kind == "ipo":
+        losses = (margins / beta - 1 / (2 * beta)) ** 2
+        weights = -2 / beta * (margins / beta - 1 / (2 * beta))
+    else:
+        losses = torch.relu(1 - margins)
+        weights = (margins < 1).to(margins)
+    return DPOLoss(losses, rewards.detach(), margins.detach(), weights.detach())
+
+
+def bradley_terry_nll(rewards: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log p(chosen beats rejected) = -log sigma(r_chosen - r_rejected), (P,) nats (Eq. 1-2 of Rafailov et al. 2023).
+
+    `rewards` is (N,); `chosen` and `rejected` are (P,) indices into it. `dpo_loss` is this on implicit rewards.
+    """
+    _check_logps("rewards", rewards)
+    check_pairs(chosen, rejected, len(rewards))
+    _check_finite("rewards", rewards, chosen, rejected)
+    return -F.logsigmoid(rewards[chosen] - rewards[rejected])
+
+
+def reward_model_loss(ranked_rewards: Tensor) -> Tensor:
+    """InstructGPT's reward-model loss (Eq. 1 of Ouyang et al. 2022, https://arxiv.org/abs/2203.02155), (B,) nats.
+
+    `ranked_rewards` is (B, K): the rewards of the K completions of each prompt, best first. A prompt's loss is the mean
+    of -log sigma(r_better - r_worse) over its C(K, 2) pairs, so each prompt counts once whatever K. K = 2 is the
+    pairwise loss of Eq. 2 of Rafailov et al. 2023.
+    """
+    if ranked_rewards.ndim != 2 or ranked_rewards.shape[1] < 2:
+        raise ValueError(
+            f"ranked_rewards has shape {tuple(ranked_rewards.shape)}; it must be (B, K) with K >= 2 completions a prompt, "
+            "ordered from best to worst"
+        )
+    if not torch.isfinite(ranked_rewards).all():
+        row = int((~torch.isfinite(ranked_rewards)).nonzero()[0, 0])
+        raise ValueError(f"ranked_rewards[{row}] is {ranked_rewards[row].tolist()}; every reward must be finite")
+    better, worse = torch.triu_indices(*(ranked_rewards.shape[1],) * 2, offset=1, device=ranked_rewards.device)  # (C,)
+    return -F.logsigmoid(ranked_rewards[:, better] - ranked_rewards[:, worse]).mean(1)
+
+
+def unlikelihood_loss(policy_logps: Tensor, chosen: Tensor, rejected: Tensor, alpha: float = 1.0) -> Tensor:
+    """The paper's unlikelihood baseline: -log pi(chosen) + alpha * log pi(rejected), (P,) nats.
+
+    Section 6 of Rafailov et al. 2023, alpha in [0, 1]; alpha = 0 is Preferred-FT. With no sigmoid to weigh the pairs it
+    has no lower bound, which is why it degenerates.
+    """
+    if not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+        raise ValueError(f"alpha is {alpha!r}; it must be a number in [0, 1], the weight of the rejected completion")
+    _check_logps("policy_logps", policy_logps)
+    check_pairs(chosen, rejected, len(policy_logps))
+    _check_finite("policy_logps", policy_logps, chosen, rejected)
+    return -policy_logps[chosen] + alpha * policy_logps[rejected]
+
+
+def check_beta(beta: float) -> None:
+    """Raise ValueError unless beta is a positive, finite number."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta is {beta!r}; it must be a positive, finite number (the paper uses 0.1 to 0.5)")
+
+
+def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
+    """Raise unless `chosen` and `rejected` are (P,) integer indices into `n` completions that differ within each pair."""
+    for name, index in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(index, Tensor) or index.dtype in (torch.bool,) or index.is_floating_point():
+            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"{name} is {kind}; it must be a tensor of integer indices into the completions")
+        if index.ndim != 1:
+            raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be (P,), one index a pair")
+    if len(chosen) != len(rejected):
+        raise ValueError(f"chosen has {len(chosen)} indices and rejected {len(rejected)}; there must be one of each a pair")
+    for name, index in (("chosen", chosen), ("rejected", rejected)):
+        outside = ((index < 0) | (index >= n)).nonzero()
+        if len(outside):
+            row = int(outside[0])
+            raise ValueError(f"{name}[{row}] is {int(index[row])}; with {n} completions an index must be in 0..{n - 1}")
+    same = (chosen == rejected).nonzero()
+    if len(same):
+        row = int(same[0])
+        raise ValueError(f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair")
+
+
+def _check_kind(kind: str, label_smoothing: float) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(get_args(Kind))}")
+    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing < 0.5):
+        raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be in [0, 0.5), the share of flipped labels")
+    if label_smoothing and kind in ("ipo", "hinge"):
+        raise ValueError(f"label_smoothing is {label_smoothing!r} with kind={kind!r}; it is defined for sigmoid and robust")
+
+
+def _check_logps(name: str, values: Tensor) -> None:
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor (N,), found {getattr(values, 'dtype', type(values).__name__)}")
+    if values.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be (N,), one value a completion (sum over tokens)")
+
+
+def _check_finite(name: str, values: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        uses = [
+            f"{side} of pair {int(pair)}"
+            for side, index in (("chosen", chosen), ("rejected", rejected))
+            for pair in (index == row).nonzero()[:1]
+        ]
+        raise ValueError(
+            f"{name}[{row}] ({' and '.join(uses) or 'in no pair'}) is {float(values[row])}; every value must be finite. "
+            "Look at that completion's tokens, or lower the learning rate if training diverged"
+        )

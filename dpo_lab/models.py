@@ -1,0 +1,80 @@
+"""Loading a policy, its tokenizer and its reference: the embedded GPT-2, or any Hugging Face causal LM."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
+
+
+def load_tokenizer(name: str = "embedded") -> PreTrainedTokenizerBase:
+    """The tokenizer of `name` ("embedded", a folder, or a hub id), with a pad token.
+
+    Raises:
+        FileNotFoundError: not on this machine and the hub cannot be reached.
+        ValueError: it has no EOS token.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name!r} has no EOS token, so a completion cannot end; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM in evaluation mode: "embedded", a folder, or a hub id. Weights come from safetensors only.
+
+    Raises:
+        FileNotFoundError: not on this machine and the hub cannot be reached.
+        ValueError: the model's logits are not its LM head applied to its decoder's output, so `completion_logps` would
+            be wrong (as with Gemma 2, which caps its logits); or device "cuda" without a GPU.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`")
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True).to(device).eval()
+    ids = torch.arange(4, device=device)[None]
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        difference = (model.get_output_embeddings()(hidden) - model(input_ids=ids, use_cache=False).logits).abs().max()
+    if not difference < 1e-2:
+        raise ValueError(
+            f"{name!r} changes its logits after the LM head (by up to {difference:.3g}), which completion_logps does not follow; "
+            "use a model with a plain linear LM head, such as the GPT-2 and Llama families"
+        )
+    return model
+
+
+def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Raise ValueError unless both models give log-probs to the same token ids."""
+    found = [m.get_output_embeddings().weight.shape[0] for m in (policy, reference)]
+    if found[0] != found[1]:
+        raise ValueError(
+            f"policy has a vocabulary of {found[0]} tokens and reference one of {found[1]}; a log-ratio needs the same tokens "
+            "in both. Start the policy from the reference's weights"
+        )
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _from_pretrained(loader: type, name: str, **options: object) -> object:
+    path = EMBEDDED if name == "embedded" else Path(name)
+    if name == "embedded" and not (path / "config.json").exists():
+        raise FileNotFoundError(f"the embedded model is missing from {path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`")
+    try:
+        return loader.from_pretrained(str(path) if path.exists() else name, **options)
+    except (OSError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is not a folder here, not in the Hugging Face cache, and the hub did not give it: "
+            f"{str(error).splitlines()[0]}. Use 'embedded' (always here), a folder with config.json and model.safetensors, "
+            "or a hub id such as 'openai-community/gpt2' once with a connection, or `hf download` it there and copy the cache"
+        ) from error

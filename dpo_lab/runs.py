@@ -1,0 +1,237 @@
+"""Run directories: every file whole or absent, every run resumable to the byte.
+
+A run directory holds `config.json` (what was asked), `metrics.jsonl` (one line an event), `checkpoints/step-N/` while
+it trains, and the results. A checkpoint is a directory of safetensors that appears by one rename.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+
+@contextmanager
+def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    inner = temporary / path.name
+    try:
+        if directory:
+            inner.mkdir()
+        yield inner
+        if directory and path.exists():
+            path.rename(temporary / "old")
+        os.replace(inner, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(
+                errno.ENOSPC, f"no space left to write {path}; nothing of it was kept. Free some space, then use --resume"
+            ) from error
+        raise
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise OSError(
+                errno.ENOSPC, f"no space left to write {path}; nothing of it was kept. Free some space, then use --resume"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def require_space(path: Path, n_bytes: int) -> None:
+    """Raise OSError unless the file system of `path` has `n_bytes` free."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(existing).free) < n_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} needs {n_bytes / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; "
+            "free some space or choose another directory with --out. Nothing was written",
+        )
+
+
+def provenance() -> dict[str, str]:
+    """Where a result comes from: commit, command, machine and versions."""
+    root = Path(__file__).parent.parent
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = subprocess.run(describe, capture_output=True, text=True, check=False) if (root / ".git").exists() else None
+    from importlib.metadata import version
+
+    return {
+        "commit": git.stdout.strip() if git and git.returncode == 0 else "not a git checkout",
+        "command": " ".join(["dpo-lab", *sys.argv[1:]]) if sys.argv[0].endswith(("dpo-lab", "__main__.py")) else "python",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_processor()}",
+        "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "datasets", "accelerate")),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in MB (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> Path:
+    """Create a run directory, or check that an existing one holds this config.
+
+    Raises:
+        ValueError: it holds another config, or it holds this one already and `resume` is False.
+    """
+    directory = Path(directory)
+    config = json.loads(json.dumps(config))
+    recorded = directory / "config.json"
+    if recorded.exists():
+        try:
+            found = json.loads(recorded.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab") from error
+        if found != config:
+            keys = sorted(k for k in {*found, *config} if found.get(k) != config.get(k))
+            differences = "; ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked" for k in keys)
+            raise ValueError(f"{directory} holds a run with another config ({differences}). Choose another --out, or delete it")
+        if not resume:
+            raise ValueError(f"{directory} already holds a run with this config; continue it with --resume, or choose another --out")
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and has no config.json; choose another --out")
+    else:
+        write_json(recorded, config)
+    return directory
+
+
+def append_metrics(run: Path, line: dict[str, Any]) -> None:
+    """Append one line to `metrics.jsonl` in one write."""
+    with open(run / "metrics.jsonl", "ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())
+
+
+def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` with step <= `up_to`; a line cut short by a crash ends the list."""
+    lines = []
+    path = Path(run) / "metrics.jsonl"
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line["step"] <= up_to:
+            lines.append(line)
+    return lines
+
+
+def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: list[Optimizer]) -> Path:
+    """Write `checkpoints/step-N` (weights, optimizer state, random state, a hash of each) and remove older ones."""
+    path = run / "checkpoints" / f"step-{step:08d}"
+    state: dict[str, torch.Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    for k, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            state |= {f"{k}.{index}.{name}": torch.as_tensor(v).contiguous() for name, v in values.items() if v is not None}
+    require_space(path, sum(t.numel() * t.element_size() for t in [*model.parameters(), *state.values()]))
+    with write_whole(path, directory=True) as temporary:
+        model.save_pretrained(temporary)
+        save_file(state, temporary / "optimizer.safetensors")
+        hashes = {file.name: file_hash(file) for file in sorted(temporary.iterdir())}
+        (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
+    for older in sorted((run / "checkpoints").glob("step-*"))[:-2]:
+        shutil.rmtree(older)
+    return path
+
+
+def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[Optimizer]) -> int:
+    """Load the newest checkpoint of `run` into model and optimizers; return its step, 0 when there is none.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing, truncated or altered; model and optimizers are untouched.
+    """
+    checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    if not checkpoints:
+        return 0
+    path = checkpoints[-1]
+    advice = f"Delete {path} to continue from the checkpoint before it, or from the start"
+    try:
+        recorded = json.loads((path / "state.json").read_text())
+        for name, expected in recorded["sha256"].items():
+            if not (path / name).exists() or file_hash(path / name) != expected:
+                raise ValueError(f"{path / name} is missing, truncated or altered: its sha256 is not the recorded one. {advice}")
+        weights, state = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). {advice}") from error
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = {name for name in missing if name.startswith("lm_head")}
+    if set(missing) - tied or unexpected:
+        raise ValueError(f"{path} holds another model (missing {missing}, unexpected {unexpected}). {advice}")
+    for k, optimizer in enumerate(optimizers):
+        loaded: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in state.items():
+            if key.startswith(f"{k}."):
+                _, index, name = key.split(".", 2)
+                loaded.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(state["rng.cpu"])
+    if "rng.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng.cuda"])
+    return recorded["step"]
+
+
+def file_hash(path: Path | str) -> str:
+    """sha256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets, so that a loop can stop between steps; the second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

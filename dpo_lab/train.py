@@ -1,0 +1,351 @@
+"""The training loop: DPO and SFT on completions, one loop that can be stopped at any step and resumed to the byte."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from dpo_lab.logprobs import CompletionBatch, can_share, completion_batch, completion_logps
+from dpo_lab.losses import Kind, check_beta, dpo_loss
+from dpo_lab.preferences import Preferences
+from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
+
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
+
+
+class Interrupted(Exception):
+    """Training stopped between two steps on Ctrl-C or SIGTERM; a checkpoint holds everything up to there."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How parameters are updated, whatever the loss."""
+
+    learning_rate: float = 1e-4
+    """peak learning rate"""
+    optimizer: Literal["adamw", "rmsprop", "muon"] = "adamw"
+    """rmsprop is the paper's; muon is for training from scratch: Muon on matrices, AdamW at learning_rate on the rest"""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """from the peak to zero after warm-up; the paper's is constant"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    weight_decay: float = 0.0
+    """decoupled weight decay (adamw, muon)"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    accumulate: int = 1
+    """forward passes a step; the gradient is that of the whole batch"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the computation; weights and log-prob sums stay float32 or wider"""
+    seed: int = 0
+    """decides the order of the data"""
+    eval_every: int = 50
+    """steps between evaluations"""
+    save_every: int = 50
+    """steps between checkpoints"""
+    tensorboard: bool = False
+    """log to TensorBoard too, in the run directory"""
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """What `train_dpo` minimises, and how."""
+
+    beta: float = 0.3
+    """strength of the KL constraint"""
+    kind: Kind = "sigmoid"
+    """sigmoid (DPO; cDPO with label_smoothing), robust, ipo or hinge"""
+    label_smoothing: float = 0.0
+    """assumed share of flipped labels, in [0, 0.5)"""
+    epochs: int = 1
+    """passes over the prompts"""
+    batch_pairs: int = 64
+    """pairs a step, in whole prompts"""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Completions, their reference log-probs, and the pairs among them."""
+
+    batch: CompletionBatch
+    reference_logps: Tensor  # (N,)
+    chosen: Tensor  # (P,)
+    rejected: Tensor  # (P,)
+
+
+def train_dpo(
+    policy: nn.Module,
+    preferences: Preferences,
+    config: DPOConfig,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+    progress: str | None = "DPO",
+) -> list[dict[str, Any]]:
+    """Train `policy` in place by DPO (Eq. 7 of Rafailov et al. 2023) and return the metrics, one dict a step.
+
+    Args:
+        policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and the loss is log 2.
+        preferences: pairs with stored `reference_logps`; the reference model itself is not needed.
+        run: directory for metrics and checkpoints; without it nothing is written.
+        resume: continue from the newest checkpoint of `run`; the result has the bytes of an uninterrupted run.
+        evaluate: called with (policy, step) before the first step, every `eval_every` steps and after the last; what it
+            returns is added to the metrics, under `eval/`.
+
+    Metrics have TRL's names; rewards and margins are in units of beta x nats, `logps/*` in nats a completion.
+
+    Raises:
+        ValueError: a bad argument, or reference log-probs that are missing.
+        Interrupted: Ctrl-C or SIGTERM with a `run`, after its checkpoint was written.
+    """
+    check_beta(config.beta)
+    if preferences.reference_logps is None:
+        raise ValueError("preferences has no reference_logps; call preferences.with_reference(model) with the reference model")
+    groups = preferences.pairs_by_prompt()
+    plan = _plan(groups, config)
+    share = can_share(policy)
+
+    def micro_batches(step: int) -> list[PairBatch]:
+        parts = np.array_split(np.array(plan[step]), min(config.loop.accumulate, len(plan[step])))
+        return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in parts]
+
+    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, float]]:
+        logps = score(micro.batch)
+        result = dpo_loss(
+            logps,
+            micro.reference_logps,
+            micro.chosen,
+            micro.rejected,
+            config.beta,
+            kind=config.kind,
+            label_smoothing=config.label_smoothing,
+        )
+        wins = (result.margins > 0).double() + (result.margins == 0).double() / 2
+        per_pair = {
+            "rewards/chosen": result.rewards[micro.chosen],
+            "rewards/rejected": result.rewards[micro.rejected],
+            "rewards/accuracies": wins,
+            "rewards/margins": result.margins,
+            "logps/chosen": logps.detach()[micro.chosen],
+            "logps/rejected": logps.detach()[micro.rejected],
+            "gradient_weight/mean": result.gradient_weights,
+        }
+        return result.losses.sum(), {name: float(values.sum()) for name, values in per_pair.items()}
+
+    def weigh(micro: PairBatch) -> int:
+        return len(micro.chosen)
+
+    return _fit(
+        policy, len(plan), micro_batches, loss_of, weigh, config.loop, run=run, resume=resume, evaluate=evaluate, progress=progress
+    )
+
+
+def train_sft(
+    policy: nn.Module,
+    batches: Sequence[CompletionBatch] | Callable[[int], list[CompletionBatch]],
+    steps: int,
+    config: LoopConfig,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+    progress: str | None = "SFT",
+) -> list[dict[str, Any]]:
+    """Maximise the log-likelihood of completions; the loss is nats a completion token. Preferred-FT is SFT on chosen.
+
+    `batches(step)` gives the forward passes of a step (a sequence is cycled through, one batch a step). The rest is as in
+    `train_dpo`; `sft_batches` makes the batches from preferences.
+    """
+    if not callable(batches):
+        listed = list(batches)
+
+        def batches(step: int) -> list[CompletionBatch]:
+            return [listed[step % len(listed)]]
+
+    def loss_of(score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch) -> tuple[Tensor, dict[str, float]]:
+        logps = score(batch)
+        return -logps.sum(), {}
+
+    def weigh(batch: CompletionBatch) -> int:
+        return batch.tokens
+
+    return _fit(policy, steps, batches, loss_of, weigh, config, run=run, resume=resume, evaluate=evaluate, progress=progress)
+
+
+def sft_batches(preferences: Preferences, size: int, *, chosen_only: bool = True, seed: int = 0) -> list[CompletionBatch]:
+    """One epoch of shuffled batches of `size` completions: the chosen ones (Preferred-FT), or all of them (SFT)."""
+    p = preferences
+    which = np.unique(p.chosen) if chosen_only else np.arange(len(p.completions))
+    order = np.random.default_rng(seed).permutation(which)
+    return [
+        completion_batch(p.prompts, [p.completions[i] for i in part], [p.prompt_of[i] for i in part])
+        for part in np.split(order, range(size, len(order), size))
+    ]
+
+
+def _fit(
+    model: nn.Module,
+    steps: int,
+    micro_batches: Callable[[int], list[Any]],
+    loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, float]]],
+    weigh: Callable[[Any], int],
+    config: LoopConfig,
+    *,
+    run: Path | None,
+    resume: bool,
+    evaluate: Evaluate | None,
+    progress: str | None,
+) -> list[dict[str, Any]]:
+    """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs or tokens)."""
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+        cpu=not torch.cuda.is_available(),
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=run,
+    )
+    model.eval()  # no dropout: the reference was scored without it
+    optimizers = make_optimizers(model, config)
+    start = load_checkpoint(run, model, optimizers) if run and resume else 0
+    scorer = accelerator.prepare(_Scorer(model))
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    history = read_metrics(run, up_to=start) if run and start else []
+    if run:
+        with write_whole(run / "metrics.jsonl") as temporary:
+            temporary.write_text("")
+        for line in history:
+            append_metrics(run, line)
+    if config.tensorboard:
+        accelerator.init_trackers("tensorboard", asdict(config))
+
+    def log(line: dict[str, Any]) -> None:
+        history.append(line)
+        if run and accelerator.is_main_process:
+            append_metrics(run, line)
+        accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    if start == 0 and evaluate:
+        log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
+    with interruptible() if run else nullcontext() as stop, tqdm(
+        total=steps, initial=start, desc=progress, disable=progress is None or not accelerator.is_main_process, unit="step"
+    ) as bar:
+        for step in range(start + 1, steps + 1):
+            began = time.perf_counter()
+            scale = _schedule(step, steps, config)
+            for optimizer, rates in zip(optimizers, peaks):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * scale
+            micros = micro_batches(step - 1)
+            total = sum(weigh(micro) for micro in micros)
+            line: dict[str, float] = {"loss": 0.0}
+            tokens = 0
+            for micro in micros:
+                micro = _to(micro, accelerator.device)
+                loss, sums = loss_of(scorer, micro)
+                accelerator.backward(loss / total)
+                tokens += getattr(micro, "batch", micro).tokens
+                for name, value in {"loss": loss.item(), **sums}.items():
+                    line[name] = line.get(name, 0.0) + value / total
+            line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+            if not math.isfinite(line["grad_norm"]):
+                raise ValueError(f"the gradient at step {step} is {line['grad_norm']}; lower learning_rate ({config.learning_rate})")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - began
+            line |= {"learning_rate": peaks[0][0] * scale, "tokens_per_second": tokens / seconds, "seconds": seconds}
+            log({"step": step, **line})
+            bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+            bar.update()
+            if evaluate and (step % config.eval_every == 0 or step == steps):
+                log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
+            stopping = run is not None and stop.is_set() and step < steps
+            if run and (stopping or step % config.save_every == 0 or step == steps):
+                save_checkpoint(run, step, model, optimizers)
+            if stopping:
+                raise Interrupted(f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume")
+    if config.tensorboard:
+        accelerator.end_training()
+    return history
+
+
+class _Scorer(nn.Module):
+    """`completion_logps` as a module's forward, which is where accelerate puts autocast and gradient synchronisation."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: CompletionBatch) -> Tensor:
+        return completion_logps(self.model, batch)
+
+
+def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
+    """The optimizer of `config`, or Muon and AdamW side by side. The first one's learning rate is the logged one."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    lr, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "rmsprop":
+        return [torch.optim.RMSprop(parameters, lr=lr)]
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in chosen]
+    return [
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
+        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=decay),
+    ]
+
+
+MUON_LEARNING_RATE = 0.02  # the update is orthogonal, so its size does not depend on the model
+
+
+def _schedule(step: int, steps: int, config: LoopConfig) -> float:
+    """Factor on the learning rate at `step` (1-based): warm-up, then constant, linear or cosine decay to zero."""
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    progress = (step - config.warmup_steps) / (steps - config.warmup_steps + 1)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
+
+
+def _plan(groups: list[list[int]], config: DPOConfig) -> list[list[int]]:
+    """Which prompts each step takes: every epoch shuffled by (seed, epoch), prompts kept whole, about `batch_pairs` pairs."""
+    plan: list[list[int]] = []
+    for epoch in range(config.epochs):
+        step, pairs = [], 0
+        for g in np.random.default_rng([config.loop.seed, epoch]).permutation(len(groups)):
+            if step and pairs + len(groups[g]) > config.batch_pairs:
+                plan.append(step)
+                step, pairs = [], 0
+            step.append(int(g))
+            pairs += len(groups[g])
+        plan.append(step)
+    return plan
+
+
+def _pair_batch(preferences: Preferences, pairs: Sequence[int], share: bool) -> PairBatch:
+    p = preferences
+    ends = np.concatenate([p.chosen[pairs], p.rejected[pairs]])
+    used, local = np.unique(ends, return_inverse=True)
+    batch = completion_batch(p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], share=share)
+    chosen, rejected = torch.from_numpy(local).chunk(2)
+    return PairBatch(batch, torch.as_tensor(p.reference_logps[used]), chosen, rejected)
+
+
+def _to(micro: Any, device: torch.device) -> Any:
+    if isinstance(micro, CompletionBatch):
+        return micro.to(device)
+    return PairBatch(*(part.to(device) for part in vars(micro).values()))
+
