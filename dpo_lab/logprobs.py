@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-LOGITS_IN_A_CHUNK = 2**22  # 16 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
+LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
 KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
 
@@ -175,8 +175,8 @@ class _TokenLogps(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for h_c, y_c in zip(h.split(ctx.chunk), targets.split(ctx.chunk)):
                 logits = _logits(h_c, w, bias)  # (C, V)
-                wide = logits.to(torch.promote_types(dtype, torch.float32))
-                logps.append(wide.gather(1, y_c[:, None])[:, 0] - wide.logsumexp(1))
+                wide = torch.log_softmax(logits, 1, dtype=torch.promote_types(dtype, torch.float32))
+                logps.append(wide.gather(1, y_c[:, None])[:, 0])
                 if keep:
                     kept.append(logits)
         ctx.save_for_backward(hidden, weight, bias, targets, *kept)

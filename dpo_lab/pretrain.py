@@ -36,7 +36,7 @@ class PretrainConfig:
     """attention heads a block; few and wide are fast on a CPU"""
     rows: int = 16
     """rows a step"""
-    steps: int = 6_500
+    steps: int = 6_000
     """updates"""
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
@@ -77,6 +77,7 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         return held_out_loss(model, tokenizer, held_out[:200])
 
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, on CPUs too
     with sdpa_kernel(SDPBackend.MATH):  # on CPUs the bfloat16 flash kernel's backward is twice as slow as plain matmuls
         train_sft(model, batches, config.steps, config.loop, run=run, resume=resume, evaluate=evaluate, progress="pretrain")
 
