@@ -5,6 +5,7 @@ the LM head is applied only where it predicts a completion token; logits exist f
 the forward and in the backward pass; and a prompt is computed once for all its completions where that saves work.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -160,9 +161,11 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     hidden (T, D), weight (V, D), bias (V,) or None, targets (T,). Under autocast the product runs in its dtype; the
     normaliser is float32 (float64 for float64 input).
     """
-    device = hidden.device.type
+    device, n = hidden.device.type, len(targets)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _TokenLogps.apply(hidden, weight, bias, targets, dtype)
+    extra = -n % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
+    hidden, targets = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
+    return _TokenLogps.apply(hidden, weight, bias, targets, dtype)[:n]
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -238,3 +241,12 @@ def score_completions(
             bar.update(len(now))
     model.train(training)
     return logps
+
+
+def weights_hash(model: nn.Module) -> str:
+    """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

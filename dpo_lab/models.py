@@ -1,6 +1,5 @@
 """Loading a policy, its tokenizer and its reference: the embedded GPT-2, or any Hugging Face causal LM."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -55,15 +54,6 @@ def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -
             f"policy has a vocabulary of {found[0]} tokens and reference one of {found[1]}; a log-ratio needs the same tokens "
             "in both. Start the policy from the reference's weights"
         )
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _from_pretrained(loader: type, name: str, **options: object) -> object:
