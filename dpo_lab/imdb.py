@@ -73,3 +73,78 @@ def reviews_csv() -> Path:
 def clean(text: str) -> str:
     """A review without HTML breaks and entities, on one line."""
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<br\s*/?>", " ", text))).strip()
+
+
+def sample_prefixes(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, n: int, *, seed: int, shortest: int = 2, longest: int = 8
+) -> list[list[int]]:
+    """Beginnings of `n` different reviews, `shortest` to `longest` tokens each (Section 6 of the paper), after BOS.
+
+    Raises:
+        ValueError: there are fewer than `n` reviews.
+    """
+    if n > len(texts):
+        raise ValueError(f"{n} prefixes asked for, and there are {len(texts)} reviews; ask for at most as many")
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(texts))[:n]
+    lengths = rng.integers(shortest, longest + 1, n)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)["input_ids"]
+    return [[bos, *ids[:length]] for ids, length in zip(encoded, lengths)]
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module,
+    prompts: list[list[int]],
+    k: int,
+    *,
+    eos_token_id: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    rows: int = 512,
+    progress: str | None = None,
+) -> list[list[list[int]]]:
+    """`k` completions of each prompt as token ids, sampled from the whole distribution (no top-k, no top-p).
+
+    A completion that ends has its EOS; one that reaches `max_new_tokens` has none. Prompts of one length go together, so
+    nothing is padded. The same seed gives the same completions on the same machine.
+    """
+    device = next(model.parameters()).device
+    completions: list[list[list[int]]] = [[] for _ in prompts]
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).extend([i] * k)
+    with (
+        tqdm(total=k * len(prompts), desc=progress, disable=progress is None, unit="completion") as bar,
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        torch.manual_seed(seed)
+        for _, owners in sorted(by_length.items()):
+            for start in range(0, len(owners), rows):
+                now = owners[start : start + rows]
+                ids = torch.tensor([prompts[i] for i in now], device=device)  # (B, L)
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=temperature,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=eos_token_id,
+                    pad_token_id=eos_token_id,
+                )[:, ids.shape[1] :].tolist()
+                for i, tokens in zip(now, out):
+                    end = tokens.index(eos_token_id) + 1 if eos_token_id in tokens else len(tokens)
+                    completions[i].append(tokens[:end])
+                bar.update(len(now))
+    return completions
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[str]]:
+    """Prompt and completion as one text, for each of the completions of each prompt."""
+    flat = [prompt + ids for prompt, row in zip(prompts, completions) for ids in row]
+    decoded = iter(tokenizer.batch_decode(flat, skip_special_tokens=True))
+    return [[next(decoded) for _ in row] for row in completions]

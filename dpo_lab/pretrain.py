@@ -36,7 +36,7 @@ class PretrainConfig:
     """attention heads a block; few and wide are fast on a CPU"""
     rows: int = 16
     """rows a step"""
-    steps: int = 6_000
+    steps: int = 4_000
     """updates"""
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
