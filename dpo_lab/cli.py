@@ -1,20 +1,104 @@
 """The `dpo-lab` command, made from the config dataclasses."""
 
+import errno
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import transformers
 import tyro
 
-from dpo_lab.pretrain import PretrainConfig, pretrain
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "10")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+from dpo_lab import experiment  # noqa: E402
+from dpo_lab.doctor import doctor  # noqa: E402
+from dpo_lab.experiment import ExperimentConfig, TaskConfig  # noqa: E402
+from dpo_lab.pretrain import PretrainConfig, pretrain  # noqa: E402
+from dpo_lab.train import Interrupted  # noqa: E402
+
+Flat = tyro.conf.OmitArgPrefixes
 
 
-def pretrain_command(config: PretrainConfig = PretrainConfig(), /, out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
+def doctor_command() -> int:
+    """Say what is here and what is not, and what to do about it; exit 0 when the laptop lane can run."""
+    return 0 if doctor() else 1
+
+
+def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
+    """Sample completions of training prefixes from the reference."""
+    samples = experiment.sample(config, data)
+    print(f"{sum(map(len, samples['completions'])):,} completions of {len(samples['prompts']):,} prefixes in {data / 'samples.json'}")
+
+
+def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
+    """Label the samples by the reward: preference pairs and reference log-probs."""
+    preferences = experiment.label(config, data)
+    print(f"{preferences.report}\npreferences in {data / 'preferences'}")
+
+
+def train_command(
+    config: Flat[ExperimentConfig], out: Path = Path("runs/imdb"), data: Path | None = None, resume: bool = False
+) -> None:
+    """The controlled-sentiment experiment: sample, label, train by DPO, evaluate.
+
+    Args:
+        out: run directory; it must be new, or hold this config.
+        data: where `dpo-lab sample` and `dpo-lab label` put their results; by default inside the run directory.
+        resume: continue an interrupted run.
+    """
+    summary = experiment.train(config, out, data=data, resume=resume)
+    for name in ("before", "after"):
+        s = summary[name]
+        print(f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats")
+    print(f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak")
+    print(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
+
+
+def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
+    """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
+    s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
+    print(f"reward {s['reward']:.3f} ± {s['reward_se']:.3f}, sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats, in {run / 'evaluation.json'}")
+
+
+def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
     print(f"model in {pretrain(out, config, resume=resume)}")
 
 
-def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"pretrain": pretrain_command, "x": lambda: None})
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "doctor": doctor_command,
+    "train": train_command,
+    "sample": sample_command,
+    "label": label_command,
+    "evaluate": evaluate_command,
+    "pretrain": pretrain_command,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit status: 0, 1 (a gap), 2 (bad input), 130 (interrupted)."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpo-lab", args=arguments, description=__doc__) or 0
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"dpo-lab: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"dpo-lab: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"dpo-lab: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("dpo-lab: interrupted; continue a started run with --resume", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

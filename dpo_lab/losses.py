@@ -59,7 +59,7 @@ def dpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what was found and what is allowed.
     """
-    _check_kind(kind, label_smoothing)
+    check_kind(kind, label_smoothing)
     check_beta(beta)
     _check_logps("policy_logps", policy_logps)
     _check_logps("reference_logps", reference_logps)
@@ -140,6 +140,16 @@ def check_beta(beta: float) -> None:
         raise ValueError(f"beta is {beta!r}; it must be a positive, finite number (the paper uses 0.1 to 0.5)")
 
 
+def check_kind(kind: str, label_smoothing: float) -> None:
+    """Raise ValueError unless `kind` is known and `label_smoothing` is in [0, 0.5) and defined for it."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(get_args(Kind))}")
+    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing < 0.5):
+        raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be in [0, 0.5), the share of flipped labels")
+    if label_smoothing and kind in ("ipo", "hinge"):
+        raise ValueError(f"label_smoothing is {label_smoothing!r} with kind={kind!r}; it is defined for sigmoid and robust")
+
+
 def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
     """Raise unless `chosen` and `rejected` are (P,) integer indices into `n` completions that differ within each pair."""
     for name, index in (("chosen", chosen), ("rejected", rejected)):
@@ -159,15 +169,6 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
     if len(same):
         row = int(same[0])
         raise ValueError(f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair")
-
-
-def _check_kind(kind: str, label_smoothing: float) -> None:
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(get_args(Kind))}")
-    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing < 0.5):
-        raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be in [0, 0.5), the share of flipped labels")
-    if label_smoothing and kind in ("ipo", "hinge"):
-        raise ValueError(f"label_smoothing is {label_smoothing!r} with kind={kind!r}; it is defined for sigmoid and robust")
 
 
 def _check_logps(name: str, values: Tensor) -> None:

@@ -38,6 +38,8 @@ class PretrainConfig:
     """rows a step"""
     steps: int = 4_000
     """updates"""
+    seed: int = 0
+    """decides the initial weights and the order of the rows"""
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
             learning_rate=3e-3,
@@ -64,13 +66,13 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
     tokenizer = train_tokenizer(texts, config.vocabulary)
     rows = pack(tokenizer(texts)["input_ids"], config.context, tokenizer.eos_token_id)
-    set_seed(config.loop.seed)
+    set_seed(config.seed)
     model = GPT2LMHeadModel(gpt2_config(config))
     per_epoch = len(rows) // config.rows
 
     def batches(step: int) -> list[CompletionBatch]:
         epoch, k = divmod(step, per_epoch)
-        order = np.random.default_rng([config.loop.seed, epoch]).permutation(len(rows))
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(rows))
         chosen = [rows[i] for i in order[k * config.rows : (k + 1) * config.rows]]
         return [completion_batch([row[:1] for row in chosen], [row[1:] for row in chosen], range(len(chosen)))]
 

@@ -40,18 +40,11 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
         if directory and path.exists():
             path.rename(temporary / "old")
         os.replace(inner, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(
-                errno.ENOSPC, f"no space left to write {path}; nothing of it was kept. Free some space, then use --resume"
-            ) from error
-        raise
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise OSError(
-                errno.ENOSPC, f"no space left to write {path}; nothing of it was kept. Free some space, then use --resume"
-            ) from error
-        raise
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        advice = "nothing of it was kept. Free some space, then use --resume"
+        raise OSError(errno.ENOSPC, f"no space left to write {path}; {advice}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -187,11 +180,13 @@ def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[Optimize
     advice = f"Delete {path} to continue from the checkpoint before it, or from the start"
     try:
         recorded = json.loads((path / "state.json").read_text())
+        if path.name != f"step-{recorded['step']:08d}":
+            raise ValueError(f"{path / 'state.json'} was altered: it says step {recorded['step']}. {advice}")
         for name, expected in recorded["sha256"].items():
             if not (path / name).exists() or file_hash(path / name) != expected:
                 raise ValueError(f"{path / name} is missing, truncated or altered: its sha256 is not the recorded one. {advice}")
         weights, state = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}). {advice}") from error
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {name for name in missing if name.startswith("lm_head")}

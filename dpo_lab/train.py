@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from dpo_lab.logprobs import CompletionBatch, can_share, completion_batch, completion_logps
-from dpo_lab.losses import Kind, check_beta, dpo_loss
+from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
 
@@ -47,8 +47,6 @@ class LoopConfig:
     """forward passes a step; the gradient is that of the whole batch"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the computation; weights and log-prob sums stay float32 or wider"""
-    seed: int = 0
-    """decides the order of the data"""
     eval_every: int = 50
     """steps between evaluations"""
     save_every: int = 50
@@ -74,6 +72,23 @@ class DPOConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
+def check_config(config: DPOConfig) -> None:
+    """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
+    check_beta(config.beta)
+    check_kind(config.kind, config.label_smoothing)
+    loop = config.loop
+    for name, value in (("learning_rate", loop.learning_rate), ("max_grad_norm", loop.max_grad_norm)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}; it must be positive and finite")
+    least = {"epochs": config.epochs, "batch_pairs": config.batch_pairs}
+    least |= {name: getattr(loop, name) for name in ("accumulate", "eval_every", "save_every")}
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if loop.warmup_steps < 0 or loop.weight_decay < 0:
+        raise ValueError(f"warmup_steps is {loop.warmup_steps} and weight_decay {loop.weight_decay}; neither may be negative")
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """Completions, their reference log-probs, and the pairs among them."""
@@ -89,6 +104,7 @@ def train_dpo(
     preferences: Preferences,
     config: DPOConfig,
     *,
+    seed: int = 0,
     run: Path | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
@@ -99,6 +115,7 @@ def train_dpo(
     Args:
         policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and the loss is log 2.
         preferences: pairs with stored `reference_logps`; the reference model itself is not needed.
+        seed: decides the order of the prompts, nothing else.
         run: directory for metrics and checkpoints; without it nothing is written.
         resume: continue from the newest checkpoint of `run`; the result has the bytes of an uninterrupted run.
         evaluate: called with (policy, step) before the first step, every `eval_every` steps and after the last; what it
@@ -110,11 +127,11 @@ def train_dpo(
         ValueError: a bad argument, or reference log-probs that are missing.
         Interrupted: Ctrl-C or SIGTERM with a `run`, after its checkpoint was written.
     """
-    check_beta(config.beta)
+    check_config(config)
     if preferences.reference_logps is None:
         raise ValueError("preferences has no reference_logps; call preferences.with_reference(model) with the reference model")
     groups = preferences.pairs_by_prompt()
-    plan = _plan(groups, config)
+    plan = _plan(groups, config, seed)
     share = can_share(policy)
 
     def micro_batches(step: int) -> list[PairBatch]:
@@ -320,12 +337,12 @@ def _schedule(step: int, steps: int, config: LoopConfig) -> float:
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
 
 
-def _plan(groups: list[list[int]], config: DPOConfig) -> list[list[int]]:
+def _plan(groups: list[list[int]], config: DPOConfig, seed: int) -> list[list[int]]:
     """Which prompts each step takes: every epoch shuffled by (seed, epoch), prompts kept whole, about `batch_pairs` pairs."""
     plan: list[list[int]] = []
     for epoch in range(config.epochs):
         step, pairs = [], 0
-        for g in np.random.default_rng([config.loop.seed, epoch]).permutation(len(groups)):
+        for g in np.random.default_rng([seed, epoch]).permutation(len(groups)):
             if step and pairs + len(groups[g]) > config.batch_pairs:
                 plan.append(step)
                 step, pairs = [], 0

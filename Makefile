@@ -1,0 +1,30 @@
+PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3; do \
+	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test demo clean-env
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+lab: .venv/.installed ## Open the notebooks in JupyterLab
+	.venv/bin/jupyter lab notebooks/
+
+test: .venv/.installed ## Run every test; ARGS="-k name" goes to pytest
+	.venv/bin/python -m pytest $(ARGS)
+
+demo: .venv/.installed ## Train with dpo-lab; ARGS="--help" goes to dpo-lab train
+	.venv/bin/dpo-lab train $(ARGS)
+
+clean-env: ## Remove .venv; the next target sets it up again
+	rm -rf .venv
+
+.venv/.installed: pyproject.toml constraints.txt
+	@rm -f $@
+	@"$(PYTHON)" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'No usable Python found: install Python 3.11 or newer with its venv module, or name one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@echo 'Installing dpo-lab and its dependencies into .venv: 3 to 10 minutes, only the first time or after they change.'
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

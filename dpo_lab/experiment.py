@@ -1,0 +1,285 @@
+"""The paper's controlled-sentiment experiment (Section 6), step by step, each step cached in a directory."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_lab.evaluate import Evaluation, evaluate_policy, optimal_frontier
+from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
+from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
+from dpo_lab.preferences import Preferences, from_scores
+from dpo_lab.rewards import SentimentReward
+from dpo_lab.runs import open_run, peak_memory_mb, provenance, read_metrics, require_space, write_json, write_whole
+from dpo_lab.train import DPOConfig, check_config, train_dpo
+
+LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
+LANES = {
+    "laptop": {"model": "embedded", "reward": "tfidf"},
+    "gpu": {"model": "openai-community/gpt2-large", "reward": "siebert/sentiment-roberta-large-english"},
+}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The data: prefixes, completions, and the reward that labels them."""
+
+    lane: Literal["laptop", "gpu"] = "laptop"
+    """laptop: the embedded GPT-2 and TF-IDF on the CPU; gpu: GPT-2 large and a RoBERTa classifier on CUDA"""
+    model: str | None = None
+    """reference and initial policy: "embedded", a folder or a hub id; by default the lane's"""
+    reward: str | None = None
+    """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
+    imdb: Literal["package", "hub"] = "package"
+    """where the reviews come from"""
+    prefixes: int = 1_500
+    """training reviews whose first 2 to 8 tokens are prompts"""
+    completions: int = 4
+    """completions sampled a prefix; 4 give 6 pairs"""
+    max_new_tokens: int = 48
+    """longest completion"""
+    eval_prefixes: int = 512
+    """held-out prefixes of the evaluation before and after; a quarter of them during training"""
+    seed: int = 0
+    """decides everything random"""
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return "cuda" if self.lane == "gpu" else "cpu"
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything that decides the result of `dpo-lab train`."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every step needs, loaded and checked before anything is written."""
+
+    reviews: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel
+    reward: SentimentReward
+
+
+def load_parts(config: TaskConfig) -> Parts:
+    """Reviews, tokenizer, reference and reward of a task. Errors are those of the loaders."""
+    if config.completions < 2 or config.max_new_tokens < 1 or config.prefixes < 1 or config.eval_prefixes < 8:
+        raise ValueError(f"{config}: needs completions >= 2, max_new_tokens >= 1, prefixes >= 1 and eval_prefixes >= 8")
+    names = LANES[config.lane]
+    name = config.model or names["model"]
+    reference = load_model(name, device=config.device)
+    context = reference.config.max_position_embeddings
+    if config.max_new_tokens + LONGEST_PREFIX + 1 > context:
+        raise ValueError(
+            f"max_new_tokens is {config.max_new_tokens}; with a prefix of {LONGEST_PREFIX} tokens and BOS the model's context of "
+            f"{context} allows at most {context - LONGEST_PREFIX - 1}"
+        )
+    reviews = load_imdb(config.imdb)
+    for asked, part in ((config.prefixes, "train"), (config.eval_prefixes, "test")):
+        if asked > len(reviews[part]):
+            raise ValueError(f"{asked} prefixes asked for, and there are {len(reviews[part])} {part} reviews; ask for at most as many")
+    if (reward := config.reward or names["reward"]) == "tfidf":
+        judge = SentimentReward.tfidf(list(reviews["train"]["text"]), list(reviews["train"]["label"]))
+    else:
+        judge = SentimentReward.hub(reward, device=config.device)
+    return Parts(reviews, load_tokenizer(name), reference, judge)
+
+
+def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
+    """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
+    path = data / "samples.json"
+    if (data / "config.json").exists() and path.exists():
+        open_run(data, asdict(config), resume=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+    parts = parts or load_parts(config)
+    require_space(data, 4_000 * config.prefixes * config.completions)
+    prompts = sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed)
+    open_run(data, asdict(config), resume=True)
+    completions = sample_completions(
+        parts.reference,
+        prompts,
+        config.completions,
+        eos_token_id=parts.tokenizer.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        progress="sample",
+    )
+    samples = {"prompts": prompts, "completions": completions, "texts": texts_of(parts.tokenizer, prompts, completions)}
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+    return samples
+
+
+def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
+    """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
+    if (data / "config.json").exists() and (data / "preferences").exists():
+        open_run(data, asdict(config), resume=True)
+        return Preferences.load(data / "preferences")
+    parts = parts or load_parts(config)
+    samples = sample(config, data, parts)
+    flat = [text for row in samples["texts"] for text in row]
+    scores = parts.reward(flat).reshape(len(samples["prompts"]), config.completions)
+    preferences = from_scores(
+        samples["prompts"],
+        samples["completions"],
+        scores,
+        parts.tokenizer,
+        context=parts.reference.config.max_position_embeddings,
+    ).with_reference(parts.reference, progress="reference log-probs")
+    preferences.save(data / "preferences")
+    return preferences
+
+
+def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
+    """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated."""
+    began = time.perf_counter()
+    finished = out / "summary.json"
+    if finished.exists():
+        open_run(out, asdict(config), resume=True)
+        return json.loads(finished.read_text(encoding="utf-8"))
+    check_config(config.dpo)
+    data = data or out / "data"
+    if (data / "config.json").exists():
+        open_run(data, asdict(config.task), resume=True)
+    origin = provenance()
+    parts = load_parts(config.task)
+    require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
+    open_run(out, asdict(config), resume=resume)
+    preferences = label(config.task, data, parts).with_reference(parts.reference)
+    prompts = held_out_prefixes(config.task, parts)
+
+    def evaluation(model: torch.nn.Module, n: int, progress: str | None = None) -> Evaluation:
+        return evaluate_policy(
+            model,
+            parts.reference,
+            prompts[:n],
+            parts.reward,
+            parts.tokenizer,
+            max_new_tokens=config.task.max_new_tokens,
+            seed=config.task.seed,
+            progress=progress,
+        )
+
+    def during(model: torch.nn.Module, step: int) -> dict[str, float]:
+        result = evaluation(model, max(8, len(prompts) // 4))
+        return {"reward": result.reward, "reward_se": result.reward_se, "kl/sequence": result.kl, "kl/sequence_se": result.kl_se}
+
+    before = evaluation(parts.reference, len(prompts), "evaluate before")
+    policy = load_model(config.task.model or LANES[config.task.lane]["model"], device=config.task.device)
+    metrics = train_dpo(
+        policy, preferences, config.dpo, seed=config.task.seed, run=out, resume=resume, evaluate=during, progress="train"
+    )
+    after = evaluation(policy, len(prompts), "evaluate after")
+    save_policy(policy, parts.tokenizer, out / "policy")
+    save_samples(out, before, after)
+    save_figures(out, metrics, after, reference_frontier(config.task, parts, prompts))
+    summary = {
+        "before": _summary(before),
+        "after": _summary(after),
+        "pairs": preferences.report.pairs,
+        "report": asdict(preferences.report),
+        "steps": metrics[-1]["step"],
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_memory_mb": round(peak_memory_mb()),
+        "seed": config.task.seed,
+        **origin,
+    }
+    write_json(finished, summary)
+    return summary
+
+
+def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
+    """Evaluate the trained policy of a run directory again, on as many held-out prefixes as asked, into `evaluation.json`."""
+    if not (run / "config.json").exists() or not (run / "policy" / "config.json").exists():
+        raise ValueError(f"{run} holds no finished run (config.json and policy/); make one with `dpo-lab train --out {run}`")
+    recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    task = TaskConfig(**recorded["task"])
+    task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
+    parts = load_parts(task)
+    result = evaluate_policy(
+        load_model(str(run / "policy"), device=task.device),
+        parts.reference,
+        held_out_prefixes(task, parts),
+        parts.reward,
+        parts.tokenizer,
+        max_new_tokens=task.max_new_tokens,
+        seed=task.seed,
+        progress="evaluate",
+    )
+    summary = {**_summary(result), "prefixes": task.eval_prefixes, **provenance()}
+    write_json(run / "evaluation.json", summary)
+    return summary
+
+
+def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
+    """Prefixes of held-out reviews, the same for every seed but for `seed` itself."""
+    return sample_prefixes(list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed)
+
+
+def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The optimal reward-KL frontier, from 64 reference completions of 32 held-out prefixes."""
+    few = prompts[:32]
+    completions = sample_completions(
+        parts.reference,
+        few,
+        64,
+        eos_token_id=parts.tokenizer.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed + 1,
+        progress="optimal frontier",
+    )
+    texts = texts_of(parts.tokenizer, few, completions)
+    scores = parts.reward([text for row in texts for text in row]).reshape(len(few), 64)
+    return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
+
+
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all."""
+    with write_whole(path, directory=True) as temporary:
+        policy.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_samples(out: Path, before: Evaluation, after: Evaluation, n: int = 20) -> None:
+    """The first `n` held-out prefixes with their completions before and after, side by side, as `samples.md`."""
+    rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
+    for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
+        rows.append(f"| {b.replace('|', '/')} | {rb:.2f} | {a.replace('|', '/')} | {ra:.2f} |")
+    with write_whole(out / "samples.md") as temporary:
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: tuple[np.ndarray, ...]) -> None:
+    """Loss, rewards and accuracy, margins, and reward against KL, as PNG under `figures/`."""
+    points = [
+        {"reward": m["eval/reward"], "reward_se": m["eval/reward_se"], "kl": m["eval/kl/sequence"], "kl_se": m["eval/kl/sequence_se"]}
+        for m in metrics
+        if "eval/reward" in m
+    ]
+    points[-1] = _summary(after)
+    figures = {
+        "loss": plot_loss(metrics),
+        "rewards": plot_rewards(metrics),
+        "margins": plot_margins(metrics),
+        "reward_kl": plot_frontier(points, frontier),
+    }
+    for name, figure in figures.items():
+        with write_whole(out / "figures" / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def _summary(result: Evaluation) -> dict[str, float]:
+    return {"reward": result.reward, "reward_se": result.reward_se, "kl": result.kl, "kl_se": result.kl_se}

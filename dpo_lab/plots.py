@@ -1,0 +1,83 @@
+"""Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
+
+
+def _figure(title: str, y: str, x: str = "step") -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _curve(axes: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, label: str) -> None:
+    """A metric against the step, faint, under its running mean over a tenth of the steps."""
+    points = [(line["step"], line[name]) for line in metrics if name in line]
+    steps, values = map(np.array, zip(*points))
+    width = max(1, len(values) // 10)
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    starts = np.maximum(np.arange(len(values)) + 1 - width, 0)
+    ends = np.arange(1, len(values) + 1)
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=colour, label=label)
+
+
+def plot_loss(metrics: Sequence[dict[str, Any]]) -> Figure:
+    """Loss a pair against the step, with log 2, where every sigmoid run starts."""
+    figure, axes = _figure("Loss", "loss a pair (nats)")
+    _curve(axes, metrics, "loss", POLICY, "training batch, running mean")
+    axes.axhline(np.log(2), color=OPTIMUM, linestyle="--", label="log 2: the policy is the reference")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_rewards(metrics: Sequence[dict[str, Any]]) -> Figure:
+    """Implicit rewards of chosen and rejected, and the share of pairs ranked rightly, against the step."""
+    figure, axes = _figure("Implicit rewards and accuracy", "implicit reward (beta x nats)")
+    _curve(axes, metrics, "rewards/chosen", CHOSEN, "chosen")
+    _curve(axes, metrics, "rewards/rejected", REJECTED, "rejected")
+    right = axes.twinx()
+    _curve(right, metrics, "rewards/accuracies", POLICY, "accuracy (right axis)")
+    right.set(ylabel="share of pairs ranked rightly", ylim=(0.4, 1.0))
+    right.spines["top"].set_visible(False)
+    handles = [*axes.get_lines()[1::2], right.get_lines()[1]]
+    axes.legend(handles=handles, frameon=False, loc="lower left")
+    return figure
+
+
+def plot_margins(metrics: Sequence[dict[str, Any]]) -> Figure:
+    """Margin of the implicit rewards against the step."""
+    figure, axes = _figure("Margin", "reward of chosen minus rejected (beta x nats)")
+    _curve(axes, metrics, "rewards/margins", POLICY, "training batch, running mean")
+    axes.axhline(0, color=OPTIMUM, linewidth=0.8)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_frontier(
+    points: Sequence[dict[str, float]], frontier: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None, *, label: str = "DPO"
+) -> Figure:
+    """Mean reward against sequence KL as training goes on, under the best that any policy can reach.
+
+    `points` have `reward`, `kl` and their `_se`; `frontier` is what `optimal_frontier` returns, drawn only while the
+    effective sample size is at least 5.
+    """
+    figure, axes = _figure("Reward against KL on held-out prefixes", "mean reward, P(positive)", "sequence KL to the reference (nats)")
+    if frontier is not None:
+        reward, kl, effective = frontier
+        valid = effective >= 5
+        axes.plot(kl[valid], reward[valid], color=OPTIMUM, linestyle="--", label="optimal policy, estimated from the reference")
+    columns = {k: [p[k] for p in points] for k in ("kl", "reward", "kl_se", "reward_se")}
+    axes.errorbar(
+        columns["kl"], columns["reward"], columns["reward_se"], columns["kl_se"], marker="o", markersize=4, color=POLICY, label=label
+    )
+    axes.set(ylim=(0.4, 1.0))
+    axes.legend(frameon=False, loc="lower right")
+    return figure

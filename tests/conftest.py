@@ -1,0 +1,47 @@
+"""Offline, with a cache of its own, and a tiny GPT-2 for what does not need a good one."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, set_seed
+
+from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.pretrain import PretrainConfig, gpt2_config, train_tokenizer
+
+WORDS = "this film was truly a joy dull bore and the acting plot of great terrible lovely awful story I loved hated it".split()
+
+
+def make_reviews(n, seed=0):
+    """Short made-up reviews whose words tell the label."""
+    generator = torch.Generator().manual_seed(seed)
+    texts, labels = [], []
+    for i in range(n):
+        words = [WORDS[j] for j in torch.randint(len(WORDS), (30,), generator=generator)]
+        words += ["lovely great joy" if i % 2 else "awful terrible bore"]
+        texts.append(f"Review {i}: " + " ".join(words))
+        labels.append(i % 2)
+    return texts, labels
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a tiny GPT-2 with random weights and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    set_seed(0)
+    config = gpt2_config(PretrainConfig(vocabulary=512, context=64, width=32, layers=2, heads=2))
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    train_tokenizer(make_reviews(200)[0], 512).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return load_tokenizer(str(tiny))
+
+
+@pytest.fixture
+def model(tiny):
+    return load_model(str(tiny))

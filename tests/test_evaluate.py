@@ -1,0 +1,67 @@
+"""Reward, sequence KL and the optimal frontier against enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_lab.evaluate import evaluate_policy, optimal_frontier
+from dpo_lab.models import load_model
+
+
+def test_a_policy_that_is_its_reference_has_no_kl(model, tokenizer):
+    result = evaluate_policy(model, model, [[0, 5, 9]] * 16, lambda t: np.linspace(0, 1, len(t)), tokenizer, max_new_tokens=8)
+    assert (result.kl, result.kl_se) == (0, 0)
+    assert result.reward == pytest.approx(0.5) and result.reward_se == pytest.approx(np.linspace(0, 1, 16).std(ddof=1) / 4)
+    assert len(result.texts) == len(result.rewards) == 16
+
+
+def test_the_sequence_kl_matches_enumeration(model, tiny, tokenizer):
+    """Two tokens from a vocabulary of 512: the exact KL by the chain rule, within 4 standard errors."""
+    reference = load_model(str(tiny))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    prompt, kl = [0, 7], 0.0
+    with torch.no_grad():
+        first = [m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (model, reference)]
+        kl += float((first[0].exp() * (first[0] - first[1])).sum())
+        ids = torch.tensor([[*prompt, t] for t in range(512)])
+        second = [m(ids).logits[:, -1].double().log_softmax(-1) for m in (model, reference)]
+        per_token = (second[0].exp() * (second[0] - second[1])).sum(-1)
+        kl += float((first[0].exp() * per_token)[1:].sum())  # token 0 ends the completion
+    result = evaluate_policy(model, reference, [prompt] * 4_000, lambda t: np.zeros(len(t)), tokenizer, max_new_tokens=2)
+    assert kl > 0.05 and abs(result.kl - kl) < 4 * result.kl_se < kl / 2
+
+
+def test_the_frontier_is_exact_when_every_outcome_is_listed_once():
+    """K equally likely outcomes under the reference: the tilted distribution is known in closed form."""
+    scores = np.array([[0.0, 0.2, 0.9, 1.0], [0.5, 0.5, 0.1, 0.3]])
+    betas = [10.0, 1.0, 0.3, 0.05]
+    reward, kl, effective = optimal_frontier(scores, betas)
+    for b, beta in enumerate(betas):
+        rewards, kls, sizes = [], [], []
+        for row in scores:
+            pi = [np.exp(r / beta) for r in row]
+            pi = [p / sum(pi) for p in pi]
+            rewards.append(sum(p * r for p, r in zip(pi, row)))
+            kls.append(sum(p * np.log(p * len(row)) for p in pi))
+            sizes.append(1 / sum(p * p for p in pi))
+        assert (reward[b], kl[b], effective[b]) == pytest.approx((np.mean(rewards), np.mean(kls), np.mean(sizes)), abs=1e-12)
+
+
+def test_no_tilt_of_the_samples_beats_the_frontier():
+    scores = np.random.default_rng(0).random((1, 6))
+    reward, kl, _ = optimal_frontier(scores, np.geomspace(100, 1e-3, 400))
+    for exponents in itertools.product([0.1, 1.0, 3.0], repeat=6):
+        pi = np.array(exponents) / sum(exponents)
+        cost = float((pi * np.log(pi * 6)).sum())
+        assert float(pi @ scores[0]) <= np.interp(cost, kl, reward) + 1e-4
+
+
+def test_bad_scores_and_betas_are_named():
+    for scores, betas in (([0.1, 0.2], [1.0]), ([[0.1]], [1.0]), ([[0.1, 0.2]], [0.0])):
+        with pytest.raises(ValueError, match=r"\(M, K\) scores with K >= 2 and positive betas"):
+            optimal_frontier(scores, betas)

@@ -1,0 +1,224 @@
+"""The `dpo-lab` command as its user meets it: the whole experiment, each step alone, and every way to ask wrongly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_reviews
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_lab import experiment
+from dpo_lab.cli import main
+from dpo_lab.preferences import Preferences
+from dpo_lab.runs import read_metrics
+
+SMALL = "--prefixes 12 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 20 --eval-every 2 --save-every 2".split()
+
+
+@pytest.fixture(autouse=True)
+def made_up_reviews(monkeypatch, tmp_path_factory):
+    parts = {}
+    for name, n in (("train", 200), ("test", 60)):
+        texts, labels = make_reviews(n, seed=n)
+        parts[name] = Dataset.from_dict({"text": texts, "label": labels})
+    monkeypatch.setattr(experiment, "load_imdb", lambda source: DatasetDict(parts))
+    monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+def test_train_writes_everything_the_readme_promises(tiny, finished, capsys):
+    assert main(["train", "--model", str(tiny), "--out", str(finished), *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "before  reward 0." in out and "after   reward" in out and str(finished / "policy") in out
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["before"]["kl"] == summary["before"]["kl_se"] == 0
+    for when in ("before", "after"):
+        assert set(summary[when]) == {"reward", "reward_se", "kl", "kl_se"} and 0 < summary[when]["reward"] < 1
+    assert summary["seconds"] > 0 and summary["peak_memory_mb"] > 100 and summary["seed"] == 0 and summary["commit"]
+    assert json.loads((finished / "config.json").read_text())["dpo"]["batch_pairs"] == 20
+    metrics = read_metrics(finished)
+    assert metrics[0]["step"] == 0 and metrics[0]["eval/kl/sequence"] == 0
+    assert sum("loss" in line for line in metrics) == summary["steps"]
+    for name in ("loss", "rewards", "margins", "reward_kl"):
+        assert (finished / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (finished / "samples.md").read_text().count("\n") >= 18
+    assert not [p for p in finished.rglob(".*")]
+
+
+def test_the_checkpoint_loads_with_transformers_alone(tiny, finished):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(finished / "policy"), AutoTokenizer.from_pretrained(finished / "policy")
+    reference = AutoModelForCausalLM.from_pretrained(tiny)
+    moved = sum(float((a - b).abs().sum()) for a, b in zip(model.parameters(), reference.parameters()))
+    assert moved > 0 and tokenizer("this")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_a_finished_run_is_not_repeated_and_not_mixed(tiny, finished, capsys):
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    assert main(["train", "--model", str(tiny), "--out", str(finished), *SMALL]) == 0
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+    assert main(["train", "--model", str(tiny), "--out", str(finished), "--beta", "0.7", *SMALL]) == 2
+    assert "another config" in capsys.readouterr().err
+
+
+def test_evaluate_repeats_the_summary_s_evaluation(finished, capsys):
+    assert main(["evaluate", "--run", str(finished)]) == 0
+    again = json.loads((finished / "evaluation.json").read_text())
+    summary = json.loads((finished / "summary.json").read_text())["after"]
+    assert {k: again[k] for k in summary} == pytest.approx(summary, abs=1e-5)
+    assert "evaluation.json" in capsys.readouterr().out
+    assert main(["evaluate", "--run", str(finished), "--eval-prefixes", "8"]) == 0
+    assert json.loads((finished / "evaluation.json").read_text())["prefixes"] == 8
+    assert main(["evaluate", "--run", str(finished.parent)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+
+
+def test_steps_run_alone_are_cached_and_give_the_same_run(tiny, finished, tmp_path, monkeypatch, capsys):
+    data, small = tmp_path / "data", SMALL[:6]
+    assert main(["sample", "--model", str(tiny), "--data", str(data), *small]) == 0
+    assert main(["label", "--model", str(tiny), "--data", str(data), *small]) == 0
+    out = capsys.readouterr().out
+    assert "48 completions of 12 prefixes" in out and f"preferences in {data / 'preferences'}" in out and "ties" in out
+    sampled = []
+    monkeypatch.setattr(experiment, "sample", lambda *a: sampled.append(a))
+    run = tmp_path / "run"
+    assert main(["train", "--model", str(tiny), "--out", str(run), "--data", str(data), *SMALL]) == 0
+    assert not sampled
+    for name in ("policy/model.safetensors", "samples.md"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+    assert main(["label", "--model", str(tiny), "--data", str(data), *small, "--seed", "5"]) == 2
+    assert "another config" in capsys.readouterr().err
+
+
+def test_labels_are_the_reward_s_order(tiny, finished):
+    preferences = Preferences.load(finished / "data" / "preferences")
+    assert (preferences.scores[preferences.chosen] > preferences.scores[preferences.rejected]).all()
+    samples = json.loads((finished / "data" / "samples.json").read_text())
+    assert len(samples["prompts"]) == 12 and all(len(row) == 4 for row in samples["completions"])
+    possible = 6 * 12
+    report = preferences.report
+    assert report.pairs + report.ties + report.identical == possible == 72
+
+
+def test_another_seed_gives_another_run(tiny, finished, tmp_path):
+    assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), "--seed", "1", *SMALL]) == 0
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (finished, tmp_path / "run")]
+    assert summaries[0]["after"] != summaries[1]["after"] and summaries[1]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "nobody/no-such-model"], "not in the Hugging Face cache.*'embedded'"),
+        (["--beta", "0"], "beta is 0"),
+        (["--beta", "nan"], "beta is nan"),
+        (["--label-smoothing", "0.5"], "label_smoothing is 0.5"),
+        (["--kind", "ipo", "--label-smoothing", "0.1"], "label_smoothing.*ipo"),
+        (["--learning-rate", "-1"], "learning_rate is -1"),
+        (["--batch-pairs", "0"], "batch_pairs is 0"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--completions", "1"], "completions"),
+        (["--prefixes", "100000"], "100000 prefixes asked for"),
+        (["--max-new-tokens", "64"], "context"),
+        (["--imdb", "hub"], "stanfordnlp/imdb|hub"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch, arguments, message):
+    if "hub" in arguments:
+        monkeypatch.undo()
+        monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    base = ["train", "--out", str(out), *SMALL]
+    base += [] if "--model" in arguments else ["--model", str(tiny)]
+    for name, value in zip(arguments[::2], arguments[1::2]):
+        if name in base:
+            del base[base.index(name) : base.index(name) + 2]
+    assert main([*base, *arguments]) == 2
+    error = capsys.readouterr().err
+    import re
+
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_lane_without_a_gpu_says_so(tmp_path, capsys):
+    assert main(["train", "--lane", "gpu", "--out", str(tmp_path / "run")]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_no_disk_space_is_said_before_anything_is_written(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10))
+    assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert "MB free" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_run_wants_resume(tiny, tmp_path, capsys, finished):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("summary.json", "policy", "figures", "samples.md"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    command = ["train", "--model", str(tiny), "--out", str(run), *SMALL]
+    assert main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    assert main([*command, "--resume"]) == 0
+    for name in ("policy/model.safetensors", "samples.md"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_other_data_in_the_data_directory_is_refused(tiny, tmp_path, capsys, finished):
+    data = tmp_path / "data"
+    shutil.copytree(finished / "data", data)
+    recorded = json.loads((data / "config.json").read_text())
+    (data / "config.json").write_text(json.dumps({**recorded, "max_new_tokens": 9}))
+    assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), "--data", str(data), *SMALL]) == 2
+    assert "max_new_tokens: 9 there, 8 asked" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_and_explains_beta(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and all(name in out for name in ("doctor", "train", "sample", "label", "evaluate", "pretrain"))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "strength of the KL" in capsys.readouterr().out
+
+
+def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
+    """The embedded model and the real reviews, in a process of its own, stopped by SIGINT while it trains."""
+    arguments = "--prefixes 40 --eval-prefixes 16 --max-new-tokens 12 --eval-every 4 --save-every 3 --epochs 2".split()
+    environment = {k: v for k, v in os.environ.items() if k != "DPO_LAB_CACHE"} | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+    def command(run, *more):
+        return [sys.executable, "-m", "dpo_lab.cli", "train", "--out", str(run), *arguments, *more]
+
+    whole = subprocess.run(command(tmp_path / "whole"), env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen(command(stopped), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(read_metrics(stopped)) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and "--resume" in error, error
+    resumed = subprocess.run(command(stopped, "--resume"), env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("policy/model.safetensors", "policy/config.json", "samples.md", "config.json"):
+        assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    results = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "whole", stopped)]
+    assert results[0]["after"] == results[1]["after"] and np.isfinite(results[0]["after"]["kl"])

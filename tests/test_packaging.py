@@ -1,0 +1,144 @@
+"""pyproject.toml holds the one list of dependencies; constraints.txt, environment.yml and the Makefile agree with it."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PIN_LINES = (ROOT / "constraints.txt").read_text().splitlines()
+REQUIREMENTS = [
+    Requirement(line) for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for line in group
+]
+
+
+def test_every_pin_is_a_plain_version_and_they_are_sorted():
+    assert [line for line in PIN_LINES if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", line)] == []
+    names = [canonicalize_name(line.split("==")[0]) for line in PIN_LINES]
+    assert names == sorted(set(names)), "pins must be sorted by name, each name once"
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_every_dependency_is_pinned_within_its_bound(requirement):
+    assert requirement.specifier, f"{requirement} has no bound"
+    pins = [Requirement(line) for line in PIN_LINES]
+    versions = [str(pin.specifier)[2:] for pin in pins if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+    assert len(versions) == 1
+    assert requirement.specifier.contains(versions[0], prereleases=True)
+
+
+def test_everything_the_installed_dependencies_need_is_pinned():
+    pins = {canonicalize_name(line.split("==")[0]) for line in PIN_LINES}
+    seen, missing = set(), set()
+    queue = [(requirement.name, frozenset(requirement.extras)) for requirement in REQUIREMENTS]
+    while queue:
+        name, extras = queue.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        if canonicalize_name(name) not in pins:
+            missing.add(name)
+        try:
+            needs = [Requirement(line) for line in distribution(name).requires or []]
+        except PackageNotFoundError:
+            continue
+        for need in needs:
+            # A CUDA build of torch pins its own GPU libraries exactly.
+            if name == "torch" and re.match(r"nvidia|cuda|triton", need.name):
+                continue
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                queue.append((need.name, frozenset(need.extras)))
+    assert len(seen) > len(REQUIREMENTS)
+    assert missing == set()
+
+
+def test_environment_yml_installs_this_package_and_lists_nothing_else():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    others = [item for item in environment["dependencies"] if not isinstance(item, str)]
+    assert [re.split(r"[=<>!~ ]", item)[0] for item in conda] == ["python", "pip"]
+    assert others == [{"pip": ["-c constraints.txt", "-e .[test]"]}]
+
+
+def test_environment_yml_python_is_one_the_package_supports():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    version = re.fullmatch(r"python=(\d+\.\d+)", environment["dependencies"][0])[1]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(Version(version))
+
+
+def test_no_other_file_lists_packages():
+    names = "*requirements*.txt setup.py setup.cfg Pipfile* *.lock environment*.y*ml binder .binder apt.txt postBuild".split()
+    assert {path.name for name in names for path in ROOT.glob(name)} == {"environment.yml"}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files the set-up depends on, with a stamp newer than both."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+        os.utime(tmp_path / name, (1_000_000, 1_000_000))
+    stamp = tmp_path / ".venv" / ".installed"
+    stamp.parent.mkdir()
+    stamp.touch()
+    os.utime(stamp, (2_000_000, 2_000_000))
+    return tmp_path
+
+
+def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
+    return subprocess.run(["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("target, command", [("lab", "jupyter lab notebooks/"), ("test", "-m pytest"), ("demo", "dpo-lab train")])
+def test_a_second_call_sets_nothing_up_again(checkout, target, command):
+    printed = make(checkout, "-n", target).stdout
+    assert command in printed
+    assert "install" not in printed
+    assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("newer", ["pyproject.toml", "constraints.txt"])
+def test_changed_dependencies_are_installed_with_the_constraints(checkout, newer):
+    os.utime(checkout / newer, (3_000_000, 3_000_000))
+    printed = make(checkout, "-n", "test").stdout
+    installs = [line for line in printed.splitlines() if "pip install" in line]
+    assert len(installs) == 1
+    assert re.search(r"-c constraints\.txt -e '?\.\[test\]'?$", installs[0])
+
+
+def test_a_failed_install_leaves_no_stamp(checkout):
+    os.utime(checkout / "pyproject.toml", (3_000_000, 3_000_000))
+    fake = checkout / ".venv" / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\ncase "$*" in *install*) exit 1;; esac\n')
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    done = make(checkout, f"PYTHON={sys.executable}", ".venv/.installed")
+    assert done.returncode != 0
+    assert "minutes" in done.stdout
+    assert "pip install" in done.stdout
+    assert not (checkout / ".venv" / ".installed").exists()
+
+
+def test_make_says_so_when_there_is_no_python(checkout):
+    (checkout / ".venv" / ".installed").unlink()
+    done = make(checkout, "PYTHON=no-such-python", "test")
+    assert done.returncode != 0
+    assert "Python 3.11 or newer" in done.stderr
+
+
+def test_make_help_lists_the_targets(checkout):
+    listed = [line.split()[1] for line in make(checkout).stdout.splitlines()]
+    assert {"lab", "test", "demo"} <= set(listed)
+    assert make(checkout, "help").stdout == make(checkout).stdout

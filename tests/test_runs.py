@@ -1,0 +1,86 @@
+"""Run directories: whole or absent, and never mixed up."""
+
+import errno
+import json
+
+import pytest
+
+from dpo_lab import runs
+from dpo_lab.runs import append_metrics, open_run, peak_memory_mb, provenance, read_metrics, require_space, write_json, write_whole
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with write_whole(path) as temporary:
+        temporary.write_text("one")
+    with pytest.raises(RuntimeError), write_whole(path) as temporary:
+        temporary.write_text("tw")
+        raise RuntimeError
+    assert path.read_text() == "one"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_directory_is_replaced_in_one_piece(tmp_path):
+    path = tmp_path / "directory"
+    for content in ("one", "two"):
+        with write_whole(path, directory=True) as temporary:
+            (temporary / content).write_text(content)
+    assert [p.name for p in path.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["directory"]
+
+
+def test_no_space_says_so_and_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(OSError, match="no space left to write .*a.json"), write_whole(tmp_path / "a.json") as temporary:
+        temporary.write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_too_little_space_is_refused_beforehand(tmp_path):
+    with pytest.raises(OSError, match="needs .* MB and its disk has .* MB free.*--out.*Nothing was written") as caught:
+        require_space(tmp_path / "not" / "there", 10**18)
+    assert caught.value.errno == errno.ENOSPC and not (tmp_path / "not").exists()
+    require_space(tmp_path, 1)
+
+
+def test_a_run_directory_keeps_to_one_config(tmp_path):
+    run = open_run(tmp_path / "run", {"beta": 0.1, "nested": {"a": (1, 2)}}, resume=False)
+    with pytest.raises(ValueError, match="already holds a run with this config.*--resume"):
+        open_run(run, {"beta": 0.1, "nested": {"a": (1, 2)}}, resume=False)
+    open_run(run, {"beta": 0.1, "nested": {"a": (1, 2)}}, resume=True)
+    with pytest.raises(ValueError, match="another config .*beta: 0.1 there, 0.2 asked"):
+        open_run(run, {"beta": 0.2, "nested": {"a": (1, 2)}}, resume=True)
+    assert json.loads((run / "config.json").read_text())["beta"] == 0.1
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not empty and has no config.json"):
+        open_run(tmp_path, {}, resume=False)
+    (tmp_path / "config.json").write_text("{ broken")
+    with pytest.raises(ValueError, match="is not JSON"):
+        open_run(tmp_path, {}, resume=True)
+
+
+def test_metrics_survive_a_line_cut_short(tmp_path):
+    for step in (1, 2, 3):
+        append_metrics(tmp_path, {"step": step})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path, up_to=2)] == [1, 2]
+
+
+def test_provenance_names_commit_machine_and_versions(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/dpo-lab", "train", "--seed", "1"])
+    found = provenance()
+    assert found["command"] == "dpo-lab train --seed 1" and "torch 2" in found["versions"] and "threads" in found["machine"]
+    assert found["commit"]
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_memory_mb()
+    held = bytearray(b"x" * 10**7) * 30
+    assert peak_memory_mb() >= before and peak_memory_mb() > 100 and len(held) == 3 * 10**8
+    assert runs.peak_memory_mb() < 10**6

@@ -1,0 +1,353 @@
+"""The loop against a textbook loop written out here, and every way to stop it against never stopping."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_reviews
+
+from dpo_lab import runs, train
+from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.preferences import from_scores
+from dpo_lab.runs import read_metrics
+from dpo_lab.train import DPOConfig, Interrupted, LoopConfig, sft_batches, train_dpo, train_sft
+
+LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)
+CONFIG = DPOConfig(beta=0.5, epochs=2, batch_pairs=12, loop=LOOP)
+
+
+def make_preferences(tiny, prompts=8, k=3):
+    tokenizer, model = load_tokenizer(str(tiny)), load_model(str(tiny))
+    texts = make_reviews(prompts * k, seed=1)[0]
+    ids = [tokenizer(text)["input_ids"][:30] for text in texts]
+    heads = [row[:3] for row in ids[::k]]
+    bodies = [[ids[i * k + j][3 : 10 + 5 * j] + [0] for j in range(k)] for i in range(prompts)]
+    scores = np.random.default_rng(0).random((prompts, k))
+    return from_scores(heads, bodies, scores, tokenizer, context=64).with_reference(model)
+
+
+@pytest.fixture(scope="module")
+def preferences(tiny):
+    return make_preferences(tiny)
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def timeless(lines):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def textbook_dpo(policy, preferences, config, seed):
+    """AdamW on full logits, a live reference, and one forward pass a side of a pair; everything in float64."""
+    reference = load_model(policy.name_or_path).double()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.loop.learning_rate, weight_decay=0.0)
+    groups = preferences.pairs_by_prompt()
+    losses = []
+    plan = train._plan(groups, config, seed)
+    for step, members in enumerate(plan, start=1):
+        if step <= config.loop.warmup_steps:
+            scale = step / config.loop.warmup_steps
+        else:
+            part = (step - config.loop.warmup_steps) / (len(plan) - config.loop.warmup_steps + 1)
+            scale = 0.5 * (1 + math.cos(math.pi * part))
+        for group in optimizer.param_groups:
+            group["lr"] = config.loop.learning_rate * scale
+        pair_losses = []
+        for pair in (pair for g in members for pair in groups[g]):
+            ratios = []
+            for i in (preferences.chosen[pair], preferences.rejected[pair]):
+                prompt, completion = preferences.prompts[preferences.prompt_of[i]], preferences.completions[i]
+                ids = torch.tensor([prompt + completion])
+                ratio = 0.0
+                for model, sign in ((policy, 1), (reference, -1)):
+                    logps = F.log_softmax(model(ids).logits[0, :-1], -1)
+                    for t in range(len(prompt) - 1, ids.shape[1] - 1):
+                        ratio = ratio + sign * logps[t, ids[0, t + 1]]
+                ratios.append(ratio)
+            pair_losses.append(-F.logsigmoid(config.beta * (ratios[0] - ratios[1])))
+        loss = torch.stack(pair_losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.loop.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_train_dpo_equals_a_textbook_loop_in_float64(tiny, preferences):
+    ours, theirs = load_model(str(tiny)).double(), load_model(str(tiny)).double()
+    exact = replace(preferences, reference_logps=None).with_reference(load_model(str(tiny)).double())
+    metrics = train_dpo(ours, exact, CONFIG, seed=3, progress=None)
+    losses = textbook_dpo(theirs, exact, CONFIG, seed=3)
+    assert [line["loss"] for line in metrics] == pytest.approx(losses, abs=1e-9)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(a, b, atol=1e-8)
+
+
+def test_at_step_zero_the_policy_is_the_reference(model, preferences):
+    first = train_dpo(model, preferences, CONFIG, progress=None)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(first["rewards/chosen"]) < 1e-5 and abs(first["rewards/margins"]) < 1e-5
+    assert first["gradient_weight/mean"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_ties_count_one_half_in_the_accuracy(model, preferences):
+    tied = replace(preferences, reference_logps=np.zeros(len(preferences.completions)))
+    micro = train._pair_batch(tied, [0, 1], share=False)
+    policy_logps = micro.reference_logps.clone().requires_grad_()
+    margins = train.dpo_loss(policy_logps, micro.reference_logps, micro.chosen, micro.rejected, 0.1).margins
+    assert margins.tolist() == [0, 0]
+    exact = replace(preferences, reference_logps=None).with_reference(model.double())
+    assert train_dpo(model, exact, CONFIG, progress=None)[0]["rewards/accuracies"] == pytest.approx(0.5, abs=0.5)
+
+
+def test_training_raises_margins_and_reports_trl_names(model, preferences):
+    metrics = train_dpo(model, preferences, replace(CONFIG, epochs=10), progress=None)
+    assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"] + 0.1
+    names = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
+    names += " gradient_weight/mean grad_norm learning_rate tokens_per_second"
+    assert set(names.split()) <= set(metrics[0])
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge", "robust"])
+def test_accumulated_gradients_equal_the_large_batch(tiny, preferences, kind):
+    results = []
+    for accumulate in (1, 3):
+        model = load_model(str(tiny)).double()
+        exact = replace(preferences, reference_logps=None).with_reference(load_model(str(tiny)).double())
+        config = replace(CONFIG, kind=kind, batch_pairs=24, loop=replace(LOOP, accumulate=accumulate, learning_rate=1e-4))
+        metrics = train_dpo(model, exact, config, progress=None)
+        results.append((state(model), [line["loss"] for line in metrics], [line["grad_norm"] for line in metrics]))
+    for name, tensor in results[0][0].items():
+        assert torch.allclose(tensor, results[1][0][name], atol=1e-9), name
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-9)
+    assert results[0][2] == pytest.approx(results[1][2], rel=1e-7)
+
+
+def test_every_epoch_takes_every_pair_once_in_another_order(preferences):
+    groups = preferences.pairs_by_prompt()
+    plan = train._plan(groups, CONFIG, seed=0)
+    per_epoch = len(plan) // 2
+    for epoch in (plan[:per_epoch], plan[per_epoch:]):
+        assert sorted(g for step in epoch for g in step) == list(range(len(groups)))
+    assert plan[:per_epoch] != plan[per_epoch:] and plan != train._plan(groups, CONFIG, seed=1)
+    assert all(sum(len(groups[g]) for g in step) <= CONFIG.batch_pairs for step in plan)
+
+
+@pytest.mark.parametrize("schedule, middle", [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_schedules_warm_up_and_decay(schedule, middle):
+    config = LoopConfig(schedule=schedule, warmup_steps=10)
+    assert [train._schedule(s, 29, config) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert train._schedule(20, 29, config) == pytest.approx(middle)
+    assert (train._schedule(29, 29, config) > 0) and (schedule == "constant" or train._schedule(29, 29, config) < 0.1)
+
+
+def test_optimizers_are_the_asked_ones(model):
+    kinds = {name: [type(o).__name__ for o in train.make_optimizers(model, LoopConfig(optimizer=name))] for name in ("adamw", "rmsprop", "muon")}
+    assert kinds == {"adamw": ["AdamW"], "rmsprop": ["RMSprop"], "muon": ["AdamW", "Muon"]}
+    adamw, muon = train.make_optimizers(model, LoopConfig(optimizer="muon"))
+    count = sum(p.numel() for o in (adamw, muon) for g in o.param_groups for p in g["params"])
+    assert count == sum(p.numel() for p in model.parameters())
+
+
+def test_evaluation_comes_first_every_n_steps_and_last(model, preferences):
+    seen = []
+    train_dpo(model, preferences, CONFIG, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
+    steps = len(train._plan(preferences.pairs_by_prompt(), CONFIG, 0))
+    assert seen == sorted({0, *range(3, steps, 3), steps})
+
+
+def test_sft_minimises_nats_per_completion_token(model, preferences):
+    batches = sft_batches(preferences, 4)
+    chosen = {int(i) for i in preferences.chosen}
+    assert sum(b.n for b in batches) == len(chosen)
+    with torch.no_grad():
+        logps = train.completion_logps(model, batches[0])
+    metrics = train_sft(model, batches, 30, replace(LOOP, learning_rate=1e-2), progress=None)
+    assert metrics[0]["loss"] == pytest.approx(float(-logps.sum() / batches[0].tokens), rel=1e-6)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "muon"])
+def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, tmp_path, optimizer):
+    config = replace(CONFIG, loop=replace(LOOP, optimizer=optimizer))
+
+    def evaluate(model, step):
+        return {"norm": float(sum(p.detach().abs().sum() for p in model.parameters()))}
+
+    whole = load_model(str(tiny))
+    (tmp_path / "whole").mkdir()
+    expected = timeless(train_dpo(whole, preferences, config, run=tmp_path / "whole", evaluate=evaluate, progress=None))
+    steps = expected[-1]["step"]
+    for stop_after in range(1, steps):
+        run = tmp_path / f"stopped-{stop_after}"
+        run.mkdir()
+
+        class Killed(BaseException):
+            pass
+
+        original = train.append_metrics
+
+        def dies(directory, line, stop_after=stop_after, original=original, Killed=Killed):
+            original(directory, line)
+            if line["step"] == stop_after:
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, "append_metrics", dies)
+            train_dpo(load_model(str(tiny)), preferences, config, run=run, evaluate=evaluate, progress=None)
+        resumed = load_model(str(tiny))
+        metrics = train_dpo(resumed, preferences, config, run=run, resume=True, evaluate=evaluate, progress=None)
+        assert same(state(resumed), state(whole)), stop_after
+        assert timeless(metrics) == timeless(read_metrics(run)) == expected
+        last = f"checkpoints/step-{steps:08d}"
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            assert (run / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_train import CONFIG, make_preferences
+from dpo_lab import train
+from dpo_lab.models import load_model
+append = train.append_metrics
+def slow(run, line):
+    append(run, line)
+    time.sleep(0.2)
+train.append_metrics = slow
+print("ready", flush=True)
+try:
+    train.train_dpo(load_model(sys.argv[2]), make_preferences(sys.argv[2]), CONFIG, run=Path(sys.argv[3]), progress=None)
+except train.Interrupted as error:
+    print(error, flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_a_killed_process_resumes_to_the_same_bytes(tiny, preferences, tmp_path, number, code):
+    run = tmp_path / "run"
+    run.mkdir()
+    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(tiny), str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    while len(read_metrics(run)) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    if code == 130:
+        assert "--resume" in output
+    resumed, whole = load_model(str(tiny)), load_model(str(tiny))
+    metrics = train_dpo(resumed, preferences, CONFIG, run=run, resume=True, progress=None)
+    expected = train_dpo(whole, preferences, CONFIG, progress=None)
+    assert same(state(resumed), state(whole))
+    assert timeless(metrics) == timeless(expected)
+
+
+def test_control_c_stops_between_steps_and_leaves_a_checkpoint(model, preferences, tmp_path):
+    def evaluate(model, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with pytest.raises(Interrupted, match="after step 3 .* --resume"):
+        train_dpo(model, preferences, CONFIG, run=tmp_path, evaluate=evaluate, progress=None)
+    assert (tmp_path / "checkpoints/step-00000003/state.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_half(tiny, preferences, tmp_path, monkeypatch):
+    save, calls = runs.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            save(tensors, path)
+            with open("/dev/full" if os.path.exists("/dev/full") else path, "wb", buffering=0) as device:
+                device.write(b"x")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(runs, "save_file", full)
+    with pytest.raises(OSError, match="no space left to write .*step-00000004.*--resume"):
+        train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, progress=None)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    resumed, whole = load_model(str(tiny)), load_model(str(tiny))
+    train_dpo(resumed, preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+    train_dpo(whole, preferences, CONFIG, progress=None)
+    assert same(state(resumed), state(whole))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "missing"])
+def test_a_damaged_checkpoint_is_refused_and_the_model_untouched(model, preferences, tmp_path, name, damage):
+    train_dpo(model, preferences, CONFIG, run=tmp_path, progress=None)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1] / name
+    content = bytearray(newest.read_bytes())
+    if damage == "missing":
+        newest.unlink()
+    elif damage == "truncated":
+        newest.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0xFF
+        newest.write_bytes(content)
+    fresh = load_model(model.name_or_path)
+    before = state(fresh)
+    with pytest.raises(ValueError, match="step-.*Delete .* to continue"):
+        train_dpo(fresh, preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+    assert same(before, state(fresh))
+
+
+def test_missing_reference_log_probs_are_named(model, preferences):
+    with pytest.raises(ValueError, match="reference_logps.*with_reference"):
+        train_dpo(model, replace(preferences, reference_logps=None), CONFIG, progress=None)
+
+
+def test_a_bad_beta_stops_before_anything_is_written(model, preferences, tmp_path):
+    with pytest.raises(ValueError, match="beta is -1"):
+        train_dpo(model, preferences, replace(CONFIG, beta=-1), run=tmp_path / "run", progress=None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_is_an_error_that_names_the_cause(model, preferences):
+    with pytest.raises(ValueError, match="learning.rate"):
+        train_dpo(model, preferences, replace(CONFIG, epochs=4, loop=replace(LOOP, learning_rate=1e30)), progress=None)
+
+
+def test_bfloat16_training_follows_float32(tiny, preferences):
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        metrics = train_dpo(load_model(str(tiny)), preferences, replace(CONFIG, loop=replace(LOOP, precision=precision)), progress=None)
+        curves.append([line["loss"] for line in metrics])
+    assert curves[0] == pytest.approx(curves[1], abs=0.05) and curves[0] != curves[1]
+
+
+def test_tensorboard_gets_the_metrics_on_request(model, preferences, tmp_path):
+    train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, tensorboard=True)), run=tmp_path, progress=None)
+    events = list((tmp_path / "tensorboard").rglob("events*"))
+    assert events and sum(e.stat().st_size for e in events) > 1000
+
+
+def test_metrics_are_json_lines(model, preferences, tmp_path):
+    train_dpo(model, preferences, CONFIG, run=tmp_path, progress=None)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
