@@ -31,7 +31,9 @@ def doctor_command() -> int:
 def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Sample completions of training prefixes from the reference."""
     samples = experiment.sample(config, data)
-    print(f"{sum(map(len, samples['completions'])):,} completions of {len(samples['prompts']):,} prefixes in {data / 'samples.json'}")
+    print(
+        f"{sum(map(len, samples['completions'])):,} completions of {len(samples['prompts']):,} prefixes in {data / 'samples.json'}"
+    )
 
 
 def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
@@ -54,14 +56,18 @@ def train_command(
     for name in ("before", "after"):
         s = summary[name]
         print(f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats")
-    print(f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak")
+    print(
+        f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak"
+    )
     print(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
 
 
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
-    print(f"reward {s['reward']:.3f} ± {s['reward_se']:.3f}, sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats, in {run / 'evaluation.json'}")
+    print(
+        f"reward {s['reward']:.3f} ± {s['reward_se']:.3f}, sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats, in {run / 'evaluation.json'}"
+    )
 
 
 def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:

@@ -30,7 +30,9 @@ def examine() -> tuple[list[tuple[str, str, str]], bool]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     rows.append(("gpu", gpu, "" if gpu != "none" else "nothing, for the laptop lane; the gpu lane needs CUDA"))
     memory = _memory_gb()
-    rows.append(("memory", f"{memory:.1f} GB" if memory else "unknown", "" if not memory or memory >= 2 else "the laptop lane needs 2 GB"))
+    rows.append(
+        ("memory", f"{memory:.1f} GB" if memory else "unknown", "" if not memory or memory >= 2 else "the laptop lane needs 2 GB")
+    )
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     rows.append(("free disk here", f"{disk:.1f} GB", "" if disk >= 1 else "free 1 GB, or give --out on another disk"))
     rows.append(("lane", "gpu (--lane gpu)" if gpu != "none" else "laptop", ""))

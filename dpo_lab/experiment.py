@@ -17,7 +17,7 @@ from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import open_run, peak_memory_mb, provenance, read_metrics, require_space, write_json, write_whole
+from dpo_lab.runs import open_run, peak_memory_mb, provenance, require_space, write_json, write_whole
 from dpo_lab.train import DPOConfig, check_config, train_dpo
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
@@ -90,7 +90,9 @@ def load_parts(config: TaskConfig) -> Parts:
     reviews = load_imdb(config.imdb)
     for asked, part in ((config.prefixes, "train"), (config.eval_prefixes, "test")):
         if asked > len(reviews[part]):
-            raise ValueError(f"{asked} prefixes asked for, and there are {len(reviews[part])} {part} reviews; ask for at most as many")
+            raise ValueError(
+                f"{asked} prefixes asked for, and there are {len(reviews[part])} {part} reviews; ask for at most as many"
+            )
     if (reward := config.reward or names["reward"]) == "tfidf":
         judge = SentimentReward.tfidf(list(reviews["train"]["text"]), list(reviews["train"]["label"]))
     else:
@@ -265,7 +267,12 @@ def save_samples(out: Path, before: Evaluation, after: Evaluation, n: int = 20) 
 def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: tuple[np.ndarray, ...]) -> None:
     """Loss, rewards and accuracy, margins, and reward against KL, as PNG under `figures/`."""
     points = [
-        {"reward": m["eval/reward"], "reward_se": m["eval/reward_se"], "kl": m["eval/kl/sequence"], "kl_se": m["eval/kl/sequence_se"]}
+        {
+            "reward": m["eval/reward"],
+            "reward_se": m["eval/reward_se"],
+            "kl": m["eval/kl/sequence"],
+            "kl_se": m["eval/kl/sequence_se"],
+        }
         for m in metrics
         if "eval/reward" in m
     ]

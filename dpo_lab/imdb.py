@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
@@ -112,35 +112,50 @@ def sample_completions(
     nothing is padded. The same seed gives the same completions on the same machine.
     """
     device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     completions: list[list[list[int]]] = [[] for _ in prompts]
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).extend([i] * k)
-    with (
-        tqdm(total=k * len(prompts), desc=progress, disable=progress is None, unit="completion") as bar,
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
-        torch.manual_seed(seed)
+    with tqdm(total=k * len(prompts), desc=progress, disable=progress is None, unit="completion") as bar:
         for _, owners in sorted(by_length.items()):
             for start in range(0, len(owners), rows):
                 now = owners[start : start + rows]
                 ids = torch.tensor([prompts[i] for i in now], device=device)  # (B, L)
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=temperature,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=eos_token_id,
-                    pad_token_id=eos_token_id,
-                )[:, ids.shape[1] :].tolist()
-                for i, tokens in zip(now, out):
+                sampled = _sample(model, ids, eos_token_id, max_new_tokens, temperature, generator).tolist()
+                for i, tokens in zip(now, sampled):
                     end = tokens.index(eos_token_id) + 1 if eos_token_id in tokens else len(tokens)
                     completions[i].append(tokens[:end])
                 bar.update(len(now))
     return completions
+
+
+def _sample(
+    model: nn.Module, ids: Tensor, eos_token_id: int, max_new_tokens: int, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Continue the rows of `ids` (B, L) by up to `max_new_tokens`: (B, max_new_tokens), EOS from where a row has ended.
+
+    Tokens come from the inverse of the cumulative distribution, which on CPUs costs a quarter of `torch.multinomial`; rows
+    that have ended leave the batch when they are an eighth of it.
+    """
+    cache, rows = DynamicCache(config=model.config), torch.arange(len(ids), device=ids.device)
+    out = torch.full((len(ids), max_new_tokens), eos_token_id, device=ids.device)
+    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    length, step = ids.shape[1], ids
+    for t in range(max_new_tokens):
+        mask = torch.ones(len(step), length + t, dtype=torch.long, device=ids.device)
+        logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        cumulative = (logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (b, V)
+        uniform = torch.rand(len(step), 1, generator=generator, device=ids.device) * cumulative[:, -1:]
+        step = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=cumulative.shape[1] - 1)  # (b, 1)
+        out[rows[running], t] = step[running, 0]
+        running &= step[:, 0] != eos_token_id
+        if not running.any():
+            break
+        if (~running).sum() * 8 >= len(running):
+            cache.batch_select_indices(running.nonzero()[:, 0])
+            rows, step, running = rows[running], step[running], running[running]
+    return out
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[str]]:

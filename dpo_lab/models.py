@@ -32,7 +32,9 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             be wrong (as with Gemma 2, which caps its logits); or device "cuda" without a GPU.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`")
+        raise ValueError(
+            f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
+        )
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True).to(device).eval()
     ids = torch.arange(4, device=device)[None]
     with torch.no_grad():
@@ -59,7 +61,9 @@ def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -
 def _from_pretrained(loader: type, name: str, **options: object) -> object:
     path = EMBEDDED if name == "embedded" else Path(name)
     if name == "embedded" and not (path / "config.json").exists():
-        raise FileNotFoundError(f"the embedded model is missing from {path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`")
+        raise FileNotFoundError(
+            f"the embedded model is missing from {path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`"
+        )
     try:
         return loader.from_pretrained(str(path) if path.exists() else name, **options)
     except (OSError, ConnectionError) as error:

@@ -69,14 +69,23 @@ def plot_frontier(
     `points` have `reward`, `kl` and their `_se`; `frontier` is what `optimal_frontier` returns, drawn only while the
     effective sample size is at least 5.
     """
-    figure, axes = _figure("Reward against KL on held-out prefixes", "mean reward, P(positive)", "sequence KL to the reference (nats)")
+    figure, axes = _figure(
+        "Reward against KL on held-out prefixes", "mean reward, P(positive)", "sequence KL to the reference (nats)"
+    )
     if frontier is not None:
         reward, kl, effective = frontier
         valid = effective >= 5
         axes.plot(kl[valid], reward[valid], color=OPTIMUM, linestyle="--", label="optimal policy, estimated from the reference")
     columns = {k: [p[k] for p in points] for k in ("kl", "reward", "kl_se", "reward_se")}
     axes.errorbar(
-        columns["kl"], columns["reward"], columns["reward_se"], columns["kl_se"], marker="o", markersize=4, color=POLICY, label=label
+        columns["kl"],
+        columns["reward"],
+        columns["reward_se"],
+        columns["kl_se"],
+        marker="o",
+        markersize=4,
+        color=POLICY,
+        label=label,
     )
     axes.set(ylim=(0.4, 1.0))
     axes.legend(frameon=False, loc="lower right")

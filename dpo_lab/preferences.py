@@ -134,18 +134,18 @@ class Preferences:
         try:
             meta = json.loads((Path(directory) / "preferences.json").read_text(encoding="utf-8"))
             parts = load_from_disk(str(directory))
-            numpy = {name: part.with_format("numpy") for name, part in parts.items()}
+            completions, pairs = parts["completions"], parts["pairs"]
             optional = {
-                name: np.asarray(numpy["completions"][name][:])
+                name: np.array(completions[name][:], dtype=np.float64)
                 for name in ("scores", "reference_logps")
-                if name in parts["completions"].column_names
+                if name in completions.column_names
             }
             return cls(
                 prompts=list(parts["prompts"]["ids"]),
-                completions=list(parts["completions"]["ids"]),
-                prompt_of=np.asarray(numpy["completions"]["prompt"][:]),
-                chosen=np.asarray(numpy["pairs"]["chosen"][:]),
-                rejected=np.asarray(numpy["pairs"]["rejected"][:]),
+                completions=list(completions["ids"]),
+                prompt_of=np.array(completions["prompt"][:]),
+                chosen=np.array(pairs["chosen"][:]),
+                rejected=np.array(pairs["rejected"][:]),
                 reference_key=meta["reference_key"],
                 report=Report(**meta["report"]),
                 **optional,
@@ -324,12 +324,16 @@ def _texts(i: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
         found = ", ".join(f"{name}: {type(value).__name__}" for name, value in zip(EXAMPLE, values))
         raise ValueError(f"row {i} must hold three strings or three lists of messages; found {found}")
     if tokenizer.chat_template is None:
-        raise ValueError(f"row {i} is conversational and the tokenizer has no chat template; set tokenizer.chat_template, or give strings")
+        raise ValueError(
+            f"row {i} is conversational and the tokenizer has no chat template; set tokenizer.chat_template, or give strings"
+        )
     prompt = tokenizer.apply_chat_template(values[0], tokenize=False, add_generation_prompt=True)
     answers = []
     for messages in values[1:]:
         whole = tokenizer.apply_chat_template(values[0] + messages, tokenize=False)
         if not whole.startswith(prompt):
-            raise ValueError(f"row {i}: the chat template renders the prompt differently once it is answered, so it cannot be split off")
+            raise ValueError(
+                f"row {i}: the chat template renders the prompt differently once it is answered, so it cannot be split off"
+            )
         answers.append(whole[len(prompt) :] if any(m["content"].strip() for m in messages) else "")
     return prompt, *answers

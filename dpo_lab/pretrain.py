@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
-from dpo_lab.imdb import load_imdb
+from dpo_lab.imdb import load_imdb, sample_completions
 from dpo_lab.logprobs import CompletionBatch, completion_batch, score_completions
 from dpo_lab.runs import open_run, provenance, read_metrics, write_whole
 from dpo_lab.train import LoopConfig, train_sft
@@ -192,10 +192,14 @@ def held_out_loss(
     }
 
 
-@torch.no_grad()
 def sample_reviews(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0) -> list[str]:
     """`n` unselected samples from the model, from BOS until EOS or 200 tokens, at temperature 1 without top-k or top-p."""
-    set_seed(seed)
-    start = torch.full((n, 1), tokenizer.bos_token_id)
-    out = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=200, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.batch_decode(out, skip_special_tokens=True)
+    samples = sample_completions(
+        model,
+        [[tokenizer.bos_token_id]],
+        n,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=min(200, model.config.max_position_embeddings - 1),
+        seed=seed,
+    )
+    return tokenizer.batch_decode(samples[0], skip_special_tokens=True)

@@ -119,7 +119,9 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
             differences = "; ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked" for k in keys)
             raise ValueError(f"{directory} holds a run with another config ({differences}). Choose another --out, or delete it")
         if not resume:
-            raise ValueError(f"{directory} already holds a run with this config; continue it with --resume, or choose another --out")
+            raise ValueError(
+                f"{directory} already holds a run with this config; continue it with --resume, or choose another --out"
+            )
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty and has no config.json; choose another --out")
     else:

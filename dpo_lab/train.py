@@ -165,7 +165,16 @@ def train_dpo(
         return len(micro.chosen)
 
     return _fit(
-        policy, len(plan), micro_batches, loss_of, weigh, config.loop, run=run, resume=resume, evaluate=evaluate, progress=progress
+        policy,
+        len(plan),
+        micro_batches,
+        loss_of,
+        weigh,
+        config.loop,
+        run=run,
+        resume=resume,
+        evaluate=evaluate,
+        progress=progress,
     )
 
 
@@ -254,9 +263,12 @@ def _fit(
 
     if start == 0 and evaluate:
         log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
-    with interruptible() if run else nullcontext() as stop, tqdm(
-        total=steps, initial=start, desc=progress, disable=progress is None or not accelerator.is_main_process, unit="step"
-    ) as bar:
+    with (
+        interruptible() if run else nullcontext() as stop,
+        tqdm(
+            total=steps, initial=start, desc=progress, disable=progress is None or not accelerator.is_main_process, unit="step"
+        ) as bar,
+    ):
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             scale = _schedule(step, steps, config)
@@ -276,7 +288,9 @@ def _fit(
                     line[name] = line.get(name, 0.0) + value / total
             line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
             if not math.isfinite(line["grad_norm"]):
-                raise ValueError(f"the gradient at step {step} is {line['grad_norm']}; lower learning_rate ({config.learning_rate})")
+                raise ValueError(
+                    f"the gradient at step {step} is {line['grad_norm']}; lower learning_rate ({config.learning_rate})"
+                )
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -365,4 +379,3 @@ def _to(micro: Any, device: torch.device) -> Any:
     if isinstance(micro, CompletionBatch):
         return micro.to(device)
     return PairBatch(*(part.to(device) for part in vars(micro).values()))
-

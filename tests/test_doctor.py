@@ -9,7 +9,19 @@ from dpo_lab.cli import main
 def test_a_healthy_machine_can_run_the_laptop_lane(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for what in ("python", "torch", "cpu", "gpu", "memory", "free disk", "lane", "embedded model", "sha256", "IMDb", "Hugging Face hub"):
+    for what in (
+        "python",
+        "torch",
+        "cpu",
+        "gpu",
+        "memory",
+        "free disk",
+        "lane",
+        "embedded model",
+        "sha256",
+        "IMDb",
+        "Hugging Face hub",
+    ):
         assert what in out, what
     assert "HF_HUB_OFFLINE" in out and "The laptop lane can run" in out and len(out.splitlines()) <= 24
 

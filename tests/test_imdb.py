@@ -105,5 +105,8 @@ def test_sampling_leaves_the_global_random_state_alone(model):
 
 
 def test_texts_join_prompt_and_completion(tokenizer):
-    prompt, completion = tokenizer("this film")["input_ids"], tokenizer(" was lovely", add_special_tokens=False)["input_ids"] + [0]
+    prompt, completion = (
+        tokenizer("this film")["input_ids"],
+        tokenizer(" was lovely", add_special_tokens=False)["input_ids"] + [0],
+    )
     assert texts_of(tokenizer, [prompt], [[completion, completion[:-1]]]) == [["this film was lovely"] * 2]

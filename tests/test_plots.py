@@ -6,7 +6,14 @@ import pytest
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 
 METRICS = [
-    {"step": s, "loss": 0.7 - s / 100, "rewards/chosen": s, "rewards/rejected": -s, "rewards/accuracies": 0.5, "rewards/margins": 2 * s}
+    {
+        "step": s,
+        "loss": 0.7 - s / 100,
+        "rewards/chosen": s,
+        "rewards/rejected": -s,
+        "rewards/accuracies": 0.5,
+        "rewards/margins": 2 * s,
+    }
     for s in range(1, 31)
 ]
 
@@ -27,7 +34,10 @@ def test_the_running_mean_is_a_mean_of_the_last_tenth():
 
 
 def test_the_frontier_is_drawn_only_where_the_estimate_holds():
-    points = [{"reward": 0.5, "reward_se": 0.01, "kl": 0.0, "kl_se": 0.0}, {"reward": 0.8, "reward_se": 0.01, "kl": 2.0, "kl_se": 0.1}]
+    points = [
+        {"reward": 0.5, "reward_se": 0.01, "kl": 0.0, "kl_se": 0.0},
+        {"reward": 0.8, "reward_se": 0.01, "kl": 2.0, "kl_se": 0.1},
+    ]
     frontier = (np.array([0.5, 0.7, 0.9]), np.array([0.0, 1.0, 3.0]), np.array([64.0, 20.0, 2.0]))
     axes = plot_frontier(points, frontier).axes[0]
     assert list(axes.get_lines()[0].get_xdata()) == [0.0, 1.0]

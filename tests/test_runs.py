@@ -6,7 +6,16 @@ import json
 import pytest
 
 from dpo_lab import runs
-from dpo_lab.runs import append_metrics, open_run, peak_memory_mb, provenance, read_metrics, require_space, write_json, write_whole
+from dpo_lab.runs import (
+    append_metrics,
+    open_run,
+    peak_memory_mb,
+    provenance,
+    read_metrics,
+    require_space,
+    write_json,
+    write_whole,
+)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -158,7 +158,10 @@ def test_schedules_warm_up_and_decay(schedule, middle):
 
 
 def test_optimizers_are_the_asked_ones(model):
-    kinds = {name: [type(o).__name__ for o in train.make_optimizers(model, LoopConfig(optimizer=name))] for name in ("adamw", "rmsprop", "muon")}
+    kinds = {
+        name: [type(o).__name__ for o in train.make_optimizers(model, LoopConfig(optimizer=name))]
+        for name in ("adamw", "rmsprop", "muon")
+    }
     assert kinds == {"adamw": ["AdamW"], "rmsprop": ["RMSprop"], "muon": ["AdamW", "Muon"]}
     adamw, muon = train.make_optimizers(model, LoopConfig(optimizer="muon"))
     count = sum(p.numel() for o in (adamw, muon) for g in o.param_groups for p in g["params"])
@@ -336,7 +339,9 @@ def test_divergence_is_an_error_that_names_the_cause(model, preferences):
 def test_bfloat16_training_follows_float32(tiny, preferences):
     curves = []
     for precision in ("float32", "bfloat16"):
-        metrics = train_dpo(load_model(str(tiny)), preferences, replace(CONFIG, loop=replace(LOOP, precision=precision)), progress=None)
+        metrics = train_dpo(
+            load_model(str(tiny)), preferences, replace(CONFIG, loop=replace(LOOP, precision=precision)), progress=None
+        )
         curves.append([line["loss"] for line in metrics])
     assert curves[0] == pytest.approx(curves[1], abs=0.05) and curves[0] != curves[1]
 

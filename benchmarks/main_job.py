@@ -1,0 +1,54 @@
+"""What `dpo-lab train` with no options gives and costs, from cold, for three seeds.
+
+    python benchmarks/main_job.py
+
+Every run starts with an empty cache, in a process of its own. Writes benchmarks/results/main_job.json, and the figure of
+the first seed to docs/reward_kl.png.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from dpo_lab.runs import provenance, write_json, write_whole
+
+ROOT = Path(__file__).parent.parent
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    rows = []
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as directory:
+            cold = {**os.environ, "DPO_LAB_CACHE": f"{directory}/cache", "HF_HOME": f"{directory}/hf"}
+            run = Path(directory) / "run"
+            began = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "dpo_lab.cli", "train", f"--seed={seed}", "--out", str(run)], env=cold, check=True
+            )
+            seconds = time.perf_counter() - began
+            summary = json.loads((run / "summary.json").read_text())
+            rows.append({"seed": seed, "process_seconds": round(seconds, 1), **summary})
+            if seed == SEEDS[0]:
+                with write_whole(ROOT / "docs" / "reward_kl.png") as temporary:
+                    shutil.copy(run / "figures" / "reward_kl.png", temporary)
+    mean = {
+        "reward_before": float(np.mean([row["before"]["reward"] for row in rows])),
+        "reward_after": float(np.mean([row["after"]["reward"] for row in rows])),
+        "kl_after": float(np.mean([row["after"]["kl"] for row in rows])),
+        "process_seconds": max(row["process_seconds"] for row in rows),
+        "peak_memory_mb": max(row["peak_memory_mb"] for row in rows),
+    }
+    write_json(ROOT / "benchmarks" / "results" / "main_job.json", {"provenance": provenance(), "mean": mean, "rows": rows})
+    print(json.dumps(mean, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""How beta and the learning rate of `dpo-lab train` were chosen: a grid of runs on the same preferences.
+
+    python benchmarks/sweep.py --betas 0.1 0.3 --rates 1e-4 3e-4
+
+Every run is `dpo-lab train` in a process of its own. Rows go to benchmarks/results/sweep.json as they finish; a row that
+is there already is not run again.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from dpo_lab.runs import provenance, read_metrics, write_json
+
+RESULTS = Path(__file__).parent / "results" / "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The grid."""
+
+    betas: tuple[float, ...] = (0.1, 0.2, 0.4)
+    """values of beta"""
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    """peak learning rates"""
+    epochs: tuple[int, ...] = (1,)
+    """passes over the prompts"""
+    seed: int = 0
+    """seed of every run"""
+    out: Path = Path("runs/sweep")
+    """where the runs and their common preferences go"""
+
+
+def main(config: SweepConfig) -> None:
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    for beta, rate, epochs in itertools.product(config.betas, config.rates, config.epochs):
+        key = {"beta": beta, "learning_rate": rate, "epochs": epochs, "seed": config.seed}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        run = config.out / f"beta{beta}-lr{rate}-epochs{epochs}-seed{config.seed}"
+        options = [f"--beta={beta}", f"--learning-rate={rate}", f"--epochs={epochs}", f"--seed={config.seed}"]
+        data = config.out / f"data-seed{config.seed}"
+        command = [sys.executable, "-m", "dpo_lab.cli", "train", *options, "--out", str(run), "--data", str(data)]
+        subprocess.run([*command, *(["--resume"] if run.exists() else [])], check=True)
+        summary = json.loads((run / "summary.json").read_text())
+        curve = [
+            {k.removeprefix("eval/"): line[k] for k in ("step", "eval/reward", "eval/kl/sequence")}
+            for line in read_metrics(run)
+            if "eval/reward" in line
+        ]
+        rows.append(key | {k: summary[k] for k in ("before", "after", "steps", "pairs", "seconds")} | {"curve": curve})
+        write_json(RESULTS, {"provenance": provenance(), "rows": rows})
+    print(f"{'beta':>6} {'rate':>8} {'epochs':>6} {'reward':>7} {'KL':>6} {'seconds':>8}")
+    for row in sorted(rows, key=lambda row: -row["after"]["reward"]):
+        after = row["after"]
+        print(
+            f"{row['beta']:>6} {row['learning_rate']:>8} {row['epochs']:>6} {after['reward']:>7.3f} {after['kl']:>6.2f} "
+            f"{row['seconds']:>8.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(SweepConfig))

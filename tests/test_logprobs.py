@@ -1,0 +1,397 @@
+"""Completion log-probs against a plain loop over tokens in float64, and what they cost in memory."""
+
+import math
+import weakref
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from dpo_lab import logprobs
+from dpo_lab.logprobs import can_share, completion_batch, completion_logps, score_completions, token_logps, weights_hash
+
+MODELS = ["gpt2", "gpt2-bias", "llama-tied", "llama-grouped"]
+every_model = pytest.mark.parametrize("name", MODELS)
+
+PROMPTS = [[0, 5, 7, 2, 9, 4, 4, 1], [0], [0, 3, 8]]
+COMPLETIONS = [[6, 6, 1], [2], [9, 3, 3, 5, 1], [30, 1], [8], [7, 2, 1]]
+PROMPT_OF = [0, 1, 0, 2, 0, 2]
+
+
+def make_model(name, vocabulary=40, context=48, width=16, spread=0.3):
+    """A random causal LM in float64 whose logits are far from uniform."""
+    set_seed(0)
+    if name.startswith("gpt2"):
+        config = GPT2Config(
+            vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=2, n_head=2, initializer_range=spread,
+            bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=vocabulary, max_position_embeddings=context, hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2 if name == "llama-grouped" else 4,
+            initializer_range=spread, tie_word_embeddings=name == "llama-tied", bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+        for module in model.modules():
+            if isinstance(module, LlamaRMSNorm):  # the library's own computes in float32 whatever the model's dtype
+                module.forward = lambda x, m=module: m.weight * x * (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+    if name == "gpt2-bias":
+        model.lm_head.bias = nn.Parameter(torch.randn(vocabulary))
+    return model.double().eval()
+
+
+shared_model = cache(make_model)  # for tests that leave it as it is
+
+
+def by_loop(model, prompt, completion):
+    """log pi(completion | prompt): one full forward, then one token after another."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0].double()
+    position = len(prompt) - 1
+    logps = [torch.log_softmax(logits[position + k], 0)[token].item() for k, token in enumerate(completion)]
+    return math.fsum(logps)
+
+
+def loops(model, prompts=PROMPTS, completions=COMPLETIONS, prompt_of=PROMPT_OF):
+    return torch.tensor([by_loop(model, prompts[p], c) for c, p in zip(completions, prompt_of)], dtype=torch.float64)
+
+
+def close(found, expected, atol=1e-10):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def gradients(model, logps):
+    """Of a sum that weighs each completion differently."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps), dtype=logps.dtype)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any operation put in one tensor."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+@every_model
+def test_a_batch_agrees_with_the_loop(name):
+    model = shared_model(name)
+    logps = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF))
+    assert logps.dtype == torch.float64
+    close(logps.detach(), loops(model))
+
+
+@every_model
+def test_padding_does_not_show(name):
+    model = shared_model(name)
+    together = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF))
+    alone = [completion_logps(model, completion_batch([PROMPTS[p]], [c], [0])) for c, p in zip(COMPLETIONS, PROMPT_OF)]
+    close(together, torch.cat(alone), atol=1e-12)
+
+
+tokens = st.integers(0, 39)
+prompt_lists = st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=3)
+completion_lists = st.lists(st.tuples(st.integers(0, 2), st.lists(tokens, min_size=1, max_size=5)), min_size=1, max_size=6)
+
+
+@every_model
+@settings(deadline=None, max_examples=15)
+@given(prompts=prompt_lists, members=completion_lists, share=st.booleans())
+def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, members, share):
+    model = shared_model(name)
+    prompt_of, completions = [p % len(prompts) for p, _ in members], [c for _, c in members]
+    batch = completion_batch(prompts, completions, prompt_of, share=share)
+    assert batch.n == len(completions) and batch.tokens == sum(map(len, completions))
+    with torch.no_grad():
+        close(completion_logps(model, batch), loops(model, prompts, completions, prompt_of))
+
+
+@every_model
+def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
+    model = make_model(name)
+    apart, together = (completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share) for share in (False, True))
+    assert len(apart.input_ids) == 6 and len(together.input_ids) == 3
+    close(completion_logps(model, together), completion_logps(model, apart))
+    expected = gradients(model, completion_logps(model, apart))
+    for parameter, gradient in gradients(model, completion_logps(model, together)).items():
+        close(gradient, expected[parameter])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+def test_a_shared_row_may_be_longer_than_the_context(name):
+    model, completions = shared_model(name), [[k] * 20 for k in range(1, 5)]
+    batch = completion_batch([list(range(20))], completions, [0] * 4, share=True)
+    assert batch.input_ids.shape == (1, 100)  # the context is 48
+    close(completion_logps(model, batch).detach(), loops(model, [list(range(20))], completions, [0] * 4))
+
+
+def test_prompts_are_shared_only_where_that_saves_a_quarter_of_the_tokens():
+    prompt, completions = [0] * 4, [[1] * 4, [2] * 4]  # sharing saves 4 of 16 tokens
+    assert len(completion_batch([prompt], completions, [0, 0], share=True).input_ids) == 1
+    assert len(completion_batch([prompt], [[1] * 4, [2] * 5], [0, 0], share=True).input_ids) == 2
+    assert len(completion_batch([prompt], completions, [0, 0]).input_ids) == 2
+
+
+def test_prompts_are_shared_only_by_models_that_allow_it():
+    assert can_share(shared_model("gpt2")) and can_share(shared_model("llama-grouped"))
+    assert not can_share(SimpleNamespace(config=SimpleNamespace(model_type="bloom")))
+    assert not can_share(SimpleNamespace(config=SimpleNamespace(model_type="llama", sliding_window=8)))
+
+
+def test_a_batch_moves_as_a_whole():
+    moved = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True).to("meta")
+    assert moved.n == 6
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+
+
+def test_the_mean_divides_each_sum_by_its_number_of_tokens():
+    model = shared_model("gpt2")
+    mean = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF), reduction="mean")
+    close(mean.detach(), loops(model) / torch.tensor([len(c) for c in COMPLETIONS]))
+
+
+def test_float32_is_exact_to_a_ten_thousandth_near_minus_700():
+    model = make_model("gpt2", vocabulary=512, context=256, width=32, spread=0.02)
+    generator = torch.Generator().manual_seed(0)
+    completions = [torch.randint(512, (n,), generator=generator).tolist() for n in (108, 111, 115)]
+    expected = loops(model, PROMPTS, completions, [0, 1, 2])
+    assert expected.max() < -650
+    found = completion_logps(model.float(), completion_batch(PROMPTS, completions, [0, 1, 2]))
+    close(found.detach(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kept", [2**27, 0], ids=["logits kept", "logits computed again"])
+@pytest.mark.parametrize("chunk", [2**23, 1], ids=["one chunk", "many chunks"])
+def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, kept, chunk):
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", kept)
+    monkeypatch.setattr(logprobs, "LOGITS_IN_A_CHUNK", chunk)
+    model = make_model(name)
+    generator = torch.Generator().manual_seed(0)
+    completions = [torch.randint(40, (n,), generator=generator).tolist() for n in (40, 3, 30, 39, 1, 20)]  # 133 tokens
+    plain = []
+    for completion, p in zip(completions, PROMPT_OF):
+        logps = model(torch.tensor([PROMPTS[p] + completion])).logits[0].log_softmax(1)[len(PROMPTS[p]) - 1 : -1]
+        plain.append(logps[range(len(completion)), completion].sum())
+    expected = gradients(model, torch.stack(plain))
+    for parameter, gradient in gradients(
+        model, completion_logps(model, completion_batch(PROMPTS, completions, PROMPT_OF))
+    ).items():
+        close(gradient, expected[parameter])
+
+
+@pytest.mark.parametrize("kept", [2**27, 0], ids=["logits kept", "logits computed again"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_token_logps_pass_gradcheck(monkeypatch, kept, bias):
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", kept)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, b = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in ((3, 4), (5, 4), (5,))
+    )
+    targets = torch.tensor([4, 0, 4])
+    assert torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, b if bias else None, targets), (hidden, weight, b))
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_rest_does():
+    model = make_model("llama-grouped")
+    model.lm_head.weight.requires_grad_(False)
+    completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF)).sum().backward()
+    assert model.lm_head.weight.grad is None
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.model.layers.parameters())
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    logps = token_logps(hidden, torch.randn(5, 4, dtype=torch.float64), None, torch.tensor([4, 0, 4]))
+    (gradient,) = torch.autograd.grad((logps**2).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_head_sees_completion_positions_only(monkeypatch, share):
+    seen = []
+
+    def recorded(hidden, *rest):
+        seen.append(len(hidden))
+        return token_logps(hidden, *rest)
+
+    monkeypatch.setattr(logprobs, "token_logps", recorded)
+    completion_logps(shared_model("gpt2"), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share))
+    assert seen == [sum(map(len, COMPLETIONS))]
+
+
+def test_memory_does_not_grow_with_prompt_length_times_vocabulary():
+    model = make_model("gpt2", vocabulary=20_000, context=204).float()
+    batch = completion_batch([[1] * 200] * 8, [[2, 3, 4, 5]] * 8, range(8))
+    with LargestTensor() as largest:
+        completion_logps(model, batch).sum().backward()
+    assert largest.numel <= 128 * 20_000  # 32 completion tokens, in rows of 128; full logits are 8 * 204 * 20_000
+
+
+def test_memory_does_not_grow_with_the_completions_beyond_a_chunk(monkeypatch):
+    monkeypatch.setattr(logprobs, "LOGITS_IN_A_CHUNK", 64 * 20_000)
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", 0)
+    model = make_model("gpt2", vocabulary=20_000, context=101).float()
+    with LargestTensor() as largest:
+        completion_logps(model, completion_batch([[1]] * 3, [[2] * 100] * 3, range(3))).sum().backward()
+    assert largest.numel <= 64 * 20_000  # 300 completion tokens
+
+
+def test_scoring_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
+    alive, original = [], logprobs._logits
+
+    def recorded(*arguments):
+        logits = original(*arguments)
+        references.append(weakref.ref(logits))
+        alive.append(sum(reference() is not None for reference in references))
+        return logits
+
+    references = []
+    monkeypatch.setattr(logprobs, "_logits", recorded)
+    monkeypatch.setattr(logprobs, "LOGITS_IN_A_CHUNK", 1)
+    score_completions(shared_model("gpt2"), [[0]], [[1] * 40] * 10, [0] * 10)
+    assert len(alive) > 4
+    assert max(alive) <= 2  # this chunk, and the last one until its name is taken
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+def test_bfloat16_autocast_gives_finite_sums_near_those_of_float32(name):
+    model, batch = make_model(name).float(), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True)
+    expected = completion_logps(model, batch).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = completion_logps(model, batch)
+    assert found.dtype == torch.float64
+    assert not torch.equal(found, expected)
+    per_token = torch.tensor([len(c) for c in COMPLETIONS])
+    assert ((found - expected).abs() / per_token).max() < 0.03  # nats; logits near 4, rounded to 1 in 256
+    assert all(gradient.isfinite().all() for gradient in gradients(model, found).values())
+
+
+def test_bfloat16_logits_are_normalised_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.arange(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = token_logps(hidden, weight, None, targets)
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
+    assert found.dtype == torch.float32
+    close(found, logits.log_softmax(1)[range(9), targets], atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scores_come_in_the_order_given_and_the_mode_is_put_back(training):
+    model = make_model("gpt2")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.train(training)
+    scores = score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF, batch_tokens=24)
+    assert model.training is training
+    assert not scores.requires_grad
+    model.eval()
+    close(scores, loops(model))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 24, 10**6])
+def test_scores_do_not_depend_on_the_size_of_a_batch(batch_tokens):
+    model = shared_model("llama-grouped")
+    close(score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF, batch_tokens=batch_tokens), loops(model))
+
+
+def test_scores_take_means_and_nothing():
+    model = shared_model("gpt2")
+    mean = score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF, reduction="mean")
+    close(mean, loops(model) / torch.tensor([len(c) for c in COMPLETIONS]))
+    assert score_completions(model, PROMPTS, [], []).shape == (0,)
+
+
+def test_the_training_mode_is_put_back_after_an_error_too():
+    model = make_model("gpt2").train()
+    with pytest.raises(ValueError, match="context"):
+        score_completions(model, [[0]], [[1] * 48], [0])
+    assert model.training
+
+
+BAD = [  # prompts, completions, prompt_of, words of the message
+    ([[]], [[1]], [0], ["prompt 0 has no tokens", "BOS"]),
+    ([[0], []], [[1], [1]], [0, 1], ["prompt 1 has no tokens", "BOS"]),
+    ([[0]], [[1], []], [0, 0], ["completion 1 has no tokens", "EOS"]),
+    ([[]], [[]], [0], ["has no tokens"]),
+    ([[0]], [[1], [1]], [0, 1], ["prompt_of[1] is 1", "1 prompts", "0..0"]),
+    ([[0]], [[1]], [-1], ["prompt_of[0] is -1", "0..0"]),
+    ([[0]], [[1], [2]], [0], ["2 completions", "1 values in prompt_of"]),
+    ([[0]], [[1] * 48], [0], ["49 tokens", "context is 48", "shorten"]),
+    ([[0]], [[40]], [0], ["token id 40", "vocabulary of 40"]),
+    ([[0, 41]], [[1]], [0], ["token id 41", "vocabulary of 40"]),
+    ([[0]], [[-1]], [0], ["token id -1", "vocabulary of 40"]),
+]
+
+
+@pytest.mark.parametrize("prompts, completions, prompt_of, words", BAD, ids=[" ".join(bad[-1]) for bad in BAD])
+@pytest.mark.parametrize("how", ["a batch", "scores"])
+def test_wrong_tokens_are_named(how, prompts, completions, prompt_of, words):
+    model = shared_model("gpt2")
+    with pytest.raises(ValueError) as caught:
+        if how == "scores":
+            score_completions(model, prompts, completions, prompt_of)
+        else:
+            completion_logps(model, completion_batch(prompts, completions, prompt_of))
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="0 completions and 0 values in prompt_of; need one each, at least one"):
+        completion_batch([[0]], [], [])
+
+
+def test_a_completion_may_fill_the_context():
+    model = shared_model("gpt2")
+    close(completion_logps(model, completion_batch([[0]], [[1] * 47], [0])).detach(), loops(model, [[0]], [[1] * 47], [0]))
+
+
+def test_an_unknown_reduction_is_named():
+    with pytest.raises(ValueError, match="reduction is 'average'; it must be 'sum' .* or 'mean'"):
+        completion_logps(shared_model("gpt2"), completion_batch([[0]], [[1]], [0]), reduction="average")
+
+
+def test_the_hash_of_the_weights_follows_every_weight_and_nothing_else():
+    model = make_model("gpt2")
+    before = weights_hash(model)
+    assert len(before) == 16 and int(before, 16) >= 0
+    assert weights_hash(model.train()) == before == weights_hash(make_model("gpt2"))
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-9
+        assert weights_hash(model) != before
+        before = weights_hash(model)
+
+
+def test_the_hash_tells_weights_of_other_names_apart():
+    weight = torch.ones(3)
+    assert weights_hash(nn.ParameterDict({"a": weight})) != weights_hash(nn.ParameterDict({"b": weight}))
+
+
+def test_the_hash_takes_models_with_a_single_number_as_a_weight():
+    model = nn.Linear(1, 1)
+    model.register_buffer("scale", torch.tensor(1.0))
+    before = weights_hash(model)
+    model.scale += 1
+    assert weights_hash(model) != before

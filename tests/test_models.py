@@ -1,0 +1,171 @@
+"""Models and tokenizers come from a folder or the cache, without a network, without pickle, and only if they fit."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from dpo_lab import models
+from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer
+
+GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA |= {
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 1.0,
+}
+
+
+def small_gpt2(vocabulary=8):
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocabulary, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def save_words(folder, **special):
+    """A tokenizer of three words with the special tokens given."""
+    words = Tokenizer(WordLevel({"<end>": 0, "good": 1, "bad": 2}, unk_token="bad"))
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_folder_gives_its_model_ready_to_evaluate(tiny):
+    model = load_model(str(tiny))
+    saved = GPT2LMHeadModel.from_pretrained(tiny)
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_dtype_asked_for_is_given(tiny):
+    assert load_model(str(tiny), dtype=torch.float64).dtype == torch.float64
+
+
+def test_a_llama_with_a_plain_head_is_taken(tmp_path):
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).config.model_type == "llama"
+
+
+def test_embedded_is_the_folder_inside_the_package(tiny, monkeypatch):
+    monkeypatch.setattr(models, "EMBEDDED", tiny)
+    assert load_model().config.n_embd == 32
+    assert len(load_tokenizer()) == 512
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_missing_embedded_model_says_how_to_make_it(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"missing from {tmp_path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`")
+    ):
+        load()
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_an_unknown_name_says_what_can_be_given_instead(load):
+    with pytest.raises(FileNotFoundError) as caught:
+        load("no-such-owner/no-such-model")
+    for words in ("'no-such-owner/no-such-model'", "'embedded'", "config.json and model.safetensors", "`hf download`"):
+        assert words in str(caught.value)
+
+
+def test_a_name_in_the_cache_needs_no_network(tiny, tmp_path):
+    repository = tmp_path / "hub" / "models--openai-community--gpt2"
+    commit = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    shutil.copytree(tiny, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    program = """
+from dpo_lab.models import load_model, load_tokenizer
+print(load_model("openai-community/gpt2").config.n_embd, load_tokenizer("openai-community/gpt2")("joy")["input_ids"][0])
+"""
+    hidden = {"HF_HUB_CACHE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(models.__file__).parent.parent,
+        env=environment | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["32", "0"], done.stderr
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model = small_gpt2()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_half_a_file_of_weights_is_named(tmp_path):
+    small_gpt2().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path))):
+        load_model(str(tmp_path))
+
+
+def test_a_model_that_caps_its_logits_is_refused(tmp_path):
+    set_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**GEMMA)).save_pretrained(tmp_path / "capped")
+    Gemma2ForCausalLM(Gemma2Config(**GEMMA, final_logit_softcapping=None)).save_pretrained(tmp_path / "plain")
+    with pytest.raises(
+        ValueError, match="capped' changes its logits after the LM head .* use a model with a plain linear LM head"
+    ):
+        load_model(str(tmp_path / "capped"))
+    assert load_model(str(tmp_path / "plain")).config.model_type == "gemma2"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_not_there_is_named(tiny, device):
+    with pytest.raises(ValueError, match=f"device is '{device}' and torch sees no GPU; .*device='cpu'"):
+        load_model(str(tiny), device=device)
+
+
+def test_a_tokenizer_pads_with_eos_unless_it_has_a_pad_token(tmp_path):
+    tokenizer = load_tokenizer(save_words(tmp_path / "a", eos_token="<end>"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    assert load_tokenizer(save_words(tmp_path / "b", eos_token="<end>", pad_token="bad")).pad_token_id == 2
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    name = save_words(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer of .* has no EOS token, .*set tokenizer.eos_token"):
+        load_tokenizer(name)
+
+
+def test_a_folder_without_a_tokenizer_gives_none(tmp_path):
+    small_gpt2().save_pretrained(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(tmp_path))):
+        load_tokenizer(str(tmp_path))
+
+
+def test_policy_and_reference_must_have_as_many_tokens():
+    check_same_vocabulary(small_gpt2(8), small_gpt2(8))
+    with pytest.raises(ValueError, match="policy has a vocabulary of 8 tokens and reference one of 9; .*reference's weights"):
+        check_same_vocabulary(small_gpt2(8), small_gpt2(9))

@@ -1,0 +1,48 @@
+"""The README says what was measured, and its lines of code run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+from dpo_lab.logprobs import score_completions
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_figures_are_those_of_the_recorded_results():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.render(README) == README
+    assert "±" in README and "bits a byte" in README.replace("\n", " ")
+
+
+def test_the_homework_lines_run(model):
+    code = re.search(r"homework\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len(code.splitlines()) == 5
+    prompts, completions, prompt_of = [[0, 5], [0, 9]], [[3, 0], [4, 8, 0], [7, 0], [6, 6, 6, 0]], [0, 0, 1, 1]
+    names = {"policy": model, "prompts": prompts, "completions": completions, "prompt_of": prompt_of}
+    names |= {"reference_logps": score_completions(model, prompts, completions, prompt_of)}
+    names |= {"chosen": torch.tensor([0, 2]), "rejected": torch.tensor([1, 3])}
+    exec(code, names)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_every_file_and_command_named_exists():
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / "dpo_lab" / name).exists(), name
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    listed = set(re.findall(r"`(\w+\.py)`", README.split("## Map")[1]))
+    assert listed == {p.name for p in (ROOT / "dpo_lab").glob("*.py")} - {"__init__.py"}
+
+
+def test_files_import_only_files_above_them():
+    order = re.findall(r"`(\w+)\.py`", README.split("## Map")[1].split("A file imports")[0])
+    for place, name in enumerate(order):
+        source = (ROOT / "dpo_lab" / f"{name}.py").read_text()
+        for used in re.findall(r"^(?:from|import) dpo_lab\.(\w+)", source, re.MULTILINE):
+            assert order.index(used) < place, f"{name} imports {used}"
