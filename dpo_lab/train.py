@@ -237,7 +237,7 @@ def _fit(
     """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs or tokens)."""
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bfloat16" else "no",
-        cpu=not torch.cuda.is_available(),
+        cpu=next(model.parameters()).device.type == "cpu",
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=run,
     )
