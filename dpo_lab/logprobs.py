@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
 
 LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
@@ -65,16 +66,9 @@ def completion_batch(
     Raises:
         ValueError: an empty prompt or completion, or an index outside `prompts`.
     """
-    if len(completions) != len(prompt_of) or not completions:
-        raise ValueError(f"{len(completions)} completions and {len(prompt_of)} values in prompt_of; need one each, at least one")
-    for i, (completion, p) in enumerate(zip(completions, prompt_of)):
-        if not 0 <= p < len(prompts):
-            raise ValueError(f"prompt_of[{i}] is {p}; with {len(prompts)} prompts it must be in 0..{len(prompts) - 1}")
-        if not len(prompts[p]):
-            raise ValueError(f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context")
-        if not len(completion):
-            raise ValueError(f"completion {i} has no tokens; drop it, or end it with EOS")
-
+    if not completions:
+        raise ValueError("0 completions and 0 values in prompt_of; need one each, at least one")
+    _check_tokens(prompts, completions, prompt_of)
     groups: dict[int, list[int]] = {}
     for i, p in enumerate(prompt_of):
         groups.setdefault(p, []).append(i)
@@ -111,6 +105,18 @@ def completion_batch(
     )
 
 
+def _check_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prompt_of: Sequence[int]) -> None:
+    if len(completions) != len(prompt_of):
+        raise ValueError(f"{len(completions)} completions and {len(prompt_of)} values in prompt_of; need one each")
+    for i, (completion, p) in enumerate(zip(completions, prompt_of)):
+        if not 0 <= p < len(prompts):
+            raise ValueError(f"prompt_of[{i}] is {p}; with {len(prompts)} prompts it must be in 0..{len(prompts) - 1}")
+        if not len(prompts[p]):
+            raise ValueError(f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context")
+        if not len(completion):
+            raise ValueError(f"completion {i} has no tokens; drop it, or end it with EOS")
+
+
 def can_share(model: nn.Module) -> bool:
     """Whether sharing a prompt among its completions is exact for this model."""
     return model.config.model_type in SHARES_PROMPTS and getattr(model.config, "sliding_window", None) is None
@@ -137,8 +143,11 @@ def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Lit
     if context is not None and (longest := int(batch.position_ids.max()) + 1) > context:
         raise ValueError(f"prompt and completion have {longest} tokens, the model's context is {context}; shorten them")
     head = model.get_output_embeddings()
-    if (largest := int(batch.input_ids.max())) >= head.weight.shape[0]:
-        raise ValueError(f"token id {largest} is outside the model's vocabulary of {head.weight.shape[0]}; is it its tokenizer?")
+    smallest, largest = map(int, batch.input_ids.aminmax())
+    if smallest < 0 or largest >= head.weight.shape[0]:
+        raise ValueError(
+            f"token id {min(smallest, 0) or largest} is outside the model's vocabulary of {head.weight.shape[0]}; is it its tokenizer?"
+        )
 
     mask = torch.ones_like(batch.input_ids)  # padding is on the right, where causal attention never looks
     if batch.mask is not None:
@@ -165,14 +174,14 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     extra = -n % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
     hidden, targets = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
-    return _TokenLogps.apply(hidden, weight, bias, targets, dtype)[:n]
+    return _TokenLogps.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())[:n]
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype):
+    def forward(ctx, hidden, weight, bias, targets, dtype, grad_enabled):
         ctx.chunk, ctx.dtype = max(64, LOGITS_IN_A_CHUNK // len(weight)), dtype
-        keep = any(ctx.needs_input_grad) and len(targets) * len(weight) * dtype.itemsize <= KEPT_LOGITS_BYTES
+        keep = grad_enabled and any(ctx.needs_input_grad) and len(targets) * len(weight) * dtype.itemsize <= KEPT_LOGITS_BYTES
         h, w = hidden.to(dtype), weight.to(dtype)
         logps, kept = [], []
         with torch.autocast(hidden.device.type, enabled=False):
@@ -186,6 +195,7 @@ class _TokenLogps(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, targets, *kept = ctx.saved_tensors
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
@@ -203,7 +213,7 @@ class _TokenLogps(torch.autograd.Function):
                     grad_w += g.T @ h[rows]
                 if grad_b is not None:
                     grad_b += g.sum(0)
-        return grad_h.to(hidden.dtype), grad_w, grad_b, None, None
+        return grad_h.to(hidden.dtype), grad_w, grad_b, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -225,6 +235,7 @@ def score_completions(
 
     Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
     """
+    _check_tokens(prompts, completions, prompt_of)
     device, training, share = next(model.parameters()).device, model.training, can_share(model)
     lengths = [0] * len(prompts)  # of the longest completion with its prompt, so that a prompt's completions stay together
     for completion, p in zip(completions, prompt_of):
@@ -232,14 +243,16 @@ def score_completions(
     order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
     logps = torch.empty(len(completions), dtype=torch.float64)
     model.eval()
-    with tqdm(total=len(completions), desc=progress, disable=progress is None, unit="completion") as bar:
-        while order:
-            size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
-            now, order = order[-size:], order[:-size]
-            batch = completion_batch(prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share)
-            logps[now] = completion_logps(model, batch.to(device), reduction=reduction).cpu().double()
-            bar.update(len(now))
-    model.train(training)
+    try:
+        with tqdm(total=len(completions), desc=progress, disable=progress is None, unit="completion") as bar:
+            while order:
+                size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
+                now, order = order[-size:], order[:-size]
+                batch = completion_batch(prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share)
+                logps[now] = completion_logps(model, batch.to(device), reduction=reduction).cpu().double()
+                bar.update(len(now))
+    finally:
+        model.train(training)
     return logps
 
 
@@ -248,5 +261,5 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -108,6 +108,7 @@ def reward_model_loss(ranked_rewards: Tensor) -> Tensor:
     of -log sigma(r_better - r_worse) over its C(K, 2) pairs, so each prompt counts once whatever K. K = 2 is the
     pairwise loss of Eq. 2 of Rafailov et al. 2023.
     """
+    _check_float("ranked_rewards", ranked_rewards, "(B, K)")
     if ranked_rewards.ndim != 2 or ranked_rewards.shape[1] < 2:
         raise ValueError(
             f"ranked_rewards has shape {tuple(ranked_rewards.shape)}; it must be (B, K) with K >= 2 completions a prompt, "
@@ -153,9 +154,9 @@ def check_kind(kind: str, label_smoothing: float) -> None:
 def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
     """Raise unless `chosen` and `rejected` are (P,) integer indices into `n` completions that differ within each pair."""
     for name, index in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(index, Tensor) or index.dtype in (torch.bool,) or index.is_floating_point():
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):  # torch takes uint8 for a mask
             kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"{name} is {kind}; it must be a tensor of integer indices into the completions")
+            raise TypeError(f"{name} is {kind}; it must be a tensor of integer indices (int64 or int32) into the completions")
         if index.ndim != 1:
             raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be (P,), one index a pair")
     if len(chosen) != len(rejected):
@@ -171,9 +172,14 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
         raise ValueError(f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair")
 
 
-def _check_logps(name: str, values: Tensor) -> None:
+def _check_float(name: str, values: Tensor, shape: str) -> None:
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor (N,), found {getattr(values, 'dtype', type(values).__name__)}")
+        found = getattr(values, "dtype", type(values).__name__)
+        raise TypeError(f"{name} must be a floating-point tensor {shape}, found {found}")
+
+
+def _check_logps(name: str, values: Tensor) -> None:
+    _check_float(name, values, "(N,)")
     if values.ndim != 1:
         raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be (N,), one value a completion (sum over tokens)")
 

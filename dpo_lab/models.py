@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
@@ -16,6 +17,8 @@ def load_tokenizer(name: str = "embedded") -> PreTrainedTokenizerBase:
         ValueError: it has no EOS token.
     """
     tokenizer = _from_pretrained(AutoTokenizer, name)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty GPT-2 one where there are no files
+        raise ValueError(f"{name!r} holds no tokenizer; save the model's own there with tokenizer.save_pretrained")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no EOS token, so a completion cannot end; set tokenizer.eos_token")
     if tokenizer.pad_token_id is None:
@@ -66,6 +69,10 @@ def _from_pretrained(loader: type, name: str, **options: object) -> object:
         )
     try:
         return loader.from_pretrained(str(path) if path.exists() else name, **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {name!r} cannot be read ({error}); the file is cut short or altered, get it again"
+        ) from error
     except (OSError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{name!r} is not a folder here, not in the Hugging Face cache, and the hub did not give it: "

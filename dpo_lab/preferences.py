@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_from_disk
@@ -150,7 +150,7 @@ class Preferences:
                 report=Report(**meta["report"]),
                 **optional,
             )
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:  # of the file system, json, arrow and the checks above
             raise ValueError(f"{directory} does not hold preferences ({error}); make them with `dpo-lab label`") from error
 
 
@@ -171,6 +171,8 @@ def from_rows(
         ValueError: a column missing or misspelt, a completion empty or equal to its rival (unless bad="drop"), a prompt
             that leaves no room for a completion.
     """
+    if bad not in get_args(Bad):
+        raise ValueError(f"bad is {bad!r}; it must be 'error' or 'drop' (drop and count bad rows)")
     builder = _Builder(tokenizer, context, max_completion_tokens)
     for i, row in enumerate(rows):
         _check_columns(i, row)
@@ -203,7 +205,12 @@ def from_rankings(
         raise ValueError(f"{len(prompts)} prompts and {len(rankings)} rankings; there must be one ranking a prompt")
     builder = _Builder(tokenizer, context, max_completion_tokens)
     for i, (prompt, ranking) in enumerate(zip(prompts, rankings)):
-        if len(ranking) < 2 or len(set(ranking)) < len(ranking) or not all(text.strip() for text in ranking):
+        if (
+            isinstance(ranking, str)
+            or len(ranking) < 2
+            or len(set(ranking)) < len(ranking)
+            or not all(text.strip() for text in ranking)
+        ):
             raise ValueError(f"ranking {i} must hold at least two different, non-empty completions, best first; found {ranking}")
         p = builder.prompt(prompt, where=f"prompt {i}")
         members = [builder.completion(p, text) for text in ranking]
@@ -231,6 +238,8 @@ def from_scores(
     for i, (prompt, texts, values) in enumerate(zip(prompts, completions, scores)):
         if len(texts) != len(values) or not np.isfinite(values).all():
             raise ValueError(f"prompt {i} has {len(texts)} completions and scores {list(values)}; one finite score each")
+        if not all(map(len, texts)):
+            raise ValueError(f"prompt {i} has an empty completion; drop it, or end it with EOS")
         p = builder.prompt(prompt, where=f"prompt {i}")
         members = [builder.completion(p, text, score=float(value)) for text, value in zip(texts, values)]
         for (a, score_a), (b, score_b) in combinations(zip(members, values), 2):
@@ -245,6 +254,8 @@ class _Builder:
     """Collects distinct prompts and completions as token ids, and the pairs among them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, max_completion_tokens: int | None):
+        if max_completion_tokens is not None and max_completion_tokens < 1:
+            raise ValueError(f"max_completion_tokens is {max_completion_tokens}; it must be at least 1, or None for no limit")
         self.tokenizer, self.context, self.limit = tokenizer, context, max_completion_tokens or context
         self.starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.prompts: dict[tuple[int, ...], int] = {}
@@ -252,7 +263,8 @@ class _Builder:
         self.completions: dict[tuple[int, tuple[int, ...]], float | None] = {}
         self.index: dict[tuple[int, tuple[int, ...]], int] = {}
         self.pairs: list[tuple[int, int]] = []
-        self.counts = dict.fromkeys(("cut", "without_eos", "dropped", "identical", "duplicated", "ties"), 0)
+        self.cut: set[tuple[int, tuple[int, ...]]] = set()  # distinct completions that did not fit, whole
+        self.counts = dict.fromkeys(("without_eos", "dropped", "identical", "duplicated", "ties"), 0)
 
     def prompt(self, prompt: str | Sequence[int], *, where: str, chat: bool = False) -> int:
         ids = list(prompt) if not isinstance(prompt, str) else self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -276,10 +288,11 @@ class _Builder:
         else:
             ids = list(completion)
         key = (p, tuple(ids[: self.room[p]]))
+        if len(ids) > self.room[p]:
+            self.cut.add((p, tuple(ids)))
         if key not in self.index:
             self.index[key] = len(self.index)
             self.completions[key] = score
-            self.counts["cut"] += len(ids) > self.room[p]
             self.counts["without_eos"] += self.tokenizer.eos_token_id not in key[1][-2:]
         return self.index[key]
 
@@ -300,7 +313,7 @@ class _Builder:
             chosen=pairs[:, 0],
             rejected=pairs[:, 1],
             scores=None if None in scores else np.array(scores),
-            report=Report(pairs=len(pairs), **self.counts),
+            report=Report(pairs=len(pairs), cut=len(self.cut), **self.counts),
         )
 
 
@@ -327,6 +340,9 @@ def _texts(i: int, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(
             f"row {i} is conversational and the tokenizer has no chat template; set tokenizer.chat_template, or give strings"
         )
+    for name, messages in zip(EXAMPLE, values):
+        if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+            raise ValueError(f"row {i}: {name} must hold messages with a 'role' and a text as 'content'; found {messages}")
     prompt = tokenizer.apply_chat_template(values[0], tokenize=False, add_generation_prompt=True)
     answers = []
     for messages in values[1:]:
