@@ -1,24 +1,20 @@
 """The `dpo-lab` command, made from the config dataclasses."""
 
 import errno
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import transformers
 import tyro
 
-if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_MININTERVAL", "10")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-from dpo_lab import experiment  # noqa: E402
-from dpo_lab.doctor import doctor  # noqa: E402
-from dpo_lab.experiment import ExperimentConfig, TaskConfig  # noqa: E402
-from dpo_lab.pretrain import PretrainConfig, pretrain  # noqa: E402
-from dpo_lab.train import Interrupted  # noqa: E402
+from dpo_lab import experiment
+from dpo_lab.doctor import doctor
+from dpo_lab.experiment import ExperimentConfig, TaskConfig
+from dpo_lab.pretrain import PretrainConfig, pretrain
+from dpo_lab.train import Interrupted
 
 Flat = tyro.conf.OmitArgPrefixes
 
@@ -88,6 +84,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 (a gap), 2 (bad input), 130 (interrupted)."""
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpo-lab", args=arguments, description=__doc__) or 0
     except (ValueError, TypeError, FileNotFoundError) as error:

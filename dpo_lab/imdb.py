@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -35,10 +35,8 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
                 f"stanfordnlp/imdb is neither in the Hugging Face cache nor reachable ({error}); use source='package'"
             ) from error
     elif source == "package":
-        disable_progress_bars()
         rows = load_dataset("csv", data_files=str(reviews_csv()), split="train")
-        enable_progress_bars()
-        reviews = rows.filter(lambda sources: [s == "imdb" for s in sources], input_columns="source", batched=True)
+        reviews = rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
     else:
         raise ValueError(f"source is {source!r}; it must be 'package' or 'hub'")
     texts = [clean(text) for text in reviews["text"]]

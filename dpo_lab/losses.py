@@ -5,6 +5,7 @@ so a prompt with K ranked completions has K(K-1)/2 pairs over K log-probabilitie
 """
 
 import math
+import numbers
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -137,7 +138,7 @@ def unlikelihood_loss(policy_logps: Tensor, chosen: Tensor, rejected: Tensor, al
 
 def check_beta(beta: float) -> None:
     """Raise ValueError unless beta is a positive, finite number."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not (math.isfinite(beta) and beta > 0):
+    if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}; it must be a positive, finite number (the paper uses 0.1 to 0.5)")
 
 

@@ -34,16 +34,18 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
         ValueError: the model's logits are not its LM head applied to its decoder's output, so `completion_logps` would
             be wrong (as with Gemma 2, which caps its logits); or device "cuda" without a GPU.
     """
+    if device not in ("cpu", "cuda", "mps") and not device.startswith("cuda:"):
+        raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
         )
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True).to(device).eval()
-    ids = torch.arange(4, device=device)[None]
+    ids = torch.arange(min(4, model.config.vocab_size), device=device)[None]
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         difference = (model.get_output_embeddings()(hidden) - model(input_ids=ids, use_cache=False).logits).abs().max()
-    if not difference < 1e-2:
+    if not difference < 1e-2 or getattr(model.config, "final_logit_softcapping", None):
         raise ValueError(
             f"{name!r} changes its logits after the LM head (by up to {difference:.3g}), which completion_logps does not follow; "
             "use a model with a plain linear LM head, such as the GPT-2 and Llama families"

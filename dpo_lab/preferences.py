@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -123,9 +123,7 @@ class Preferences:
         )
         meta = {"reference_key": self.reference_key, "report": asdict(self.report)}
         with write_whole(directory, directory=True) as temporary:
-            disable_progress_bars()
             parts.save_to_disk(temporary)
-            enable_progress_bars()
             (temporary / "preferences.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -37,9 +37,15 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
         if directory:
             inner.mkdir()
         yield inner
+        old = temporary / "old"
         if directory and path.exists():
-            path.rename(temporary / "old")
-        os.replace(inner, path)
+            path.rename(old)
+        try:
+            os.replace(inner, path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise

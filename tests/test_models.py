@@ -129,9 +129,10 @@ def test_half_a_file_of_weights_is_named(tmp_path):
         load_model(str(tmp_path))
 
 
-def test_a_model_that_caps_its_logits_is_refused(tmp_path):
+@pytest.mark.parametrize("spread", [1.0, 0.02])
+def test_a_model_that_caps_its_logits_is_refused(tmp_path, spread):
     set_seed(0)
-    Gemma2ForCausalLM(Gemma2Config(**GEMMA)).save_pretrained(tmp_path / "capped")
+    Gemma2ForCausalLM(Gemma2Config(**GEMMA | {"initializer_range": spread})).save_pretrained(tmp_path / "capped")
     Gemma2ForCausalLM(Gemma2Config(**GEMMA, final_logit_softcapping=None)).save_pretrained(tmp_path / "plain")
     with pytest.raises(
         ValueError, match="capped' changes its logits after the LM head .* use a model with a plain linear LM head"

@@ -38,6 +38,20 @@ def test_a_directory_is_replaced_in_one_piece(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["directory"]
 
 
+def test_a_directory_survives_a_failed_replacement(tmp_path, monkeypatch):
+    path = tmp_path / "directory"
+    with write_whole(path, directory=True) as temporary:
+        (temporary / "one").write_text("one")
+
+    def fails(source, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match="Input/output"), write_whole(path, directory=True) as temporary:
+        (temporary / "two").write_text("two")
+    assert [p.name for p in path.iterdir()] == ["one"]
+
+
 def test_no_space_says_so_and_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(OSError, match="no space left to write .*a.json"), write_whole(tmp_path / "a.json") as temporary:
