@@ -9,12 +9,17 @@ from matplotlib.figure import Figure
 CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
 
 
-def _figure(title: str, y: str, x: str = "step") -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
+def _figure(title: str, *labels: str, x: str = "step") -> tuple[Figure, Any]:
+    """A figure with one panel for each of the y `labels`, stacked."""
+    figure = Figure(figsize=(6.4, 3 + len(labels)), dpi=120, layout="constrained")
+    panels = figure.subplots(len(labels), sharex=True, squeeze=False)[:, 0]
+    panels[0].set_title(title)
+    panels[-1].set_xlabel(x)
+    for axes, label in zip(panels, labels):
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, panels if len(labels) > 1 else panels[0]
 
 
 def _curve(axes: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, label: str) -> None:
@@ -39,16 +44,15 @@ def plot_loss(metrics: Sequence[dict[str, Any]]) -> Figure:
 
 
 def plot_rewards(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Implicit rewards of chosen and rejected, and the share of pairs ranked rightly, against the step."""
-    figure, axes = _figure("Implicit rewards and accuracy", "implicit reward (beta x nats)")
-    _curve(axes, metrics, "rewards/chosen", CHOSEN, "chosen")
-    _curve(axes, metrics, "rewards/rejected", REJECTED, "rejected")
-    right = axes.twinx()
-    _curve(right, metrics, "rewards/accuracies", POLICY, "accuracy (right axis)")
-    right.set(ylabel="share of pairs ranked rightly", ylim=(0.4, 1.0))
-    right.spines["top"].set_visible(False)
-    handles = [*axes.get_lines()[1::2], right.get_lines()[1]]
-    axes.legend(handles=handles, frameon=False, loc="lower left")
+    """Implicit rewards of chosen and rejected, and under them the share of pairs ranked rightly, against the step."""
+    figure, (rewards, accuracy) = _figure(
+        "Implicit rewards and accuracy", "implicit reward (beta x nats)", "share ranked rightly"
+    )
+    _curve(rewards, metrics, "rewards/chosen", CHOSEN, "chosen")
+    _curve(rewards, metrics, "rewards/rejected", REJECTED, "rejected")
+    _curve(accuracy, metrics, "rewards/accuracies", POLICY, "accuracy")
+    accuracy.axhline(0.5, color=OPTIMUM, linewidth=0.8)
+    rewards.legend(frameon=False)
     return figure
 
 
@@ -70,7 +74,7 @@ def plot_frontier(
     effective sample size is at least 5.
     """
     figure, axes = _figure(
-        "Reward against KL on held-out prefixes", "mean reward, P(positive)", "sequence KL to the reference (nats)"
+        "Reward against KL on held-out prefixes", "mean reward, P(positive)", x="sequence KL to the reference (nats)"
     )
     if frontier is not None:
         reward, kl, effective = frontier

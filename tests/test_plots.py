@@ -24,7 +24,7 @@ def test_curves_show_the_metrics_and_label_their_axes(plot):
     for axes in figure.axes:
         assert axes.get_ylabel()
         assert list(axes.get_lines()[0].get_xdata()) == list(range(1, 31))
-    assert figure.axes[0].get_xlabel() == "step" and figure.axes[0].get_legend()
+    assert figure.axes[-1].get_xlabel() == "step" and figure.axes[0].get_legend()
 
 
 def test_the_running_mean_is_a_mean_of_the_last_tenth():
