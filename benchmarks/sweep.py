@@ -24,9 +24,9 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.1, 0.2, 0.4)
+    betas: tuple[float, ...] = (0.3, 0.6)
     """values of beta"""
-    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    rates: tuple[float, ...] = (1e-4, 3e-4)
     """peak learning rates"""
     epochs: tuple[int, ...] = (1,)
     """passes over the prompts"""
