@@ -24,9 +24,9 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.3, 0.6)
+    betas: tuple[float, ...] = (0.3, 1.0)
     """values of beta"""
-    rates: tuple[float, ...] = (1e-4, 3e-4)
+    rates: tuple[float, ...] = (3e-5, 1e-4)
     """peak learning rates"""
     epochs: tuple[int, ...] = (1,)
     """passes over the prompts"""

@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,11 @@ def provenance() -> dict[str, str]:
     root = Path(__file__).parent.parent
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     git = subprocess.run(describe, capture_output=True, text=True, check=False) if (root / ".git").exists() else None
-    from importlib.metadata import version
-
+    script = Path(sys.argv[0]).name
+    program = "dpo-lab" if script in ("dpo-lab", "cli.py") else f"python {script}"
     return {
         "commit": git.stdout.strip() if git and git.returncode == 0 else "not a git checkout",
-        "command": " ".join(["dpo-lab", *sys.argv[1:]]) if sys.argv[0].endswith(("dpo-lab", "__main__.py")) else "python",
+        "command": " ".join([program, *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_processor()}",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "datasets", "accelerate")),
     }

@@ -31,7 +31,7 @@ class Interrupted(Exception):
 class LoopConfig:
     """How parameters are updated, whatever the loss."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     """peak learning rate"""
     optimizer: Literal["adamw", "rmsprop", "muon"] = "adamw"
     """rmsprop is the paper's; muon is for training from scratch: Muon on matrices, AdamW at learning_rate on the rest"""
@@ -59,7 +59,7 @@ class LoopConfig:
 class DPOConfig:
     """What `train_dpo` minimises, and how."""
 
-    beta: float = 0.3
+    beta: float = 0.5
     """strength of the KL constraint"""
     kind: Kind = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust, ipo or hinge"""

@@ -95,11 +95,14 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path, up_to=2)] == [1, 2]
 
 
-def test_provenance_names_commit_machine_and_versions(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/somewhere/bin/dpo-lab", "train", "--seed", "1"])
+@pytest.mark.parametrize(
+    "script, program", [("bin/dpo-lab", "dpo-lab"), ("dpo_lab/cli.py", "dpo-lab"), ("x/sweep.py", "python sweep.py")]
+)
+def test_provenance_names_commit_command_machine_and_versions(monkeypatch, script, program):
+    monkeypatch.setattr("sys.argv", [f"/somewhere/{script}", "train", "--seed", "1"])
     found = provenance()
-    assert found["command"] == "dpo-lab train --seed 1" and "torch 2" in found["versions"] and "threads" in found["machine"]
-    assert found["commit"]
+    assert found["command"] == f"{program} train --seed 1"
+    assert "torch 2" in found["versions"] and "threads" in found["machine"] and found["commit"]
 
 
 def test_peak_memory_grows_with_what_is_held():
