@@ -22,7 +22,7 @@ def test_the_figures_are_those_of_the_recorded_results():
 
 def test_the_homework_lines_run(model):
     code = re.search(r"homework\n\n```python\n(.*?)```", README, re.DOTALL)[1]
-    assert len(code.splitlines()) == 5
+    assert len([line for line in code.splitlines() if line]) == 5
     prompts, completions, prompt_of = [[0, 5], [0, 9]], [[3, 0], [4, 8, 0], [7, 0], [6, 6, 6, 0]], [0, 0, 1, 1]
     names = {"policy": model, "prompts": prompts, "completions": completions, "prompt_of": prompt_of}
     names |= {"reference_logps": score_completions(model, prompts, completions, prompt_of)}
