@@ -195,6 +195,6 @@ def _check_finite(name: str, values: Tensor, chosen: Tensor, rejected: Tensor) -
             for pair in (index == row).nonzero()[:1]
         ]
         raise ValueError(
-            f"{name}[{row}] ({' and '.join(uses) or 'in no pair'}) is {float(values[row])}; every value must be finite. "
+            f"{name}[{row}] ({' and '.join(uses) or 'in no pair'}) is {values[row].item()}; every value must be finite. "
             "Look at that completion's tokens, or lower the learning rate if training diverged"
         )

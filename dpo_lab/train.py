@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
@@ -235,6 +236,7 @@ def _fit(
     progress: str | None,
 ) -> list[dict[str, Any]]:
     """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs or tokens)."""
+    AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bfloat16" else "no",
         cpu=next(model.parameters()).device.type == "cpu",
