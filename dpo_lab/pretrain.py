@@ -36,7 +36,7 @@ class PretrainConfig:
     """attention heads a block; few and wide are fast on a CPU"""
     rows: int = 16
     """rows a step"""
-    steps: int = 4_000
+    steps: int = 7_000
     """updates"""
     seed: int = 0
     """decides the initial weights and the order of the rows"""
