@@ -1,5 +1,7 @@
 """Loading a policy, its tokenizer and its reference: the embedded GPT-2, or any Hugging Face causal LM."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -40,6 +42,8 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
         raise ValueError(
             f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
         )
+    if device == "cpu":
+        keep_freed_memory()
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True).to(device).eval()
     ids = torch.arange(min(4, model.config.vocab_size), device=device)[None]
     with torch.no_grad():
@@ -51,6 +55,23 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             "use a model with a plain linear LM head, such as the GPT-2 and Llama families"
         )
     return model
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, for the rest of the process, instead of returning it to the system at once.
+
+    A training step frees and allocates the same hundreds of megabytes as the one before; fetching them from the kernel
+    anew, page by page, is a fifth to a third of a step on two cores. Does nothing where the C library is another.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.logprobs import score_completions, weights_hash
+from dpo_lab.losses import check_pairs
 from dpo_lab.runs import write_whole
 
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
@@ -67,20 +69,15 @@ class Preferences:
         for name, values in (("prompt_of", self.prompt_of), ("scores", self.scores), ("reference_logps", self.reference_logps)):
             if values is not None and len(values) != n:
                 raise ValueError(f"{name} has {len(values)} values for {n} completions; there must be one each")
-        if len(self.chosen) != len(self.rejected):
-            raise ValueError(f"chosen has {len(self.chosen)} indices and rejected {len(self.rejected)}; one of each a pair")
+        outside = np.flatnonzero((self.prompt_of < 0) | (self.prompt_of >= m))
+        if len(outside):
+            raise ValueError(f"prompt_of[{outside[0]}] is {self.prompt_of[outside[0]]}; it must be in 0..{m - 1}")
+        check_pairs(torch.as_tensor(self.chosen), torch.as_tensor(self.rejected), n)
         if not len(self.chosen):
             raise ValueError(f"there is no pair left ({self.report}); give completions that differ in text and in score")
-        for name, index, bound in (("prompt_of", self.prompt_of, m), ("chosen", self.chosen, n), ("rejected", self.rejected, n)):
-            outside = np.flatnonzero((index < 0) | (index >= bound))
-            if len(outside):
-                raise ValueError(f"{name}[{outside[0]}] is {index[outside[0]]}; it must be in 0..{bound - 1}")
         apart = np.flatnonzero(self.prompt_of[self.chosen] != self.prompt_of[self.rejected])
         if len(apart):
             raise ValueError(f"pair {apart[0]} compares completions of two different prompts; both must answer the same one")
-        equal = np.flatnonzero(self.chosen == self.rejected)
-        if len(equal):
-            raise ValueError(f"pair {equal[0]} has completion {self.chosen[equal[0]]} as chosen and as rejected; drop the pair")
 
     def pairs_by_prompt(self) -> list[list[int]]:
         """The indices of the pairs of each prompt that has any."""
@@ -203,12 +200,7 @@ def from_rankings(
         raise ValueError(f"{len(prompts)} prompts and {len(rankings)} rankings; there must be one ranking a prompt")
     builder = _Builder(tokenizer, context, max_completion_tokens)
     for i, (prompt, ranking) in enumerate(zip(prompts, rankings)):
-        if (
-            isinstance(ranking, str)
-            or len(ranking) < 2
-            or len(set(ranking)) < len(ranking)
-            or not all(text.strip() for text in ranking)
-        ):
+        if isinstance(ranking, str) or not len(ranking) == len(set(ranking)) >= 2 or not all(map(str.strip, ranking)):
             raise ValueError(f"ranking {i} must hold at least two different, non-empty completions, best first; found {ranking}")
         p = builder.prompt(prompt, where=f"prompt {i}")
         members = [builder.completion(p, text) for text in ranking]
@@ -258,8 +250,8 @@ class _Builder:
         self.starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.prompts: dict[tuple[int, ...], int] = {}
         self.room: list[int] = []  # tokens left for a completion of each prompt
-        self.completions: dict[tuple[int, tuple[int, ...]], float | None] = {}
-        self.index: dict[tuple[int, tuple[int, ...]], int] = {}
+        self.completions: dict[tuple[int, tuple[int, ...]], int] = {}
+        self.scores: list[float | None] = []
         self.pairs: list[tuple[int, int]] = []
         self.cut: set[tuple[int, tuple[int, ...]]] = set()  # distinct completions that did not fit, whole
         self.counts = dict.fromkeys(("without_eos", "dropped", "identical", "duplicated", "ties"), 0)
@@ -288,11 +280,11 @@ class _Builder:
         key = (p, tuple(ids[: self.room[p]]))
         if len(ids) > self.room[p]:
             self.cut.add((p, tuple(ids)))
-        if key not in self.index:
-            self.index[key] = len(self.index)
-            self.completions[key] = score
+        if key not in self.completions:
+            self.completions[key] = len(self.completions)
+            self.scores.append(score)
             self.counts["without_eos"] += self.tokenizer.eos_token_id not in key[1][-2:]
-        return self.index[key]
+        return self.completions[key]
 
     def pair(self, chosen: int, rejected: int) -> None:
         if chosen == rejected:
@@ -302,7 +294,6 @@ class _Builder:
 
     def build(self) -> Preferences:
         self.counts["duplicated"] = len(self.pairs) - len(set(self.pairs))
-        scores = list(self.completions.values())
         pairs = np.array(self.pairs, dtype=np.int64).reshape(-1, 2)
         return Preferences(
             prompts=[list(ids) for ids in self.prompts],
@@ -310,7 +301,7 @@ class _Builder:
             prompt_of=np.array([p for p, _ in self.completions], dtype=np.int64),
             chosen=pairs[:, 0],
             rejected=pairs[:, 1],
-            scores=None if None in scores else np.array(scores),
+            scores=None if None in self.scores else np.array(self.scores),
             report=Report(pairs=len(pairs), cut=len(self.cut), **self.counts),
         )
 

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, P
 
 from dpo_lab.imdb import load_imdb, sample_completions
 from dpo_lab.logprobs import CompletionBatch, completion_batch, score_completions
+from dpo_lab.models import keep_freed_memory
 from dpo_lab.runs import open_run, provenance, read_metrics, write_whole
 from dpo_lab.train import LoopConfig, train_sft
 
@@ -62,6 +63,7 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     """
     run = open_run(Path(out), asdict(config), resume=resume)
     origin = provenance()
+    keep_freed_memory()
     reviews = load_imdb()
     texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
     tokenizer = train_tokenizer(texts, config.vocabulary)
@@ -102,7 +104,7 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
 
 
 def read_minutes(run: Path) -> float:
-    """Minutes of training so far: the tokens of each step by its speed, so that resumed runs add up."""
+    """Minutes that the steps so far took; those of a resumed run add up, pauses between them do not count."""
     steps = [line for line in read_metrics(run) if "seconds" in line]
     return round(sum(line["seconds"] for line in steps) / 60, 1)
 

@@ -79,8 +79,9 @@ def provenance() -> dict[str, str]:
     root = Path(__file__).parent.parent
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     git = subprocess.run(describe, capture_output=True, text=True, check=False) if (root / ".git").exists() else None
-    script = Path(sys.argv[0]).name
-    program = "dpo-lab" if script in ("dpo-lab", "cli.py") else f"python {script}"
+    script = Path(sys.argv[0]).absolute()
+    shown = script.relative_to(root) if script.is_relative_to(root) else script.name
+    program = "dpo-lab" if script.name in ("dpo-lab", "cli.py") else f"python {shown}"
     return {
         "commit": git.stdout.strip() if git and git.returncode == 0 else "not a git checkout",
         "command": " ".join([program, *sys.argv[1:]]),

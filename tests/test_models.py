@@ -1,6 +1,7 @@
 """Models and tokenizers come from a folder or the cache, without a network, without pickle, and only if they fit."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -170,3 +171,23 @@ def test_policy_and_reference_must_have_as_many_tokens():
     check_same_vocabulary(small_gpt2(8), small_gpt2(8))
     with pytest.raises(ValueError, match="policy has a vocabulary of 8 tokens and reference one of 9; .*reference's weights"):
         check_same_vocabulary(small_gpt2(8), small_gpt2(9))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_used_again_without_the_kernel():
+    script = """
+import resource, torch
+from dpo_lab.models import keep_freed_memory
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+counts = [page_faults() for _ in range(3)]
+keep_freed_memory()
+counts += [page_faults() for _ in range(8)]
+print(counts[2], counts[-1])
+"""
+    before, after = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    assert before > 10_000 and after < 100  # 64 MiB are 16,384 pages
