@@ -1,8 +1,9 @@
 """Log-probabilities of completions under a causal language model: exact, and frugal with memory.
 
-Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, evaluation. Three things keep it lean:
+Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, evaluation. Four things keep it lean:
 the LM head is applied only where it predicts a completion token; logits exist for one chunk of positions at a time, in
-the forward and in the backward pass; and a prompt is computed once for all its completions where that saves work.
+the forward and in the backward pass; a prompt is computed once for all its completions, and padding not at all, where
+that saves work.
 """
 
 import hashlib
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
 KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
@@ -22,16 +26,19 @@ SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the m
 
 @dataclass(frozen=True)
 class CompletionBatch:
-    """N completions with their prompts as padded rows of token ids. R rows of L positions, T completion tokens in all.
+    """N completions with their prompts as R rows of at most L token ids, S tokens and T completion tokens in all.
 
     One row is [prompt, completion], or [prompt, completion 1, ..., completion K] where the prompt is shared: then `mask`
-    lets each completion see the prompt and itself, and its positions continue from the prompt's end.
+    lets each completion see the prompt and itself, and its positions continue from the prompt's end. Rows are padded, or
+    packed: laid end to end as one row of S tokens, and told apart inside attention alone.
     """
 
-    input_ids: Tensor  # (R, L)
-    position_ids: Tensor  # (R, L)
+    input_ids: Tensor  # (R, L), or (1, S) packed
+    position_ids: Tensor  # as input_ids
     mask: Tensor | None  # (R, 1, L, L) True where attention is allowed; None for plain causal attention
-    sources: Tensor  # (T,) flat position in (R * L) whose hidden state predicts the token
+    unpack: Tensor | None  # (R, L) index into the S packed tokens; None when padded
+    pack: Tensor | None  # (S,) index into R * L; None when padded
+    sources: Tensor  # (T,) flat position in input_ids whose hidden state predicts the token
     targets: Tensor  # (T,) completion token ids
     owners: Tensor  # (T,) which of the N completions the token belongs to
     n: int  # completions
@@ -60,8 +67,8 @@ def completion_batch(
         prompts: token ids of each prompt; at least one token each (BOS for an empty text).
         completions: token ids of N completions, at least one token each, with EOS where they have ended.
         prompt_of: N indices into `prompts`.
-        share: put completions of one prompt in one row where that saves a quarter of the tokens. Exact for the model
-            families in SHARES_PROMPTS; `can_share` tells.
+        share: put completions of one prompt in one row where that saves a quarter of the tokens, and pack the rows where
+            padding would add a seventh. Exact for the model families in SHARES_PROMPTS; `can_share` tells.
 
     Raises:
         ValueError: an empty prompt or completion, or an index outside `prompts`.
@@ -74,35 +81,44 @@ def completion_batch(
         groups.setdefault(p, []).append(i)
     saved = sum((len(members) - 1) * len(prompts[p]) for p, members in groups.items())
     total = sum(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
-    share = share and saved * 4 >= total
-    rows = list(groups.items()) if share else [(p, [i]) for i, p in enumerate(prompt_of)]
+    together = share and saved * 4 >= total
+    rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
 
-    length = max(len(prompts[p]) + sum(len(completions[i]) for i in members) for p, members in rows)
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    position_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    segments = torch.full((len(rows), length), -1)  # 0 in the prompt, 1.. in its completions, -1 in padding
+    ids, positions, segments, lengths = [], [], [], []  # a token's segment is 0 in the prompt, 1.. in its completions
     sources, targets, owners = [], [], []
-    for r, (p, members) in enumerate(rows):
-        end = n_prompt = len(prompts[p])
-        input_ids[r, :end] = torch.as_tensor(prompts[p])
-        position_ids[r, :end] = torch.arange(end)
-        segments[r, :end] = 0
+    for p, members in rows:
+        start, n_prompt = len(ids), len(prompts[p])
+        ids += prompts[p]
+        positions += range(n_prompt)
+        segments += [0] * n_prompt
         for k, i in enumerate(members, start=1):
-            n = len(completions[i])
-            input_ids[r, end : end + n] = torch.as_tensor(completions[i])
-            position_ids[r, end : end + n] = torch.arange(n_prompt, n_prompt + n)
-            segments[r, end : end + n] = k
-            sources += [r * length + n_prompt - 1, *range(r * length + end, r * length + end + n - 1)]
-            targets += list(completions[i])
-            owners += [i] * n
-            end += n
+            n = len(completions[i]) - 1  # nothing is predicted from the last token
+            sources += [start + n_prompt - 1, *range(len(ids), len(ids) + n)]
+            targets += completions[i]
+            owners += [i] * (n + 1)
+            ids += completions[i][:n]
+            positions += range(n_prompt, n_prompt + n)
+            segments += [k] * n
+        lengths.append(len(ids) - start)
+
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (R, L)
+    pack = real.flatten().nonzero()[:, 0]  # (S,)
+
+    def padded(values: Sequence[int] | Tensor, fill: int = 0) -> Tensor:
+        return torch.full(real.shape, fill).masked_scatter_(real, torch.as_tensor(values))  # (R, L)
+
     mask = None
-    if share:
-        visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (R, L, L)
-        mask = (visible & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
-    return CompletionBatch(
-        input_ids, position_ids, mask, torch.tensor(sources), torch.tensor(targets), torch.tensor(owners), len(completions)
-    )
+    if together:
+        segment = padded(segments, fill=-1)
+        mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (R, L, L)
+        mask = mask.tril_()[:, None]
+    predicted = torch.tensor(targets), torch.tensor(owners), len(completions)
+    if share and (real.numel() - len(ids)) * 8 >= real.numel():
+        extra = -len(ids) % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
+        flat = [nn.functional.pad(torch.tensor(values), (0, extra)) for values in (ids, positions)]
+        unpack, pack = padded(range(len(ids))), nn.functional.pad(pack, (0, extra))
+        return CompletionBatch(flat[0][None], flat[1][None], mask, unpack, pack, torch.tensor(sources), *predicted)
+    return CompletionBatch(padded(ids), padded(positions), mask, None, None, pack[sources], *predicted)
 
 
 def _check_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prompt_of: Sequence[int]) -> None:
@@ -118,8 +134,10 @@ def _check_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequen
 
 
 def can_share(model: nn.Module) -> bool:
-    """Whether sharing a prompt among its completions is exact for this model."""
-    return model.config.model_type in SHARES_PROMPTS and getattr(model.config, "sliding_window", None) is None
+    """Whether sharing a prompt among its completions, and packing rows, is exact for this model."""
+    config = model.config
+    plain = config.model_type in SHARES_PROMPTS and getattr(config, "sliding_window", None) is None
+    return plain and config._attn_implementation in ("sdpa", PACKED)
 
 
 def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
@@ -140,10 +158,10 @@ def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Lit
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'sum' (DPO) or 'mean' (length-normalised)")
     context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and (longest := int(batch.position_ids.max()) + 1) > context:
+    if context is not None and (longest := int(batch.position_ids.max()) + 2) > context:
         raise ValueError(f"prompt and completion have {longest} tokens, the model's context is {context}; shorten them")
     head = model.get_output_embeddings()
-    smallest, largest = map(int, batch.input_ids.aminmax())
+    smallest, largest = map(int, torch.cat([batch.input_ids.flatten(), batch.targets]).aminmax())
     if smallest < 0 or largest >= head.weight.shape[0]:
         raise ValueError(
             f"token id {min(smallest, 0) or largest} is outside the model's vocabulary of {head.weight.shape[0]}; is it its tokenizer?"
@@ -153,15 +171,52 @@ def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Lit
     if batch.mask is not None:
         mask = torch.zeros(batch.mask.shape, dtype=model.dtype, device=batch.mask.device)
         mask.masked_fill_(~batch.mask, torch.finfo(model.dtype).min)
-    decoder = model.get_decoder()
-    hidden = decoder(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state  # (R, L, D)
+    layout = {}
+    if batch.unpack is not None:
+        if model.config._attn_implementation != PACKED:
+            model.set_attn_implementation(PACKED)
+        mask = NO_MASK if batch.mask is None else mask
+        layout = {"unpack": batch.unpack, "pack": batch.pack}
+    hidden = model.get_decoder()(
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **layout
+    ).last_hidden_state  # (R, L, D), or (1, S, D)
     hidden = hidden.flatten(0, 1).index_select(0, batch.sources)  # (T, D)
     tokens = token_logps(hidden, head.weight, getattr(head, "bias", None), batch.targets)  # (T,)
     wide = torch.float32 if tokens.device.type == "mps" else torch.float64
     sums = torch.zeros(batch.n, dtype=wide, device=tokens.device).index_add(0, batch.owners, tokens.to(wide))  # (N,)
     return sums / torch.bincount(batch.owners, minlength=batch.n) if reduction == "mean" else sums
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    unpack: Tensor | None = None,
+    pack: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """Attention for transformers' `AttentionInterface`: sdpa, after packed tokens (1, H, S, D) became rows (R, H, L, D).
+
+    All else in a decoder works on one token at a time and never sees padding. Without `unpack` this is sdpa itself.
+    """
+    if unpack is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def rows(packed: Tensor) -> Tensor:
+        return packed[0].transpose(0, 1).index_select(0, unpack.flatten()).unflatten(0, unpack.shape).transpose(1, 2)
+
+    mask = attention_mask if attention_mask.numel() > 1 else None
+    out, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), mask, **options)  # (R, L, H, D)
+    return out.flatten(0, 1).index_select(0, pack)[None], None
+
+
+PACKED = "dpo_lab_packed"
+NO_MASK = torch.empty(1, 1, 1, 1)  # four dimensions: transformers hands it on as it is, instead of making a mask
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, membe
 def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
     model = make_model(name)
     apart, together = (completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share) for share in (False, True))
-    assert len(apart.input_ids) == 6 and len(together.input_ids) == 3
+    assert apart.input_ids.shape[0] == 6 and together.unpack.shape[0] == 3
     close(completion_logps(model, together), completion_logps(model, apart))
     expected = gradients(model, completion_logps(model, apart))
     for parameter, gradient in gradients(model, completion_logps(model, together)).items():
@@ -137,7 +137,7 @@ def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
 def test_a_shared_row_may_be_longer_than_the_context(name):
     model, completions = shared_model(name), [[k] * 20 for k in range(1, 5)]
     batch = completion_batch([list(range(20))], completions, [0] * 4, share=True)
-    assert batch.input_ids.shape == (1, 100)  # the context is 48
+    assert batch.input_ids.shape == (1, 96)  # the context is 48
     close(completion_logps(model, batch).detach(), loops(model, [list(range(20))], completions, [0] * 4))
 
 
@@ -148,10 +148,46 @@ def test_prompts_are_shared_only_where_that_saves_a_quarter_of_the_tokens():
     assert len(completion_batch([prompt], completions, [0, 0]).input_ids) == 2
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+@pytest.mark.parametrize("prompt_of", [[0, 1, 0, 2, 0, 2], range(6)], ids=["shared", "apart"])
+def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(name, prompt_of):
+    model, prompts = make_model(name), [PROMPTS[i % 3] for i in range(6)]
+    completions = [c * (i + 1) for i, c in enumerate(COMPLETIONS)]
+    packed, padded = (completion_batch(prompts, completions, prompt_of, share=share) for share in (True, False))
+    assert packed.unpack is not None and padded.unpack is None
+    expected_values, expected = completion_logps(model, padded), gradients(model, completion_logps(model, padded))
+    model.train()  # or transformers does not checkpoint; there is no dropout in these models
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        close(completion_logps(model, packed), expected_values)
+        for parameter, gradient in gradients(model, completion_logps(model, packed)).items():
+            close(gradient, expected[parameter])
+
+
+def test_rows_are_packed_only_where_padding_would_add_a_seventh():
+    lengths = [8, 8, 8, 4]  # 4 of 32 positions are padding
+    packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, share=True)
+    assert packed.mask is None and packed.input_ids.shape == (1, 128)  # 28 tokens in a row of 128
+    assert completion_batch([[0]], [[1] * n for n in [8, 8, 8, 5]], [0] * 4, share=True).unpack is None
+    assert completion_batch([[0]], [[1] * n for n in lengths], [0] * 4).unpack is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+def test_a_model_that_has_scored_packed_rows_generates_as_before(name):
+    model, fresh = make_model(name), make_model(name)
+    batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True)
+    completion_logps(model, batch)
+    ids = torch.tensor([[0, 0, 5, 7], [3, 8, 2, 9]])
+    options = {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), "do_sample": False, "max_new_tokens": 6}
+    assert model.generate(ids, **options).tolist() == fresh.generate(ids, **options).tolist()
+
+
 def test_prompts_are_shared_only_by_models_that_allow_it():
     assert can_share(shared_model("gpt2")) and can_share(shared_model("llama-grouped"))
-    assert not can_share(SimpleNamespace(config=SimpleNamespace(model_type="bloom")))
-    assert not can_share(SimpleNamespace(config=SimpleNamespace(model_type="llama", sliding_window=8)))
+    for config in ({"model_type": "bloom"}, {"sliding_window": 8}, {"_attn_implementation": "eager"}):
+        options = {"model_type": "llama", "_attn_implementation": "sdpa", **config}
+        assert not can_share(SimpleNamespace(config=SimpleNamespace(**options)))
 
 
 def test_a_batch_moves_as_a_whole():
