@@ -1,0 +1,272 @@
+"""One contender on one workload, in a process of its own; prints one line of JSON. Called by `benchmarks/speed.py`.
+
+    python benchmarks/contender.py --contender dpo_lab --precision float32 --workload short
+
+Every contender trains the same model on the same pairs by its own whole loop: batching, logging and optimizer included.
+The clock is a hook behind `Optimizer.step`, the same for all, and runs from the end of the first step to the end of the last.
+"""
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+
+from dpo_lab.logprobs import can_share, completion_batch, completion_logps
+from dpo_lab.losses import dpo_loss
+from dpo_lab.models import load_model, prepare_model
+from dpo_lab.preferences import Preferences
+from dpo_lab.runs import peak_memory_mb
+from dpo_lab.train import DPOConfig, LoopConfig, train_dpo
+
+BETA, LEARNING_RATE = 0.1, 1e-6
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on: `prompts` a step, each with `completions`, every two of which make a pair."""
+
+    prompts: int
+    completions: int
+    prompt_tokens: tuple[int, int]
+    model: Literal["124M", "embedded"] = "124M"
+    mean: int = 64  # completion tokens
+    most: int = 192
+
+
+WORKLOADS = {
+    "paper": Workload(prompts=2, completions=4, prompt_tokens=(2, 8)),
+    "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
+    "long": Workload(prompts=8, completions=2, prompt_tokens=(64, 192)),
+    "embedded": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), model="embedded", mean=32, most=96),
+}
+
+
+@dataclass(frozen=True)
+class ContenderConfig:
+    """Who runs, on what."""
+
+    contender: Literal["dpo_lab", "trl_default", "trl_best", "textbook"] = "dpo_lab"
+    """trl_best: reference log-probs precomputed, no gradient checkpointing, batches of similar length"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the computation"""
+    workload: str = "short"
+    """one of WORKLOADS"""
+    steps: int = 4
+    """optimizer steps; the first one is not timed"""
+    seed: int = 0
+    """of the weights and the pairs"""
+
+
+def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Skewed completion lengths: log-normal, 8 tokens to `most`, about `mean` on average."""
+    return np.clip(rng.lognormal(np.log(workload.mean) - 0.25, 0.75, n).astype(int), 8, workload.most)
+
+
+def make_preferences(workload: Workload, steps: int, vocabulary: int, seed: int) -> Preferences:
+    """Random token ids; id 0 is BOS and EOS. The completion with the lower index is the better one."""
+    rng, k = np.random.default_rng(seed), workload.completions
+    n = steps * workload.prompts
+    prompts = [[0, *rng.integers(1, vocabulary, rng.integers(*workload.prompt_tokens, endpoint=True))] for _ in range(n)]
+    completions = [[*rng.integers(1, vocabulary, length - 1), 0] for length in lengths(workload, n * k, rng)]
+    better, worse = np.triu_indices(k, 1)
+    return Preferences(
+        prompts=[[int(i) for i in ids] for ids in prompts],
+        completions=[[int(i) for i in ids] for ids in completions],
+        prompt_of=np.repeat(np.arange(n), k),
+        chosen=(np.arange(n)[:, None] * k + better).ravel(),
+        rejected=(np.arange(n)[:, None] * k + worse).ravel(),
+    )
+
+
+def make_models(workload: Workload, seed: int) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
+    """Policy and reference, near each other but not equal, so that losses differ from log 2."""
+    set_seed(seed)
+    models = []
+    for _ in range(2):
+        if workload.model == "embedded":
+            models.append(load_model("embedded"))
+        else:
+            config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+            models.append(GPT2LMHeadModel(config).eval())
+    policy, reference = models
+    state = policy.state_dict()
+    reference.load_state_dict({name: tensor * (1 + 0.01 * torch.randn_like(tensor)) for name, tensor in state.items()})
+    reference.tie_weights()
+    return policy, reference
+
+
+def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, steps: list[float]) -> dict[str, float]:
+    """`train_dpo`, with the reference log-probs computed once before."""
+    policy, reference = (prepare_model(model) for model in make_models(workload, config.seed))
+    batch = completion_batch(
+        preferences.prompts, preferences.completions[:8], preferences.prompt_of[:8].tolist(), share=can_share(policy)
+    )
+    autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+    with autocast:
+        with torch.no_grad():
+            logps, reference_logps = (completion_logps(model, batch) for model in (policy, reference))
+        began = time.perf_counter()
+        preferences = preferences.with_reference(reference)
+    seconds = time.perf_counter() - began
+    del reference
+    first = [i for i, c in enumerate(preferences.rejected) if c < 8]
+    pairs = [torch.tensor(side[first]) for side in (preferences.chosen, preferences.rejected)]
+    loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
+    per_step = len(preferences.chosen) // config.steps
+    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, precision=config.precision)
+    train_dpo(policy, preferences, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop), progress=None)
+    return {"loss": loss, "reference_seconds": seconds}
+
+
+def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, steps: list[float]) -> dict[str, float]:
+    """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
+    policy, reference = make_models(workload, config.seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
+    p = preferences
+
+    def logps(model: GPT2LMHeadModel, side: np.ndarray) -> torch.Tensor:
+        rows = [(p.prompts[p.prompt_of[i]], p.completions[i]) for i in side]
+        length = max(len(prompt) + len(completion) for prompt, completion in rows)
+        ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)
+        for r, (prompt, completion) in enumerate(rows):
+            ids[r, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+            mask[r, len(prompt) : len(prompt) + len(completion)] = 1
+        attention = torch.zeros_like(mask)
+        for r, (prompt, completion) in enumerate(rows):
+            attention[r, : len(prompt) + len(completion)] = 1
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
+        tokens = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return (tokens * mask[:, 1:]).sum(1)
+
+    def loss_of(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
+        with torch.no_grad():
+            reference_margin = logps(reference, chosen) - logps(reference, rejected)
+        return -F.logsigmoid(BETA * (logps(policy, chosen) - logps(policy, rejected) - reference_margin)).mean()
+
+    first = np.flatnonzero(p.rejected < 8)
+    with torch.no_grad():
+        loss = loss_of(p.chosen[first], p.rejected[first]).item()
+    order = np.random.default_rng(config.seed).permutation(len(p.chosen))
+    for part in np.array_split(order, config.steps):
+        with torch.autocast("cpu", torch.bfloat16) if config.precision == "bfloat16" else nullcontext():
+            batch_loss = loss_of(p.chosen[part], p.rejected[part])
+        batch_loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"loss": loss, "reference_seconds": 0.0}
+
+
+def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, steps: list[float]) -> dict[str, float]:
+    """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
+    from trl import DPOConfig as TRLConfig
+    from trl import DPOTrainer
+
+    best = config.contender == "trl_best"
+    policy, reference = make_models(workload, config.seed)
+    if best:
+        policy, reference = prepare_model(policy), prepare_model(reference)
+    vocabulary = policy.config.vocab_size
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t1"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", eos_token="t0", pad_token="t0")
+    p = preferences
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"t{i}" for i in ids)
+
+    rows = [
+        {
+            "prompt": text(p.prompts[p.prompt_of[c]]),
+            "chosen": " " + text(p.completions[c]),  # TRL leaves an EOS that is there already
+            "rejected": " " + text(p.completions[r]),
+        }
+        for c, r in zip(p.chosen, p.rejected)
+    ]
+    began = time.perf_counter()
+    precompute_seconds = 0.0
+
+    class Timed(DPOTrainer):
+        def _precompute_ref_logps(self, *arguments: object) -> Dataset:
+            nonlocal precompute_seconds
+            start = time.perf_counter()
+            result = super()._precompute_ref_logps(*arguments)
+            precompute_seconds += time.perf_counter() - start
+            return result
+
+    arguments = TRLConfig(
+        output_dir="/tmp/trl",
+        use_cpu=True,
+        bf16=config.precision == "bfloat16",
+        gradient_checkpointing=not best,
+        precompute_ref_log_probs=best,
+        train_sampling_strategy="group_by_length" if best else "random",
+        length_column_name="length",
+        per_device_train_batch_size=len(rows) // config.steps,
+        learning_rate=LEARNING_RATE,
+        beta=BETA,
+        num_train_epochs=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+    if best:
+        for row, c, r in zip(rows, p.chosen, p.rejected):
+            row["length"] = max(len(p.completions[c]), len(p.completions[r])) + len(p.prompts[p.prompt_of[c]])
+    trainer = Timed(
+        policy, ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    del began
+    first = [i for i, r in enumerate(p.rejected) if r < 8]
+    examples = [{k: v for k, v in trainer.train_dataset[i].items() if k != "length"} for i in first]
+    with torch.no_grad():
+        inputs = trainer._prepare_inputs(trainer.data_collator(examples))
+        loss = float(trainer.compute_loss(trainer.model, inputs))
+    trainer.train()
+    return {"loss": loss, "reference_seconds": precompute_seconds}
+
+
+def main(config: ContenderConfig) -> None:
+    workload = WORKLOADS[config.workload]
+    vocabulary = 8_192 if workload.model == "embedded" else 50_257
+    preferences = make_preferences(workload, config.steps, vocabulary, config.seed)
+    ends: list[float] = []
+    register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    runs = {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl}
+    result = runs[config.contender](config, workload, preferences, ends)
+    assert len(ends) == config.steps, f"{config.contender} made {len(ends)} steps, not {config.steps}"
+    timed = config.steps - 1
+    pairs, tokens = len(preferences.chosen), sum(map(len, preferences.completions))
+    seconds = (ends[-1] - ends[0]) / timed * config.steps  # for all the pairs, once
+    print(
+        json.dumps(
+            {
+                "contender": config.contender,
+                "precision": config.precision,
+                "workload": config.workload,
+                "pairs": pairs,
+                "completion_tokens": tokens,
+                "training_seconds": seconds,
+                **result,
+                "peak_memory_mb": peak_memory_mb(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ContenderConfig))
