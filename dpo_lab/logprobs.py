@@ -171,10 +171,10 @@ def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Lit
     if batch.mask is not None:
         mask = torch.zeros(batch.mask.shape, dtype=model.dtype, device=batch.mask.device)
         mask.masked_fill_(~batch.mask, torch.finfo(model.dtype).min)
+    if can_share(model) and model.config._attn_implementation != PACKED:
+        model.set_attn_implementation(PACKED)
     layout = {}
     if batch.unpack is not None:
-        if model.config._attn_implementation != PACKED:
-            model.set_attn_implementation(PACKED)
         mask = NO_MASK if batch.mask is None else mask
         layout = {"unpack": batch.unpack, "pack": batch.pack}
     hidden = model.get_decoder()(
@@ -198,19 +198,24 @@ def packed_attention(
     pack: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' `AttentionInterface`: sdpa, after packed tokens (1, H, S, D) became rows (R, H, L, D).
+    """sdpa for transformers' `AttentionInterface`, over rows (R, H, L, D) that packed tokens (1, H, S, D) are laid out in.
 
-    All else in a decoder works on one token at a time and never sees padding. Without `unpack` this is sdpa itself.
+    All else in a decoder works on one token at a time and never sees padding. Without `unpack` the rows are there already.
+    bfloat16 on a CPU goes through float32: the backward pass of the bfloat16 kernel is several times as slow.
     """
-    if unpack is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-    def rows(packed: Tensor) -> Tensor:
-        return packed[0].transpose(0, 1).index_select(0, unpack.flatten()).unflatten(0, unpack.shape).transpose(1, 2)
-
-    mask = attention_mask if attention_mask.numel() > 1 else None
-    out, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), mask, **options)  # (R, L, H, D)
-    return out.flatten(0, 1).index_select(0, pack)[None], None
+    if unpack is not None:
+        query, key, value = (
+            packed[0].transpose(0, 1).index_select(0, unpack.flatten()).unflatten(0, unpack.shape).transpose(1, 2)
+            for packed in (query, key, value)
+        )
+        attention_mask = attention_mask if attention_mask.numel() > 1 else None
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        wide = [x.float() if x is not None and x.dtype != torch.bool else x for x in (query, key, value, attention_mask)]
+        with torch.autocast("cpu", enabled=False):
+            out = sdpa_attention_forward(module, *wide, **options)[0].to(query.dtype)  # (R, L, H, D)
+    else:
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return (out if pack is None else out.flatten(0, 1).index_select(0, pack)[None]), None
 
 
 PACKED = "dpo_lab_packed"

@@ -181,6 +181,8 @@ def test_a_model_that_has_scored_packed_rows_generates_as_before(name):
     ids = torch.tensor([[0, 0, 5, 7], [3, 8, 2, 9]])
     options = {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), "do_sample": False, "max_new_tokens": 6}
     assert model.generate(ids, **options).tolist() == fresh.generate(ids, **options).tolist()
+    scores = [m.bfloat16()(ids, attention_mask=options["attention_mask"]).logits for m in (model, fresh)]
+    torch.testing.assert_close(*scores, rtol=0, atol=0.1)  # logits are near 3; without the mask they differ by more than 1
 
 
 def test_prompts_are_shared_only_by_models_that_allow_it():
