@@ -187,15 +187,17 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
     def text(ids: list[int]) -> str:
         return " ".join(f"t{i}" for i in ids)
 
+    pairs = list(zip(p.chosen, p.rejected))
+    if best:
+        pairs.sort(key=lambda pair: len(p.prompts[p.prompt_of[pair[0]]]) + max(len(p.completions[i]) for i in pair))
     rows = [
         {
             "prompt": text(p.prompts[p.prompt_of[c]]),
             "chosen": " " + text(p.completions[c]),  # TRL leaves an EOS that is there already
             "rejected": " " + text(p.completions[r]),
         }
-        for c, r in zip(p.chosen, p.rejected)
+        for c, r in pairs
     ]
-    began = time.perf_counter()
     precompute_seconds = 0.0
 
     class Timed(DPOTrainer):
@@ -212,8 +214,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         bf16=config.precision == "bfloat16",
         gradient_checkpointing=not best,
         precompute_ref_log_probs=best,
-        train_sampling_strategy="group_by_length" if best else "random",
-        length_column_name="length",
+        train_sampling_strategy="sequential" if best else "random",
         per_device_train_batch_size=len(rows) // config.steps,
         learning_rate=LEARNING_RATE,
         beta=BETA,
@@ -224,15 +225,10 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         disable_tqdm=True,
         seed=config.seed,
     )
-    if best:
-        for row, c, r in zip(rows, p.chosen, p.rejected):
-            row["length"] = max(len(p.completions[c]), len(p.completions[r])) + len(p.prompts[p.prompt_of[c]])
     trainer = Timed(
         policy, ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
-    del began
-    first = [i for i, r in enumerate(p.rejected) if r < 8]
-    examples = [{k: v for k, v in trainer.train_dataset[i].items() if k != "length"} for i in first]
+    examples = [trainer.train_dataset[i] for i, (_, r) in enumerate(pairs) if r < 8]
     with torch.no_grad():
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
         loss = float(trainer.compute_loss(trainer.model, inputs))

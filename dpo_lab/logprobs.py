@@ -6,7 +6,6 @@ the forward and in the backward pass; a prompt is computed once for all its comp
 that saves work.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
 LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
 KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
@@ -54,13 +54,7 @@ class CompletionBatch:
         return CompletionBatch(**moved)
 
 
-def completion_batch(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    prompt_of: Sequence[int],
-    *,
-    share: bool = False,
-) -> CompletionBatch:
+def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False) -> CompletionBatch:
     """Lay out completions for `completion_logps`.
 
     Args:
@@ -121,7 +115,7 @@ def completion_batch(
     return CompletionBatch(padded(ids), padded(positions), mask, None, None, pack[sources], *predicted)
 
 
-def _check_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prompt_of: Sequence[int]) -> None:
+def _check_tokens(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> None:
     if len(completions) != len(prompt_of):
         raise ValueError(f"{len(completions)} completions and {len(prompt_of)} values in prompt_of; need one each")
     for i, (completion, p) in enumerate(zip(completions, prompt_of)):
@@ -187,17 +181,7 @@ def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Lit
     return sums / torch.bincount(batch.owners, minlength=batch.n) if reduction == "mean" else sums
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    unpack: Tensor | None = None,
-    pack: Tensor | None = None,
-    **options: object,
-) -> tuple[Tensor, None]:
+def packed_attention(module, query, key, value, attention_mask, *, unpack=None, pack=None, **options) -> tuple[Tensor, None]:
     """sdpa for transformers' `AttentionInterface`, over rows (R, H, L, D) that packed tokens (1, H, S, D) are laid out in.
 
     All else in a decoder works on one token at a time and never sees padding. Without `unpack` the rows are there already.
@@ -283,8 +267,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.no_grad()
 def score_completions(
     model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompts: Tokens,
+    completions: Tokens,
     prompt_of: Sequence[int],
     *,
     batch_tokens: int = 8192,
@@ -314,12 +298,3 @@ def score_completions(
     finally:
         model.train(training)
     return logps
-
-
-def weights_hash(model: nn.Module) -> str:
-    """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

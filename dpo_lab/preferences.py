@@ -19,9 +19,9 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.logprobs import score_completions, weights_hash
+from dpo_lab.logprobs import score_completions
 from dpo_lab.losses import check_pairs
-from dpo_lab.runs import write_whole
+from dpo_lab.runs import weights_hash, write_whole
 
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
 Bad = Literal["error", "drop"]

@@ -221,6 +221,15 @@ def file_hash(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets, so that a loop can stop between steps; the second one stops at once."""

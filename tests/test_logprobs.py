@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dpo_lab import logprobs
-from dpo_lab.logprobs import can_share, completion_batch, completion_logps, score_completions, token_logps, weights_hash
+from dpo_lab.logprobs import can_share, completion_batch, completion_logps, score_completions, token_logps
 
 MODELS = ["gpt2", "gpt2-bias", "llama-tied", "llama-grouped"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -408,28 +408,3 @@ def test_a_completion_may_fill_the_context():
 def test_an_unknown_reduction_is_named():
     with pytest.raises(ValueError, match="reduction is 'average'; it must be 'sum' .* or 'mean'"):
         completion_logps(shared_model("gpt2"), completion_batch([[0]], [[1]], [0]), reduction="average")
-
-
-def test_the_hash_of_the_weights_follows_every_weight_and_nothing_else():
-    model = make_model("gpt2")
-    before = weights_hash(model)
-    assert len(before) == 16 and int(before, 16) >= 0
-    assert weights_hash(model.train()) == before == weights_hash(make_model("gpt2"))
-    for parameter in model.parameters():
-        with torch.no_grad():
-            parameter.view(-1)[-1] += 1e-9
-        assert weights_hash(model) != before
-        before = weights_hash(model)
-
-
-def test_the_hash_tells_weights_of_other_names_apart():
-    weight = torch.ones(3)
-    assert weights_hash(nn.ParameterDict({"a": weight})) != weights_hash(nn.ParameterDict({"b": weight}))
-
-
-def test_the_hash_takes_models_with_a_single_number_as_a_weight():
-    model = nn.Linear(1, 1)
-    model.register_buffer("scale", torch.tensor(1.0))
-    before = weights_hash(model)
-    model.scale += 1
-    assert weights_hash(model) != before

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from dpo_lab import models
-from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer
+from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer, prepare_model
 
 GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEMMA |= {
@@ -191,3 +191,11 @@ print(counts[2], counts[-1])
 """
     before, after = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
     assert before > 10_000 and after < 100  # 64 MiB are 16,384 pages
+
+
+def test_a_prepared_gpt2_computes_the_same_with_the_fused_gelu():
+    model = small_gpt2().double().eval()
+    ids = torch.arange(8)[None] % model.config.vocab_size
+    before = model(ids).logits
+    assert {type(block.mlp.act) for block in prepare_model(model).transformer.h} == {torch.nn.GELU}
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-12)

@@ -4,6 +4,9 @@ import errno
 import json
 
 import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from dpo_lab import runs
 from dpo_lab.runs import (
@@ -13,6 +16,7 @@ from dpo_lab.runs import (
     provenance,
     read_metrics,
     require_space,
+    weights_hash,
     write_json,
     write_whole,
 )
@@ -110,3 +114,33 @@ def test_peak_memory_grows_with_what_is_held():
     held = bytearray(b"x" * 10**7) * 30
     assert peak_memory_mb() >= before and peak_memory_mb() > 100 and len(held) == 3 * 10**8
     assert runs.peak_memory_mb() < 10**6
+
+
+def small_model():
+    set_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2)).double()
+
+
+def test_the_hash_of_the_weights_follows_every_weight_and_nothing_else():
+    model = small_model()
+    before = weights_hash(model)
+    assert len(before) == 16 and int(before, 16) >= 0
+    assert weights_hash(model.train()) == before == weights_hash(small_model())
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-9
+        assert weights_hash(model) != before
+        before = weights_hash(model)
+
+
+def test_the_hash_tells_weights_of_other_names_apart():
+    weight = torch.ones(3)
+    assert weights_hash(nn.ParameterDict({"a": weight})) != weights_hash(nn.ParameterDict({"b": weight}))
+
+
+def test_the_hash_takes_models_with_a_single_number_as_a_weight():
+    model = nn.Linear(1, 1)
+    model.register_buffer("scale", torch.tensor(1.0))
+    before = weights_hash(model)
+    model.scale += 1
+    assert weights_hash(model) != before

@@ -1,0 +1,53 @@
+"""The contenders of the speed benchmark train on the same pairs and compute the same loss."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import contender  # noqa: E402
+import speed  # noqa: E402
+
+
+def measured(name, precision="float32"):
+    arguments = [f"--contender={name}", f"--precision={precision}", "--workload=embedded", "--steps=2"]
+    output = subprocess.check_output([sys.executable, str(BENCHMARKS / "contender.py"), *arguments], text=True)
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def test_all_contenders_compute_the_same_loss():
+    names = ["dpo_lab", "textbook"] + (["trl_default", "trl_best"] if importlib.util.find_spec("trl") else [])
+    results = [measured(name) for name in names]
+    losses = [result["loss"] for result in results]
+    assert max(losses) - min(losses) < 1e-4 and abs(losses[0] - np.log(2)) > 1e-3
+    assert {result["pairs"] for result in results} == {2 * 11 * 6}
+    assert all(result["training_seconds"] > 0 for result in results)
+
+
+@pytest.mark.parametrize("name", contender.WORKLOADS)
+def test_a_workload_is_what_it_says(name):
+    workload = contender.WORKLOADS[name]
+    preferences = contender.make_preferences(workload, 50, 1_000, seed=0)
+    lengths = [len(ids) for ids in preferences.completions]
+    assert 8 <= min(lengths) and max(lengths) <= workload.most and abs(np.mean(lengths) / workload.mean - 1) < 0.15
+    k = workload.completions
+    assert len(preferences.chosen) == 50 * workload.prompts * k * (k - 1) // 2
+    assert all(ids[-1] == 0 and 0 not in ids[:-1] for ids in preferences.completions)
+    shortest, longest = workload.prompt_tokens
+    assert {len(ids) - 1 for ids in preferences.prompts} <= set(range(shortest, longest + 1))
+
+
+def test_the_least_flops_are_those_of_the_matmuls():
+    workload = contender.WORKLOADS["short"]
+    preferences = contender.make_preferences(workload, 1, 50_257, seed=0)
+    predicted = sum(map(len, preferences.completions))
+    seen = sum(map(len, preferences.prompts)) + predicted - 16
+    block = 768 * (3 * 768 + 768 + 4 * 768 + 4 * 768)  # query, key and value; out; up; down
+    assert speed.least_flops("short", 1, 0) == 4 * 2 * (12 * block * seen + 768 * 50_257 * predicted)
