@@ -3,7 +3,7 @@ PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 pyth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test demo clean-env
+.PHONY: help lab test demo bench clean-env
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,12 @@ test: .venv/.installed ## Run every test; ARGS="-k name" goes to pytest
 
 demo: .venv/.installed ## Train with dpo-lab; ARGS="--help" goes to dpo-lab train
 	.venv/bin/dpo-lab train $(ARGS)
+
+bench: .venv/.installed ## Measure speed beside TRL and a textbook loop (about 40 minutes)
+	.venv/bin/python benchmarks/speed.py $(ARGS)
+	.venv/bin/python benchmarks/cost.py
+	.venv/bin/python benchmarks/sampling.py
+	.venv/bin/python benchmarks/readme.py
 
 clean-env: ## Remove .venv; the next target sets it up again
 	rm -rf .venv

@@ -7,9 +7,10 @@ The clock is a hook behind `Optimizer.step`, the same for all, and runs from the
 """
 
 import json
+import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,9 +24,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
+from dpo_lab import logprobs
 from dpo_lab.logprobs import can_share, completion_batch, completion_logps
 from dpo_lab.losses import dpo_loss
-from dpo_lab.models import load_model, prepare_model
+from dpo_lab.models import keep_freed_memory, prepare_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, LoopConfig, train_dpo
@@ -40,16 +42,18 @@ class Workload:
     prompts: int
     completions: int
     prompt_tokens: tuple[int, int]
-    model: Literal["124M", "embedded"] = "124M"
     mean: int = 64  # completion tokens
     most: int = 192
+    vocabulary: int = 50_257
+    layers: int = 12
+    width: int = 768
 
 
 WORKLOADS = {
     "paper": Workload(prompts=2, completions=4, prompt_tokens=(2, 8)),
     "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
     "long": Workload(prompts=8, completions=2, prompt_tokens=(64, 192)),
-    "embedded": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), model="embedded", mean=32, most=96),
+    "embedded": Workload(11, 4, prompt_tokens=(2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256),
 }
 
 
@@ -67,6 +71,10 @@ class ContenderConfig:
     """optimizer steps; the first one is not timed"""
     seed: int = 0
     """of the weights and the pairs"""
+    change: str = "{}"
+    """JSON: other values for fields of the workload"""
+    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "kept memory"], ...] = ()
+    """what dpo_lab does without, to see what it is worth"""
 
 
 def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -74,9 +82,9 @@ def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(rng.lognormal(np.log(workload.mean) - 0.25, 0.75, n).astype(int), 8, workload.most)
 
 
-def make_preferences(workload: Workload, steps: int, vocabulary: int, seed: int) -> Preferences:
+def make_preferences(workload: Workload, steps: int, seed: int) -> Preferences:
     """Random token ids; id 0 is BOS and EOS. The completion with the lower index is the better one."""
-    rng, k = np.random.default_rng(seed), workload.completions
+    rng, k, vocabulary = np.random.default_rng(seed), workload.completions, workload.vocabulary
     n = steps * workload.prompts
     prompts = [[0, *rng.integers(1, vocabulary, rng.integers(*workload.prompt_tokens, endpoint=True))] for _ in range(n)]
     completions = [[*rng.integers(1, vocabulary, length - 1), 0] for length in lengths(workload, n * k, rng)]
@@ -90,26 +98,36 @@ def make_preferences(workload: Workload, steps: int, vocabulary: int, seed: int)
     )
 
 
+def gpt2_config(workload: Workload) -> GPT2Config:
+    """GPT-2 of the workload's size, with heads of 64 as every GPT-2 has, without dropout."""
+    size = {"vocab_size": workload.vocabulary, "n_layer": workload.layers, "n_embd": workload.width}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2Config(**size, n_head=workload.width // 64, **no_dropout, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+
+
 def make_models(workload: Workload, seed: int) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
     """Policy and reference, near each other but not equal, so that losses differ from log 2."""
     set_seed(seed)
-    models = []
-    for _ in range(2):
-        if workload.model == "embedded":
-            models.append(load_model("embedded"))
-        else:
-            config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-            models.append(GPT2LMHeadModel(config).eval())
-    policy, reference = models
+    policy, reference = (GPT2LMHeadModel(gpt2_config(workload)).eval() for _ in range(2))
     state = policy.state_dict()
     reference.load_state_dict({name: tensor * (1 + 0.01 * torch.randn_like(tensor)) for name, tensor in state.items()})
     reference.tie_weights()
     return policy, reference
 
 
-def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, steps: list[float]) -> dict[str, float]:
+def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
-    policy, reference = (prepare_model(model) for model in make_models(workload, config.seed))
+    policy, reference = make_models(workload, config.seed)
+    if "fused gelu" not in config.without:
+        policy, reference = prepare_model(policy), prepare_model(reference)
+    if "kept memory" not in config.without:
+        keep_freed_memory()
+    if "sharing" in config.without:
+        logprobs.SHARE_FROM = math.inf
+    if "packing" in config.without:
+        logprobs.PACK_FROM = math.inf
+    if "stored logits" in config.without:
+        logprobs.KEPT_LOGITS_BYTES = 0
     batch = completion_batch(
         preferences.prompts, preferences.completions[:8], preferences.prompt_of[:8].tolist(), share=can_share(policy)
     )
@@ -130,7 +148,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     return {"loss": loss, "reference_seconds": seconds}
 
 
-def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, steps: list[float]) -> dict[str, float]:
+def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
     policy, reference = make_models(workload, config.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
@@ -169,7 +187,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, steps: list[float]) -> dict[str, float]:
+def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer
@@ -178,6 +196,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
     policy, reference = make_models(workload, config.seed)
     if best:
         policy, reference = prepare_model(policy), prepare_model(reference)
+        keep_freed_memory()
     vocabulary = policy.config.vocab_size
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t1"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -237,13 +256,12 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
 
 
 def main(config: ContenderConfig) -> None:
-    workload = WORKLOADS[config.workload]
-    vocabulary = 8_192 if workload.model == "embedded" else 50_257
-    preferences = make_preferences(workload, config.steps, vocabulary, config.seed)
+    workload = replace(WORKLOADS[config.workload], **json.loads(config.change))
+    preferences = make_preferences(workload, config.steps, config.seed)
     ends: list[float] = []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     runs = {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl}
-    result = runs[config.contender](config, workload, preferences, ends)
+    result = runs[config.contender](config, workload, preferences)
     assert len(ends) == config.steps, f"{config.contender} made {len(ends)} steps, not {config.steps}"
     timed = config.steps - 1
     pairs, tokens = len(preferences.chosen), sum(map(len, preferences.completions))
@@ -254,6 +272,9 @@ def main(config: ContenderConfig) -> None:
                 "contender": config.contender,
                 "precision": config.precision,
                 "workload": config.workload,
+                "change": json.loads(config.change),
+                "without": config.without,
+                "steps": config.steps,
                 "pairs": pairs,
                 "completion_tokens": tokens,
                 "training_seconds": seconds,

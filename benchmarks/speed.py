@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 from contender import WORKLOADS, make_preferences
-from transformers import GPT2Config
 
-from dpo_lab.models import load_model
 from dpo_lab.runs import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -63,11 +61,10 @@ def least_flops(name: str, steps: int, seed: int) -> float:
     products are left out.
     """
     workload = WORKLOADS[name]
-    config = load_model("embedded").config if workload.model == "embedded" else GPT2Config()
-    preferences = make_preferences(workload, steps, config.vocab_size, seed)
+    preferences = make_preferences(workload, steps, seed)
     predicted = sum(map(len, preferences.completions))
     seen = sum(map(len, preferences.prompts)) + predicted - len(preferences.completions)
-    blocks, head = 12 * config.n_layer * config.n_embd**2, config.n_embd * config.vocab_size
+    blocks, head = 12 * workload.layers * workload.width**2, workload.width * workload.vocabulary
     forward = 2 * (blocks * seen + head * predicted)
     return 4 * forward  # policy forward 1, backward 2, reference 1
 

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
 LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
 KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
+SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
 
 
@@ -62,7 +63,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
         completions: token ids of N completions, at least one token each, with EOS where they have ended.
         prompt_of: N indices into `prompts`.
         share: put completions of one prompt in one row where that saves a quarter of the tokens, and pack the rows where
-            padding would add a seventh. Exact for the model families in SHARES_PROMPTS; `can_share` tells.
+            that saves an eighth. Exact for the model families in SHARES_PROMPTS; `can_share` tells.
 
     Raises:
         ValueError: an empty prompt or completion, or an index outside `prompts`.
@@ -75,7 +76,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
         groups.setdefault(p, []).append(i)
     saved = sum((len(members) - 1) * len(prompts[p]) for p, members in groups.items())
     total = sum(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
-    together = share and saved * 4 >= total
+    together = share and saved >= SHARE_FROM * total
     rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
 
     ids, positions, segments, lengths = [], [], [], []  # a token's segment is 0 in the prompt, 1.. in its completions
@@ -107,7 +108,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
         mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (R, L, L)
         mask = mask.tril_()[:, None]
     predicted = torch.tensor(targets), torch.tensor(owners), len(completions)
-    if share and (real.numel() - len(ids)) * 8 >= real.numel():
+    if share and real.numel() - len(ids) >= PACK_FROM * real.numel():
         extra = -len(ids) % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
         flat = [nn.functional.pad(torch.tensor(values), (0, extra)) for values in (ids, positions)]
         unpack, pack = padded(range(len(ids))), nn.functional.pad(pack, (0, extra))

@@ -165,7 +165,7 @@ def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(na
             close(gradient, expected[parameter])
 
 
-def test_rows_are_packed_only_where_padding_would_add_a_seventh():
+def test_rows_are_packed_only_where_that_saves_an_eighth():
     lengths = [8, 8, 8, 4]  # 4 of 32 positions are padding
     packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, share=True)
     assert packed.mask is None and packed.input_ids.shape == (1, 128)  # 28 tokens in a row of 128

@@ -1,0 +1,88 @@
+"""What a DPO step costs as its parts grow, and what each saving is worth: python benchmarks/cost.py
+
+Every point is a process of its own (`benchmarks/contender.py`). Writes benchmarks/results/cost.json and docs/cost.png.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from matplotlib.figure import Figure
+
+from dpo_lab.runs import provenance, write_json, write_whole
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cost.json"
+CURVES: dict[str, dict[float, dict[str, Any]]] = {
+    "completion tokens (mean)": {n: {"mean": n, "most": 3 * n} for n in (16, 32, 64, 128)},
+    "prompt tokens": {n: {"prompt_tokens": [n, n]} for n in (8, 64, 128, 256)},
+    "completions a prompt": {k: {"completions": k, "prompts": 16 // k} for k in (2, 4, 8, 16)},
+    "vocabulary (thousands)": {n: {"vocabulary": 1_000 * n} for n in (8, 16, 32, 64)},
+    "prompts a step": {n: {"prompts": n} for n in (2, 4, 8, 16)},
+    "parameters of the blocks (M)": {
+        round(12 * layers * width**2 / 1e6): {"layers": layers, "width": width}
+        for layers, width in ((4, 256), (6, 512), (12, 768))
+    },
+}
+SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "kept memory")
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """How long to measure."""
+
+    steps: int = 3
+    """optimizer steps a point; the first one is not timed"""
+
+
+def measure(workload: str, steps: int, change: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One run of dpo_lab in float32."""
+    script = Path(__file__).with_name("contender.py")
+    arguments = [f"--workload={workload}", f"--steps={steps}", f"--change={json.dumps(change or {})}"]
+    arguments += ["--without", *without] if without else []
+    output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
+    result = json.loads(output.strip().splitlines()[-1])
+    print(result, flush=True)
+    return result
+
+
+def plot(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """A panel for each curve: seconds a step, and peak memory on the right axis."""
+    figure = Figure(figsize=(11, 6.4), dpi=120, layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(2, 3).flat, curves.items()):
+        x = [float(value) for value in points]
+        memory = axes.twinx()
+        axes.plot(x, [p["training_seconds"] / p["steps"] for p in points.values()], "o-", color="#2c5f9e")
+        memory.plot(x, [p["peak_memory_mb"] / 1e3 for p in points.values()], "s--", color="#c0392b")
+        axes.set(xlabel=name, ylim=(0, None), xlim=(0, None))
+        axes.set_ylabel("seconds a step (solid)", color="#2c5f9e")
+        memory.set_ylabel("peak memory, GB (dashed)", color="#c0392b")
+        memory.set_ylim(0, None)
+        axes.spines["top"].set_visible(False)
+        memory.spines["top"].set_visible(False)
+    return figure
+
+
+def main(config: CostConfig) -> None:
+    curves = {
+        name: {str(x): measure("short", config.steps, change) for x, change in points.items()} for name, points in CURVES.items()
+    }
+    savings = {
+        workload: {
+            "all": measure(workload, config.steps),
+            **{name: measure(workload, config.steps, without=(name,)) for name in SAVINGS},
+            "none": measure(workload, config.steps, without=SAVINGS),
+        }
+        for workload in ("paper", "short", "long")
+    }
+    write_json(RESULTS, {"provenance": provenance(), "curves": curves, "savings": savings})
+    with write_whole(ROOT / "docs" / "cost.png") as temporary:
+        plot(curves).savefig(temporary, format="png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(CostConfig))
