@@ -1,6 +1,6 @@
 """Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,38 @@ def _curve(axes: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str,
     ends = np.arange(1, len(values) + 1)
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=colour, label=label)
+
+
+def plot_distributions(labels: Sequence[str], distributions: Mapping[str, Sequence[float]]) -> Figure:
+    """Named distributions over the same outcomes, as bars side by side."""
+    figure, axes = _figure("Probabilities", "probability", x="outcome")
+    width, places = 0.8 / len(distributions), np.arange(len(labels))
+    for k, ((name, values), colour) in enumerate(zip(distributions.items(), (OPTIMUM, CHOSEN, POLICY, REJECTED))):
+        axes.bar(places + (k - (len(distributions) - 1) / 2) * width, values, width, label=name, color=colour)
+    axes.set_xticks(places, labels)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_beta_path(
+    betas: Sequence[float], policies: np.ndarray, labels: Sequence[str], value: Sequence[float], spent: Sequence[float]
+) -> Figure:
+    """How the optimal policy changes with beta: probabilities (B, n), and under them mean reward and KL (B,)."""
+    figure, (top, bottom) = _figure("The optimal policy from beta = infinity to 0", "probability", "mean reward", x="beta")
+    for k, (label, style) in enumerate(zip(labels, ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))))):
+        top.plot(betas, policies[:, k], linestyle=style, color=(OPTIMUM, REJECTED, POLICY, CHOSEN)[k % 4], label=label)
+    bottom.plot(betas, value, color=CHOSEN, label="mean reward")
+    bottom.set_xscale("log")
+    bottom.invert_xaxis()
+    right = bottom.twinx()
+    right.plot(betas, spent, color=POLICY, linestyle="--", label="KL to the reference")
+    right.set_ylabel("KL (nats)")
+    right.spines["top"].set_visible(False)
+    top.legend(frameon=False)
+    lines = [*bottom.get_lines(), *right.get_lines()]
+    bottom.legend(lines, [line.get_label() for line in lines], frameon=False)
+    return figure
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]]) -> Figure:

@@ -354,3 +354,25 @@ def derivations(n: int = 3) -> list[Derivation]:
         loss_and_gradient(),
         equivalence(n),
     ]
+
+
+def equation_index() -> list[dict[str, str]]:
+    """Where each equation of the paper is proved, which function computes it, and which test holds the two together."""
+    objective_test, loss_test = (
+        "test_the_proved_objective_is_the_one_computed",
+        "test_the_proved_loss_and_gradient_are_those_that_train",
+    )
+    any_test = "test_every_derivation_holds"
+    rows = (
+        ("Eq. 1", "bradley_terry", "losses.bradley_terry_nll", "test_the_proved_preference_probability_is_the_one_computed"),
+        ("Eq. 3", "optimum", "objective.objective_value", objective_test),
+        ("Eq. 4", "optimum, optimum_by_lagrange", "objective.optimal_policy", objective_test),
+        ("Eq. 5", "reparametrisation", "objective.implicit_reward", objective_test),
+        ("Eq. 6", "bradley_terry", "losses.dpo_loss", loss_test),
+        ("Eq. 7", "loss_and_gradient", "losses.dpo_loss", loss_test),
+        ("Eq. 11-15", "optimum, optimum_for_any_n", "objective.value_gap", objective_test),
+        ("Eq. 18-20", "plackett_luce", "", any_test),
+        ("Eq. 21", "loss_and_gradient", "losses.dpo_loss (gradient_weights)", loss_test),
+        ("Lemmas 1, 2, Theorem 1", "equivalence", "", any_test),
+    )
+    return [dict(zip(("equation", "proved by", "computed by", "test"), row)) for row in rows]
