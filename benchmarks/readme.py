@@ -1,9 +1,10 @@
-"""Write the measured figures into the README's marked blocks: python benchmarks/readme.py
+"""Write the measured figures into the marked blocks of README.md and docs/speed.md: python benchmarks/readme.py
 
-The test suite holds the README to what this file makes of benchmarks/results/ and the model card.
+The test suite holds both files to what this one makes of benchmarks/results/ and the model card.
 """
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -55,14 +56,70 @@ def sweep() -> str:
     return "\n".join(lines)
 
 
+NAMES = {
+    "paper": "the paper's protocol: 4 completions and 6 pairs a prefix",
+    "short": "pairs, short prompts",
+    "long": "pairs, prompts of 64-192 tokens",
+    "embedded": "the paper's protocol, a model of the embedded one's size",
+}
+
+
+def _speed() -> dict[tuple[str, str, str], dict]:
+    table = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["table"]
+    return {(row["workload"], row["contender"], row["precision"]): row for row in table}
+
+
+def ratios() -> str:
+    """Pairs a second and peak memory against TRL, one line a workload."""
+    rows = _speed()
+    lines = [
+        "| workload | dpo_lab float32, pairs/s | against TRL's defaults | against TRL's best | bfloat16, pairs/s | against TRL's defaults | against TRL's best | memory against TRL's defaults |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for workload in dict.fromkeys(name for name, _, _ in rows):
+        default = rows[workload, "trl_default", "bfloat16"]
+        best = max((rows[workload, "trl_best", p] for p in ("float32", "bfloat16")), key=lambda row: row["pairs_per_second"])
+        ours = [rows[workload, "dpo_lab", precision] for precision in ("float32", "bfloat16")]
+        cells = [
+            f"{row['pairs_per_second']:.2f} | {row['pairs_per_second'] / default['pairs_per_second']:.1f}x "
+            f"| {row['pairs_per_second'] / best['pairs_per_second']:.1f}x"
+            for row in ours
+        ]
+        memory = ours[0]["peak_memory_mb"] / default["peak_memory_mb"]
+        lines.append(f"| {NAMES[workload]} | {cells[0]} | {cells[1]} | {memory:.2f}x |")
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """Every contender on every workload."""
+    lines = [
+        "| workload | contender | precision | pairs/s (least, most) | without the reference | completion tokens/s | peak memory | share of the limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (workload, contender, precision), row in _speed().items():
+        least, most = row["spread"]
+        lines.append(
+            f"| {workload} | {contender} | {precision} | {row['pairs_per_second']:.2f} ({least:.2f}, {most:.2f}) "
+            f"| {row['pairs_per_second_without_reference']:.2f} | {row['completion_tokens_per_second']:,.0f} "
+            f"| {row['peak_memory_mb'] / 1e3:.1f} GB | {row['share_of_limit']:.0%} |"
+        )
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in result["matmul_flops_per_second"].items())
+    origin = result["provenance"]
+    return "\n".join(lines) + f"\n\nMeasured by `{origin['command']}` on {origin['machine']} ({rates}); {origin['versions']}."
+
+
+BLOCKS = {"main job": main_job, "sweep": sweep, "embedded model": embedded_model, "ratios": ratios, "speed": speed}
+
+
 def render(text: str) -> str:
-    """The README with its blocks filled."""
-    for name, block in (("main job", main_job()), ("sweep", sweep()), ("embedded model", embedded_model())):
+    """A page with its blocks filled."""
+    for name in re.findall(r"<!-- (?!end)([a-z ]+) -->", text):
         start, end = text.index(f"<!-- {name} -->"), text.index("<!-- end -->", text.index(f"<!-- {name} -->"))
-        text = f"{text[:start]}<!-- {name} -->\n{block}\n{text[end:]}"
+        text = f"{text[:start]}<!-- {name} -->\n{BLOCKS[name]()}\n{text[end:]}"
     return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "docs" / "speed.md"):
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

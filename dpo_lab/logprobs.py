@@ -1,9 +1,8 @@
 """Log-probabilities of completions under a causal language model: exact, and frugal with memory.
 
-Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, evaluation. Four things keep it lean:
-the LM head is applied only where it predicts a completion token; logits exist for one chunk of positions at a time, in
-the forward and in the backward pass; a prompt is computed once for all its completions, and padding not at all, where
-that saves work.
+Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, evaluation. Four things keep it lean
+(docs/speed.md): the LM head is applied only where it predicts a completion token; logits exist for one chunk of positions
+at a time; a prompt is computed once for all its completions, and padding not at all, where that saves work.
 """
 
 from collections.abc import Sequence
@@ -59,7 +58,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     """Lay out completions for `completion_logps`.
 
     Args:
-        prompts: token ids of each prompt; at least one token each (BOS for an empty text).
+        prompts: token ids of each prompt, at least one (BOS for an empty text).
         completions: token ids of N completions, at least one token each, with EOS where they have ended.
         prompt_of: N indices into `prompts`.
         share: put completions of one prompt in one row where that saves a quarter of the tokens, and pack the rows where

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
+from dpo_lab.plots import plot_beta_path, plot_distributions, plot_frontier, plot_loss, plot_margins, plot_rewards
 
 METRICS = [
     {
@@ -43,3 +43,18 @@ def test_the_frontier_is_drawn_only_where_the_estimate_holds():
     assert list(axes.get_lines()[0].get_xdata()) == [0.0, 1.0]
     assert "KL" in axes.get_xlabel() and "nats" in axes.get_xlabel()
     plot_frontier(points)
+
+
+def test_bars_have_the_height_of_the_probabilities():
+    axes = plot_distributions(["a", "b"], {"one": [0.25, 0.75], "two": [0.5, 0.5]}).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [0.25, 0.75, 0.5, 0.5]
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert all(right <= left + 1e-9 for (_, right), (left, _) in zip(edges, edges[1:]))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_the_beta_path_runs_from_large_to_small_beta():
+    betas, policies = np.array([10.0, 1.0, 0.1]), np.array([[0.5, 0.5], [0.6, 0.4], [0.9, 0.1]])
+    top, bottom, right = plot_beta_path(betas, policies, ["a", "b"], [0.0, 0.1, 0.8], [0.0, 0.02, 0.4]).axes
+    assert list(top.get_lines()[0].get_ydata()) == [0.5, 0.6, 0.9] and bottom.get_xlim()[0] > bottom.get_xlim()[1]
+    assert list(right.get_lines()[0].get_ydata()) == [0.0, 0.02, 0.4] and "nats" in right.get_ylabel()

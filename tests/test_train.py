@@ -173,6 +173,10 @@ def test_evaluation_comes_first_every_n_steps_and_last(model, preferences):
     train_dpo(model, preferences, CONFIG, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
     steps = len(train._plan(preferences.pairs_by_prompt(), CONFIG, 0))
     assert seen == sorted({0, *range(3, steps, 3), steps})
+    seen.clear()
+    config = replace(CONFIG, loop=replace(LOOP, eval_every=4))
+    train_dpo(model, preferences, config, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
+    assert seen == sorted({0, 1, 2, *range(4, steps, 4), steps})
 
 
 def test_sft_minimises_nats_per_completion_token(model, preferences):
