@@ -66,6 +66,39 @@ def plot_beta_path(
     return figure
 
 
+def plot_lines(title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Figure:
+    """Named curves over one axis, told apart by colour and by stroke."""
+    figure, axes = _figure(title, y_label, x=x_label)
+    for (name, values), colour, style in zip(lines.items(), (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")):
+        axes.plot(x, values, color=colour, linestyle=style, label=name)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_intervals(labels: Sequence[str], low: Sequence[float], centre: Sequence[float], high: Sequence[float]) -> Figure:
+    """Estimates with their intervals, one line each, the first at the top."""
+    figure, axes = _figure("Estimates with intervals", "", x="reward (nats)")
+    places = np.arange(len(labels))[::-1]
+    axes.hlines(places, low, high, color=POLICY)
+    axes.plot(centre, places, "o", color=POLICY)
+    axes.axvline(0, color=OPTIMUM, linewidth=0.8)
+    axes.set_yticks(places, labels)
+    return figure
+
+
+def plot_calibration(predicted: Sequence[float], observed: Sequence[float], count: Sequence[float]) -> Figure:
+    """Observed share against predicted probability, points as large as they are many, with two binomial standard errors."""
+    predicted, observed, count = map(np.asarray, (predicted, observed, count))
+    figure, axes = _figure("Calibration", "observed share", x="predicted probability")
+    axes.plot([0, 1], [0, 1], color=OPTIMUM, linestyle="--", label="perfectly calibrated")
+    error = 2 * np.sqrt(predicted * (1 - predicted) / count)
+    axes.errorbar(predicted, observed, error, fmt="none", color=POLICY, alpha=0.5)
+    axes.scatter(predicted, observed, 50 * count / count.max(), color=POLICY, label="comparisons")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
 def plot_loss(metrics: Sequence[dict[str, Any]]) -> Figure:
     """Loss a pair against the step, with log 2, where every sigmoid run starts."""
     figure, axes = _figure("Loss", "loss a pair (nats)")

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from dpo_lab.plots import plot_beta_path, plot_distributions, plot_frontier, plot_loss, plot_margins, plot_rewards
+from dpo_lab.plots import (
+    plot_beta_path,
+    plot_calibration,
+    plot_distributions,
+    plot_frontier,
+    plot_intervals,
+    plot_lines,
+    plot_loss,
+    plot_margins,
+    plot_rewards,
+)
 
 METRICS = [
     {
@@ -58,3 +68,23 @@ def test_the_beta_path_runs_from_large_to_small_beta():
     top, bottom, right = plot_beta_path(betas, policies, ["a", "b"], [0.0, 0.1, 0.8], [0.0, 0.02, 0.4]).axes
     assert list(top.get_lines()[0].get_ydata()) == [0.5, 0.6, 0.9] and bottom.get_xlim()[0] > bottom.get_xlim()[1]
     assert list(right.get_lines()[0].get_ydata()) == [0.0, 0.02, 0.4] and "nats" in right.get_ylabel()
+
+
+def test_lines_are_told_apart_by_more_than_colour():
+    axes = plot_lines("Title", [0, 1], {"one": [0, 1], "two": [1, 0]}, "x", "y").axes[0]
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[0, 1], [1, 0]]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == 2
+    assert len({line.get_linestyle() for line in axes.get_lines()}) == 2 and axes.get_title() == "Title"
+
+
+def test_the_first_interval_stands_at_the_top():
+    axes = plot_intervals(["a", "b"], [-1.0, 0.0], [0.0, 0.5], [1.0, 2.0]).axes[0]
+    places = dict(zip([label.get_text() for label in axes.get_yticklabels()], axes.get_yticks()))
+    assert places["a"] > places["b"]
+    assert [segment[:, 0].tolist() for segment in axes.collections[0].get_segments()] == [[-1.0, 1.0], [0.0, 2.0]]
+
+
+def test_calibration_errors_are_two_binomial_ones():
+    axes = plot_calibration([0.5], [0.6], [25]).axes[0]
+    bars = [c for c in axes.collections if hasattr(c, "get_segments")][0].get_segments()[0]
+    assert bars[:, 1].tolist() == pytest.approx([0.4, 0.8]) and axes.get_xlim() == axes.get_ylim() == (0, 1)
