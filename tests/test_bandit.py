@@ -1,0 +1,71 @@
+"""On a bandit DPO has an exact answer, and finds it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_lab.bandit import all_pairs, descend, minimise, pair_weights, sample_pairs
+from dpo_lab.losses import dpo_loss
+from dpo_lab.objective import kl, optimal_policy
+
+REFERENCE = torch.tensor([0.35, 0.4, 0.2, 0.05], dtype=torch.float64)
+REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)
+
+
+def population_loss(reference, reward, beta, **options):
+    chosen, rejected = all_pairs(len(reference))
+    weights = pair_weights(reference, reward)
+    return lambda logps: weights @ dpo_loss(logps, reference.log(), chosen, rejected, beta, **options).losses
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(st.floats(0.05, 1), min_size=3, max_size=5), st.lists(st.floats(-2, 2), min_size=5, max_size=5), st.floats(0.2, 3)
+)
+def test_with_labels_without_end_dpo_ends_at_the_optimal_policy(weights, rewards, beta):
+    reference = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    reward = torch.tensor(rewards[: len(weights)], dtype=torch.float64)
+    found = minimise(population_loss(reference, reward, beta), reference)
+    assert kl(found, optimal_policy(reference, reward, beta)) < 1e-8
+
+
+def test_pairs_and_their_shares_are_those_of_a_double_loop():
+    chosen, rejected = all_pairs(4)
+    assert list(zip(chosen.tolist(), rejected.tolist())) == [(i, j) for i in range(4) for j in range(4) if i != j]
+    by_loop = [REFERENCE[i] * REFERENCE[j] / (1 + torch.exp(REWARD[j] - REWARD[i])) for i in range(4) for j in range(4) if i != j]
+    expected = torch.stack(by_loop) / sum(by_loop)
+    torch.testing.assert_close(pair_weights(REFERENCE, REWARD), expected, rtol=0, atol=1e-15)
+
+
+def test_sampled_pairs_come_as_often_as_their_shares_say():
+    chosen, rejected = sample_pairs(REFERENCE, REWARD, 100_000, torch.Generator().manual_seed(0))
+    counts = torch.zeros(4, 4).index_put((chosen, rejected), torch.ones(100_000), accumulate=True) / 100_000
+    expected = torch.zeros(4, 4, dtype=torch.float64).index_put(all_pairs(4), pair_weights(REFERENCE, REWARD))
+    assert (counts - expected).abs().max() < 0.006 and (chosen != rejected).all()
+
+
+def test_descent_takes_the_gradient_step_and_starts_at_the_reference():
+    path = descend(population_loss(REFERENCE, REWARD, 0.5), REFERENCE, steps=2, learning_rate=0.1)
+    assert path.shape == (3, 4) and torch.equal(path[0], REFERENCE)
+    logits, eps, slope = REFERENCE.log(), 1e-6, torch.zeros(4, dtype=torch.float64)
+    loss = population_loss(REFERENCE, REWARD, 0.5)
+    for i in range(4):
+        up, down = logits.clone(), logits.clone()
+        up[i] += eps
+        down[i] -= eps
+        slope[i] = (loss(torch.log_softmax(up, 0)) - loss(torch.log_softmax(down, 0))) / (2 * eps)
+    torch.testing.assert_close(path[1], torch.softmax(logits - 0.1 * slope, 0), rtol=0, atol=1e-10)
+
+
+def test_descent_reaches_the_optimum_too():
+    path = descend(population_loss(REFERENCE, REWARD, 1.0), REFERENCE, steps=3_000, learning_rate=3.0)
+    gaps = kl(path, optimal_policy(REFERENCE, REWARD, 1.0).expand_as(path))
+    assert gaps[-1] < 1e-8 and gaps[0] > 0.1
+
+
+@pytest.mark.parametrize("kind", ["ipo", "hinge", "robust"])
+def test_other_losses_end_elsewhere(kind):
+    found = minimise(population_loss(REFERENCE, REWARD, 1.0, kind=kind), REFERENCE, iterations=100)
+    assert torch.isfinite(found).all()
+    assert (kl(found, optimal_policy(REFERENCE, REWARD, 1.0)) < 1e-8) == (kind == "robust")  # without smoothing it is sigmoid
