@@ -1,10 +1,12 @@
 """Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
 
@@ -72,6 +74,46 @@ def plot_lines(title: str, x: Sequence[float], lines: Mapping[str, Sequence[floa
     for (name, values), colour, style in zip(lines.items(), (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")):
         axes.plot(x, values, color=colour, linestyle=style, label=name)
     axes.legend(frameon=False)
+    return figure
+
+
+def plot_band(
+    title: str, x: Sequence[float], values: np.ndarray, lines: Mapping[str, Sequence[float]], x_label: str, y_label: str
+) -> Figure:
+    """Mean of `values` (len(x), seeds) with the band from the 10th to the 90th percentile, beside theory, both axes in logs."""
+    figure, axes = _figure(title, y_label, x=x_label)
+    axes.fill_between(x, *np.quantile(values, (0.1, 0.9), axis=1), color=POLICY, alpha=0.2, label="10% to 90% of seeds")
+    axes.plot(x, values.mean(1), "o-", color=POLICY, label="mean of seeds")
+    for name, line in lines.items():
+        axes.plot(x, line, "--", color=OPTIMUM, label=name)
+    axes.set(xscale="log", yscale="log")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_simplex(
+    value: Callable[[Tensor], Tensor],
+    labels: Sequence[str],
+    curves: Mapping[str, Tensor],
+    points: Mapping[str, Tensor],
+    steps: int = 80,
+) -> Figure:
+    """A value over all distributions of three outcomes as contours, with curves (K, 3) and points (3,) among them."""
+    corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]])
+    grid = torch.tensor([(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]).double() / steps
+    figure = Figure(figsize=(6.4, 5.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    surface = axes.tricontourf(*(grid.numpy() @ corners).T, value(grid).numpy(), levels=16, cmap="cividis")
+    figure.colorbar(surface, ax=axes, label="objective", shrink=0.8)
+    for (name, curve), colour in zip(curves.items(), ("white", REJECTED)):
+        axes.plot(*(np.asarray(curve) @ corners).T, color=colour, linewidth=2, label=name)
+    for (name, point), marker in zip(points.items(), "so^D"):
+        axes.plot(*(np.asarray(point) @ corners), marker, color=REJECTED, markeredgecolor="white", markersize=9, label=name)
+    for label, corner, drop in zip(labels, corners, (-0.07, -0.07, 0.03)):
+        axes.text(corner[0], corner[1] + drop, label, ha="center")
+    axes.set(aspect="equal", xlim=(-0.15, 1.15), ylim=(-0.12, 0.95))
+    axes.axis("off")
+    figure.legend(loc="outside lower center", ncols=3, facecolor="#cccccc")
     return figure
 
 

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dpo_lab.plots import (
+    plot_band,
     plot_beta_path,
     plot_calibration,
     plot_distributions,
@@ -13,6 +15,7 @@ from dpo_lab.plots import (
     plot_loss,
     plot_margins,
     plot_rewards,
+    plot_simplex,
 )
 
 METRICS = [
@@ -88,3 +91,20 @@ def test_calibration_errors_are_two_binomial_ones():
     axes = plot_calibration([0.5], [0.6], [25]).axes[0]
     bars = [c for c in axes.collections if hasattr(c, "get_segments")][0].get_segments()[0]
     assert bars[:, 1].tolist() == pytest.approx([0.4, 0.8]) and axes.get_xlim() == axes.get_ylim() == (0, 1)
+
+
+def test_the_band_holds_most_seeds_around_their_mean():
+    values = np.random.default_rng(0).lognormal(size=(3, 20))
+    axes = plot_band("Title", [1, 10, 100], values, {"theory": [3, 2, 1]}, "n", "error").axes[0]
+    mean, theory = (line.get_ydata() for line in axes.get_lines())
+    assert mean == pytest.approx(values.mean(1)) and list(theory) == [3, 2, 1] and axes.get_xscale() == "log"
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(np.quantile(values, 0.1, axis=1).min())
+
+
+def test_corners_and_points_of_the_simplex_stand_where_they_should():
+    figure = plot_simplex(lambda p: p[:, 0], ["a", "b", "c"], {"curve": torch.eye(3)}, {"middle": torch.ones(3) / 3})
+    axes = figure.axes[0]
+    curve, point = (line.get_xydata() for line in axes.get_lines())
+    assert curve == pytest.approx(np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]])) and point[0] == pytest.approx(curve.mean(0))
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
