@@ -1,10 +1,11 @@
 """Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -201,3 +202,76 @@ def plot_frontier(
     axes.set(ylim=(0.4, 1.0))
     axes.legend(frameon=False, loc="lower right")
     return figure
+
+
+class Moving(NamedTuple):
+    """A figure, those of its artists that move, and what moves them to another state."""
+
+    figure: Figure
+    artists: list[Artist]
+    update: Callable[[Mapping[str, Any]], None]
+
+
+def _wide(panels: int) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(8.4, 3.4), dpi=90, layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="x", labelsize=9)
+    return figure, axes
+
+
+def moving_optimum(reference: Tensor, labels: Sequence[str], kls: Sequence[float], rewards: Sequence[float]) -> Moving:
+    """Reference and optimum as bars, and the optimum's place on the frontier; a state has `policy`, `kl` and `reward`."""
+    figure, (left, right) = _wide(2)
+    places = np.arange(len(labels))
+    left.bar(places - 0.2, np.asarray(reference), 0.4, color=OPTIMUM, label="reference")
+    bars = left.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
+    left.set_xticks(places, labels)
+    left.set(ylim=(0, 1), ylabel="probability")
+    left.legend(frameon=False)
+    right.plot(kls, rewards, color=OPTIMUM, label="optimum for every beta")
+    (point,) = right.plot([], [], "o", color=CHOSEN, markersize=9)
+    right.set(xlabel="KL to the reference (nats)", ylabel="mean reward")
+    right.legend(frameon=False, loc="lower right")
+
+    def update(state: Mapping[str, Any]) -> None:
+        for bar, height in zip(bars, state["policy"].tolist()):
+            bar.set_height(height)
+        point.set_data([state["kl"]], [state["reward"]])
+
+    return Moving(figure, [*bars, point], update)
+
+
+def moving_bandit(labels: Sequence[str]) -> Moving:
+    """Two distributions as bars; a state has `reference` and `policy`."""
+    figure, (axes,) = _wide(1)
+    places = np.arange(len(labels))
+    before = axes.bar(places - 0.2, np.zeros(len(labels)), 0.4, color=OPTIMUM, label="reference")
+    after = axes.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
+    axes.set_xticks(places, labels)
+    axes.set(ylim=(0, 1), ylabel="probability")
+    axes.legend(frameon=False)
+
+    def update(state: Mapping[str, Any]) -> None:
+        for bars, heights in ((before, state["reference"]), (after, state["policy"])):
+            for bar, height in zip(bars, heights.tolist()):
+                bar.set_height(height)
+
+    return Moving(figure, [*before, *after], update)
+
+
+def moving_pairs(line: Mapping[str, np.ndarray]) -> Moving:
+    """Pairs on the curves of loss and gradient weight; the curves and a state have `margins`, `losses` and `weights`."""
+    figure, panels = _wide(2)
+    clouds = []
+    for axes, name, label, colour in zip(panels, ("losses", "weights"), ("loss", "gradient weight"), (POLICY, REJECTED)):
+        axes.plot(line["margins"], line[name], color=OPTIMUM)
+        clouds += axes.plot([], [], "o", color=colour, alpha=0.35, markersize=5)
+        axes.set(xlabel="margin (beta x nats)", ylabel=label, xlim=(line["margins"][0], line["margins"][-1]))
+
+    def update(state: Mapping[str, Any]) -> None:
+        for cloud, name in zip(clouds, ("losses", "weights")):
+            cloud.set_data(state["margins"], state[name])
+
+    return Moving(figure, clouds, update)

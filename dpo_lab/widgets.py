@@ -1,0 +1,177 @@
+"""Sliders: each explorer wires a function that computes to a picture that is drawn anew.
+
+Every explorer takes your own rewards, references or log-probs. What it computes is a function of its arguments
+(`beta_state`, `bandit_state`, `gradient_weight_state`), so that it can be called and tested without a browser.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from torch import Tensor
+
+from dpo_lab.losses import Kind, dpo_loss
+from dpo_lab.objective import kl, log_partition, optimal_policy
+from dpo_lab.plots import Moving, moving_bandit, moving_optimum, moving_pairs
+
+REFERENCE = torch.tensor([0.35, 0.40, 0.20, 0.05], dtype=torch.float64)
+REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)
+LABELS = ("a bore", "fine", "a joy", "a masterpiece")
+BETAS = np.geomspace(0.01, 100, 81)
+
+
+class Picture:
+    """A figure of which only some artists move: they are drawn over a still background, which takes a few milliseconds."""
+
+    def __init__(self, moving: Moving):
+        self.canvas, self.artists = FigureCanvasAgg(moving.figure), moving.artists
+        for artist in self.artists:
+            artist.set_animated(True)
+        self.canvas.draw()
+        self.background = self.canvas.copy_from_bbox(moving.figure.bbox)
+
+    def png(self) -> bytes:
+        """The picture as it is now."""
+        self.canvas.restore_region(self.background)
+        for artist in self.artists:
+            artist.axes.draw_artist(artist)
+        out = io.BytesIO()
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(out, format="png", compress_level=1)
+        return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """Sliders, a picture and a read-out; `show(**values)` is what a moved slider calls."""
+
+    show: Callable[..., str]  # redraws for the values of the sliders, and returns the read-out
+    picture: Picture
+    sliders: Mapping[str, widgets.Widget]
+    box: widgets.Widget
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.box._repr_mimebundle_(**options)
+
+
+def _explorer(show: Callable[..., str], picture: Picture, sliders: Mapping[str, widgets.Widget], caption: str) -> Explorer:
+    start = {name: slider.value for name, slider in sliders.items()}
+    readout = widgets.Label(show(**start))
+    image = widgets.Image(value=picture.png(), format="png", layout={"max_width": "100%"})
+    image.add_class("dpo-lab-picture")
+    reset = widgets.Button(description="reset", tooltip="Put every slider back")
+
+    def moved(_: Any) -> None:
+        readout.value = show(**{name: slider.value for name, slider in sliders.items()})
+        image.value = picture.png()
+
+    def put_back(_: Any) -> None:
+        for name, slider in sliders.items():
+            slider.value = start[name]
+
+    for slider in sliders.values():
+        slider.observe(moved, names="value")
+    reset.on_click(put_back)
+    box = widgets.VBox([*sliders.values(), widgets.HBox([reset, readout]), image, widgets.HTML(f"<em>{caption}</em>")])
+    return Explorer(show, picture, sliders, box)
+
+
+def beta_slider(value: float = 1.0) -> widgets.FloatLogSlider:
+    """Beta from 0.01 to 100, in twenty steps a decade."""
+    return widgets.FloatLogSlider(
+        value=value, base=10, min=-2, max=2, step=0.05, description="beta", readout_format=".3g", layout={"width": "420px"}
+    )
+
+
+def beta_state(beta: float, reference: Tensor = REFERENCE, reward: Tensor = REWARD) -> dict[str, Any]:
+    """The optimal policy at beta (n,), its mean reward, its KL in nats, and log Z."""
+    best = optimal_policy(reference, reward, beta)
+    return {
+        "policy": best,
+        "reward": float(best @ reward),
+        "kl": float(kl(best, reference)),
+        "log_z": float(log_partition(reference, reward, beta)),
+    }
+
+
+def _optimum_readout(state: Mapping[str, Any]) -> str:
+    return f"mean reward {state['reward']:.3f}, KL {state['kl']:.3f} nats, log Z {state['log_z']:.3f}"
+
+
+def beta_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS) -> Explorer:
+    """Reference, optimum and the point on the reward-KL frontier, as beta moves. Pass your own distribution and rewards."""
+    path = [beta_state(float(beta), reference, reward) for beta in BETAS]
+    moving = moving_optimum(reference, labels, [s["kl"] for s in path], [s["reward"] for s in path])
+
+    def show(beta: float) -> str:
+        state = beta_state(beta, reference, reward)
+        moving.update(state)
+        return _optimum_readout(state)
+
+    caption = "From right to left: what is the first thing that a smaller beta buys, and what does it cost in nats?"
+    return _explorer(show, Picture(moving), {"beta": beta_slider()}, caption)
+
+
+def bandit_state(beta: float, reward: Sequence[float], weight: Sequence[float]) -> dict[str, Any]:
+    """`beta_state` for a reference proportional to `weight`, with that reference."""
+    reference = torch.tensor(weight, dtype=torch.float64)
+    reference = reference / reference.sum()
+    return {"reference": reference, **beta_state(beta, reference, torch.tensor(reward, dtype=torch.float64))}
+
+
+def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS) -> Explorer:
+    """Rewards and reference under your hands, and the optimal policy that follows."""
+    n, moving = len(reference), moving_bandit(labels)
+
+    def show(beta: float, **values: float) -> str:
+        state = bandit_state(beta, [values[f"reward_{i}"] for i in range(n)], [values[f"weight_{i}"] for i in range(n)])
+        moving.update(state)
+        return _optimum_readout(state)
+
+    sliders: dict[str, widgets.Widget] = {"beta": beta_slider()}
+    wide = {"style": {"description_width": "150px"}, "layout": {"width": "420px"}}
+    for i, label in enumerate(labels):
+        sliders[f"reward_{i}"] = widgets.FloatSlider(
+            float(reward[i]), min=-3, max=3, step=0.1, description=f"reward of {label}", **wide
+        )
+    for i, label in enumerate(labels):
+        sliders[f"weight_{i}"] = widgets.FloatSlider(
+            float(reference[i]), min=0.01, max=1, step=0.01, description=f"reference: {label}", **wide
+        )
+    caption = "Raise every reward by the same amount: what moves, and what does not?"
+    return _explorer(show, Picture(moving), sliders, caption)
+
+
+def gradient_weight_state(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[str, np.ndarray]:
+    """Margins and gradient weights of pairs whose log-ratios differ by `log_ratios` (P,) nats, chosen less rejected."""
+    logps = torch.stack([log_ratios, torch.zeros_like(log_ratios)], 1).flatten()  # (2 P,)
+    index = torch.arange(0, 2 * len(log_ratios), 2)
+    result = dpo_loss(logps, torch.zeros_like(logps), index, index + 1, beta, kind=kind)
+    return {"margins": result.margins.numpy(), "losses": result.losses.numpy(), "weights": result.gradient_weights.numpy()}
+
+
+def gradient_weight_explorer(log_ratios: Sequence[float] | Tensor | None = None, *, kind: Kind = "sigmoid") -> Explorer:
+    """The loss and its gradient weight against the margin, with your pairs on the curve as beta moves.
+
+    `log_ratios` are (P,) nats: log(pi / pi_ref) of the chosen less that of the rejected completion of each pair.
+    """
+    if log_ratios is None:
+        log_ratios = torch.linspace(-12, 20, 60, dtype=torch.float64)
+    pairs = torch.as_tensor(log_ratios, dtype=torch.float64)
+    if pairs.ndim != 1 or not len(pairs) or not torch.isfinite(pairs).all():
+        raise ValueError(f"log_ratios has shape {tuple(pairs.shape)}; it must be (P,) finite numbers, one a pair")
+    moving = moving_pairs(gradient_weight_state(1.0, torch.linspace(-6, 6, 241, dtype=torch.float64), kind))
+
+    def show(beta: float) -> str:
+        state = gradient_weight_state(beta, pairs, kind)
+        moving.update(state)
+        ranked = np.mean(state["margins"] > 0)
+        return f"mean weight {state['weights'].mean():.3f}, mean loss {state['losses'].mean():.3f}, ranked rightly {ranked:.0%}"
+
+    caption = "With a small beta all pairs weigh one half. Which pairs keep their weight as beta grows?"
+    return _explorer(show, Picture(moving), {"beta": beta_slider(0.1)}, caption)
