@@ -43,7 +43,7 @@ class TaskConfig:
     """training reviews whose first 2 to 8 tokens are prompts"""
     completions: int = 4
     """completions sampled a prefix; 4 give 6 pairs"""
-    max_new_tokens: int = 32
+    max_new_tokens: int = 48
     """longest completion"""
     eval_prefixes: int = 512
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""

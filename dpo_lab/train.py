@@ -32,7 +32,7 @@ class Interrupted(Exception):
 class LoopConfig:
     """How parameters are updated, whatever the loss."""
 
-    learning_rate: float = 3e-5
+    learning_rate: float = 4e-5
     """peak learning rate"""
     optimizer: Literal["adamw", "rmsprop", "muon"] = "adamw"
     """rmsprop is the paper's; muon is for training from scratch: Muon on matrices, AdamW at learning_rate on the rest"""
@@ -60,7 +60,7 @@ class LoopConfig:
 class DPOConfig:
     """What `train_dpo` minimises, and how."""
 
-    beta: float = 0.5
+    beta: float = 0.4
     """strength of the KL constraint"""
     kind: Kind = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust, ipo or hinge"""
