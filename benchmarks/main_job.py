@@ -39,6 +39,11 @@ def main() -> None:
             if seed == SEEDS[0]:
                 with write_whole(ROOT / "docs" / "reward_kl.png") as temporary:
                     shutil.copy(run / "figures" / "reward_kl.png", temporary)
+        save(rows)
+
+
+def save(rows: list[dict]) -> None:
+    """Write what there is so far, and print its mean."""
     mean = {
         "reward_before": float(np.mean([row["before"]["reward"] for row in rows])),
         "reward_after": float(np.mean([row["after"]["reward"] for row in rows])),

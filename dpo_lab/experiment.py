@@ -100,16 +100,21 @@ def load_parts(config: TaskConfig) -> Parts:
     return Parts(reviews, load_tokenizer(name), reference, judge)
 
 
+def data_config(config: TaskConfig) -> dict[str, Any]:
+    """What decides samples and labels: the task without the size of its evaluation."""
+    return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
+
+
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
     """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
     path = data / "samples.json"
     if (data / "config.json").exists() and path.exists():
-        open_run(data, asdict(config), resume=True)
+        open_run(data, data_config(config), resume=True)
         return json.loads(path.read_text(encoding="utf-8"))
     parts = parts or load_parts(config)
     require_space(data, 4_000 * config.prefixes * config.completions)
     prompts = sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed)
-    open_run(data, asdict(config), resume=True)
+    open_run(data, data_config(config), resume=True)
     completions = sample_completions(
         parts.reference,
         prompts,
@@ -128,7 +133,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
     if (data / "config.json").exists() and (data / "preferences").exists():
-        open_run(data, asdict(config), resume=True)
+        open_run(data, data_config(config), resume=True)
         return Preferences.load(data / "preferences")
     parts = parts or load_parts(config)
     samples = sample(config, data, parts)
@@ -155,7 +160,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     check_config(config.dpo)
     data = data or out / "data"
     if (data / "config.json").exists():
-        open_run(data, asdict(config.task), resume=True)
+        open_run(data, data_config(config.task), resume=True)
     origin = provenance()
     parts = load_parts(config.task)
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))

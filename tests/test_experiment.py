@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lab import experiment
 from dpo_lab.cli import main
+from dpo_lab.experiment import TaskConfig, data_config
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import read_metrics
 
@@ -190,6 +191,11 @@ def test_other_data_in_the_data_directory_is_refused(tiny, tmp_path, capsys, fin
     (data / "config.json").write_text(json.dumps({**recorded, "max_new_tokens": 9}))
     assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), "--data", str(data), *SMALL]) == 2
     assert "max_new_tokens: 9 there, 8 asked" in capsys.readouterr().err
+
+
+def test_samples_serve_evaluations_of_any_size():
+    assert data_config(TaskConfig(eval_prefixes=64)) == data_config(TaskConfig())
+    assert data_config(TaskConfig(seed=1)) != data_config(TaskConfig())
 
 
 def test_help_lists_every_command_and_explains_beta(capsys):
