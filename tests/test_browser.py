@@ -72,7 +72,7 @@ def run_first_cell(page, address, notebook, heading):
     first = page.locator(".jp-CodeCell").first
     first.locator(".cm-content").click()
     page.keyboard.press("Shift+Enter")
-    first.get_by_text("[1]:").wait_for(timeout=90_000)
+    first.locator(".jp-InputPrompt", has_text="[1]:").wait_for(timeout=90_000)
     assert not page.locator(STDERR).count()
     return first
 
