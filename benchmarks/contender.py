@@ -110,7 +110,7 @@ def make_models(workload: Workload, seed: int) -> tuple[GPT2LMHeadModel, GPT2LMH
     set_seed(seed)
     policy, reference = (GPT2LMHeadModel(gpt2_config(workload)).eval() for _ in range(2))
     state = policy.state_dict()
-    reference.load_state_dict({name: tensor * (1 + 0.05 * torch.randn_like(tensor)) for name, tensor in state.items()})
+    reference.load_state_dict({name: tensor * (1 + 0.5 * torch.randn_like(tensor)) for name, tensor in state.items()})
     reference.tie_weights()
     return policy, reference
 
