@@ -8,6 +8,7 @@ The clock is a hook behind `Optimizer.step`, the same for all, and runs from the
 
 import json
 import math
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -228,7 +229,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             return result
 
     arguments = TRLConfig(
-        output_dir="/tmp/trl",
+        output_dir=tempfile.mkdtemp(),
         use_cpu=True,
         bf16=config.precision == "bfloat16",
         gradient_checkpointing=not best,

@@ -185,7 +185,7 @@ def packed_attention(module, query, key, value, attention_mask, *, unpack=None, 
     """sdpa for transformers' `AttentionInterface`, over rows (R, H, L, D) that packed tokens (1, H, S, D) are laid out in.
 
     All else in a decoder works on one token at a time and never sees padding. Without `unpack` the rows are there already.
-    bfloat16 on a CPU goes through float32: the backward pass of the bfloat16 kernel is several times as slow.
+    bfloat16 on a CPU goes through float32: the backward pass of the bfloat16 kernel is the slower one.
     """
     if unpack is not None:
         query, key, value = (

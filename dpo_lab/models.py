@@ -71,8 +71,8 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors free, for the rest of the process, instead of returning it to the system at once.
 
-    A training step frees and allocates the same hundreds of megabytes as the one before; fetching them from the kernel
-    anew, page by page, is a fifth to a third of a step on two cores. Does nothing where the C library is another.
+    A training step frees and allocates the same hundreds of megabytes as the one before, and otherwise fetches them from
+    the kernel anew, page by page. Does nothing where the C library is another.
     """
     if sys.platform != "linux":
         return

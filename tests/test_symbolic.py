@@ -1,5 +1,7 @@
 """Every step of every derivation is proved, no wrong one is, and what is proved is what the module computes."""
 
+import importlib
+
 import numpy as np
 import pytest
 import sympy as sp
@@ -40,6 +42,14 @@ def test_a_wrong_equation_is_not_proved(step):
 def test_a_step_renders_as_it_is_written(step):
     text = step._repr_markdown_()
     assert "$$" in text and "=" in text and step.says in text and step.equation is not sp.true
+
+
+def test_the_index_names_proofs_functions_and_tests_that_exist():
+    for row in s.equation_index():
+        assert all(hasattr(s, name) for name in row["proved by"].split(", ")) and row["test"] in globals()
+        if row["computed by"]:
+            module, name = row["computed by"].split(" ")[0].split(".")
+            assert hasattr(importlib.import_module(f"dpo_lab.{module}"), name)
 
 
 def numbers(n, seed):
