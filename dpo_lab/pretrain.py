@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from dpo_lab.imdb import load_imdb, sample_completions
@@ -81,8 +80,7 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         return held_out_loss(model, tokenizer, held_out[:200])
 
-    with sdpa_kernel(SDPBackend.MATH):  # on CPUs plain matmuls are faster than the flash kernel in these short rows
-        train_sft(model, batches, config.steps, config.loop, run=run, resume=resume, evaluate=evaluate, progress="pretrain")
+    train_sft(model, batches, config.steps, config.loop, run=run, resume=resume, evaluate=evaluate, progress="pretrain")
 
     with write_whole(run / "model", directory=True) as folder:
         model.half().save_pretrained(folder)
