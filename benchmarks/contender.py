@@ -10,7 +10,6 @@ import json
 import math
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
 from dpo_lab import logprobs
-from dpo_lab.logprobs import can_share, completion_batch, completion_logps
+from dpo_lab.logprobs import autocast, can_share, completion_batch, completion_logps
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import keep_freed_memory, prepare_model
 from dpo_lab.preferences import Preferences
@@ -132,19 +131,17 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     batch = completion_batch(
         preferences.prompts, preferences.completions[:8], preferences.prompt_of[:8].tolist(), share=can_share(policy)
     )
-    autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
-    with autocast:
-        with torch.no_grad():
-            logps, reference_logps = (completion_logps(model, batch) for model in (policy, reference))
-        began = time.perf_counter()
-        preferences = preferences.with_reference(reference)
+    with torch.no_grad(), autocast("cpu", config.precision):
+        logps, reference_logps = (completion_logps(model, batch) for model in (policy, reference))
+    began = time.perf_counter()
+    preferences = preferences.with_reference(reference, precision=config.precision)
     seconds = time.perf_counter() - began
     del reference
     first = [i for i, c in enumerate(preferences.rejected) if c < 8]
     pairs = [torch.tensor(side[first]) for side in (preferences.chosen, preferences.rejected)]
     loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
     per_step = len(preferences.chosen) // config.steps
-    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, precision=config.precision)
+    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
     train_dpo(policy, preferences, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop), progress=None)
     return {"loss": loss, "reference_seconds": seconds}
 
@@ -179,7 +176,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
         loss = loss_of(p.chosen[first], p.rejected[first]).item()
     order = np.random.default_rng(config.seed).permutation(len(p.chosen))
     for part in np.array_split(order, config.steps):
-        with torch.autocast("cpu", torch.bfloat16) if config.precision == "bfloat16" else nullcontext():
+        with autocast("cpu", config.precision):
             batch_loss = loss_of(p.chosen[part], p.rejected[part])
         batch_loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

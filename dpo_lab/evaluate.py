@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.imdb import sample_completions, texts_of
-from dpo_lab.logprobs import score_completions
+from dpo_lab.logprobs import Precision, score_completions
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,22 @@ def evaluate_policy(
     *,
     max_new_tokens: int,
     seed: int = 0,
+    precision: Precision = "float32",
     progress: str | None = None,
 ) -> Evaluation:
-    """Sample one completion a prompt from `policy` at temperature 1 and score it.
+    """Sample one completion a prompt from `policy` at temperature 1, in `precision`, and score it in float32.
 
     The KL is the mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi, which is unbiased; single values may be negative.
     """
     completions = sample_completions(
-        policy, prompts, 1, eos_token_id=tokenizer.eos_token_id, max_new_tokens=max_new_tokens, seed=seed, progress=progress
+        policy,
+        prompts,
+        1,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        precision=precision,
+        progress=progress,
     )
     texts = [row[0] for row in texts_of(tokenizer, prompts, completions)]
     flat, owners = [row[0] for row in completions], range(len(prompts))

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.evaluate import Evaluation, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
-from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.logprobs import completion_batch
+from dpo_lab.models import load_model, load_tokenizer, measure_precision
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import open_run, peak_memory_mb, provenance, require_space, write_json, write_whole
+from dpo_lab.runs import open_run, peak_memory_mb, provenance, read_config, require_space, write_json, write_whole
 from dpo_lab.train import DPOConfig, check_config, train_dpo
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
@@ -39,14 +40,16 @@ class TaskConfig:
     """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
     imdb: Literal["package", "hub"] = "package"
     """where the reviews come from"""
-    prefixes: int = 1_500
+    prefixes: int = 4_500
     """training reviews whose first 2 to 8 tokens are prompts"""
     completions: int = 4
     """completions sampled a prefix; 4 give 6 pairs"""
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32
     """longest completion"""
     eval_prefixes: int = 512
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of sampling and training (the evaluation's log-probs are float32); auto: bfloat16 where this machine is fast in it"""
     seed: int = 0
     """decides everything random"""
 
@@ -100,6 +103,26 @@ def load_parts(config: TaskConfig) -> Parts:
     return Parts(reviews, load_tokenizer(name), reference, judge)
 
 
+def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
+    """`config` with the precision that one of `directories` was begun in, where it asks for "auto"."""
+    for directory in directories:
+        if config.precision == "auto" and (directory / "config.json").exists():
+            found = read_config(directory)
+            config = replace(config, precision=found.get("task", found).get("precision", "auto"))
+    return config
+
+
+def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig.beta) -> TaskConfig:
+    """`config` with the precision that is faster here, where it asks for "auto"; prints the measurement."""
+    if config.precision != "auto":
+        return config
+    rows = parts.tokenizer(list(parts.reviews["train"]["text"][:64]))["input_ids"]
+    batch = completion_batch([row[:1] for row in rows], [row[1 : 1 + config.max_new_tokens] for row in rows], range(len(rows)))
+    test = measure_precision(parts.reference, batch.to(config.device), beta)
+    print(test)
+    return replace(config, precision=test.choice)
+
+
 def data_config(config: TaskConfig) -> dict[str, Any]:
     """What decides samples and labels: the task without the size of its evaluation."""
     return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
@@ -108,10 +131,12 @@ def data_config(config: TaskConfig) -> dict[str, Any]:
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
     """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
     path = data / "samples.json"
+    config = recorded_precision(config, data)
     if (data / "config.json").exists() and path.exists():
         open_run(data, data_config(config), resume=True)
         return json.loads(path.read_text(encoding="utf-8"))
     parts = parts or load_parts(config)
+    config = measured_precision(config, parts)
     require_space(data, 4_000 * config.prefixes * config.completions)
     prompts = sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed)
     open_run(data, data_config(config), resume=True)
@@ -122,6 +147,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
         eos_token_id=parts.tokenizer.eos_token_id,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        precision=config.precision,
         progress="sample",
     )
     samples = {"prompts": prompts, "completions": completions, "texts": texts_of(parts.tokenizer, prompts, completions)}
@@ -132,10 +158,12 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
 
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
+    config = recorded_precision(config, data)
     if (data / "config.json").exists() and (data / "preferences").exists():
         open_run(data, data_config(config), resume=True)
         return Preferences.load(data / "preferences")
     parts = parts or load_parts(config)
+    config = measured_precision(config, parts)
     samples = sample(config, data, parts)
     flat = [text for row in samples["texts"] for text in row]
     scores = parts.reward(flat).reshape(len(samples["prompts"]), config.completions)
@@ -145,7 +173,7 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
         scores,
         parts.tokenizer,
         context=parts.reference.config.max_position_embeddings,
-    ).with_reference(parts.reference, progress="reference log-probs")
+    ).with_reference(parts.reference, precision=config.precision, progress="reference log-probs")
     preferences.save(data / "preferences")
     return preferences
 
@@ -153,19 +181,20 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
 def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated."""
     began = time.perf_counter()
-    finished = out / "summary.json"
+    finished, data = out / "summary.json", data or out / "data"
+    config = replace(config, task=recorded_precision(config.task, out, data))
     if finished.exists():
         open_run(out, asdict(config), resume=True)
         return json.loads(finished.read_text(encoding="utf-8"))
     check_config(config.dpo)
-    data = data or out / "data"
     if (data / "config.json").exists():
         open_run(data, data_config(config.task), resume=True)
     origin = provenance()
     parts = load_parts(config.task)
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
+    config = replace(config, task=measured_precision(config.task, parts, config.dpo.beta))
     open_run(out, asdict(config), resume=resume)
-    preferences = label(config.task, data, parts).with_reference(parts.reference)
+    preferences = label(config.task, data, parts).with_reference(parts.reference, precision=config.task.precision)
     prompts = held_out_prefixes(config.task, parts)
 
     def evaluation(model: torch.nn.Module, n: int, progress: str | None = None) -> Evaluation:
@@ -177,6 +206,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
             parts.tokenizer,
             max_new_tokens=config.task.max_new_tokens,
             seed=config.task.seed,
+            precision=config.task.precision,
             progress=progress,
         )
 
@@ -224,6 +254,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
         parts.tokenizer,
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
+        precision=task.precision,
         progress="evaluate",
     )
     summary = {**_summary(result), "prefixes": task.eval_prefixes, **provenance()}
@@ -246,6 +277,7 @@ def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]
         eos_token_id=parts.tokenizer.eos_token_id,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed + 1,
+        precision=config.precision,
         progress="optimal frontier",
     )
     texts = texts_of(parts.tokenizer, few, completions)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from dpo_lab.logprobs import Precision, autocast
+
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
 
@@ -101,7 +103,8 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    rows: int = 512,
+    rows: int = 1024,
+    precision: Precision = "float32",
     progress: str | None = None,
 ) -> list[list[list[int]]]:
     """`k` completions of each prompt as token ids, sampled from the whole distribution (no top-k, no top-p).
@@ -120,7 +123,8 @@ def sample_completions(
             for start in range(0, len(owners), rows):
                 now = owners[start : start + rows]
                 ids = torch.tensor([prompts[i] for i in now], device=device)  # (B, L)
-                sampled = _sample(model, ids, eos_token_id, max_new_tokens, temperature, generator).tolist()
+                with autocast(device.type, precision):
+                    sampled = _sample(model, ids, eos_token_id, max_new_tokens, temperature, generator).tolist()
                 for i, tokens in zip(now, sampled):
                     end = tokens.index(eos_token_id) + 1 if eos_token_id in tokens else len(tokens)
                     completions[i].append(tokens[:end])

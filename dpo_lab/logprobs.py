@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
+Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
 KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
 SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
@@ -125,6 +126,11 @@ def _check_tokens(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]
             raise ValueError(f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context")
         if not len(completion):
             raise ValueError(f"completion {i} has no tokens; drop it, or end it with EOS")
+
+
+def autocast(device: str, precision: Precision) -> torch.autocast:
+    """The context in which a forward pass computes in `precision`; `device` is a torch device type."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def can_share(model: nn.Module) -> bool:
@@ -273,6 +279,7 @@ def score_completions(
     *,
     batch_tokens: int = 8192,
     reduction: Literal["sum", "mean"] = "sum",
+    precision: Precision = "float32",
     progress: str | None = None,
 ) -> Tensor:
     """`completion_logps` of any number of completions, (N,) on the CPU, in batches of about `batch_tokens` tokens.
@@ -287,8 +294,9 @@ def score_completions(
     order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
     logps = torch.empty(len(completions), dtype=torch.float64)
     model.eval()
+    bar = tqdm(total=len(completions), desc=progress, disable=progress is None, unit="completion")
     try:
-        with tqdm(total=len(completions), desc=progress, disable=progress is None, unit="completion") as bar:
+        with bar, autocast(device.type, precision):
             while order:
                 size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
                 now, order = order[-size:], order[:-size]

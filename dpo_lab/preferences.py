@@ -19,10 +19,11 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.logprobs import score_completions
+from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
 
+SAME_LOGPS = {"float32": 1e-2, "bfloat16": 1.0}  # nats a completion by which batches of other shapes may differ
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
 Bad = Literal["error", "drop"]
 
@@ -62,6 +63,7 @@ class Preferences:
     scores: np.ndarray | None = None  # (N,) what the pairs were labelled by
     reference_logps: np.ndarray | None = None  # (N,) nats
     reference_key: str = ""  # which weights and tokens reference_logps belong to
+    reference_precision: Precision = "float32"  # they were computed in; the policy is trained in the same
     report: Report = Report()
 
     def __post_init__(self) -> None:
@@ -86,23 +88,25 @@ class Preferences:
             groups.setdefault(int(p), []).append(pair)
         return list(groups.values())
 
-    def with_reference(self, model: nn.Module, *, progress: str | None = None) -> "Preferences":
+    def with_reference(self, model: nn.Module, *, precision: Precision = "float32", progress: str | None = None) -> "Preferences":
         """These preferences with the log-probs of `model` beside the completions; computed once for the same weights.
 
         When they are there already for these weights and tokens, a few are computed again and compared.
         """
         key = f"{weights_hash(model)}-{self.tokens_hash()}"
-        if self.reference_logps is not None and self.reference_key == key:
+        if self.reference_logps is not None and (self.reference_key, self.reference_precision) == (key, precision):
             some = np.linspace(0, len(self.completions) - 1, 8).astype(int)
-            again = score_completions(model, self.prompts, [self.completions[i] for i in some], self.prompt_of[some])
-            if not np.allclose(again, self.reference_logps[some], atol=1e-2):
+            again = score_completions(
+                model, self.prompts, [self.completions[i] for i in some], self.prompt_of[some], precision=precision
+            )
+            if not np.allclose(again, self.reference_logps[some], atol=SAME_LOGPS[precision]):
                 raise ValueError(
                     f"stored reference_logps {self.reference_logps[some]} are not this model's {again.numpy()}, though made by "
                     "the same weights; the file was altered. Delete it and compute them again"
                 )
             return self
-        logps = score_completions(model, self.prompts, self.completions, self.prompt_of, progress=progress)
-        return replace(self, reference_logps=logps.numpy(), reference_key=key)
+        logps = score_completions(model, self.prompts, self.completions, self.prompt_of, precision=precision, progress=progress)
+        return replace(self, reference_logps=logps.numpy(), reference_key=key, reference_precision=precision)
 
     def tokens_hash(self) -> str:
         """16 hexadecimal digits that name the prompts and completions."""
@@ -118,7 +122,7 @@ class Preferences:
             completions=Dataset.from_dict(columns),
             pairs=Dataset.from_dict({"chosen": self.chosen, "rejected": self.rejected}),
         )
-        meta = {"reference_key": self.reference_key, "report": asdict(self.report)}
+        meta = {name: getattr(self, name) for name in ("reference_key", "reference_precision")} | {"report": asdict(self.report)}
         with write_whole(directory, directory=True) as temporary:
             parts.save_to_disk(temporary)
             (temporary / "preferences.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -142,6 +146,7 @@ class Preferences:
                 chosen=np.array(pairs["chosen"][:]),
                 rejected=np.array(pairs["rejected"][:]),
                 reference_key=meta["reference_key"],
+                reference_precision=meta["reference_precision"],
                 report=Report(**meta["report"]),
                 **optional,
             )

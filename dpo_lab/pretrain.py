@@ -47,7 +47,6 @@ class PretrainConfig:
             schedule="linear",
             warmup_steps=100,
             weight_decay=0.05,
-            precision="bfloat16",
             eval_every=1_000,
             save_every=250,
         )
@@ -80,7 +79,17 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         return held_out_loss(model, tokenizer, held_out[:200])
 
-    train_sft(model, batches, config.steps, config.loop, run=run, resume=resume, evaluate=evaluate, progress="pretrain")
+    train_sft(
+        model,
+        batches,
+        config.steps,
+        config.loop,
+        precision="bfloat16",
+        run=run,
+        resume=resume,
+        evaluate=evaluate,
+        progress="pretrain",
+    )
 
     with write_whole(run / "model", directory=True) as folder:
         model.half().save_pretrained(folder)

@@ -108,6 +108,15 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config that a run directory was opened with. Raises ValueError when the file is not JSON."""
+    recorded = directory / "config.json"
+    try:
+        return json.loads(recorded.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab") from error
+
+
 def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> Path:
     """Create a run directory, or check that an existing one holds this config.
 
@@ -118,10 +127,7 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
     config = json.loads(json.dumps(config))
     recorded = directory / "config.json"
     if recorded.exists():
-        try:
-            found = json.loads(recorded.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab") from error
+        found = read_config(directory)
         if found != config:
             keys = sorted(k for k in {*found, *config} if found.get(k) != config.get(k))
             differences = "; ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked" for k in keys)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from dpo_lab.logprobs import CompletionBatch, can_share, completion_batch, completion_logps
+from dpo_lab.logprobs import CompletionBatch, Precision, can_share, completion_batch, completion_logps
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
@@ -46,11 +46,9 @@ class LoopConfig:
     """gradients are scaled down to this norm"""
     accumulate: int = 1
     """forward passes a step; the gradient is that of the whole batch"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of the computation; weights and log-prob sums stay float32 or wider"""
-    eval_every: int = 40
+    eval_every: int = 100
     """steps between evaluations; the first interval is halved twice, for a policy moves most at the start"""
-    save_every: int = 40
+    save_every: int = 100
     """steps between checkpoints"""
     tensorboard: bool = False
     """log to TensorBoard too, in the run directory"""
@@ -115,7 +113,8 @@ def train_dpo(
 
     Args:
         policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and the loss is log 2.
-        preferences: pairs with stored `reference_logps`; the reference model itself is not needed.
+        preferences: pairs with stored `reference_logps`, in whose precision the policy is computed; the reference model
+            itself is not needed.
         seed: decides the order of the prompts, nothing else.
         run: directory for metrics and checkpoints; without it nothing is written.
         resume: continue from the newest checkpoint of `run`; the result has the bytes of an uninterrupted run.
@@ -172,6 +171,7 @@ def train_dpo(
         loss_of,
         weigh,
         config.loop,
+        precision=preferences.reference_precision,
         run=run,
         resume=resume,
         evaluate=evaluate,
@@ -185,6 +185,7 @@ def train_sft(
     steps: int,
     config: LoopConfig,
     *,
+    precision: Precision = "float32",
     run: Path | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
@@ -208,7 +209,19 @@ def train_sft(
     def weigh(batch: CompletionBatch) -> int:
         return batch.tokens
 
-    return _fit(policy, steps, batches, loss_of, weigh, config, run=run, resume=resume, evaluate=evaluate, progress=progress)
+    return _fit(
+        policy,
+        steps,
+        batches,
+        loss_of,
+        weigh,
+        config,
+        precision=precision,
+        run=run,
+        resume=resume,
+        evaluate=evaluate,
+        progress=progress,
+    )
 
 
 def sft_batches(preferences: Preferences, size: int, *, chosen_only: bool = True, seed: int = 0) -> list[CompletionBatch]:
@@ -230,6 +243,7 @@ def _fit(
     weigh: Callable[[Any], int],
     config: LoopConfig,
     *,
+    precision: Precision,
     run: Path | None,
     resume: bool,
     evaluate: Evaluate | None,
@@ -238,7 +252,7 @@ def _fit(
     """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs or tokens)."""
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
         cpu=next(model.parameters()).device.type == "cpu",
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=run,

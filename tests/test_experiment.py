@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_lab import experiment
 from dpo_lab.cli import main
 from dpo_lab.experiment import TaskConfig, data_config
+from dpo_lab.models import PrecisionTest
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import read_metrics
 
@@ -233,3 +234,21 @@ def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     results = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "whole", stopped)]
     assert results[0]["after"] == results[1]["after"] and np.isfinite(results[0]["after"]["kl"])
+
+
+def test_the_precision_is_measured_once_and_kept(tiny, tmp_path, monkeypatch, capsys):
+    """What a directory was begun in decides, so that a resumed run goes on in it."""
+    chosen = iter([PrecisionTest(2.0, 0.1, 0.01), PrecisionTest(0.5, 0.1, 0.01)])
+    monkeypatch.setattr(experiment, "measure_precision", lambda *arguments: next(chosen))
+    data, out = tmp_path / "data", tmp_path / "run"
+    assert main(["sample", "--model", str(tiny), "--data", str(data), *SMALL[:6]]) == 0
+    assert "precision bfloat16" in capsys.readouterr().out
+    assert main(["train", "--model", str(tiny), "--data", str(data), "--out", str(out), *SMALL]) == 0
+    assert json.loads((out / "config.json").read_text())["task"]["precision"] == "bfloat16"
+    assert Preferences.load(data / "preferences").reference_precision == "bfloat16"
+    assert main(["train", "--model", str(tiny), "--data", str(data), "--out", str(out), *SMALL]) == 0
+    assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "slow"), *SMALL]) == 0
+    assert Preferences.load(tmp_path / "slow" / "data" / "preferences").reference_precision == "float32"
+    wrong = ["train", "--model", str(tiny), "--precision=float32", "--data", str(data), "--out", str(tmp_path / "b"), *SMALL]
+    assert main(wrong) == 2 and "precision: 'bfloat16' there, 'float32' asked" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

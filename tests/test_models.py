@@ -1,5 +1,7 @@
 """Models and tokenizers come from a folder or the cache, without a network, without pickle, and only if they fit."""
 
+import itertools
+import math
 import os
 import platform
 import re
@@ -24,7 +26,8 @@ from transformers import (
 )
 
 from dpo_lab import models
-from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer, prepare_model
+from dpo_lab.logprobs import completion_batch, completion_logps
+from dpo_lab.models import PrecisionTest, check_same_vocabulary, load_model, load_tokenizer, measure_precision, prepare_model
 
 GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEMMA |= {
@@ -199,3 +202,26 @@ def test_a_prepared_gpt2_computes_the_same_with_the_fused_gelu():
     before = model(ids).logits
     assert {type(block.mlp.act) for block in prepare_model(model).transformer.h} == {torch.nn.GELU}
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-12)
+
+
+def test_bfloat16_is_chosen_where_it_is_fast_and_its_error_is_told():
+    fast, slow = PrecisionTest(2.4, 0.1, 0.004), PrecisionTest(0.7, 0.1, 0.004)
+    assert (fast.choice, slow.choice) == ("bfloat16", "float32")
+    assert "2.4 times" in str(fast) and "0.100 nats" in str(fast) and "0.0040" in str(fast)
+
+
+def test_the_measured_errors_are_those_of_the_log_probs_and_of_the_loss(tiny, monkeypatch):
+    """The clock is made up, float32 three times as slow; log-probs, loss and gradients are real."""
+    model = load_model(str(tiny))
+    batch = completion_batch([[1, 2, 3]], [[i + 4] * 9 for i in range(6)], [0] * 6)
+    clock = itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.0]))  # begin, end in float32, begin, end in bfloat16
+    monkeypatch.setattr(models.time, "perf_counter", lambda: next(clock))
+    test = measure_precision(model, batch, beta=0.5, repeats=2)
+    wide = completion_logps(model, batch).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        error = completion_logps(model, batch).detach() - wide
+    loss_error = torch.log1p(torch.exp(-0.5 * (error[:3] - error[3:]))) - math.log(2)
+    assert test.speedup == pytest.approx(3)
+    assert test.logps_error == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6) and test.logps_error > 0
+    assert test.loss_error == pytest.approx(loss_error.square().mean().sqrt().item(), rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())

@@ -441,6 +441,15 @@ def test_the_reference_is_computed_once_for_the_same_weights(some, model, scored
     assert len(scored) == 2 and scored[1] <= 8
 
 
+def test_another_precision_is_computed_anew_and_told(some, model, scored, tmp_path):
+    once = some.with_reference(model)
+    other = once.with_reference(model, precision="bfloat16")
+    other.save(tmp_path / "p")
+    assert (once.reference_precision, Preferences.load(tmp_path / "p").reference_precision) == ("float32", "bfloat16")
+    assert 0 < np.abs(other.reference_logps - once.reference_logps).max() < 1
+    assert scored == [12, 12] and other.with_reference(model, precision="bfloat16") is other
+
+
 def test_other_weights_or_tokens_are_computed_anew(some, model, scored):
     once = some.with_reference(model)
     completions = [[*completion[:-1], 5, EOS] for completion in some.completions]

@@ -341,12 +341,14 @@ def test_divergence_is_an_error_that_names_the_cause(model, preferences):
 
 
 def test_bfloat16_training_follows_float32(tiny, preferences):
+    """The policy is computed in the precision of the reference, so the loss starts at log 2 in both."""
     curves = []
     for precision in ("float32", "bfloat16"):
-        metrics = train_dpo(
-            load_model(str(tiny)), preferences, replace(CONFIG, loop=replace(LOOP, precision=precision)), progress=None
-        )
-        curves.append([line["loss"] for line in metrics])
+        policy = load_model(str(tiny))
+        scored = preferences.with_reference(policy, precision=precision)
+        assert scored.reference_precision == precision
+        curves.append([line["loss"] for line in train_dpo(policy, scored, CONFIG, progress=None)])
+        assert curves[-1][0] == pytest.approx(math.log(2), abs={"float32": 1e-6, "bfloat16": 1e-3}[precision])
     assert curves[0] == pytest.approx(curves[1], abs=0.05) and curves[0] != curves[1]
 
 
