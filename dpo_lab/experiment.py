@@ -40,11 +40,11 @@ class TaskConfig:
     """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
     imdb: Literal["package", "hub"] = "package"
     """where the reviews come from"""
-    prefixes: int = 3_600
+    prefixes: int = 3_000
     """training reviews whose first 2 to 8 tokens are prompts"""
     completions: int = 4
     """completions sampled a prefix; 4 give 6 pairs"""
-    max_new_tokens: int = 32
+    max_new_tokens: int = 48
     """longest completion"""
     eval_prefixes: int = 512
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""

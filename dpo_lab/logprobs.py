@@ -277,7 +277,7 @@ def score_completions(
     completions: Tokens,
     prompt_of: Sequence[int],
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
     reduction: Literal["sum", "mean"] = "sum",
     precision: Precision = "float32",
     progress: str | None = None,
