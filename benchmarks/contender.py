@@ -30,7 +30,7 @@ from dpo_lab.losses import dpo_loss
 from dpo_lab.models import keep_freed_memory, prepare_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import peak_memory_mb
-from dpo_lab.train import DPOConfig, LoopConfig, train_dpo
+from dpo_lab.train import DPOConfig, LoopConfig, sft_batches, train_dpo, train_sft
 
 BETA, LEARNING_RATE = 0.1, 1e-6
 
@@ -63,6 +63,8 @@ class ContenderConfig:
 
     contender: Literal["dpo_lab", "trl_default", "trl_best", "textbook"] = "dpo_lab"
     """trl_best: reference log-probs precomputed, no gradient checkpointing, batches of similar length"""
+    job: Literal["dpo", "sft"] = "dpo"
+    """sft: on every completion, as before DPO; all but textbook know it"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the computation"""
     workload: str = "short"
@@ -185,6 +187,68 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
     return {"loss": loss, "reference_seconds": 0.0}
 
 
+def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
+    """`train_sft` on every completion."""
+    policy = prepare_model(make_models(workload, config.seed)[0])
+    keep_freed_memory()
+    size = len(preferences.completions) // config.steps
+    p = preferences
+    first = completion_batch(p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy))
+    with torch.no_grad(), autocast("cpu", config.precision):
+        loss = -completion_logps(policy, first).sum().item() / first.tokens
+    batches = sft_batches(p, size, chosen_only=False, share=can_share(policy), seed=config.seed)
+    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
+    train_sft(policy, batches, config.steps, loop, precision=config.precision, progress=None)
+    return {"loss": loss, "reference_seconds": 0.0}
+
+
+def word_tokenizer(workload: Workload) -> PreTrainedTokenizerFast:
+    """TRL takes text: token i is the word t<i>."""
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(workload.vocabulary)}, unk_token="t1"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", eos_token="t0", pad_token="t0")
+
+
+def text(ids: list[int]) -> str:
+    """The words of `word_tokenizer`."""
+    return " ".join(f"t{i}" for i in ids)
+
+
+def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
+    """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
+    from trl import SFTConfig, SFTTrainer
+
+    best, p = config.contender == "trl_best", preferences
+    policy = make_models(workload, config.seed)[0]
+    if best:
+        policy = prepare_model(policy)
+        keep_freed_memory()
+    lengths = [len(p.prompts[m]) + len(ids) for ids, m in zip(p.completions, p.prompt_of)]
+    order = np.argsort(lengths, kind="stable") if best else np.arange(len(lengths))
+    rows = [{"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])} for i in order]
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=config.precision == "bfloat16",
+        gradient_checkpointing=not best,
+        train_sampling_strategy="sequential" if best else "random",
+        per_device_train_batch_size=len(rows) // config.steps,
+        learning_rate=LEARNING_RATE,
+        num_train_epochs=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+    trainer = SFTTrainer(policy, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(workload))
+    examples = [trainer.train_dataset[place] for place, i in enumerate(order.tolist()) if i < 8]
+    with torch.no_grad():
+        loss = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(examples))))
+    trainer.train()
+    return {"loss": loss, "reference_seconds": 0.0}
+
+
 def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import DPOConfig as TRLConfig
@@ -195,15 +259,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
     if best:
         policy, reference = prepare_model(policy), prepare_model(reference)
         keep_freed_memory()
-    vocabulary = policy.config.vocab_size
-    words = Tokenizer(WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t1"))
-    words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", eos_token="t0", pad_token="t0")
     p = preferences
-
-    def text(ids: list[int]) -> str:
-        return " ".join(f"t{i}" for i in ids)
-
     pairs = list(zip(p.chosen, p.rejected))
     if best:
         pairs.sort(key=lambda pair: len(p.prompts[p.prompt_of[pair[0]]]) + max(len(p.completions[i]) for i in pair))
@@ -243,7 +299,11 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         seed=config.seed,
     )
     trainer = Timed(
-        policy, ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        policy,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=word_tokenizer(workload),
     )
     examples = [trainer.train_dataset[i] for i, (_, r) in enumerate(pairs) if r < 8]
     with torch.no_grad():
@@ -258,8 +318,11 @@ def main(config: ContenderConfig) -> None:
     preferences = make_preferences(workload, config.steps, config.seed)
     ends: list[float] = []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    runs = {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl}
-    result = runs[config.contender](config, workload, preferences)
+    runs = {
+        "dpo": {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl},
+        "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
+    }
+    result = runs[config.job][config.contender](config, workload, preferences)
     assert len(ends) == config.steps, f"{config.contender} made {len(ends)} steps, not {config.steps}"
     timed = config.steps - 1
     pairs, tokens = len(preferences.chosen), sum(map(len, preferences.completions))
@@ -268,6 +331,7 @@ def main(config: ContenderConfig) -> None:
         json.dumps(
             {
                 "contender": config.contender,
+                "job": config.job,
                 "precision": config.precision,
                 "workload": config.workload,
                 "change": json.loads(config.change),

@@ -1,4 +1,4 @@
-"""Write the measured figures into the marked blocks of README.md and docs/speed.md: python benchmarks/readme.py
+"""Write the measured figures into the marked blocks of README.md and docs/: python benchmarks/readme.py
 
 The test suite holds both files to what this one makes of benchmarks/results/ and the model card.
 """
@@ -6,6 +6,8 @@ The test suite holds both files to what this one makes of benchmarks/results/ an
 import json
 import re
 from pathlib import Path
+
+from scale import Assumptions, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +111,20 @@ def speed() -> str:
     return "\n".join(lines) + f"\n\nMeasured by `{origin['command']}` on {origin['machine']} ({rates}); {origin['versions']}."
 
 
-BLOCKS = {"main job": main_job, "sweep": sweep, "embedded model": embedded_model, "ratios": ratios, "speed": speed}
+def scale() -> str:
+    """The prediction for larger models, at the share of the machine's limit that training reached here."""
+    share = _speed()["paper", "dpo_lab", "bfloat16"]["share_of_limit"]
+    return f"With a share of {share:.0%}:\n\n{table(Assumptions(share=share))}"
+
+
+BLOCKS = {
+    "main job": main_job,
+    "sweep": sweep,
+    "embedded model": embedded_model,
+    "ratios": ratios,
+    "speed": speed,
+    "scale": scale,
+}
 
 
 def render(text: str) -> str:
@@ -121,5 +136,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "README.md", ROOT / "docs" / "speed.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "scale.md"):
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,12 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.evaluate import Evaluation, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
-from dpo_lab.logprobs import completion_batch
+from dpo_lab.logprobs import completion_batch, score_completions
 from dpo_lab.models import load_model, load_tokenizer, measure_precision
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import open_run, peak_memory_mb, provenance, read_config, require_space, write_json, write_whole
+from dpo_lab.runs import (
+    SNAPSHOTS,
+    open_run,
+    peak_memory_mb,
+    provenance,
+    read_config,
+    read_snapshots,
+    require_space,
+    write_json,
+    write_whole,
+)
 from dpo_lab.train import DPOConfig, check_config, train_dpo
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
@@ -212,6 +222,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
 
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
         result = evaluation(model, max(8, len(prompts) // 4))
+        save_snapshot(out, step, model, preferences, result)
         return {"reward": result.reward, "reward_se": result.reward_se, "kl/sequence": result.kl, "kl/sequence_se": result.kl_se}
 
     before = evaluation(parts.reference, len(prompts), "evaluate before")
@@ -299,6 +310,34 @@ def save_samples(out: Path, before: Evaluation, after: Evaluation, n: int = 20) 
         rows.append(f"| {b.replace('|', '/')} | {rb:.2f} | {a.replace('|', '/')} | {ra:.2f} |")
     with write_whole(out / "samples.md") as temporary:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def save_snapshot(
+    out: Path,
+    step: int,
+    policy: torch.nn.Module,
+    preferences: Preferences,
+    result: Evaluation,
+    *,
+    pairs: int = 128,
+    texts: int = 8,
+) -> None:
+    """Add a line to `snapshots.jsonl`, in place of any from this step on: what the explorers of a recorded run show.
+
+    `chosen` and `rejected` are the log-ratios (nats) of the same `pairs` pairs in every line, spread over the data.
+    """
+    p, path = preferences, out / SNAPSHOTS
+    some = np.linspace(0, len(p.chosen) - 1, min(pairs, len(p.chosen))).astype(int)
+    ends = np.concatenate([p.chosen[some], p.rejected[some]])
+    logps = score_completions(
+        policy, p.prompts, [p.completions[i] for i in ends], p.prompt_of[ends], precision=p.reference_precision
+    )
+    chosen, rejected = np.split(logps.numpy() - p.reference_logps[ends], 2)
+    line = {"step": step, "chosen": chosen.tolist(), "rejected": rejected.tolist()}
+    line |= {"texts": result.texts[:texts], "rewards": result.rewards[:texts]}
+    earlier = [old for old in read_snapshots(out) if old["step"] < step] if path.exists() else []
+    with write_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]), encoding="utf-8")
 
 
 def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: tuple[np.ndarray, ...]) -> None:

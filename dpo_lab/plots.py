@@ -261,6 +261,51 @@ def moving_bandit(labels: Sequence[str]) -> Moving:
     return Moving(figure, [*before, *after], update)
 
 
+def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float]) -> Moving:
+    """Rewards as bars beside the likeliest ones, and predicted shares beside `observed`; a state has `rewards`, `predicted`."""
+    figure, (left, right) = _wide(2)
+    places = np.arange(len(labels))
+    bars = left.bar(places, np.zeros(len(labels)), 0.6, color=POLICY, label="your rewards")
+    left.plot(places, likeliest, "_", color=REJECTED, markersize=30, markeredgewidth=2, label="likeliest rewards")
+    left.set_xticks(places, labels)
+    left.set(ylim=(-4, 5.5), ylabel="reward (nats)")
+    left.axhline(0, color=OPTIMUM, linewidth=0.8)
+    left.legend(frameon=False, loc="upper left", ncols=2)
+    right.plot([0, 1], [0, 1], "--", color=OPTIMUM, label="prediction = observation")
+    (points,) = right.plot([], [], "o", color=POLICY, markersize=8)
+    right.set(xlabel="predicted share won", ylabel="observed share won", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    right.legend(frameon=False, loc="upper left")
+
+    def update(state: Mapping[str, Any]) -> None:
+        for bar, height in zip(bars, state["rewards"]):
+            bar.set_height(height)
+        points.set_data(state["predicted"], observed)
+
+    return Moving(figure, [*bars, points], update)
+
+
+def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence[float], furthest: float) -> Moving:
+    """Mean log-ratios over a run with the step marked, and pairs at that step; a state has `step`, `chosen`, `rejected`."""
+    figure, (left, right) = _wide(2)
+    left.plot(steps, chosen, color=CHOSEN, label="chosen")
+    left.plot(steps, rejected, "--", color=REJECTED, label="rejected")
+    left.axhline(0, color=OPTIMUM, linewidth=0.8)
+    left.set(xlabel="step", ylabel="mean log-ratio (nats)")
+    left.legend(frameon=False, loc="lower left")
+    mark = left.axvline(0, color=POLICY, linewidth=2)
+    right.plot([-furthest, furthest], [-furthest, furthest], "--", color=OPTIMUM, label="margin 0")
+    (cloud,) = right.plot([], [], "o", color=POLICY, alpha=0.4, markersize=5)
+    limits = (-1.05 * furthest, 1.05 * furthest)
+    right.set(xlabel="log-ratio of rejected (nats)", ylabel="log-ratio of chosen (nats)", xlim=limits, ylim=limits)
+    right.legend(frameon=False, loc="upper left")
+
+    def update(state: Mapping[str, Any]) -> None:
+        mark.set_xdata([state["step"], state["step"]])
+        cloud.set_data(state["rejected"], state["chosen"])
+
+    return Moving(figure, [mark, cloud], update)
+
+
 def moving_pairs(line: Mapping[str, np.ndarray]) -> Moving:
     """Pairs on the curves of loss and gradient weight; the curves and a state have `margins`, `losses` and `weights`."""
     figure, panels = _wide(2)

@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
+SNAPSHOTS = "snapshots.jsonl"
+
 
 @contextmanager
 def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
@@ -161,6 +163,18 @@ def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str,
         if line["step"] <= up_to:
             lines.append(line)
     return lines
+
+
+def read_snapshots(run: Path | str) -> list[dict[str, Any]]:
+    """What a run kept at each evaluation: `step`, log-ratios of `chosen` and `rejected` (P,) in nats, `texts`, `rewards`.
+
+    Raises:
+        ValueError: the directory holds no `snapshots.jsonl`.
+    """
+    path = Path(run) / SNAPSHOTS
+    if not path.exists():
+        raise ValueError(f"{run} holds no {SNAPSHOTS}; give the run directory of `dpo-lab train`, such as runs/imdb")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: list[Optimizer]) -> Path:

@@ -224,13 +224,18 @@ def train_sft(
     )
 
 
-def sft_batches(preferences: Preferences, size: int, *, chosen_only: bool = True, seed: int = 0) -> list[CompletionBatch]:
-    """One epoch of shuffled batches of `size` completions: the chosen ones (Preferred-FT), or all of them (SFT)."""
+def sft_batches(
+    preferences: Preferences, size: int, *, chosen_only: bool = True, share: bool = False, seed: int = 0
+) -> list[CompletionBatch]:
+    """One epoch of shuffled batches of `size` completions: the chosen ones (Preferred-FT), or all of them (SFT).
+
+    `share` is that of `completion_batch`: faster, and exact where `can_share` says so of the model.
+    """
     p = preferences
     which = np.unique(p.chosen) if chosen_only else np.arange(len(p.completions))
     order = np.random.default_rng(seed).permutation(which)
     return [
-        completion_batch(p.prompts, [p.completions[i] for i in part], [p.prompt_of[i] for i in part])
+        completion_batch(p.prompts, [p.completions[i] for i in part], [p.prompt_of[i] for i in part], share=share)
         for part in np.split(order, range(size, len(order), size))
     ]
 

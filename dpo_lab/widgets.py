@@ -1,12 +1,14 @@
 """Sliders: each explorer wires a function that computes to a picture that is drawn anew.
 
-Every explorer takes your own rewards, references or log-probs. What it computes is a function of its arguments
-(`beta_state`, `bandit_state`, `gradient_weight_state`), so that it can be called and tested without a browser.
+Every explorer takes your own rewards, references, comparisons, log-probs or run. What it computes is a function of its
+arguments (`beta_state`, `bandit_state`, ...), so that it can be called and tested without a browser.
 """
 
+import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,9 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
-from dpo_lab.losses import Kind, dpo_loss
+from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
 from dpo_lab.objective import kl, log_partition, optimal_policy
-from dpo_lab.plots import Moving, moving_bandit, moving_optimum, moving_pairs
+from dpo_lab.plots import Moving, moving_bandit, moving_comparisons, moving_optimum, moving_pairs, moving_run
+from dpo_lab.runs import read_config, read_metrics, read_snapshots
 
 REFERENCE = torch.tensor([0.35, 0.40, 0.20, 0.05], dtype=torch.float64)
 REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)
@@ -59,7 +62,9 @@ class Explorer:
         return self.box._repr_mimebundle_(**options)
 
 
-def _explorer(show: Callable[..., str], picture: Picture, sliders: Mapping[str, widgets.Widget], caption: str) -> Explorer:
+def _explorer(
+    show: Callable[..., str], picture: Picture, sliders: Mapping[str, widgets.Widget], caption: str, *below: widgets.Widget
+) -> Explorer:
     start = {name: slider.value for name, slider in sliders.items()}
     readout = widgets.Label(show(**start))
     image = widgets.Image(value=picture.png(), format="png", layout={"max_width": "100%"})
@@ -77,7 +82,7 @@ def _explorer(show: Callable[..., str], picture: Picture, sliders: Mapping[str, 
     for slider in sliders.values():
         slider.observe(moved, names="value")
     reset.on_click(put_back)
-    box = widgets.VBox([*sliders.values(), widgets.HBox([reset, readout]), image, widgets.HTML(f"<em>{caption}</em>")])
+    box = widgets.VBox([*sliders.values(), widgets.HBox([reset, readout]), image, *below, widgets.HTML(f"<em>{caption}</em>")])
     return Explorer(show, picture, sliders, box)
 
 
@@ -155,11 +160,19 @@ def gradient_weight_state(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid
     return {"margins": result.margins.numpy(), "losses": result.losses.numpy(), "weights": result.gradient_weights.numpy()}
 
 
-def gradient_weight_explorer(log_ratios: Sequence[float] | Tensor | None = None, *, kind: Kind = "sigmoid") -> Explorer:
+def gradient_weight_explorer(
+    log_ratios: Sequence[float] | Tensor | None = None, *, run: Path | str | None = None, kind: Kind = "sigmoid"
+) -> Explorer:
     """The loss and its gradient weight against the margin, with your pairs on the curve as beta moves.
 
-    `log_ratios` are (P,) nats: log(pi / pi_ref) of the chosen less that of the rejected completion of each pair.
+    `log_ratios` are (P,) nats: log(pi / pi_ref) of the chosen less that of the rejected completion of each pair. Or name
+    the `run` directory of `dpo-lab train`, for pairs that it trained on, at its end.
     """
+    if log_ratios is not None and run is not None:
+        raise ValueError("log_ratios and run are both given; the pairs come from one of them")
+    if run is not None:
+        last = read_snapshots(run)[-1]
+        log_ratios = np.subtract(last["chosen"], last["rejected"])
     if log_ratios is None:
         log_ratios = torch.linspace(-12, 20, 60, dtype=torch.float64)
     pairs = torch.as_tensor(log_ratios, dtype=torch.float64)
@@ -175,3 +188,87 @@ def gradient_weight_explorer(log_ratios: Sequence[float] | Tensor | None = None,
 
     caption = "With a small beta all pairs weigh one half. Which pairs keep their weight as beta grows?"
     return _explorer(show, Picture(moving), {"beta": beta_slider(0.1)}, caption)
+
+
+FILMS = ("a bore", "fine", "a joy")
+CHOICES = (
+    ("a joy", "a bore", 18),
+    ("a bore", "a joy", 2),
+    ("a joy", "fine", 14),
+    ("fine", "a joy", 6),
+    ("fine", "a bore", 15),
+    ("a bore", "fine", 5),
+)
+CHOSEN_FILMS, REJECTED_FILMS = (
+    np.repeat([FILMS.index(row[side]) for row in CHOICES], [row[2] for row in CHOICES]) for side in (0, 1)
+)
+
+
+def bradley_terry_state(rewards: Sequence[float], chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
+    """Likelihood of P comparisons under rewards (n,): `nll` in nats a comparison, and the share won that they predict.
+
+    `predicted` and `observed` have one value for every two items that were compared, the lower index first.
+    """
+    values = torch.as_tensor(np.asarray(rewards, dtype=np.float64))
+    first, second = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
+    pairs, which = np.unique(np.stack([first, second], 1), axis=0, return_inverse=True)
+    won = np.bincount(which.ravel(), weights=chosen == first) / np.bincount(which.ravel())
+    return {
+        "rewards": values.tolist(),
+        "nll": float(bradley_terry_nll(values, torch.as_tensor(chosen), torch.as_tensor(rejected)).mean()),
+        "predicted": torch.sigmoid(values[pairs[:, 0]] - values[pairs[:, 1]]).tolist(),
+        "observed": won.tolist(),
+    }
+
+
+def bradley_terry_explorer(
+    chosen: Sequence[int] = CHOSEN_FILMS, rejected: Sequence[int] = REJECTED_FILMS, labels: Sequence[str] = FILMS
+) -> Explorer:
+    """Find the rewards that make comparisons likeliest by hand. Pass your own: indices into `labels`, one pair a comparison."""
+    from dpo_lab.rewards import fit_bradley_terry  # here: scikit-learn takes seconds to import, and no other slider needs it
+
+    chosen, rejected = np.asarray(chosen), np.asarray(rejected)
+    fit = fit_bradley_terry(chosen, rejected, len(labels))
+    moving = moving_comparisons(labels, fit.rewards, bradley_terry_state(fit.rewards, chosen, rejected)["observed"])
+
+    def show(**rewards: float) -> str:
+        state = bradley_terry_state([rewards[f"reward_{i}"] for i in range(len(labels))], chosen, rejected)
+        moving.update(state)
+        return f"negative log-likelihood {state['nll']:.4f} nats a comparison; the least there is, {fit.nll:.4f}"
+
+    wide = {"style": {"description_width": "150px"}, "layout": {"width": "420px"}}
+    sliders = {
+        f"reward_{i}": widgets.FloatSlider(0.0, min=-4, max=4, step=0.05, description=f"reward of {label}", **wide)
+        for i, label in enumerate(labels)
+    }
+    caption = "Reach the least. Then raise every reward by one: why does the likelihood not mind?"
+    return _explorer(show, Picture(moving), sliders, caption)
+
+
+def training_explorer(run: Path | str) -> Explorer:
+    """Walk through a recorded run of `dpo-lab train`: log-ratios of chosen and rejected, pairs, and samples at each evaluation.
+
+    Raises:
+        ValueError: the directory is not that of a run.
+    """
+    snapshots, beta = read_snapshots(run), read_config(Path(run))["dpo"]["beta"]
+    lines = [line for line in read_metrics(run) if "rewards/chosen" in line]
+    means = [[line[f"rewards/{side}"] / beta for line in lines] for side in ("chosen", "rejected")]
+    furthest = max(float(np.abs([s["chosen"], s["rejected"]]).max()) for s in snapshots)
+    moving = moving_run([line["step"] for line in lines], *means, furthest=max(furthest, 1.0))
+    samples = widgets.HTML()
+
+    def show(snapshot: int) -> str:
+        state = snapshots[snapshot]
+        moving.update(state)
+        rows = (f"<tr><td>{r:.2f}</td><td>{html.escape(text)}</td></tr>" for text, r in zip(state["texts"], state["rewards"]))
+        samples.value = f"<table><tr><th>reward</th><th>sample of the policy</th></tr>{''.join(rows)}</table>"
+        margins = beta * np.subtract(state["chosen"], state["rejected"])
+        ranked = np.mean((margins > 0) + (margins == 0) / 2)
+        return f"step {state['step']}: mean margin {margins.mean():.3f} (beta x nats), ranked rightly {ranked:.0%}"
+
+    slider = widgets.SelectionSlider(
+        options=[(str(s["step"]), i) for i, s in enumerate(snapshots)], description="step", layout={"width": "420px"}
+    )
+    caption = "The margin grows. Does the chosen completion grow likelier, or only the rejected one less likely?"
+    return _explorer(show, Picture(moving), {"snapshot": slider}, caption, samples)

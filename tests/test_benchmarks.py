@@ -12,11 +12,19 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import contender  # noqa: E402
+import scale  # noqa: E402
 import speed  # noqa: E402
 
 
-def measured(name, precision="float32"):
-    arguments = [f"--contender={name}", f"--precision={precision}", "--workload=embedded", "--steps=2", '--change={"prompts": 2}']
+def measured(name, precision="float32", job="dpo"):
+    arguments = [
+        f"--contender={name}",
+        f"--job={job}",
+        f"--precision={precision}",
+        "--workload=embedded",
+        "--steps=2",
+        '--change={"prompts": 2}',
+    ]
     output = subprocess.check_output([sys.executable, str(BENCHMARKS / "contender.py"), *arguments], text=True)
     return json.loads(output.strip().splitlines()[-1])
 
@@ -26,6 +34,13 @@ def test_all_contenders_compute_the_same_loss():
     losses = [result["loss"] for result in results]
     assert max(losses) - min(losses) < 1e-4 and abs(losses[0] - np.log(2)) > 1e-3
     assert {result["pairs"] for result in results} == {2 * 2 * 6}
+    assert all(result["training_seconds"] > 0 for result in results)
+
+
+def test_all_contenders_of_sft_compute_the_same_loss():
+    results = [measured(name, job="sft") for name in ("dpo_lab", "trl_default", "trl_best")]
+    losses = [result["loss"] for result in results]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-4) and losses[0] > 1
     assert all(result["training_seconds"] > 0 for result in results)
 
 
@@ -49,3 +64,18 @@ def test_the_least_flops_are_those_of_the_matmuls():
     seen = sum(map(len, preferences.prompts)) + predicted - 16
     block = 768 * (3 * 768 + 768 + 4 * 768 + 4 * 768)  # query, key and value; out; up; down
     assert speed.least_flops("short", 1, 0) == 4 * 2 * (12 * block * seen + 768 * 50_257 * predicted)
+
+
+def test_the_prediction_is_the_arithmetic_that_its_page_tells():
+    a, seven = scale.Assumptions(), scale.MODELS[0]
+    assert scale.state_bytes(seven, 8, "DDP", a) == 16 * 7e9
+    assert scale.state_bytes(seven, 8, "FSDP", a) == 2 * 7e9 + 4 * 7e9 / 32
+    assert scale.state_bytes(seven, 8, "LoRA", a) == pytest.approx(2 * 7e9 * 0.995 + 16 * 7e9 * 0.005)
+    assert scale.traffic_bytes(seven, 2, "DDP", a) == 4 * 7e9  # each of two sends a half twice
+    assert scale.passes(8, a) == (16, 4) and scale.passes(512, a) == (1, 1)
+    eight, more = (scale.predict(seven, gpus, "FSDP", a) for gpus in (8, 64))
+    tokens = 512 * 1_200
+    assert eight["compute"] == pytest.approx(8 * 7e9 * tokens / (8 * 989e12 * 0.4))
+    assert more["compute"] == pytest.approx(eight["compute"] / 8) and more["traffic"] > 0
+    assert eight["hours_at_best"] < eight["hours_at_worst"]
+    assert scale.table().count("\n") == 1 + 2 * 3 * 3

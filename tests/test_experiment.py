@@ -20,7 +20,7 @@ from dpo_lab.cli import main
 from dpo_lab.experiment import TaskConfig, data_config
 from dpo_lab.models import PrecisionTest
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import read_metrics
+from dpo_lab.runs import read_metrics, read_snapshots
 
 SMALL = "--prefixes 12 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 20 --eval-every 2 --save-every 2".split()
 
@@ -56,6 +56,10 @@ def test_train_writes_everything_the_readme_promises(tiny, finished, capsys):
     for name in ("loss", "rewards", "margins", "reward_kl"):
         assert (finished / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (finished / "samples.md").read_text().count("\n") >= 18
+    snapshots = read_snapshots(finished)
+    assert [s["step"] for s in snapshots] == [line["step"] for line in metrics if "eval/reward" in line]
+    assert np.abs(snapshots[0]["chosen"]).max() < 1e-4 < np.subtract(snapshots[-1]["chosen"], snapshots[-1]["rejected"]).mean()
+    assert len(snapshots[0]["texts"]) == len(snapshots[0]["rewards"]) == 8
     assert not [p for p in finished.rglob(".*")]
 
 
@@ -100,7 +104,7 @@ def test_steps_run_alone_are_cached_and_give_the_same_run(tiny, finished, tmp_pa
     run = tmp_path / "run"
     assert main(["train", "--model", str(tiny), "--out", str(run), "--data", str(data), *SMALL]) == 0
     assert not sampled
-    for name in ("policy/model.safetensors", "samples.md"):
+    for name in ("policy/model.safetensors", "samples.md", "snapshots.jsonl"):
         assert (run / name).read_bytes() == (finished / name).read_bytes()
     assert main(["label", "--model", str(tiny), "--data", str(data), *small, "--seed", "5"]) == 2
     assert "another config" in capsys.readouterr().err
@@ -230,7 +234,7 @@ def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
     assert process.returncode == 130 and "--resume" in error, error
     resumed = subprocess.run(command(stopped, "--resume"), env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    for name in ("policy/model.safetensors", "policy/config.json", "samples.md", "config.json"):
+    for name in ("policy/model.safetensors", "policy/config.json", "samples.md", "snapshots.jsonl", "config.json"):
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     results = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "whole", stopped)]
     assert results[0]["after"] == results[1]["after"] and np.isfinite(results[0]["after"]["kl"])

@@ -1,6 +1,10 @@
 """Explorers over their whole grids: every state is computed right, every picture drawn, and nothing is swallowed."""
 
 import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,20 +13,49 @@ from PIL import Image
 
 from dpo_lab.losses import dpo_loss
 from dpo_lab.objective import kl, log_partition, optimal_policy
+from dpo_lab.rewards import fit_bradley_terry
+from dpo_lab.runs import append_metrics, write_json
 from dpo_lab.widgets import (
     BETAS,
+    CHOSEN_FILMS,
     LABELS,
     REFERENCE,
+    REJECTED_FILMS,
     REWARD,
     bandit_explorer,
     bandit_state,
     beta_explorer,
     beta_state,
+    bradley_terry_explorer,
+    bradley_terry_state,
     gradient_weight_explorer,
     gradient_weight_state,
+    training_explorer,
 )
 
-EXPLORERS = {"beta": beta_explorer, "bandit": bandit_explorer, "gradient weight": gradient_weight_explorer}
+RUN = Path(tempfile.mkdtemp()) / "run"
+EXPLORERS = {
+    "beta": beta_explorer,
+    "bandit": bandit_explorer,
+    "gradient weight": gradient_weight_explorer,
+    "Bradley-Terry": bradley_terry_explorer,
+    "training": lambda: training_explorer(RUN),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recorded_run():
+    """A run directory with four steps and two snapshots."""
+    write_json(RUN / "config.json", {"dpo": {"beta": 0.5}})
+    for step in range(1, 5):
+        append_metrics(RUN, {"step": step, "rewards/chosen": 0.5 * step, "rewards/rejected": -1.0 * step})
+    snapshots = [
+        {"step": 0, "chosen": [0.0, 0.0], "rejected": [0.0, 0.0], "texts": ["A <b>film</b>"], "rewards": [0.25]},
+        {"step": 4, "chosen": [4.0, -3.0], "rejected": [-6.0, -1.0], "texts": ["A joy & more"], "rewards": [0.875]},
+    ]
+    (RUN / "snapshots.jsonl").write_text("".join(json.dumps(line) + "\n" for line in snapshots))
+    yield
+    shutil.rmtree(RUN.parent)
 
 
 def pixels(explorer):
@@ -34,9 +67,16 @@ def values(explorer):
 
 
 def grid(slider):
+    if hasattr(slider, "options"):
+        return [value for _, value in slider.options]
     lowest, highest = slider.min, slider.max
     steps = np.arange(lowest, highest + slider.step / 2, slider.step)
-    return [slider.base**s for s in steps] if hasattr(slider, "base") else steps
+    return [float(slider.base**s if hasattr(slider, "base") else s) for s in steps]
+
+
+def last(slider):
+    """A value far from where the slider starts."""
+    return grid(slider)[-1]
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
@@ -45,7 +85,7 @@ def test_every_slider_shows_every_value_of_its_grid(name):
     start = values(explorer)
     for slider in explorer.sliders:
         for value in grid(explorer.sliders[slider]):
-            readout = explorer.show(**{**start, slider: float(value)})
+            readout = explorer.show(**{**start, slider: value})
             assert "nan" not in readout and "inf" not in readout and readout
             assert explorer.picture.png().startswith(b"\x89PNG")
 
@@ -57,7 +97,8 @@ def test_a_moved_slider_changes_the_picture_and_reset_puts_it_back(name):
     image = next(w for w in box if hasattr(w, "format"))
     reset, readout = next(w for w in box if hasattr(w, "children")).children
     before = image.value, readout.value
-    explorer.sliders["beta"].value = 0.03
+    slider = next(iter(explorer.sliders.values()))
+    slider.value = last(slider)
     assert image.value != before[0] and readout.value != before[1]
     assert image.value == explorer.picture.png()
     reset.click()
@@ -67,7 +108,8 @@ def test_a_moved_slider_changes_the_picture_and_reset_puts_it_back(name):
 @pytest.mark.parametrize("name", EXPLORERS)
 def test_a_picture_drawn_over_its_background_is_the_picture_drawn_anew(name):
     explorer = EXPLORERS[name]()
-    explorer.show(**{**values(explorer), "beta": 0.4})
+    name, slider = next(iter(explorer.sliders.items()))
+    explorer.show(**{**values(explorer), name: grid(slider)[len(grid(slider)) // 2]})
     quick = pixels(explorer)
     for artist in explorer.picture.artists:
         artist.set_animated(False)
@@ -126,3 +168,41 @@ def test_your_own_distribution_and_pairs_can_be_explored():
 def test_pairs_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="log_ratios has shape"):
         gradient_weight_explorer(wrong)
+
+
+def test_the_likelihood_under_the_sliders_is_that_of_every_comparison():
+    rewards, chosen, rejected = [0.3, -1.0, 2.0], np.array([2, 2, 0, 1, 2]), np.array([0, 1, 1, 2, 0])
+    state = bradley_terry_state(rewards, chosen, rejected)
+    chances = [1 / (1 + np.exp(rewards[r] - rewards[c])) for c, r in zip(chosen, rejected)]
+    assert state["nll"] == pytest.approx(-np.mean(np.log(chances)))
+    assert state["observed"] == [1.0, 0.0, 0.5]  # 0 against 1, 0 against 2, 1 against 2
+    assert state["predicted"] == pytest.approx([1 / (1 + np.exp(b - a)) for a, b in ((0.3, -1), (0.3, 2), (-1, 2))])
+
+
+def test_the_likeliest_rewards_reach_the_least_that_the_readout_tells():
+    fit = fit_bradley_terry(CHOSEN_FILMS, REJECTED_FILMS, 3)
+    readout = bradley_terry_explorer().show(**{f"reward_{i}": r for i, r in enumerate(fit.rewards)})
+    assert readout.split()[2] == readout.split()[-1] == f"{fit.nll:.4f}"
+    with pytest.raises(ValueError, match="fall into 2 groups"):
+        bradley_terry_explorer([0, 0], [1, 1], ["a", "b"])
+
+
+def test_a_recorded_run_is_walked_through():
+    explorer = training_explorer(RUN)
+    readout = explorer.show(snapshot=1)
+    assert readout == "step 4: mean margin 2.000 (beta x nats), ranked rightly 50%"
+    assert explorer.show(snapshot=0).endswith("ranked rightly 50%")
+    samples = next(w for w in explorer.box.children if "<table>" in str(getattr(w, "value", "")))
+    assert "A &lt;b&gt;film&lt;/b&gt;" in samples.value and "0.25" in samples.value
+    chosen, rejected = explorer.picture.artists[0].axes.get_lines()[:2]
+    assert chosen.get_ydata().tolist() == [1, 2, 3, 4] and rejected.get_ydata().tolist() == [-2, -4, -6, -8]  # rewards / beta
+
+
+def test_the_pairs_of_a_run_are_those_at_its_end(tmp_path):
+    assert "ranked rightly 50%" in gradient_weight_explorer(run=RUN).show(beta=1.0)
+    margins = gradient_weight_explorer(run=RUN).picture.artists[0]
+    assert margins.get_xdata().tolist() == pytest.approx([1.0, -0.2])  # beta starts at 0.1
+    with pytest.raises(ValueError, match="both given"):
+        gradient_weight_explorer([1.0], run=RUN)
+    with pytest.raises(ValueError, match="holds no snapshots.jsonl"):
+        gradient_weight_explorer(run=tmp_path)

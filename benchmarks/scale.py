@@ -1,0 +1,135 @@
+"""What a DPO epoch would take at 7B and 70B on 8 to 512 GPUs: arithmetic from stated assumptions.
+
+    python benchmarks/scale.py
+
+`python benchmarks/readme.py` writes the table into docs/scale.md.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Scheme = Literal["DDP", "FSDP", "LoRA"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder."""
+
+    name: str
+    parameters: float
+    layers: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the prediction stands on; docs/scale.md says where each comes from."""
+
+    pairs: int = 60_000
+    """pairs an epoch, about UltraFeedback"""
+    pairs_per_step: int = 512
+    """global batch"""
+    tokens_per_pair: int = 1_200
+    """prompt and both completions, the prompt once"""
+    pairs_at_once: int = 4
+    """in one forward pass of a GPU; the rest of its share of the batch is accumulated"""
+    flops_per_second: float = 989e12
+    """of one H100 SXM in dense bfloat16"""
+    share: float = 0.4
+    """of that rate which the training loop reaches; docs/scale.md takes what `make bench` measured on its CPU"""
+    memory: float = 80e9
+    """bytes of one GPU"""
+    inside: float = 450e9
+    """bytes/s a GPU sends to those of its node (NVLink 4)"""
+    between: float = 50e9
+    """bytes/s a GPU sends to those of other nodes (400 Gb/s)"""
+    node: int = 8
+    """GPUs that NVLink joins"""
+    lora_share: float = 0.005
+    """trainable parameters of LoRA over all"""
+
+
+MODELS = (Model("7B", 7e9, 32, 4_096), Model("70B", 70e9, 80, 8_192))
+GPUS = (8, 64, 512)
+SCHEMES: tuple[Scheme, ...] = ("DDP", "FSDP", "LoRA")
+
+
+def state_bytes(model: Model, gpus: int, scheme: Scheme, a: Assumptions) -> float:
+    """Bytes a GPU of weights, gradients and Adam's two moments: float32, 16 a parameter; LoRA's base in bfloat16, 2."""
+    n = model.parameters
+    if scheme == "DDP":
+        return 16 * n
+    if scheme == "FSDP":
+        return 16 * n / gpus + 2 * 2 * n / model.layers  # two blocks gathered in bfloat16: the one in use and the next
+    return 2 * n + 14 * n * a.lora_share
+
+
+def activation_bytes(model: Model, gpus: int, a: Assumptions) -> float:
+    """Bytes a GPU of activations: checkpointed block inputs, and one block's own, 34 bytes a token and unit of width.
+
+    34 is that of Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198, Eq. 2), without attention scores.
+    """
+    return passes(gpus, a)[1] * a.tokens_per_pair * model.width * (2 * model.layers + 34)
+
+
+def passes(gpus: int, a: Assumptions) -> tuple[int, int]:
+    """Forward passes a step on each GPU, and pairs in each."""
+    share = math.ceil(a.pairs_per_step / gpus)
+    return math.ceil(share / a.pairs_at_once), min(share, a.pairs_at_once)
+
+
+def traffic_bytes(model: Model, gpus: int, scheme: Scheme, a: Assumptions) -> float:
+    """Bytes that a GPU sends a step: rings of all-reduce (DDP, LoRA), all-gather twice and reduce-scatter once (FSDP)."""
+    n, ring = model.parameters, (gpus - 1) / gpus
+    if scheme == "FSDP":
+        return ring * n * (2 * 2 * passes(gpus, a)[0] + 4)  # weights in bfloat16, gathered anew in every pass; gradients once
+    return 2 * ring * 4 * n * (a.lora_share if scheme == "LoRA" else 1)
+
+
+def predict(model: Model, gpus: int, scheme: Scheme, a: Assumptions = Assumptions()) -> dict[str, float]:
+    """Bytes a GPU, seconds of compute and of traffic a step, and hours an epoch (traffic behind compute, and not)."""
+    tokens = a.pairs_per_step * a.tokens_per_pair
+    backward = 2 if scheme == "LoRA" else 4  # gradients of activations, and of weights where they train
+    flops = model.parameters * tokens * (2 + 2 + backward)  # forward; forward again for checkpointing; backward
+    compute = flops / (gpus * a.flops_per_second * a.share)
+    speed = a.inside if gpus <= a.node else a.between
+    traffic = traffic_bytes(model, gpus, scheme, a) / speed
+    steps = a.pairs / a.pairs_per_step
+    reference = 2 * model.parameters * a.pairs * a.tokens_per_pair / (gpus * a.flops_per_second * a.share)
+    return {
+        "bytes": state_bytes(model, gpus, scheme, a) + activation_bytes(model, gpus, a),
+        "compute": compute,
+        "traffic": traffic,
+        "hours_at_best": (steps * max(compute, traffic) + reference) / 3600,
+        "hours_at_worst": (steps * (compute + traffic) + reference) / 3600,
+    }
+
+
+def rows(a: Assumptions) -> Iterator[tuple[Model, int, Scheme, dict[str, float]]]:
+    """Every model on every number of GPUs under every scheme."""
+    for model in MODELS:
+        for gpus in GPUS:
+            for scheme in SCHEMES:
+                yield model, gpus, scheme, predict(model, gpus, scheme, a)
+
+
+def table(a: Assumptions = Assumptions()) -> str:
+    """The predictions as Markdown."""
+    lines = [
+        "| model | GPUs | scheme | memory a GPU | fits in 80 GB | compute a step | traffic a step | hours an epoch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model, gpus, scheme, p in rows(a):
+        fits = p["bytes"] <= a.memory
+        hours = f"{p['hours_at_best']:.2f} to {p['hours_at_worst']:.2f}" if fits else ""
+        lines.append(
+            f"| {model.name} | {gpus} | {scheme} | {p['bytes'] / 1e9:,.0f} GB | {'yes' if fits else 'no'} "
+            f"| {p['compute']:.2f} s | {p['traffic']:.2f} s | {hours} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
