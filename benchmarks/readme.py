@@ -7,7 +7,9 @@ import json
 import re
 from pathlib import Path
 
-from scale import Assumptions, table
+from scale import table
+
+from dpo_lab.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,10 +113,23 @@ def speed() -> str:
     return "\n".join(lines) + f"\n\nMeasured by `{origin['command']}` on {origin['machine']} ({rates}); {origin['versions']}."
 
 
-def scale() -> str:
-    """The prediction for larger models, at the share of the machine's limit that training reached here."""
-    share = _speed()["paper", "dpo_lab", "bfloat16"]["share_of_limit"]
-    return f"With a share of {share:.0%}:\n\n{table(Assumptions(share=share))}"
+def equations() -> str:
+    """The equation index, with the notebook cells that show each proof."""
+    code = {
+        f"{path.stem}, cell {number}": "".join(cell["source"])
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+        for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], start=1)
+        if cell["cell_type"] == "code"
+    }
+    lines = ["| equation | proved by `symbolic.` | shown in | computed by | test |", "|---|---|---|---|---|"]
+    for row in equation_index():
+        names = row["proved by"].split(", ")
+        shown = [next(place for place, source in code.items() if re.search(rf"\b{name}\(", source)) for name in names]
+        proofs, computed = ", ".join(f"`{name}`" for name in names), row["computed by"]
+        function, _, field = computed.partition(" ")
+        computed = f"`{function}` {field}".strip() if computed else "(no number: an identity)"
+        lines.append(f"| {row['equation']} | {proofs} | {'; '.join(dict.fromkeys(shown))} | {computed} | `{row['test']}` |")
+    return "\n".join(lines)
 
 
 BLOCKS = {
@@ -123,7 +138,8 @@ BLOCKS = {
     "embedded model": embedded_model,
     "ratios": ratios,
     "speed": speed,
-    "scale": scale,
+    "scale": table,
+    "equations": equations,
 }
 
 
@@ -136,5 +152,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "scale.md"):
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

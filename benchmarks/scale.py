@@ -38,7 +38,7 @@ class Assumptions:
     flops_per_second: float = 989e12
     """of one H100 SXM in dense bfloat16"""
     share: float = 0.4
-    """of that rate which the training loop reaches; docs/scale.md takes what `make bench` measured on its CPU"""
+    """of that rate which the training loop reaches"""
     memory: float = 80e9
     """bytes of one GPU"""
     inside: float = 450e9
