@@ -32,7 +32,7 @@ class Interrupted(Exception):
 class LoopConfig:
     """How parameters are updated, whatever the loss."""
 
-    learning_rate: float = 4e-5
+    learning_rate: float = 3e-5
     """peak learning rate"""
     optimizer: Literal["adamw", "rmsprop", "muon"] = "adamw"
     """rmsprop is the paper's; muon is for training from scratch: Muon on matrices, AdamW at learning_rate on the rest"""
