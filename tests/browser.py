@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser, for the tests and for `benchmarks/latency.py`."""
+"""JupyterLab in a real browser."""
 
 import os
 import shutil
