@@ -266,7 +266,7 @@ def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observ
     figure, (left, right) = _wide(2)
     places = np.arange(len(labels))
     bars = left.bar(places, np.zeros(len(labels)), 0.6, color=POLICY, label="your rewards")
-    left.plot(places, likeliest, "_", color=REJECTED, markersize=30, markeredgewidth=2, label="likeliest rewards")
+    marks = left.plot(places, likeliest, "_", color=REJECTED, markersize=30, markeredgewidth=2, label="likeliest rewards")
     left.set_xticks(places, labels)
     left.set(ylim=(-4, 5.5), ylabel="reward (nats)")
     left.axhline(0, color=OPTIMUM, linewidth=0.8)
@@ -281,7 +281,7 @@ def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observ
             bar.set_height(height)
         points.set_data(state["predicted"], observed)
 
-    return Moving(figure, [*bars, points], update)
+    return Moving(figure, [*bars, *marks, points], update)  # the marks move not, but stand before the bars
 
 
 def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence[float], furthest: float) -> Moving:
@@ -291,7 +291,7 @@ def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence
     left.plot(steps, rejected, "--", color=REJECTED, label="rejected")
     left.axhline(0, color=OPTIMUM, linewidth=0.8)
     left.set(xlabel="step", ylabel="mean log-ratio (nats)")
-    left.legend(frameon=False, loc="lower left")
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     mark = left.axvline(0, color=POLICY, linewidth=2)
     right.plot([-furthest, furthest], [-furthest, furthest], "--", color=OPTIMUM, label="margin 0")
     (cloud,) = right.plot([], [], "o", color=POLICY, alpha=0.4, markersize=5)
