@@ -214,6 +214,26 @@ def text(ids: list[int]) -> str:
     return " ".join(f"t{i}" for i in ids)
 
 
+def trl_settings(config: ContenderConfig, rows: int) -> dict[str, object]:
+    """What both of TRL's trainers are told: as they come, or the settings that are fastest on a CPU."""
+    best = config.contender == "trl_best"
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": True,
+        "bf16": config.precision == "bfloat16",
+        "gradient_checkpointing": not best,
+        "train_sampling_strategy": "sequential" if best else "random",
+        "per_device_train_batch_size": rows // config.steps,
+        "learning_rate": LEARNING_RATE,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
+
+
 def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import SFTConfig, SFTTrainer
@@ -226,21 +246,7 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     lengths = [len(p.prompts[m]) + len(ids) for ids, m in zip(p.completions, p.prompt_of)]
     order = np.argsort(lengths, kind="stable") if best else np.arange(len(lengths))
     rows = [{"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])} for i in order]
-    arguments = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=config.precision == "bfloat16",
-        gradient_checkpointing=not best,
-        train_sampling_strategy="sequential" if best else "random",
-        per_device_train_batch_size=len(rows) // config.steps,
-        learning_rate=LEARNING_RATE,
-        num_train_epochs=1,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
+    arguments = SFTConfig(**trl_settings(config, len(rows)))
     trainer = SFTTrainer(policy, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(workload))
     examples = [trainer.train_dataset[place] for place, i in enumerate(order.tolist()) if i < 8]
     with torch.no_grad():
@@ -281,23 +287,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             precompute_seconds += time.perf_counter() - start
             return result
 
-    arguments = TRLConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=config.precision == "bfloat16",
-        gradient_checkpointing=not best,
-        precompute_ref_log_probs=best,
-        train_sampling_strategy="sequential" if best else "random",
-        per_device_train_batch_size=len(rows) // config.steps,
-        learning_rate=LEARNING_RATE,
-        beta=BETA,
-        num_train_epochs=1,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
+    arguments = TRLConfig(**trl_settings(config, len(rows)), precompute_ref_log_probs=best, beta=BETA)
     trainer = Timed(
         policy,
         ref_model=reference,

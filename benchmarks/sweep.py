@@ -1,4 +1,4 @@
-"""How beta and the learning rate of `dpo-lab train` were chosen: a grid of runs on the same preferences.
+"""How beta of `dpo-lab train` was chosen, and what other rates and epochs do: a grid of runs on the same preferences.
 
     python benchmarks/sweep.py --betas 0.1 0.3 --rates 1e-4 3e-4
 
