@@ -23,7 +23,7 @@ from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
 
-SAME_LOGPS = {"float32": 1e-2, "bfloat16": 1.0}  # nats a completion by which batches of other shapes may differ
+SAME_LOGPS = {"float32": 1e-2, "bfloat16": 0.25}  # nats a completion by which batches of other shapes may differ
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
 Bad = Literal["error", "drop"]
 

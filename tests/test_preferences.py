@@ -462,9 +462,9 @@ def test_other_weights_or_tokens_are_computed_anew(some, model, scored):
     assert np.abs(other.reference_logps - once.reference_logps).min() > 0
 
 
-@pytest.mark.parametrize("alteration", [0.1, np.nan])
-def test_stored_values_that_were_altered_are_refused(some, model, alteration):
-    once = some.with_reference(model)
+@pytest.mark.parametrize("precision, alteration", [("float32", 0.1), ("float32", np.nan), ("bfloat16", 0.5)])
+def test_stored_values_that_were_altered_are_refused(some, model, precision, alteration):
+    once = some.with_reference(model, precision=precision)
     altered = replace(once, reference_logps=once.reference_logps + alteration)
     with pytest.raises(ValueError, match="(?s)stored reference_logps .* not this model's .* altered. Delete it"):
-        altered.with_reference(model)
+        altered.with_reference(model, precision=precision)
