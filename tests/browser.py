@@ -1,6 +1,7 @@
 """JupyterLab in a real browser."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -54,8 +55,8 @@ def jupyterlab(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def chromium(folder: Path) -> Iterator[tuple[Page, list[str]]]:
-    """A page of a fresh Chromium, and the list that its uncaught errors go to."""
+def chromium(folder: Path) -> Iterator[BrowserContext]:
+    """A fresh Chromium."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
             folder / "profile",
@@ -63,18 +64,50 @@ def chromium(folder: Path) -> Iterator[tuple[Page, list[str]]]:
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
             viewport={"width": 1280, "height": 1100},
         )
-        page, errors = browser.new_page(), []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        yield page, errors
+        yield browser
         browser.close()
 
 
-def run_first_cell(page: Page, address: str, notebook: str, heading: str) -> Locator:
-    """Open a notebook, run its first code cell, and wait until it is done."""
-    page.goto(f"{address}/lab/tree/{notebook}.ipynb")
-    page.get_by_role("heading", name=heading).first.wait_for(timeout=90_000)
+@contextmanager
+def open_notebook(browser: BrowserContext, address: str, notebook: str) -> Iterator[tuple[Page, list[str]]]:
+    """A page with the notebook alone, and the list that its errors go to: uncaught ones, and those on the console."""
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(f"{address}/lab/workspaces/{notebook}/tree/{notebook}.ipynb")
+    page.locator(".jp-CodeCell").first.wait_for(timeout=90_000)
+    page.locator(".jp-Toolbar-kernelStatus[data-status=idle], .jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(
+        timeout=90_000
+    )
+    yield page, errors
+    page.close()
+
+
+def wait_until_run(page: Page, cells: Locator, seconds: int) -> None:
+    """Wait until every one of the cells has a number."""
+    for _ in range(2 * seconds):
+        prompts = cells.locator(".jp-InputPrompt").all_inner_texts()
+        if prompts and all(re.fullmatch(r"\[\d+\]:", prompt.strip()) for prompt in prompts):
+            return
+        page.wait_for_timeout(500)
+    raise AssertionError(f"after {seconds} s the cells say {prompts}")
+
+
+def run_first_cell(page: Page) -> Locator:
+    """Run the first code cell, and wait until it is done."""
     first = page.locator(".jp-CodeCell").first
-    first.locator(".cm-content").click()
-    page.keyboard.press("Shift+Enter")
-    first.locator(".jp-InputPrompt", has_text="[1]:").wait_for(timeout=90_000)
+    for _ in range(10):  # a click is lost while JupyterLab still lays the page out
+        first.locator(".cm-content").click()
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(1_000)
+        if first.locator(".jp-InputPrompt").inner_text() != "[ ]:":
+            break
+    wait_until_run(page, first, 90)
     return first
+
+
+def run_all_cells(page: Page, seconds: int = 180) -> None:
+    """Run > Run All Cells, and wait until they are done."""
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    wait_until_run(page, page.locator(".jp-CodeCell"), seconds)

@@ -1,76 +1,149 @@
-"""JupyterLab in a real browser: what `make lab` opens can be read and run. Screenshots stay in pytest's folder."""
+"""JupyterLab in a real browser: what `make lab` opens can be read, run and moved. Screenshots stay in pytest's folder."""
 
+import base64
+
+import numpy as np
 import pytest
-from browser import CHROMIUM, chromium, jupyterlab, run_first_cell
+import torch
+from browser import CHROMIUM, chromium, jupyterlab, open_notebook, run_all_cells, run_first_cell
 
-from dpo_lab.widgets import beta_state
+from dpo_lab.bandit import sample_pairs
+from dpo_lab.objective import optimal_policy
+from dpo_lab.widgets import (
+    BETAS,
+    REFERENCE,
+    REWARD,
+    bandit_explorer,
+    beta_explorer,
+    bradley_terry_explorer,
+    gradient_weight_explorer,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; .ci/run installs it")]
+FAILED = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']"
 STDERR = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']"
 
 
-@pytest.fixture
-def lab(tmp_path):
-    with jupyterlab(tmp_path) as address:
+def cloud_of_notebook_03():
+    log_ratios = (optimal_policy(REFERENCE, REWARD, 0.5) / REFERENCE).log()
+    chosen, rejected = sample_pairs(REFERENCE, REWARD, 60, torch.Generator().manual_seed(0))
+    return gradient_weight_explorer(log_ratios[chosen] - log_ratios[rejected])
+
+
+EXPLORERS = {
+    "01_kl_constrained_objective": [beta_explorer],
+    "02_bradley_terry": [bradley_terry_explorer],
+    "03_optimal_policy_bandit": [bandit_explorer, cloud_of_notebook_03],
+}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with jupyterlab(tmp_path_factory.mktemp("lab")) as address:
         yield address
 
 
-@pytest.fixture
-def page(tmp_path):
-    with chromium(tmp_path) as (page, errors):
-        page.errors = errors
-        yield page
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
 
 
-def test_the_first_run_opens_and_its_first_cell_runs(lab, page, tmp_path):
-    run_first_cell(page, lab, "00_first_run", "00. A first run")
-    assert not page.locator(STDERR).count()
-    page.screenshot(path=tmp_path / "lab.png")
-    assert (tmp_path / "lab.png").stat().st_size > 20_000
+class Shown:
+    """An explorer in the page, beside a twin of it in this process that says what must be there."""
+
+    def __init__(self, page, output, twin):
+        self.page, self.twin = page, twin
+        self.readout, self.picture = output.locator(".widget-hbox .widget-label").last, output.locator("img.dpo-lab-picture")
+        self.handles, self.numbers = output.locator(".noUi-handle"), output.locator(".widget-readout")
+
+    def now(self):
+        read = "async image => btoa(String.fromCharCode(...new Uint8Array(await (await fetch(image.src)).arrayBuffer())))"
+        return self.readout.inner_text(), base64.b64decode(self.picture.evaluate(read))
+
+    def expected(self):
+        """Read-out and picture for the numbers that stand beside the sliders."""
+        values = dict(zip(self.twin.sliders, (float(text.replace("\u2212", "-")) for text in self.numbers.all_inner_texts()), strict=True))
+        if "beta" in values:  # it shows three digits
+            values["beta"] = float(min(BETAS, key=lambda beta: abs(np.log(beta / values["beta"]))))
+        return values, (self.twin.show(**values), self.twin.picture.png())
+
+    def settled(self):
+        """The values of the sliders, once read-out and picture are what they must be."""
+        for _ in range(100):
+            values, expected = self.expected()
+            if self.now() == expected:
+                return values
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"sliders at {values}: {self.now()[0]!r} in the page, {expected[0]!r} expected, or another picture")
+
+    def press(self, i, key):
+        self.handles.nth(i).scroll_into_view_if_needed()
+        self.handles.nth(i).focus()
+        self.page.keyboard.press(key)
+
+    def drag(self, i, by):
+        self.handles.nth(i).scroll_into_view_if_needed()
+        box = self.handles.nth(i).bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        self.page.mouse.move(x + by, y, steps=8)
+        self.page.mouse.up()
+
+    def moved(self, before):
+        """The values once they are others than `before` and shown."""
+        for _ in range(100):
+            if (values := self.settled()) != before:
+                return values
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"the slider did not move: {before}")
 
 
-def changed(page, shown, before):
-    """What is shown once both the read-out and the picture are others than before."""
-    for _ in range(100):
-        now = shown()
-        if now[0] != before[0] and now[1] != before[1]:
-            return now
-        page.wait_for_timeout(50)
-    raise AssertionError(f"the slider moved and nothing changed: {before[0]}")
+def move_every_slider(shown):
+    """Each by keyboard and by mouse: it and no other moves, the way it should, and everything follows."""
+    values = shown.settled()
+    for i, name in enumerate(shown.twin.sliders):
+        shown.press(i, "ArrowLeft")
+        by_key = shown.moved(values)
+        shown.drag(i, -20)
+        by_mouse = shown.moved(by_key)
+        assert values[name] > by_key[name] > by_mouse[name]
+        assert {**by_mouse, name: values[name]} == values
+        values = by_mouse
 
 
-def drag(page, handle, by):
-    box = handle.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] / 2 + by, box["y"] + box["height"] / 2, steps=8)
-    page.mouse.up()
+def test_the_first_run_opens_and_its_first_cell_runs(lab, browser, tmp_path):
+    with open_notebook(browser, lab, "00_first_run") as (page, errors):
+        page.get_by_role("heading", name="00. A first run").first.wait_for(timeout=30_000)
+        run_first_cell(page)
+        page.screenshot(path=tmp_path / "lab.png")
+        assert not page.locator(FAILED).count() and not page.locator(STDERR).count()
+        assert errors == []
 
 
-def test_beta_moves_by_keyboard_and_by_mouse_and_resets(lab, page, tmp_path):
-    cell = run_first_cell(page, lab, "00_start_here", "Start here")
-    assert not page.locator(STDERR).count()
-    handle, picture = cell.locator(".noUi-handle"), cell.locator("img")
-    readout = cell.locator(".jupyter-widgets.widget-label", has_text="mean reward")
-    handle.wait_for(timeout=30_000)
+def test_the_slider_of_the_first_notebook_moves_and_resets(lab, browser, tmp_path):
+    with open_notebook(browser, lab, "00_start_here") as (page, errors):
+        cell = run_first_cell(page)
+        assert not page.locator(FAILED).count() and not page.locator(STDERR).count()
+        shown = Shown(page, cell, beta_explorer())
+        start = shown.settled()
+        move_every_slider(shown)
+        moved = shown.settled()
+        cell.get_by_role("button", name="reset").click()
+        assert shown.moved(moved) == start
+        page.screenshot(path=tmp_path / "slider.png")
+        assert errors == []
 
-    def shown():
-        return readout.inner_text(), picture.get_attribute("src")
 
-    def says(beta):
-        state = beta_state(beta)
-        return f"mean reward {state['reward']:.3f}, KL {state['kl']:.3f} nats, log Z {state['log_z']:.3f}"
-
-    start = shown()
-    assert start[0] == says(1.0)
-    handle.focus()
-    page.keyboard.press("ArrowLeft")
-    by_key = changed(page, shown, start)
-    assert by_key[0] == says(10**-0.05)
-    drag(page, handle, -80)
-    by_mouse = changed(page, shown, by_key)
-    assert float(by_mouse[0].split("mean reward ")[1].split(",")[0]) > float(by_key[0].split("mean reward ")[1].split(",")[0])
-    cell.get_by_role("button", name="reset").click()
-    assert changed(page, shown, by_mouse)[0] == start[0]
-    page.screenshot(path=tmp_path / "slider.png")
-    assert page.errors == []
+@pytest.mark.parametrize("notebook", EXPLORERS)
+def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, tmp_path, notebook):
+    with open_notebook(browser, lab, notebook) as (page, errors):
+        run_all_cells(page)
+        assert not page.locator(FAILED).count()
+        outputs = page.locator(".jp-OutputArea-output", has=page.locator("img.dpo-lab-picture"))
+        assert outputs.count() == len(EXPLORERS[notebook])
+        for k, make in enumerate(EXPLORERS[notebook]):
+            move_every_slider(Shown(page, outputs.nth(k), make()))
+            outputs.nth(k).screenshot(path=tmp_path / f"{notebook}-{k}.png")
+        assert errors == []
