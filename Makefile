@@ -3,7 +3,7 @@ PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 pyth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test demo bench clean-env
+.PHONY: help lab test demo bench site clean-env
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,12 @@ bench: .venv/.installed ## Measure speed beside TRL and a textbook loop (about 4
 	.venv/bin/python benchmarks/speed.py $(ARGS)
 	.venv/bin/python benchmarks/cost.py
 	.venv/bin/python benchmarks/sampling.py
+	.venv/bin/python benchmarks/latency.py
 	.venv/bin/python benchmarks/readme.py
+
+site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (about 5 minutes)
+	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[site]'
+	.venv/bin/python -m sphinx -q -W --keep-going -c docs . site
 
 clean-env: ## Remove .venv; the next target sets it up again
 	rm -rf .venv

@@ -35,7 +35,7 @@ SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "kept memory")
 class CostConfig:
     """How long to measure."""
 
-    steps: int = 3
+    steps: int = 2
     """optimizer steps a point; the first one is not timed"""
 
 

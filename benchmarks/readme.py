@@ -5,6 +5,7 @@ The test suite holds both files to what this one makes of benchmarks/results/ an
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from scale import table
@@ -68,49 +69,92 @@ NAMES = {
 }
 
 
-def _speed() -> dict[tuple[str, str, str], dict]:
-    table = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["table"]
-    return {(row["workload"], row["contender"], row["precision"]): row for row in table}
+def _result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def _speed(job: str) -> dict[tuple[str, str, str], dict]:
+    return {(row["workload"], row["contender"], row["precision"]): row for row in _result("cpu")["table"] if row["job"] == job}
+
+
+def _origin(result: dict, more: str = "") -> str:
+    origin = result["provenance"]
+    return f"\n\nMeasured by `{origin['command']}` on {origin['machine']}{more}; {origin['versions']}."
 
 
 def ratios() -> str:
     """Pairs a second and peak memory against TRL, one line a workload."""
-    rows = _speed()
+    rows = _speed("dpo")
     lines = [
-        "| workload | dpo_lab float32, pairs/s | against TRL's defaults | against TRL's best | bfloat16, pairs/s | against TRL's defaults | against TRL's best | memory against TRL's defaults |",
-        "|---|---|---|---|---|---|---|---|",
+        "| workload | precision | pairs/s | against TRL's defaults | against TRL's best | peak memory against them |",
+        "|---|---|---|---|---|---|",
     ]
     for workload in dict.fromkeys(name for name, _, _ in rows):
         default = rows[workload, "trl_default", "bfloat16"]
         best = max((rows[workload, "trl_best", p] for p in ("float32", "bfloat16")), key=lambda row: row["pairs_per_second"])
-        ours = [rows[workload, "dpo_lab", precision] for precision in ("float32", "bfloat16")]
-        cells = [
-            f"{row['pairs_per_second']:.2f} | {row['pairs_per_second'] / default['pairs_per_second']:.1f}x "
-            f"| {row['pairs_per_second'] / best['pairs_per_second']:.1f}x"
-            for row in ours
-        ]
-        memory = ours[0]["peak_memory_mb"] / default["peak_memory_mb"]
-        lines.append(f"| {NAMES[workload]} | {cells[0]} | {cells[1]} | {memory:.2f}x |")
+        for precision in ("float32", "bfloat16"):
+            ours = rows[workload, "dpo_lab", precision]
+            times = [ours["pairs_per_second"] / row["pairs_per_second"] for row in (default, best)]
+            memory = [ours["peak_memory_mb"] / row["peak_memory_mb"] for row in (default, best)]
+            lines.append(
+                f"| {NAMES[workload]} | {precision} | {ours['pairs_per_second']:.2f} | {times[0]:.1f}x | {times[1]:.1f}x "
+                f"| {memory[0]:.2f}x, {memory[1]:.2f}x |"
+            )
     return "\n".join(lines)
 
 
 def speed() -> str:
     """Every contender on every workload."""
     lines = [
-        "| workload | contender | precision | pairs/s (least, most) | without the reference | completion tokens/s | peak memory | share of the limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| job, workload | contender | precision | pairs/s (least, most) | without the reference | completion tokens/s "
+        "| reference tokens/s | peak memory | share of the limit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (workload, contender, precision), row in _speed().items():
+    result = _result("cpu")
+    for row in result["table"]:
         least, most = row["spread"]
+        apart = f"{row['reference_tokens_per_second']:,.0f}" if row["reference_tokens_per_second"] else ""
         lines.append(
-            f"| {workload} | {contender} | {precision} | {row['pairs_per_second']:.2f} ({least:.2f}, {most:.2f}) "
-            f"| {row['pairs_per_second_without_reference']:.2f} | {row['completion_tokens_per_second']:,.0f} "
+            f"| {row['job']}, {row['workload']} | {row['contender']} | {row['precision']} "
+            f"| {row['pairs_per_second']:.2f} ({least:.2f}, {most:.2f}) | {row['pairs_per_second_without_reference']:.2f} "
+            f"| {row['completion_tokens_per_second']:,.0f} | {apart} "
             f"| {row['peak_memory_mb'] / 1e3:.1f} GB | {row['share_of_limit']:.0%} |"
         )
-    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in result["matmul_flops_per_second"].items())
-    origin = result["provenance"]
-    return "\n".join(lines) + f"\n\nMeasured by `{origin['command']}` on {origin['machine']} ({rates}); {origin['versions']}."
+    return "\n".join(lines) + _origin(result, f" ({rates})")
+
+
+def savings() -> str:
+    """Each saving left out alone, and all of them."""
+    result = _result("cost")
+    lines = ["| without | " + " | ".join(NAMES[name] for name in result["savings"]) + " |", "|---" * 4 + "|"]
+    for name in result["savings"]["paper"]:
+        cells = []
+        for runs in result["savings"].values():
+            seconds, memory = (runs[name][k] / runs["all"][k] for k in ("training_seconds", "peak_memory_mb"))
+            cells.append(f"{seconds:.2f}x time, {memory:.2f}x memory")
+        lines.append(f"| {dict(all='nothing', none='any of them').get(name, name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + _origin(result)
+
+
+def sampling() -> str:
+    """Sampling and labelling on the embedded GPT-2."""
+    result = _result("sampling")
+    ours, theirs = (statistics.median(result["tokens_per_second"][name]) for name in ("dpo_lab", "generate"))
+    return (
+        f"`sample_completions` draws {ours:,.0f} completion tokens a second from the embedded GPT-2, transformers' `generate` "
+        f"{theirs:,.0f}: {result['ratio']:.1f} times as many. The TF-IDF reward labels {result['labels_per_second']:,.0f} of the "
+        "completions a second." + _origin(result)
+    )
+
+
+def latency() -> str:
+    """From a slider's event to the new picture."""
+    result = _result("latency")
+    return (
+        f"From the move of beta's slider to the new picture in the page, over {len(result['milliseconds'])} drags: median "
+        f"{result['median']:.0f} ms, 95 % within {result['p95']:.0f} ms." + _origin(result)
+    )
 
 
 def equations() -> str:
@@ -138,6 +182,9 @@ BLOCKS = {
     "embedded model": embedded_model,
     "ratios": ratios,
     "speed": speed,
+    "savings": savings,
+    "sampling": sampling,
+    "latency": latency,
     "scale": table,
     "equations": equations,
 }

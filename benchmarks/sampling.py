@@ -1,10 +1,11 @@
-"""Sampling completions: `sample_completions` beside transformers' `generate` on the embedded GPT-2, taking turns.
+"""Sampling completions: `sample_completions` beside transformers' `generate` on the embedded GPT-2, taking turns; labelling.
 
     python benchmarks/sampling.py
 
 Writes benchmarks/results/sampling.json.
 """
 
+import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes
+from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
 from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.rewards import SentimentReward
 from dpo_lab.runs import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results" / "sampling.json"
@@ -69,9 +71,19 @@ def main(config: SamplingConfig) -> None:
             speeds["dpo_lab"].append(ours)
             speeds["generate"].append(theirs)
     median = {name: statistics.median(values) for name, values in speeds.items()}
-    result = {"provenance": provenance(), "tokens_per_second": speeds, "ratio": median["dpo_lab"] / median["generate"]}
+    train = load_imdb()["train"]
+    reward = SentimentReward.tfidf(list(train["text"]), list(train["label"]))
+    texts = [text for row in texts_of(tokenizer, prompts, rows) for text in row]
+    began = time.perf_counter()
+    reward(texts)
+    result = {
+        "provenance": provenance(),
+        "tokens_per_second": speeds,
+        "ratio": median["dpo_lab"] / median["generate"],
+        "labels_per_second": len(texts) / (time.perf_counter() - began),
+    }
     write_json(RESULTS, result)
-    print(f"{median['dpo_lab']:,.0f} and {median['generate']:,.0f} tokens a second, ratio {result['ratio']:.2f}")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

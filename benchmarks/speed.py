@@ -1,4 +1,4 @@
-"""DPO steps of dpo_lab, TRL and a textbook loop, side by side: `make bench`, or python benchmarks/speed.py
+"""DPO and SFT steps of dpo_lab, TRL and a textbook loop, side by side: `make bench`, or python benchmarks/speed.py
 
 Every measurement is a process of its own (`benchmarks/contender.py`); contenders take turns. Writes
 benchmarks/results/cpu.json.
@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -34,10 +35,10 @@ class SpeedConfig:
     """The grid."""
 
     workloads: tuple[str, ...] = ("paper", "short", "long", "embedded")
-    """names in contender.WORKLOADS"""
+    """names in contender.WORKLOADS; SFT is measured on the last one"""
     repeats: int = 2
     """processes of each contender on each workload"""
-    steps: int = 4
+    steps: int = 2
     """optimizer steps a process; the first one is not timed"""
     seed: int = 0
     """of weights and pairs"""
@@ -54,64 +55,69 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * a.numel() * b.shape[1] / statistics.median(seconds[3:])
 
 
-def least_flops(name: str, steps: int, seed: int) -> float:
-    """FLOPs that one pass over the pairs cannot do without: each prompt and completion once, forward, backward and reference.
+def least_flops(job: str, name: str, steps: int, seed: int) -> float:
+    """FLOPs that one pass over the data cannot do without: each prompt and completion once, forward and backward.
 
-    Matmuls of the blocks for every token that predicts or is seen, of the LM head for completion tokens; attention's own
-    products are left out.
+    DPO adds the reference's forward pass. Matmuls of the blocks for every token that predicts or is seen, of the LM head for
+    completion tokens; attention's own products are left out.
     """
     workload = WORKLOADS[name]
     preferences = make_preferences(workload, steps, seed)
     predicted = sum(map(len, preferences.completions))
     seen = sum(map(len, preferences.prompts)) + predicted - len(preferences.completions)
     blocks, head = 12 * workload.layers * workload.width**2, workload.width * workload.vocabulary
-    forward = 2 * (blocks * seen + head * predicted)
-    return 4 * forward  # policy forward 1, backward 2, reference 1
+    return {"dpo": 4, "sft": 3}[job] * 2 * (blocks * seen + head * predicted)
+
+
+def measure(job: str, name: str, contender: str, precision: str, config: SpeedConfig) -> dict[str, Any]:
+    """What `benchmarks/contender.py` prints."""
+    arguments = [f"--job={job}", f"--contender={contender}", f"--precision={precision}", f"--workload={name}"]
+    arguments += [f"--steps={config.steps}", f"--seed={config.seed}"]
+    script = Path(__file__).with_name("contender.py")
+    output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
+    result = json.loads(output.strip().splitlines()[-1])
+    print(result, flush=True)
+    return result
+
+
+def summary(runs: list[dict[str, Any]], flops: float, rates: dict[str, float]) -> dict[str, Any]:
+    """A row of the table, from the runs of one contender."""
+    first = runs[0]
+    speeds = [r["pairs"] / (r["training_seconds"] + r["reference_seconds"]) for r in runs]
+    rate = statistics.median(speeds)
+    apart = [r["completion_tokens"] / r["reference_seconds"] if r["reference_seconds"] else None for r in runs]
+    return {
+        **{name: first[name] for name in ("job", "workload", "contender", "precision", "loss")},
+        "pairs_per_second": rate,
+        "spread": [min(speeds), max(speeds)],
+        "pairs_per_second_without_reference": statistics.median(r["pairs"] / r["training_seconds"] for r in runs),
+        "completion_tokens_per_second": rate * first["completion_tokens"] / first["pairs"],
+        "reference_tokens_per_second": None if None in apart else statistics.median(apart),
+        "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in runs),
+        "share_of_limit": flops / first["pairs"] * rate / rates[first["precision"]],
+    }
 
 
 def main(config: SpeedConfig) -> None:
-    rows = []
-    for name in config.workloads:
-        for _ in range(config.repeats):
-            for contender, precision in CONTENDERS:
-                arguments = [f"--contender={contender}", f"--precision={precision}", f"--workload={name}"]
-                arguments += [f"--steps={config.steps}", f"--seed={config.seed}"]
-                script = Path(__file__).with_name("contender.py")
-                output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
-                rows.append(json.loads(output.strip().splitlines()[-1]))
-                print(rows[-1], flush=True)
+    jobs = [("dpo", name, CONTENDERS) for name in config.workloads]
+    jobs.append(("sft", config.workloads[-1], [c for c in CONTENDERS if c[0] != "textbook"]))
     rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    table = []
-    for name in config.workloads:
-        flops = least_flops(name, config.steps, config.seed)
-        for contender, precision in CONTENDERS:
-            runs = [r for r in rows if (r["workload"], r["contender"], r["precision"]) == (name, contender, precision)]
-            speeds = [r["pairs"] / (r["training_seconds"] + r["reference_seconds"]) for r in runs]
-            without = [r["pairs"] / r["training_seconds"] for r in runs]
-            rate = statistics.median(speeds)
-            table.append(
-                {
-                    "workload": name,
-                    "contender": contender,
-                    "precision": precision,
-                    "pairs_per_second": rate,
-                    "spread": [min(speeds), max(speeds)],
-                    "pairs_per_second_without_reference": statistics.median(without),
-                    "completion_tokens_per_second": rate * runs[0]["completion_tokens"] / runs[0]["pairs"],
-                    "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in runs),
-                    "share_of_limit": flops / runs[0]["pairs"] * rate / rates[precision],
-                    "loss": runs[0]["loss"],
-                }
-            )
-        losses = {r["contender"]: r["loss"] for r in rows if r["workload"] == name and r["precision"] == "float32"}
+    rows, table = [], []
+    for job, name, contenders in jobs:
+        runs = [measure(job, name, *contender, config) for _ in range(config.repeats) for contender in contenders]
+        losses = {r["contender"]: r["loss"] for r in runs if r["precision"] == "float32"}
         if max(losses.values()) - min(losses.values()) > 1e-4:
-            raise SystemExit(f"the contenders do not compute the same loss on {name}: {losses}")
+            raise SystemExit(f"the contenders do not compute the same loss of {job} on {name}: {losses}")
+        flops = least_flops(job, name, config.steps, config.seed)
+        for contender in contenders:
+            table.append(summary([r for r in runs if (r["contender"], r["precision"]) == contender], flops, rates))
+            row = table[-1]
+            print(
+                f"{job} {name:<9} {row['contender']:<12} {row['precision']:<9} {row['pairs_per_second']:8.2f} pairs/s "
+                f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit"
+            )
+        rows += runs
     write_json(RESULTS, {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows})
-    for row in table:
-        print(
-            f"{row['workload']:<9} {row['contender']:<12} {row['precision']:<9} {row['pairs_per_second']:8.2f} pairs/s "
-            f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit"
-        )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def evaluate_policy(
     )
     texts = [row[0] for row in texts_of(tokenizer, prompts, completions)]
     flat, owners = [row[0] for row in completions], range(len(prompts))
-    log_ratios = (score_completions(policy, prompts, flat, owners) - score_completions(reference, prompts, flat, owners)).numpy()
+    log_ratios = np.zeros(len(flat))
+    if policy is not reference:
+        scored = [score_completions(model, prompts, flat, owners) for model in (policy, reference)]
+        log_ratios = (scored[0] - scored[1]).numpy()
     rewards = reward(texts)
     error = np.sqrt(len(prompts))
     return Evaluation(

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from dpo_lab.logprobs import Precision, autocast
 
@@ -103,61 +104,100 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    rows: int = 512,
+    rows: int = 2048,
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> list[list[list[int]]]:
     """`k` completions of each prompt as token ids, sampled from the whole distribution (no top-k, no top-p).
 
-    A completion that ends has its EOS; one that reaches `max_new_tokens` has none. Prompts of one length go together, so
-    nothing is padded. The same seed gives the same completions on the same machine.
+    A completion that ends has its EOS; one that reaches `max_new_tokens` has none. Prompts of similar length go together,
+    without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
+    completions on the same machine.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     completions: list[list[list[int]]] = [[] for _ in prompts]
-    by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).extend([i] * k)
-    with tqdm(total=k * len(prompts), desc=progress, disable=progress is None, unit="completion") as bar:
-        for _, owners in sorted(by_length.items()):
-            for start in range(0, len(owners), rows):
-                now = owners[start : start + rows]
-                ids = torch.tensor([prompts[i] for i in now], device=device)  # (B, L)
-                with autocast(device.type, precision):
-                    sampled = _sample(model, ids, eos_token_id, max_new_tokens, temperature, generator).tolist()
-                for i, tokens in zip(now, sampled):
-                    end = tokens.index(eos_token_id) + 1 if eos_token_id in tokens else len(tokens)
-                    completions[i].append(tokens[:end])
-                bar.update(len(now))
+    waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
+    with tqdm(total=len(waiting), desc=progress, disable=progress is None, unit="completion") as bar:
+        while waiting:
+            longest = len(prompts[waiting[-1]]) + MOST_READ
+            now = [waiting.pop()]
+            while waiting and len(now) < rows and len(prompts[waiting[-1]]) <= longest:
+                now.append(waiting.pop())
+            with autocast(device.type, precision):
+                sampled = _sample(model, [prompts[i] for i in now], eos_token_id, max_new_tokens, temperature, generator)
+            for i, tokens in zip(now, sampled):
+                completions[i].append(tokens)
+            bar.update(len(now))
     return completions
 
 
+MOST_READ = 16  # tokens by which prompts in one batch may differ: those that are read one by one
+
+
 def _sample(
-    model: nn.Module, ids: Tensor, eos_token_id: int, max_new_tokens: int, temperature: float, generator: torch.Generator
-) -> Tensor:
-    """Continue the rows of `ids` (B, L) by up to `max_new_tokens`: (B, max_new_tokens), EOS from where a row has ended.
+    model: nn.Module,
+    prompts: list[list[int]],
+    eos_token_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """Continue each prompt by up to `max_new_tokens`.
 
     Tokens come from the inverse of the cumulative distribution, which on CPUs costs a quarter of `torch.multinomial`; rows
-    that have ended leave the batch when they are an eighth of it.
+    that are done leave the batch when they are an eighth of it.
     """
-    cache, rows = DynamicCache(config=model.config), torch.arange(len(ids), device=ids.device)
-    out = torch.full((len(ids), max_new_tokens), eos_token_id, device=ids.device)
-    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    length, step = ids.shape[1], ids
-    for t in range(max_new_tokens):
-        mask = torch.ones(len(step), length + t, dtype=torch.long, device=ids.device)
+    device = generator.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    end = longest + max_new_tokens
+    text = torch.tensor([prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device)  # (B, end)
+    ends = lengths + max_new_tokens  # (B,)
+    cache, rows, done = DynamicCache(config=model.config), torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
+    cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    step = text[:, :shortest]
+    for t in range(shortest, end):
+        mask = torch.ones(len(step), t, dtype=torch.long, device=device)
         logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        cumulative = (logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (b, V)
-        uniform = torch.rand(len(step), 1, generator=generator, device=ids.device) * cumulative[:, -1:]
+        logits = logits[:, -1].float()  # (b, V)
+        weights = (logits if temperature == 1 else logits / temperature).sub_(logits.amax(1, keepdim=True) / temperature).exp_()
+        cumulative = weights.cumsum(1)
+        uniform = torch.rand(len(step), 1, generator=generator, device=device) * cumulative[:, -1:]
         step = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=cumulative.shape[1] - 1)  # (b, 1)
-        out[rows[running], t] = step[running, 0]
-        running &= step[:, 0] != eos_token_id
-        if not running.any():
+        read = t < lengths[rows]
+        step[read, 0] = text[rows[read], t]
+        text[rows, t] = step[:, 0]
+        done = ~read & ((step[:, 0] == eos_token_id) | (t + 1 == ends[rows]) | done)
+        ends[rows[done]] = ends[rows[done]].clamp(max=t + 1)
+        if done.all():
             break
-        if (~running).sum() * 8 >= len(running):
-            cache.batch_select_indices(running.nonzero()[:, 0])
-            rows, step, running = rows[running], step[running], running[running]
-    return out
+        if done.sum() * 8 >= len(done):
+            cache.batch_select_indices((~done).nonzero()[:, 0])
+            rows, step, done = rows[~done], step[~done], done[~done]
+    return [row[start:stop] for row, start, stop in zip(text.tolist(), lengths.tolist(), ends.tolist())]
+
+
+class _Roomy(DynamicLayer):
+    """A cache layer with room for all that will come: a new token is written into it, and nothing is copied."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.seen = room, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **options: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            b, heads, _, width = key_states.shape
+            self.all = torch.empty(2, b, heads, self.room, width, dtype=self.dtype, device=self.device)
+        before, self.seen = self.seen, self.seen + key_states.shape[2]
+        self.all[0, :, :, before : self.seen], self.all[1, :, :, before : self.seen] = key_states, value_states
+        self.keys, self.values = self.all[..., : self.seen, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.all = self.all[:, indices]
+        self.keys, self.values = self.all[..., : self.seen, :]
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[str]]:

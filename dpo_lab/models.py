@@ -96,7 +96,7 @@ class PrecisionTest:
         )
 
 
-def measure_precision(model: nn.Module, batch: CompletionBatch, beta: float, *, repeats: int = 3) -> PrecisionTest:
+def measure_precision(model: nn.Module, batch: CompletionBatch, beta: float, *, repeats: int = 2) -> PrecisionTest:
     """Score an even number of completions in both precisions by turns; the fastest pass of each counts."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     seconds: dict[Precision, list[float]] = {"float32": [], "bfloat16": []}

@@ -46,7 +46,7 @@ class LoopConfig:
     """gradients are scaled down to this norm"""
     accumulate: int = 1
     """forward passes a step; the gradient is that of the whole batch"""
-    eval_every: int = 100
+    eval_every: int = 80
     """steps between evaluations; the first interval is halved twice, for a policy moves most at the start"""
     save_every: int = 100
     """steps between checkpoints"""

@@ -4,6 +4,7 @@ Every explorer takes your own rewards, references, comparisons, log-probs or run
 arguments (`beta_state`, `bandit_state`, ...), so that it can be called and tested without a browser.
 """
 
+import base64
 import html
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,8 @@ class Explorer:
     box: widgets.Widget
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.box._repr_mimebundle_(**options)
+        still = base64.b64encode(self.picture.png()).decode()  # what a page without a kernel shows
+        return {**self.box._repr_mimebundle_(**options), "image/png": still}
 
 
 def _explorer(

@@ -63,7 +63,8 @@ def test_the_least_flops_are_those_of_the_matmuls():
     predicted = sum(map(len, preferences.completions))
     seen = sum(map(len, preferences.prompts)) + predicted - 16
     block = 768 * (3 * 768 + 768 + 4 * 768 + 4 * 768)  # query, key and value; out; up; down
-    assert speed.least_flops("short", 1, 0) == 4 * 2 * (12 * block * seen + 768 * 50_257 * predicted)
+    forward = 2 * (12 * block * seen + 768 * 50_257 * predicted)
+    assert speed.least_flops("dpo", "short", 1, 0) == 4 * forward and speed.least_flops("sft", "short", 1, 0) == 3 * forward
 
 
 def test_the_prediction_is_the_arithmetic_that_its_page_tells():

@@ -63,7 +63,9 @@ class Shown:
 
     def expected(self):
         """Read-out and picture for the numbers that stand beside the sliders."""
-        values = dict(zip(self.twin.sliders, (float(text.replace("\u2212", "-")) for text in self.numbers.all_inner_texts()), strict=True))
+        values = dict(
+            zip(self.twin.sliders, (float(text.replace("\u2212", "-")) for text in self.numbers.all_inner_texts()), strict=True)
+        )
         if "beta" in values:  # it shows three digits
             values["beta"] = float(min(BETAS, key=lambda beta: abs(np.log(beta / values["beta"]))))
         return values, (self.twin.show(**values), self.twin.picture.png())

@@ -85,6 +85,31 @@ def test_samples_follow_the_model_exactly(model):
     assert abs(chi2 - 511) < 5 * np.sqrt(2 * 511)
 
 
+def test_a_longer_prompt_in_the_batch_is_read_before_it_is_continued(model):
+    """Two prompts of one batch, one of them two tokens longer: each gets its own distribution, by chi-squared."""
+    prompts, n = [[0, 300, 17], [0, 5, 17, 9, 44]], 10_000
+    samples = sample_completions(model, prompts, n, eos_token_id=0, max_new_tokens=1, rows=4_096)
+    for prompt, row in zip(prompts, samples):
+        counts = np.bincount([ids[0] for ids in row], minlength=512)
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy() * n
+        assert len(row) == n and {len(ids) for ids in row} == {1}
+        assert abs(((counts - expected) ** 2 / expected).sum() - 511) < 5 * np.sqrt(2 * 511)
+
+
+def test_at_temperature_near_zero_it_is_greedy_search_whatever_the_prompts_beside(model):
+    """Prompts of 2 to 50 tokens, an EOS inside some: what `generate` gives for each alone."""
+    rng = np.random.default_rng(0)
+    prompts = [[0, *map(int, rng.integers(1, 512, n))] for n in (1, 2, 3, 8, 8, 20, 49)]
+    for prompt in prompts[2:]:
+        prompt[2] = 17
+    samples = sample_completions(model, prompts, 2, eos_token_id=17, max_new_tokens=12, temperature=1e-5)
+    for prompt, row in zip(prompts, samples):
+        ids = torch.tensor([prompt])
+        greedy = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=17)
+        assert row == [greedy[0, len(prompt) :].tolist()] * 2
+
+
 def test_completions_end_with_eos_or_at_the_limit(model):
     prompts = [[0, 5], [0, 6, 7], [0, 8]]
     samples = sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=1)

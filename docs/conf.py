@@ -1,0 +1,16 @@
+"""Sphinx settings of the site: `make site` renders README, notebooks (executed), pages and API into site/."""
+
+project = "DPO Lab"
+author = "The DPO Lab authors"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+root_doc = "docs/index"
+include_patterns = ["README.md", "docs/*.md", "notebooks/*.ipynb"]
+html_theme = "furo"
+html_title = "DPO Lab"
+autodoc_member_order = "bysource"
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_mime_priority_overrides = [("html", "image/png", 0)]  # sliders show their first picture; a page has no kernel to move them
