@@ -3,7 +3,7 @@ PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 pyth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test demo bench site clean-env
+.PHONY: help lab test demo bench bench-gpu site clean-env
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ bench: .venv/.installed ## Measure speed beside TRL and a textbook loop (about 4
 	.venv/bin/python benchmarks/sampling.py
 	.venv/bin/python benchmarks/latency.py
 	.venv/bin/python benchmarks/readme.py
+
+bench-gpu: .venv/.installed ## The same on a GPU, where there is one
+	.venv/bin/python benchmarks/speed.py --device cuda $(ARGS)
 
 site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (about 5 minutes)
 	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[site]'

@@ -73,6 +73,8 @@ class ContenderConfig:
     """optimizer steps; the first one is not timed"""
     seed: int = 0
     """of the weights and the pairs"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
     without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "kept memory"], ...] = ()
@@ -107,19 +109,19 @@ def gpt2_config(workload: Workload) -> GPT2Config:
     return GPT2Config(**size, n_head=workload.width // 64, **no_dropout, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 
 
-def make_models(workload: Workload, seed: int) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
+def make_models(workload: Workload, seed: int, device: str) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
     """Policy and reference, near each other but not equal, so that losses differ from log 2."""
     set_seed(seed)
     policy, reference = (GPT2LMHeadModel(gpt2_config(workload)).eval() for _ in range(2))
     state = policy.state_dict()
     reference.load_state_dict({name: tensor * (1 + 0.5 * torch.randn_like(tensor)) for name, tensor in state.items()})
     reference.tie_weights()
-    return policy, reference
+    return policy.to(device), reference.to(device)
 
 
 def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
-    policy, reference = make_models(workload, config.seed)
+    policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
         policy, reference = prepare_model(policy), prepare_model(reference)
     if "kept memory" not in config.without:
@@ -133,14 +135,14 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     batch = completion_batch(
         preferences.prompts, preferences.completions[:8], preferences.prompt_of[:8].tolist(), share=can_share(policy)
     )
-    with torch.no_grad(), autocast("cpu", config.precision):
-        logps, reference_logps = (completion_logps(model, batch) for model in (policy, reference))
+    with torch.no_grad(), autocast(config.device, config.precision):
+        logps, reference_logps = (completion_logps(model, batch.to(config.device)) for model in (policy, reference))
     began = time.perf_counter()
     preferences = preferences.with_reference(reference, precision=config.precision)
     seconds = time.perf_counter() - began
     del reference
     first = [i for i, c in enumerate(preferences.rejected) if c < 8]
-    pairs = [torch.tensor(side[first]) for side in (preferences.chosen, preferences.rejected)]
+    pairs = [torch.tensor(side[first], device=config.device) for side in (preferences.chosen, preferences.rejected)]
     loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
     per_step = len(preferences.chosen) // config.steps
     loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
@@ -150,16 +152,17 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
 
 def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
-    policy, reference = make_models(workload, config.seed)
+    policy, reference = make_models(workload, config.seed, config.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
     p = preferences
 
     def logps(model: GPT2LMHeadModel, side: np.ndarray) -> torch.Tensor:
         rows = [(p.prompts[p.prompt_of[i]], p.completions[i]) for i in side]
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
-        ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)
+        ids = torch.zeros(len(rows), length, dtype=torch.long, device=config.device)
+        mask = torch.zeros(len(rows), length, device=config.device)
         for r, (prompt, completion) in enumerate(rows):
-            ids[r, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+            ids[r, : len(prompt) + len(completion)] = torch.tensor(prompt + completion, device=config.device)
             mask[r, len(prompt) : len(prompt) + len(completion)] = 1
         attention = torch.zeros_like(mask)
         for r, (prompt, completion) in enumerate(rows):
@@ -178,7 +181,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
         loss = loss_of(p.chosen[first], p.rejected[first]).item()
     order = np.random.default_rng(config.seed).permutation(len(p.chosen))
     for part in np.array_split(order, config.steps):
-        with autocast("cpu", config.precision):
+        with autocast(config.device, config.precision):
             batch_loss = loss_of(p.chosen[part], p.rejected[part])
         batch_loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -189,13 +192,13 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
 
 def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
     """`train_sft` on every completion."""
-    policy = prepare_model(make_models(workload, config.seed)[0])
+    policy = prepare_model(make_models(workload, config.seed, config.device)[0])
     keep_freed_memory()
     size = len(preferences.completions) // config.steps
     p = preferences
     first = completion_batch(p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy))
-    with torch.no_grad(), autocast("cpu", config.precision):
-        loss = -completion_logps(policy, first).sum().item() / first.tokens
+    with torch.no_grad(), autocast(config.device, config.precision):
+        loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
     batches = sft_batches(p, size, chosen_only=False, share=can_share(policy), seed=config.seed)
     loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
     train_sft(policy, batches, config.steps, loop, precision=config.precision, progress=None)
@@ -219,7 +222,7 @@ def trl_settings(config: ContenderConfig, rows: int) -> dict[str, object]:
     best = config.contender == "trl_best"
     return {
         "output_dir": tempfile.mkdtemp(),
-        "use_cpu": True,
+        "use_cpu": config.device == "cpu",
         "bf16": config.precision == "bfloat16",
         "gradient_checkpointing": not best,
         "train_sampling_strategy": "sequential" if best else "random",
@@ -239,7 +242,7 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     from trl import SFTConfig, SFTTrainer
 
     best, p = config.contender == "trl_best", preferences
-    policy = make_models(workload, config.seed)[0]
+    policy = make_models(workload, config.seed, config.device)[0]
     if best:
         policy = prepare_model(policy)
         keep_freed_memory()
@@ -261,7 +264,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
     from trl import DPOTrainer
 
     best = config.contender == "trl_best"
-    policy, reference = make_models(workload, config.seed)
+    policy, reference = make_models(workload, config.seed, config.device)
     if best:
         policy, reference = prepare_model(policy), prepare_model(reference)
         keep_freed_memory()
@@ -307,7 +310,13 @@ def main(config: ContenderConfig) -> None:
     workload = replace(WORKLOADS[config.workload], **json.loads(config.change))
     preferences = make_preferences(workload, config.steps, config.seed)
     ends: list[float] = []
-    register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+
+    def note_end(*_: object) -> None:
+        if config.device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    register_optimizer_step_post_hook(note_end)
     runs = {
         "dpo": {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl},
         "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
@@ -331,7 +340,8 @@ def main(config: ContenderConfig) -> None:
                 "completion_tokens": tokens,
                 "training_seconds": seconds,
                 **result,
-                "peak_memory_mb": peak_memory_mb(),
+                "device": config.device,
+                "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if config.device == "cuda" else peak_memory_mb(),
             }
         )
     )

@@ -1,7 +1,7 @@
 """DPO and SFT steps of dpo_lab, TRL and a textbook loop, side by side: `make bench`, or python benchmarks/speed.py
 
 Every measurement is a process of its own (`benchmarks/contender.py`); contenders take turns. Writes
-benchmarks/results/cpu.json.
+benchmarks/results/cpu.json, or gpu.json.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -19,7 +19,7 @@ from contender import WORKLOADS, make_preferences
 
 from dpo_lab.runs import provenance, write_json
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = Path(__file__).parent / "results"
 CONTENDERS = (
     ("dpo_lab", "float32"),
     ("dpo_lab", "bfloat16"),
@@ -42,15 +42,19 @@ class SpeedConfig:
     """optimizer steps a process; the first one is not timed"""
     seed: int = 0
     """of weights and pairs"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: `make bench-gpu`; says so where there is no GPU, and measures nothing"""
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a matmul of the MLP's shape at 124M, median of 20."""
-    a, b = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 3072, dtype=dtype)
+    a, b = (torch.randn(shape, dtype=dtype, device=device) for shape in ((1024, 768), (768, 3072)))
     seconds = []
     for _ in range(23):
         began = time.perf_counter()
         a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return 2 * a.numel() * b.shape[1] / statistics.median(seconds[3:])
 
@@ -72,7 +76,7 @@ def least_flops(job: str, name: str, steps: int, seed: int) -> float:
 def measure(job: str, name: str, contender: str, precision: str, config: SpeedConfig) -> dict[str, Any]:
     """What `benchmarks/contender.py` prints."""
     arguments = [f"--job={job}", f"--contender={contender}", f"--precision={precision}", f"--workload={name}"]
-    arguments += [f"--steps={config.steps}", f"--seed={config.seed}"]
+    arguments += [f"--steps={config.steps}", f"--seed={config.seed}", f"--device={config.device}"]
     script = Path(__file__).with_name("contender.py")
     output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
     result = json.loads(output.strip().splitlines()[-1])
@@ -99,9 +103,12 @@ def summary(runs: list[dict[str, Any]], flops: float, rates: dict[str, float]) -
 
 
 def main(config: SpeedConfig) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no GPU here, so nothing was measured; `make bench` measures on the CPU")
+        return
     jobs = [("dpo", name, CONTENDERS) for name in config.workloads]
     jobs.append(("sft", config.workloads[-1], [c for c in CONTENDERS if c[0] != "textbook"]))
-    rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    rates = {name: matmul_rate(getattr(torch, name), config.device) for name in ("float32", "bfloat16")}
     rows, table = [], []
     for job, name, contenders in jobs:
         runs = [measure(job, name, *contender, config) for _ in range(config.repeats) for contender in contenders]
@@ -117,7 +124,8 @@ def main(config: SpeedConfig) -> None:
                 f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit"
             )
         rows += runs
-    write_json(RESULTS, {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows})
+    results = RESULTS / ("gpu.json" if config.device == "cuda" else "cpu.json")
+    write_json(results, {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows})
 
 
 if __name__ == "__main__":

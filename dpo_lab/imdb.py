@@ -104,7 +104,7 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    rows: int = 2048,
+    rows: int = 512,
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> list[list[list[int]]]:

@@ -51,8 +51,7 @@ class CompletionBatch:
 
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return CompletionBatch(**moved)
+        return CompletionBatch(*(v.to(device) if isinstance(v, Tensor) else v for v in vars(self).values()))
 
 
 def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False) -> CompletionBatch:
@@ -79,8 +78,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     together = share and saved >= SHARE_FROM * total
     rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
 
-    ids, positions, segments, lengths = [], [], [], []  # a token's segment is 0 in the prompt, 1.. in its completions
-    sources, targets, owners = [], [], []
+    ids, positions, lengths, segments, sources, targets, owners = ([] for _ in range(7))  # segments: 0 in a prompt, 1.. after it
     for p, members in rows:
         start, n_prompt = len(ids), len(prompts[p])
         ids += prompts[p]
@@ -105,8 +103,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     mask = None
     if together:
         segment = padded(segments, fill=-1)
-        mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # (R, L, L)
-        mask = mask.tril_()[:, None]
+        mask = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril_()[:, None]  # (R, 1, L, L)
     predicted = torch.tensor(targets), torch.tensor(owners), len(completions)
     if share and real.numel() - len(ids) >= PACK_FROM * real.numel():
         extra = -len(ids) % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
@@ -164,13 +161,12 @@ def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Lit
     smallest, largest = map(int, torch.cat([batch.input_ids.flatten(), batch.targets]).aminmax())
     if smallest < 0 or largest >= head.weight.shape[0]:
         raise ValueError(
-            f"token id {min(smallest, 0) or largest} is outside the model's vocabulary of {head.weight.shape[0]}; is it its tokenizer?"
+            f"token id {min(smallest, 0) or largest} is outside the vocabulary of {len(head.weight)}; use this model's own tokenizer"
         )
 
     mask = torch.ones_like(batch.input_ids)  # padding is on the right, where causal attention never looks
     if batch.mask is not None:
-        mask = torch.zeros(batch.mask.shape, dtype=model.dtype, device=batch.mask.device)
-        mask.masked_fill_(~batch.mask, torch.finfo(model.dtype).min)
+        mask = torch.zeros_like(batch.mask, dtype=model.dtype).masked_fill_(~batch.mask, torch.finfo(model.dtype).min)
     if can_share(model) and model.config._attn_implementation != PACKED:
         model.set_attn_implementation(PACKED)
     layout = {}
@@ -220,9 +216,8 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     hidden (T, D), weight (V, D), bias (V,) or None, targets (T,). Under autocast the product runs in its dtype; the
     normaliser is float32 (float64 for float64 input).
     """
-    device, n = hidden.device.type, len(targets)
+    device, n, extra = hidden.device.type, len(targets), -len(targets) % 128  # as in completion_batch, the shapes repeat
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    extra = -n % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
     hidden, targets = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
     return _TokenLogps.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())[:n]
 
@@ -232,11 +227,11 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, dtype, grad_enabled):
         ctx.chunk, ctx.dtype = max(64, LOGITS_IN_A_CHUNK // len(weight)), dtype
         keep = grad_enabled and any(ctx.needs_input_grad) and len(targets) * len(weight) * dtype.itemsize <= KEPT_LOGITS_BYTES
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         logps, kept = [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for h_c, y_c in zip(h.split(ctx.chunk), targets.split(ctx.chunk)):
-                logits = _logits(h_c, w, bias)  # (C, V)
+                logits = nn.functional.linear(h_c, w, b)  # (C, V)
                 wide = torch.log_softmax(logits, 1, dtype=torch.promote_types(dtype, torch.float32))
                 logps.append(wide.gather(1, y_c[:, None])[:, 0])
                 if keep:
@@ -248,14 +243,14 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, targets, *kept = ctx.saved_tensors
-        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        h, w, b = hidden.to(ctx.dtype), weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         grad_h = torch.empty_like(h)
         grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for c, i in enumerate(range(0, len(targets), ctx.chunk)):
                 rows = slice(i, i + ctx.chunk)
-                g = torch.softmax(kept[c] if kept else _logits(h[rows], w, bias), 1)  # (C, V)
+                g = torch.softmax(kept[c] if kept else nn.functional.linear(h[rows], w, b), 1)  # (C, V)
                 g[torch.arange(len(g), device=g.device), targets[rows]] -= 1
                 g.mul_(-grad[rows, None].to(g.dtype))  # d loss / d logits
                 grad_h[rows] = g @ w
@@ -264,10 +259,6 @@ class _TokenLogps(torch.autograd.Function):
                 if grad_b is not None:
                     grad_b += g.sum(0)
         return grad_h.to(hidden.dtype), grad_w, grad_b, None, None, None
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return hidden @ weight.T if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight.T)
 
 
 @torch.no_grad()
@@ -294,7 +285,7 @@ def score_completions(
     order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
     logps = torch.empty(len(completions), dtype=torch.float64)
     model.eval()
-    bar = tqdm(total=len(completions), desc=progress, disable=progress is None, unit="completion")
+    bar = tqdm(total=len(order), desc=progress, disable=progress is None, unit="completion")
     try:
         with bar, autocast(device.type, precision):
             while order:

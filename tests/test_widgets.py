@@ -1,5 +1,6 @@
 """Explorers over their whole grids: every state is computed right, every picture drawn, and nothing is swallowed."""
 
+import base64
 import io
 import json
 import shutil
@@ -206,3 +207,10 @@ def test_the_pairs_of_a_run_are_those_at_its_end(tmp_path):
         gradient_weight_explorer([1.0], run=RUN)
     with pytest.raises(ValueError, match="holds no snapshots.jsonl"):
         gradient_weight_explorer(run=tmp_path)
+
+
+def test_a_page_without_a_kernel_shows_the_picture():
+    explorer = beta_explorer()
+    shown = explorer._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in shown
+    assert base64.b64decode(shown["image/png"]) == explorer.picture.png()
