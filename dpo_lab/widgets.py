@@ -45,8 +45,11 @@ class Picture:
         self.canvas.restore_region(self.background)
         for artist in self.artists:
             artist.axes.draw_artist(artist)
+        image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
+        image = image.quantize(method=Image.Quantize.FASTOCTREE)  # with its PNG, half the time of all colours
+        image.putpalette([255 if value > 252 else value for value in image.getpalette()])  # the octree's white is 254
         out = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(out, format="png", compress_level=1)
+        image.save(out, format="png", compress_level=1)
         return out.getvalue()
 
 
@@ -74,8 +77,9 @@ def _explorer(
     reset = widgets.Button(description="reset", tooltip="Put every slider back")
 
     def moved(_: Any) -> None:
-        readout.value = show(**{name: slider.value for name, slider in sliders.items()})
-        image.value = picture.png()
+        says = show(**{name: slider.value for name, slider in sliders.items()})
+        image.value = picture.png()  # first: the browser decodes it while the read-out is on its way
+        readout.value = says
 
     def put_back(_: Any) -> None:
         for name, slider in sliders.items():
