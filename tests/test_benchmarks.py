@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -67,6 +68,12 @@ def test_the_least_flops_are_those_of_the_matmuls():
     assert speed.least_flops("dpo", "short", 1, 0) == 4 * forward and speed.least_flops("sft", "short", 1, 0) == 3 * forward
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_benchmark_says_so_and_measures_nothing():
+    output = subprocess.check_output([sys.executable, str(BENCHMARKS / "speed.py"), "--device=cuda"], text=True)
+    assert "no GPU" in output and not (BENCHMARKS / "results" / "gpu.json").exists()
+
+
 def test_the_prediction_is_the_arithmetic_that_its_page_tells():
     a, seven = scale.Assumptions(), scale.MODELS[0]
     assert scale.state_bytes(seven, 8, "DDP", a) == 16 * 7e9
@@ -76,7 +83,7 @@ def test_the_prediction_is_the_arithmetic_that_its_page_tells():
     assert scale.passes(8, a) == (16, 4) and scale.passes(512, a) == (1, 1)
     eight, more = (scale.predict(seven, gpus, "FSDP", a) for gpus in (8, 64))
     tokens = 512 * 1_200
-    assert eight["compute"] == pytest.approx(8 * 7e9 * tokens / (8 * 989e12 * 0.4))
+    assert eight["compute"] == pytest.approx(8 * 7e9 * tokens / (8 * 989e12 * a.share))
     assert more["compute"] == pytest.approx(eight["compute"] / 8) and more["traffic"] > 0
     assert eight["hours_at_best"] < eight["hours_at_worst"]
-    assert scale.table().count("\n") == 1 + 2 * 3 * 3
+    assert scale.table().count("\n") == 1 + 2 * 3 * 3 + 2
