@@ -1,6 +1,7 @@
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3; do \
 	"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 ARGS ?=
+INSTALL = .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test demo bench bench-gpu site clean-env
@@ -11,24 +12,24 @@ help: ## List these targets
 lab: .venv/.installed ## Open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks/
 
-test: .venv/.installed ## Run every test; ARGS="-k name" goes to pytest
+test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
 	.venv/bin/python -m pytest $(ARGS)
 
 demo: .venv/.installed ## Train with dpo-lab; ARGS="--help" goes to dpo-lab train
 	.venv/bin/dpo-lab train $(ARGS)
 
-bench: .venv/.installed ## Measure speed beside TRL and a textbook loop (about 40 minutes)
+bench: .venv/.installed-test ## Measure speed beside TRL and a textbook loop (about 40 minutes)
 	.venv/bin/python benchmarks/speed.py $(ARGS)
 	.venv/bin/python benchmarks/cost.py
 	.venv/bin/python benchmarks/sampling.py
 	.venv/bin/python benchmarks/latency.py
 	.venv/bin/python benchmarks/readme.py
 
-bench-gpu: .venv/.installed ## The same on a GPU, where there is one
+bench-gpu: .venv/.installed-test ## The same on a GPU, where there is one
 	.venv/bin/python benchmarks/speed.py --device cuda $(ARGS)
 
 site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (about 5 minutes)
-	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[site]'
+	$(INSTALL) -e '.[site]'
 	.venv/bin/python -m sphinx -q -W --keep-going -c docs . site
 
 clean-env: ## Remove .venv; the next target sets it up again
@@ -38,7 +39,13 @@ clean-env: ## Remove .venv; the next target sets it up again
 	@rm -f $@
 	@"$(PYTHON)" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo 'No usable Python found: install Python 3.11 or newer with its venv module, or name one: make PYTHON=/path/to/python3' >&2; exit 1; }
-	@echo 'Installing dpo-lab and its dependencies into .venv: 3 to 10 minutes, only the first time or after they change.'
+	@echo 'Installing dpo-lab and its dependencies into .venv: 2 to 10 minutes, only the first time or after they change.'
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
-	.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	@rm -f $@
+	$(INSTALL) -e '.[test]'
+	-@.venv/bin/python -m compileall -q -j 0 .venv/lib >.venv/compileall.log  # the tests start many processes
 	@touch $@

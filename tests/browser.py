@@ -19,8 +19,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @contextmanager
-def jupyterlab(folder: Path) -> Iterator[str]:
-    """Address of a JupyterLab on a copy of the notebooks under `folder`, with settings of its own."""
+def jupyterlab(folder: Path, python: str | Path = sys.executable) -> Iterator[str]:
+    """Address of a JupyterLab of `python` on a copy of the notebooks under `folder`, with settings of its own."""
     shutil.copytree(NOTEBOOKS, folder / "notebooks")
     settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
@@ -36,7 +36,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", *options, str(folder / "notebooks")],
+        [str(python), "-m", "jupyterlab", *options, str(folder / "notebooks")],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
