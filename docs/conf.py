@@ -14,3 +14,10 @@ nb_execution_mode = "force"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_mime_priority_overrides = [("html", "image/png", 0)]  # sliders show their first picture; a page has no kernel to move them
+
+
+def setup(app):
+    """Leave out what a named tuple says of its fields by itself."""
+    app.connect(
+        "autodoc-process-docstring", lambda *event: event[-1].clear() if "Alias for field" in "".join(event[-1]) else None
+    )
