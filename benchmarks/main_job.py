@@ -24,7 +24,7 @@ SEEDS = [int(seed) for seed in sys.argv[1:]] or [0, 1, 2]
 
 
 def main() -> None:
-    rows = []
+    rows, origin = [], provenance()  # before the results file changes
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as directory:
             cold = {**os.environ, "DPO_LAB_CACHE": f"{directory}/cache", "HF_HOME": f"{directory}/hf"}
@@ -39,10 +39,10 @@ def main() -> None:
             if seed == SEEDS[0]:
                 with write_whole(ROOT / "docs" / "reward_kl.png") as temporary:
                     shutil.copy(run / "figures" / "reward_kl.png", temporary)
-        save(rows)
+        save(rows, origin)
 
 
-def save(rows: list[dict]) -> None:
+def save(rows: list[dict], origin: dict) -> None:
     """Write what there is so far, and print its mean."""
     mean = {
         "reward_before": float(np.mean([row["before"]["reward"] for row in rows])),
@@ -51,7 +51,7 @@ def save(rows: list[dict]) -> None:
         "process_seconds": max(row["process_seconds"] for row in rows),
         "peak_memory_mb": max(row["peak_memory_mb"] for row in rows),
     }
-    write_json(ROOT / "benchmarks" / "results" / "main_job.json", {"provenance": provenance(), "mean": mean, "rows": rows})
+    write_json(ROOT / "benchmarks" / "results" / "main_job.json", {"provenance": origin, "mean": mean, "rows": rows})
     print(json.dumps(mean, indent=2))
 
 

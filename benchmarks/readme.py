@@ -31,7 +31,8 @@ def main_job() -> str:
     origin = result["provenance"]
     return (
         "\n".join(lines)
-        + f"\n\n± is one standard error. Measured by `python benchmarks/main_job.py` on {origin['machine']}; {origin['versions']}."
+        + f"\n\n± is one standard error. Measured by `python benchmarks/main_job.py` at commit {origin['commit']} on "
+        f"{origin['machine']}; {origin['versions']}."
     )
 
 
@@ -79,7 +80,13 @@ def _speed(job: str) -> dict[tuple[str, str, str], dict]:
 
 def _origin(result: dict, more: str = "") -> str:
     origin = result["provenance"]
-    return f"\n\nMeasured by `{origin['command']}` on {origin['machine']}{more}; {origin['versions']}."
+    return (
+        f"\n\nMeasured by `{origin['command']}` at commit {origin['commit']} on {origin['machine']}{more}; {origin['versions']}."
+    )
+
+
+def _processes(result: dict) -> int:
+    return len(result["runs"]) // len(result["table"])
 
 
 def ratios() -> str:
@@ -100,7 +107,8 @@ def ratios() -> str:
                 f"| {NAMES[workload]} | {precision} | {ours['pairs_per_second']:.2f} | {times[0]:.1f}x | {times[1]:.1f}x "
                 f"| {memory[0]:.2f}x, {memory[1]:.2f}x |"
             )
-    return "\n".join(lines)
+    result = _result("cpu")
+    return "\n".join(lines) + _origin(result, f", processes a contender: {_processes(result)}")
 
 
 def speed() -> str:
@@ -121,7 +129,7 @@ def speed() -> str:
             f"| {row['peak_memory_mb'] / 1e3:.1f} GB | {row['share_of_limit']:.0%} |"
         )
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in result["matmul_flops_per_second"].items())
-    return "\n".join(lines) + _origin(result, f" ({rates})")
+    return "\n".join(lines) + _origin(result, f" ({rates}), processes a contender: {_processes(result)}")
 
 
 def savings() -> str:
