@@ -108,6 +108,10 @@ def run_first_cell(page: Page) -> Locator:
 
 def run_all_cells(page: Page, seconds: int = 180) -> None:
     """Run > Run All Cells, and wait until they are done."""
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    for _ in range(10):  # as in run_first_cell
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(1_000)
+        if page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text() != "[ ]:":
+            break
     wait_until_run(page, page.locator(".jp-CodeCell"), seconds)
