@@ -32,12 +32,15 @@ class SweepConfig:
     """passes over the prompts"""
     seed: int = 0
     """seed of every run"""
+    fresh: bool = False
+    """forget the rows that are there"""
     out: Path = Path("runs/sweep")
     """where the runs and their common preferences go"""
 
 
 def main(config: SweepConfig) -> None:
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    origin = provenance()  # before the results file changes
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not config.fresh else []
     for beta, rate, epochs in itertools.product(config.betas, config.rates, config.epochs):
         key = {"beta": beta, "learning_rate": rate, "epochs": epochs, "seed": config.seed}
         if any(key.items() <= row.items() for row in rows):
@@ -54,7 +57,7 @@ def main(config: SweepConfig) -> None:
             if "eval/reward" in line
         ]
         rows.append(key | {k: summary[k] for k in ("before", "after", "steps", "pairs", "seconds")} | {"curve": curve})
-        write_json(RESULTS, {"provenance": provenance(), "rows": rows})
+        write_json(RESULTS, {"provenance": origin, "rows": rows})
     print(f"{'beta':>6} {'rate':>8} {'epochs':>6} {'reward':>7} {'KL':>6} {'seconds':>8}")
     for row in sorted(rows, key=lambda row: -row["after"]["reward"]):
         after = row["after"]

@@ -50,7 +50,7 @@ class TaskConfig:
     """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
     imdb: Literal["package", "hub"] = "package"
     """where the reviews come from"""
-    prefixes: int = 2_000
+    prefixes: int = 2_600
     """training reviews whose first 2 to 8 tokens are prompts"""
     completions: int = 4
     """completions sampled a prefix; 4 give 6 pairs"""
@@ -221,7 +221,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
         )
 
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
-        result = evaluation(model, max(8, len(prompts) // 4))
+        result = evaluation(model, max(8, len(prompts) // 4)) if step else before
         save_snapshot(out, step, model, preferences, result)
         return {"reward": result.reward, "reward_se": result.reward_se, "kl/sequence": result.kl, "kl/sequence_se": result.kl_se}
 

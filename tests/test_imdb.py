@@ -9,7 +9,7 @@ import torch
 from conftest import make_reviews
 
 from dpo_lab import imdb
-from dpo_lab.imdb import clean, load_imdb, reviews_csv, sample_completions, sample_prefixes, texts_of
+from dpo_lab.imdb import _draw, _first_above, clean, load_imdb, reviews_csv, sample_completions, sample_prefixes, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,24 @@ def test_samples_follow_the_model_exactly(model):
         expected = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy() * n
     chi2 = ((counts - expected) ** 2 / expected).sum()
     assert abs(chi2 - 511) < 5 * np.sqrt(2 * 511)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
+    """Vocabularies that fill their last block and that do not; most entries are impossible, whole blocks too."""
+    probabilities = torch.zeros(n).index_fill(0, torch.tensor([0, n // 3, n - 1]), 1.0)
+    probabilities[n // 3] *= 3
+    probabilities /= probabilities.sum()
+    drawn = _draw(probabilities.expand(30_000, n), torch.Generator().manual_seed(0))[:, 0]
+    counts = torch.bincount(drawn, minlength=n)
+    assert len(counts) == n and not counts[probabilities == 0].any()
+    assert ((counts - 30_000 * probabilities).abs() < 5 * (30_000 * probabilities).sqrt() + 1e-9).all()
+
+
+def test_a_level_that_rounding_puts_at_the_end_finds_the_last_possible_index():
+    cumulative = torch.tensor([[0.0, 0.25, 0.25, 1.0, 1.0]]).expand(5, 5).contiguous()
+    levels = torch.tensor([[0.0], [0.25], [0.9], [1.0], [1.1]])
+    assert _first_above(cumulative, levels)[:, 0].tolist() == [1, 3, 3, 3, 3]
 
 
 def test_a_longer_prompt_in_the_batch_is_read_before_it_is_continued(model):
