@@ -24,9 +24,9 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.3, 0.4, 0.5)
+    betas: tuple[float, ...] = (0.3, 0.35, 0.4)
     """values of beta"""
-    rates: tuple[float, ...] = (3e-5,)
+    rates: tuple[float, ...] = (3.5e-5,)
     """peak learning rates"""
     epochs: tuple[int, ...] = (1,)
     """passes over the prompts"""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_lab.evaluate import Evaluation, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
 from dpo_lab.logprobs import completion_batch, score_completions
-from dpo_lab.models import load_model, load_tokenizer, measure_precision
+from dpo_lab.models import load_model, load_tokenizer, measure_precision, return_freed_memory
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.rewards import SentimentReward
@@ -110,6 +110,7 @@ def load_parts(config: TaskConfig) -> Parts:
         judge = SentimentReward.tfidf(list(reviews["train"]["text"]), list(reviews["train"]["label"]))
     else:
         judge = SentimentReward.hub(reward, device=config.device)
+    return_freed_memory()
     return Parts(reviews, load_tokenizer(name), reference, judge)
 
 

@@ -133,6 +133,13 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+    """Give what was freed back to the system once, after work that needed much more than what comes; glibc only."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
+
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 

@@ -32,7 +32,7 @@ class Interrupted(Exception):
 class LoopConfig:
     """How parameters are updated, whatever the loss."""
 
-    learning_rate: float = 3e-5
+    learning_rate: float = 3.5e-5
     """peak learning rate"""
     optimizer: Literal["adamw", "rmsprop", "muon"] = "adamw"
     """rmsprop is the paper's; muon is for training from scratch: Muon on matrices, AdamW at learning_rate on the rest"""
@@ -66,7 +66,7 @@ class DPOConfig:
     """assumed share of flipped labels, in [0, 0.5)"""
     epochs: int = 1
     """passes over the prompts"""
-    batch_pairs: int = 64
+    batch_pairs: int = 128
     """pairs a step, in whole prompts"""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
