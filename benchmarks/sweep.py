@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.38, 0.42, 0.46)
+    betas: tuple[float, ...] = (0.3, 0.35, 0.37, 0.4)
     """values of beta"""
     rates: tuple[float, ...] = (3.5e-5,)
     """peak learning rates"""

@@ -58,7 +58,7 @@ class LoopConfig:
 class DPOConfig:
     """What `train_dpo` minimises, and how."""
 
-    beta: float = 0.42
+    beta: float = 0.37
     """strength of the KL constraint"""
     kind: Kind = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust, ipo or hinge"""
