@@ -209,6 +209,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     prompts = held_out_prefixes(config.task, parts)
 
     def evaluation(model: torch.nn.Module, n: int, progress: str | None = None) -> Evaluation:
+        return_freed_memory()  # else what one phase kept in odd places adds to what the next one needs
         return evaluate_policy(
             model,
             parts.reference,
