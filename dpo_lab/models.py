@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -134,7 +135,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system once, after work that needed much more than what comes; glibc only."""
+    """Give what was freed back to the system once, after work that needed much more than what comes."""
+    pyarrow.default_memory_pool().release_unused()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)
