@@ -24,8 +24,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from dpo_lab import logprobs
-from dpo_lab.logprobs import autocast, can_share, completion_batch, completion_logps
+from dpo_lab import layout, logprobs
+from dpo_lab.layout import completion_batch
+from dpo_lab.logprobs import autocast, can_share, completion_logps
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import keep_freed_memory, prepare_model
 from dpo_lab.preferences import Preferences
@@ -127,9 +128,9 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     if "kept memory" not in config.without:
         keep_freed_memory()
     if "sharing" in config.without:
-        logprobs.SHARE_FROM = math.inf
+        layout.SHARE_FROM = math.inf
     if "packing" in config.without:
-        logprobs.PACK_FROM = math.inf
+        layout.PACK_FROM = math.inf
     if "stored logits" in config.without:
         logprobs.KEPT_LOGITS_BYTES = 0
     batch = completion_batch(

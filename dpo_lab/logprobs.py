@@ -6,7 +6,6 @@ at a time; a prompt is computed once for all its completions, and padding not at
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,112 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
+from dpo_lab.layout import CompletionBatch, Tokens, check_tokens, completion_batch
+
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
 KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
-SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
-
-
-@dataclass(frozen=True)
-class CompletionBatch:
-    """N completions with their prompts as R rows of at most L token ids, S tokens and T completion tokens in all.
-
-    One row is [prompt, completion], or [prompt, completion 1, ..., completion K] where the prompt is shared: then `mask`
-    lets each completion see the prompt and itself, and its positions continue from the prompt's end. Rows are padded, or
-    packed: laid end to end as one row of S tokens, and told apart inside attention alone.
-    """
-
-    input_ids: Tensor  # (R, L), or (1, S) packed
-    position_ids: Tensor  # as input_ids
-    mask: Tensor | None  # (R, 1, L, L) True where attention is allowed; None for plain causal attention
-    unpack: Tensor | None  # (R, L) index into the S packed tokens; None when padded
-    pack: Tensor | None  # (S,) index into R * L; None when padded
-    sources: Tensor  # (T,) flat position in input_ids whose hidden state predicts the token
-    targets: Tensor  # (T,) completion token ids
-    owners: Tensor  # (T,) which of the N completions the token belongs to
-    n: int  # completions
-
-    @property
-    def tokens(self) -> int:
-        """Completion tokens in the batch, T."""
-        return len(self.targets)
-
-    def to(self, device: torch.device | str) -> "CompletionBatch":
-        """The same batch on `device`."""
-        return CompletionBatch(*(v.to(device) if isinstance(v, Tensor) else v for v in vars(self).values()))
-
-
-def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False) -> CompletionBatch:
-    """Lay out completions for `completion_logps`.
-
-    Args:
-        prompts: token ids of each prompt, at least one (BOS for an empty text).
-        completions: token ids of N completions, at least one token each, with EOS where they have ended.
-        prompt_of: N indices into `prompts`.
-        share: put completions of one prompt in one row where that saves a quarter of the tokens, and pack the rows where
-            that saves an eighth. Exact for the model families in SHARES_PROMPTS; `can_share` tells.
-
-    Raises:
-        ValueError: an empty prompt or completion, or an index outside `prompts`.
-    """
-    if not completions:
-        raise ValueError("0 completions and 0 values in prompt_of; need one each, at least one")
-    _check_tokens(prompts, completions, prompt_of)
-    groups: dict[int, list[int]] = {}
-    for i, p in enumerate(prompt_of):
-        groups.setdefault(p, []).append(i)
-    saved = sum((len(members) - 1) * len(prompts[p]) for p, members in groups.items())
-    total = sum(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
-    together = share and saved >= SHARE_FROM * total
-    rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
-
-    ids, positions, lengths, segments, sources, targets, owners = ([] for _ in range(7))  # segments: 0 in a prompt, 1.. after it
-    for p, members in rows:
-        start, n_prompt = len(ids), len(prompts[p])
-        ids += prompts[p]
-        positions += range(n_prompt)
-        segments += [0] * n_prompt
-        for k, i in enumerate(members, start=1):
-            n = len(completions[i]) - 1  # nothing is predicted from the last token
-            sources += [start + n_prompt - 1, *range(len(ids), len(ids) + n)]
-            targets += completions[i]
-            owners += [i] * (n + 1)
-            ids += completions[i][:n]
-            positions += range(n_prompt, n_prompt + n)
-            segments += [k] * n
-        lengths.append(len(ids) - start)
-
-    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (R, L)
-    pack = real.flatten().nonzero()[:, 0]  # (S,)
-
-    def padded(values: Sequence[int] | Tensor, fill: int = 0) -> Tensor:
-        return torch.full(real.shape, fill).masked_scatter_(real, torch.as_tensor(values))  # (R, L)
-
-    mask = None
-    if together:
-        segment = padded(segments, fill=-1)
-        mask = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril_()[:, None]  # (R, 1, L, L)
-    predicted = torch.tensor(targets), torch.tensor(owners), len(completions)
-    if share and real.numel() - len(ids) >= PACK_FROM * real.numel():
-        extra = -len(ids) % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
-        flat = [nn.functional.pad(torch.tensor(values), (0, extra)) for values in (ids, positions)]
-        unpack, pack = padded(range(len(ids))), nn.functional.pad(pack, (0, extra))
-        return CompletionBatch(flat[0][None], flat[1][None], mask, unpack, pack, torch.tensor(sources), *predicted)
-    return CompletionBatch(padded(ids), padded(positions), mask, None, None, pack[sources], *predicted)
-
-
-def _check_tokens(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> None:
-    if len(completions) != len(prompt_of):
-        raise ValueError(f"{len(completions)} completions and {len(prompt_of)} values in prompt_of; need one each")
-    for i, (completion, p) in enumerate(zip(completions, prompt_of)):
-        if not 0 <= p < len(prompts):
-            raise ValueError(f"prompt_of[{i}] is {p}; with {len(prompts)} prompts it must be in 0..{len(prompts) - 1}")
-        if not len(prompts[p]):
-            raise ValueError(f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context")
-        if not len(completion):
-            raise ValueError(f"completion {i} has no tokens; drop it, or end it with EOS")
 
 
 def autocast(device: str, precision: Precision) -> torch.autocast:
@@ -137,14 +36,17 @@ def can_share(model: nn.Module) -> bool:
     return plain and config._attn_implementation in ("sdpa", PACKED)
 
 
-def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
+def completion_logps(
+    model: nn.Module, batch: CompletionBatch, *, reduction: Literal["sum", "mean", "none"] = "sum", temperature: float = 1.0
+) -> Tensor:
     """log pi(completion | prompt) of each completion, (N,) nats, float64 (float32 where the device has no float64).
 
     Args:
         model: a Hugging Face causal LM with a linear LM head. Its mode is yours to set: dropout changes the result.
         batch: made by `completion_batch`, on the model's device.
         reduction: "sum" over tokens, as DPO defines it; "mean" divides by the number of tokens, which removes the length
-            from the implicit reward and is another objective (IPO on means, SimPO).
+            from the implicit reward and is another objective (IPO on means, SimPO); "none" gives each token's, (T,).
+        temperature: divides the logits, as in sampling at that temperature.
 
     Differentiable with respect to the model's parameters. Token log-probabilities are computed in float32 or better and
     summed in float64: a float32 sum near -700 is off by up to 8e-4.
@@ -152,35 +54,41 @@ def completion_logps(model: nn.Module, batch: CompletionBatch, *, reduction: Lit
     Raises:
         ValueError: `reduction` unknown, token ids outside the vocabulary, or a row longer than the model's context.
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction is {reduction!r}; it must be 'sum' (DPO) or 'mean' (length-normalised)")
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'sum' (DPO), 'mean' (length-normalised) or 'none'")
+    head, states = model.get_output_embeddings(), completion_states(model, batch)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if temperature != 1:
+        weight, bias = weight / temperature, None if bias is None else bias / temperature
+    tokens = token_logps(states, weight, bias, batch.targets)  # (T,)
+    wide = tokens.to(torch.float32 if tokens.device.type == "mps" else torch.float64)
+    if reduction == "none":
+        return wide
+    sums = wide.new_zeros(batch.n).index_add(0, batch.owners, wide)  # (N,)
+    return sums / torch.bincount(batch.owners, minlength=batch.n) if reduction == "mean" else sums
+
+
+def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
+    """The last hidden state before each completion token, (T, D): what predicts it. Errors are those of `completion_logps`."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and (longest := int(batch.position_ids.max()) + 2) > context:
         raise ValueError(f"prompt and completion have {longest} tokens, the model's context is {context}; shorten them")
-    head = model.get_output_embeddings()
-    smallest, largest = map(int, torch.cat([batch.input_ids.flatten(), batch.targets]).aminmax())
-    if smallest < 0 or largest >= head.weight.shape[0]:
-        raise ValueError(
-            f"token id {min(smallest, 0) or largest} is outside the vocabulary of {len(head.weight)}; use this model's own tokenizer"
-        )
-
+    ids, vocabulary = torch.cat([batch.input_ids.flatten(), batch.targets]), len(model.get_input_embeddings().weight)
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        wrong = int(ids[(ids < 0) | (ids >= vocabulary)][0])
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
     mask = torch.ones_like(batch.input_ids)  # padding is on the right, where causal attention never looks
     if batch.mask is not None:
         mask = torch.zeros_like(batch.mask, dtype=model.dtype).masked_fill_(~batch.mask, torch.finfo(model.dtype).min)
     if can_share(model) and model.config._attn_implementation != PACKED:
         model.set_attn_implementation(PACKED)
-    layout = {}
-    if batch.unpack is not None:
-        mask = NO_MASK if batch.mask is None else mask
-        layout = {"unpack": batch.unpack, "pack": batch.pack}
+    packed = {} if batch.unpack is None else {"unpack": batch.unpack, "pack": batch.pack}
+    if packed and batch.mask is None:
+        mask = NO_MASK
     hidden = model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **layout
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
     ).last_hidden_state  # (R, L, D), or (1, S, D)
-    hidden = hidden.flatten(0, 1).index_select(0, batch.sources)  # (T, D)
-    tokens = token_logps(hidden, head.weight, getattr(head, "bias", None), batch.targets)  # (T,)
-    wide = torch.float32 if tokens.device.type == "mps" else torch.float64
-    sums = torch.zeros(batch.n, dtype=wide, device=tokens.device).index_add(0, batch.owners, tokens.to(wide))  # (N,)
-    return sums / torch.bincount(batch.owners, minlength=batch.n) if reduction == "mean" else sums
+    return hidden.flatten(0, 1).index_select(0, batch.sources)
 
 
 def packed_attention(module, query, key, value, attention_mask, *, unpack=None, pack=None, **options) -> tuple[Tensor, None]:
@@ -269,7 +177,6 @@ def score_completions(
     prompt_of: Sequence[int],
     *,
     batch_tokens: int = 4096,
-    reduction: Literal["sum", "mean"] = "sum",
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> Tensor:
@@ -277,9 +184,9 @@ def score_completions(
 
     Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
     """
-    _check_tokens(prompts, completions, prompt_of)
+    check_tokens(prompts, completions, prompt_of)
     device, training, share = next(model.parameters()).device, model.training, can_share(model)
-    lengths = [0] * len(prompts)  # of the longest completion with its prompt, so that a prompt's completions stay together
+    lengths = [len(prompt) for prompt in prompts]  # with the longest completion, so that a prompt's completions stay together
     for completion, p in zip(completions, prompt_of):
         lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))
     order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
@@ -292,7 +199,7 @@ def score_completions(
                 size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
                 now, order = order[-size:], order[:-size]
                 batch = completion_batch(prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share)
-                logps[now] = completion_logps(model, batch.to(device), reduction=reduction).cpu().double()
+                logps[now] = completion_logps(model, batch.to(device)).cpu().double()
                 bar.update(len(now))
     finally:
         model.train(training)

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from dpo_lab.imdb import load_imdb, sample_completions
-from dpo_lab.logprobs import CompletionBatch, completion_batch, score_completions
+from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.logprobs import score_completions
 from dpo_lab.models import keep_freed_memory
 from dpo_lab.runs import open_run, provenance, read_metrics, write_whole
 from dpo_lab.train import LoopConfig, train_sft

@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dpo_lab import logprobs
-from dpo_lab.logprobs import can_share, completion_batch, completion_logps, score_completions, token_logps
+from dpo_lab.layout import completion_batch
+from dpo_lab.logprobs import can_share, completion_logps, score_completions, token_logps
 
 MODELS = ["gpt2", "gpt2-bias", "llama-tied", "llama-grouped"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -204,6 +205,21 @@ def test_the_mean_divides_each_sum_by_its_number_of_tokens():
     close(mean.detach(), loops(model) / torch.tensor([len(c) for c in COMPLETIONS]))
 
 
+@every_model
+@pytest.mark.parametrize("share", [False, True])
+def test_tokens_at_a_temperature_are_those_of_a_loop(name, share):
+    """Each token's log-prob from logits divided by the temperature, in the order of `owners`; the gradient too."""
+    model = shared_model(name)
+    batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
+    found = completion_logps(model, batch, reduction="none", temperature=0.7)
+    for i, (completion, p) in enumerate(zip(COMPLETIONS, PROMPT_OF)):
+        ids = torch.tensor([[*PROMPTS[p], *completion]])
+        table = torch.log_softmax(model(ids).logits[0, len(PROMPTS[p]) - 1 : -1] / 0.7, 1)
+        close(found[batch.owners == i], table.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    sums = completion_logps(model, batch, temperature=0.7)
+    close(torch.zeros(6, dtype=torch.float64).index_add(0, batch.owners, found).detach(), sums.detach())
+
+
 def test_float32_is_exact_to_a_ten_thousandth_near_minus_700():
     model = make_model("gpt2", vocabulary=512, context=256, width=32, spread=0.02)
     generator = torch.Generator().manual_seed(0)
@@ -350,11 +366,8 @@ def test_scores_do_not_depend_on_the_size_of_a_batch(batch_tokens):
     close(score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF, batch_tokens=batch_tokens), loops(model))
 
 
-def test_scores_take_means_and_nothing():
-    model = shared_model("gpt2")
-    mean = score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF, reduction="mean")
-    close(mean, loops(model) / torch.tensor([len(c) for c in COMPLETIONS]))
-    assert score_completions(model, PROMPTS, [], []).shape == (0,)
+def test_of_no_completions_there_are_no_scores():
+    assert score_completions(shared_model("gpt2"), PROMPTS, [], []).shape == (0,)
 
 
 def test_the_training_mode_is_put_back_after_an_error_too():
@@ -403,5 +416,5 @@ def test_a_completion_may_fill_the_context():
 
 
 def test_an_unknown_reduction_is_named():
-    with pytest.raises(ValueError, match="reduction is 'average'; it must be 'sum' .* or 'mean'"):
+    with pytest.raises(ValueError, match="reduction is 'average'; it must be 'sum' .* or 'none'"):
         completion_logps(shared_model("gpt2"), completion_batch([[0]], [[1]], [0]), reduction="average")

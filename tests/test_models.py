@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from dpo_lab import models
-from dpo_lab.logprobs import completion_batch, completion_logps
+from dpo_lab.layout import completion_batch
+from dpo_lab.logprobs import completion_logps
 from dpo_lab.models import PrecisionTest, check_same_vocabulary, load_model, load_tokenizer, measure_precision, prepare_model
 
 GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from dpo_lab import preferences
-from dpo_lab.logprobs import completion_batch, completion_logps
+from dpo_lab.layout import completion_batch
+from dpo_lab.logprobs import completion_logps
 from dpo_lab.preferences import Preferences, Report, from_rankings, from_rows, from_scores
 
 EOS = 0
