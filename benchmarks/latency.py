@@ -22,9 +22,12 @@ from browser import chromium, jupyterlab, open_notebook, run_first_cell  # noqa:
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 LISTEN = """picture => {
-    window.moved = 0; window.shown = [];
     document.addEventListener("pointermove", () => { window.moved = performance.now(); }, true);
-    picture.addEventListener("load", () => requestAnimationFrame(() => window.shown.push(performance.now() - window.moved)));
+    window.expect = () => { window.arrival = new Promise((arrived, late) => {
+        setTimeout(() => late(new Error("no new picture after 5 s")), 5000);
+        const loaded = () => requestAnimationFrame(() => arrived(performance.now() - window.moved));
+        picture.addEventListener("load", loaded, { once: true });
+    }); };
 }"""
 
 
@@ -33,7 +36,9 @@ class LatencyConfig:
     """How much to measure."""
 
     drags: int = 200
-    """moves of the slider's handle, each to another value"""
+    """moves of the slider's handle, each to another value, with a pause before each; and as many without"""
+    pause: float = 0.2
+    """seconds"""
 
 
 def main(config: LatencyConfig) -> None:
@@ -52,16 +57,24 @@ def main(config: LatencyConfig) -> None:
             x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
             page.mouse.move(x, y)
             page.mouse.down()
-            for i in range(config.drags):
+            milliseconds: dict[str, list[float]] = {"apart": [], "in a row": []}
+            for i in range(2 * config.drags):
+                apart = i < config.drags
+                if apart:
+                    page.wait_for_timeout(1_000 * config.pause)
+                page.evaluate("() => window.expect()")
                 page.mouse.move(x + 60 * np.sin(i / 5) + (8 if i % 2 else -8), y)
-                page.wait_for_function(f"window.shown.length > {i}", timeout=5_000)
+                milliseconds["apart" if apart else "in a row"].append(page.evaluate("() => window.arrival"))
             page.mouse.up()
-            milliseconds = page.evaluate("window.shown")[: config.drags]
         if errors:
             raise SystemExit(f"the page reported errors: {errors}")
-    median, p95 = statistics.median(milliseconds), float(np.quantile(milliseconds, 0.95))
-    write_json(RESULTS, {"provenance": provenance(), "median": median, "p95": p95, "milliseconds": milliseconds})
-    print(f"{len(milliseconds)} drags: median {median:.0f} ms, p95 {p95:.0f} ms")
+    result = {
+        name: {"median": statistics.median(values), "p95": float(np.quantile(values, 0.95)), "milliseconds": values}
+        for name, values in milliseconds.items()
+    }
+    write_json(RESULTS, {"provenance": provenance(), "pause": config.pause, **result})
+    for name, values in result.items():
+        print(f"{config.drags} drags {name}: median {values['median']:.0f} ms, p95 {values['p95']:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -159,9 +159,11 @@ def sampling() -> str:
 def latency() -> str:
     """From a slider's event to the new picture."""
     result = _result("latency")
+    apart, row = result["apart"], result["in a row"]
     return (
-        f"From the move of beta's slider to the new picture in the page, over {len(result['milliseconds'])} drags: median "
-        f"{result['median']:.0f} ms, 95 % within {result['p95']:.0f} ms." + _origin(result)
+        f"From the move of beta's slider to the new picture in the page, over {len(apart['milliseconds'])} drags {result['pause']} s "
+        f"apart: median {apart['median']:.0f} ms, 95 % within {apart['p95']:.0f} ms. Where the next move follows as soon as the "
+        f"picture is there: {row['median']:.0f} and {row['p95']:.0f} ms." + _origin(result)
     )
 
 

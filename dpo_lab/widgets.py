@@ -7,6 +7,7 @@ arguments (`beta_state`, `bandit_state`, ...), so that it can be called and test
 import base64
 import html
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import torch
+from ipywidgets.widgets import widget as widget_protocol
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
@@ -23,6 +25,10 @@ from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
 from dpo_lab.objective import kl, log_partition, optimal_policy
 from dpo_lab.plots import Moving, moving_bandit, moving_comparisons, moving_optimum, moving_pairs, moving_run
 from dpo_lab.runs import read_config, read_metrics, read_snapshots
+
+if "JUPYTER_WIDGETS_ECHO" not in os.environ:
+    # a moved slider is not told its own value again, ahead of the picture: that costs 10 ms, and serves second browsers alone
+    widget_protocol.JUPYTER_WIDGETS_ECHO = False
 
 REFERENCE = torch.tensor([0.35, 0.40, 0.20, 0.05], dtype=torch.float64)
 REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)

@@ -26,6 +26,7 @@ from dpo_lab.widgets import (
     bandit_explorer,
     bandit_state,
     beta_explorer,
+    beta_slider,
     beta_state,
     bradley_terry_explorer,
     bradley_terry_state,
@@ -217,3 +218,11 @@ def test_a_page_without_a_kernel_shows_the_picture():
     shown = explorer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in shown
     assert base64.b64decode(shown["image/png"]) == explorer.picture.png()
+
+
+def test_a_moved_slider_is_not_told_its_own_value(monkeypatch):
+    """Its echo would stand in the queue before the picture."""
+    slider, sent = beta_slider(), []
+    monkeypatch.setattr(slider, "_send", lambda message, buffers=None: sent.append(message["method"]))
+    slider.set_state({"value": 2.0})
+    assert slider.value == 2.0 and "echo_update" not in sent
