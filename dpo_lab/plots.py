@@ -92,6 +92,22 @@ def plot_band(
     return figure
 
 
+def plot_race(
+    title: str, racers: Mapping[str, tuple[Sequence[float], np.ndarray]], x_label: str, y_label: str, *, goal: float | None = None
+) -> Figure:
+    """Median and band from the 10th to the 90th percentile of each racer, (x, values (len(x), seeds)), both axes in logs."""
+    figure, axes = _figure(title, y_label, x=x_label)
+    for (name, (x, values)), colour, style in zip(racers.items(), (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")):
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(x, middle, color=colour, linestyle=style, label=name)
+    if goal is not None:
+        axes.axhline(goal, color=OPTIMUM, linewidth=0.8)
+    axes.set(xscale="log", yscale="log")
+    axes.legend(frameon=False)
+    return figure
+
+
 def plot_simplex(
     value: Callable[[Tensor], Tensor],
     labels: Sequence[str],
@@ -173,32 +189,27 @@ def plot_margins(metrics: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def plot_frontier(
-    points: Sequence[dict[str, float]], frontier: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None, *, label: str = "DPO"
-) -> Figure:
-    """Mean reward against sequence KL as training goes on, under the best that any policy can reach.
+def plot_frontier(runs: Mapping[str, Sequence[dict[str, float]]], frontier: Any | None = None) -> Figure:
+    """Mean reward against sequence KL of named runs as training goes on, under the best that any policy can reach.
 
-    `points` have `reward`, `kl` and their `_se`; `frontier` is what `optimal_frontier` returns, drawn only while the
-    effective sample size is at least 5.
+    The points of a run have `reward`, `kl` and their `_se`; `frontier` is what `optimal_frontier` returns, drawn only while
+    the estimate is valid.
     """
     figure, axes = _figure(
         "Reward against KL on held-out prefixes", "mean reward, P(positive)", x="sequence KL to the reference (nats)"
     )
     if frontier is not None:
-        reward, kl, effective = frontier
-        valid = effective >= 5
-        axes.plot(kl[valid], reward[valid], color=OPTIMUM, linestyle="--", label="optimal policy, estimated from the reference")
-    columns = {k: [p[k] for p in points] for k in ("kl", "reward", "kl_se", "reward_se")}
-    axes.errorbar(
-        columns["kl"],
-        columns["reward"],
-        columns["reward_se"],
-        columns["kl_se"],
-        marker="o",
-        markersize=4,
-        color=POLICY,
-        label=label,
-    )
+        valid = frontier.valid
+        axes.plot(
+            frontier.kl[valid],
+            frontier.reward[valid],
+            color=OPTIMUM,
+            linestyle="--",
+            label="optimal policy, estimated from the reference",
+        )
+    for (name, points), colour, marker in zip(runs.items(), (POLICY, REJECTED, CHOSEN, OPTIMUM), "os^D"):
+        kl, reward, kl_se, reward_se = ([p[k] for p in points] for k in ("kl", "reward", "kl_se", "reward_se"))
+        axes.errorbar(kl, reward, reward_se, kl_se, marker=marker, markersize=4, color=colour, label=name)
     axes.set(ylim=(0.4, 1.0))
     axes.legend(frameon=False, loc="lower right")
     return figure

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.plots import (
     plot_band,
     plot_beta_path,
@@ -14,6 +15,7 @@ from dpo_lab.plots import (
     plot_lines,
     plot_loss,
     plot_margins,
+    plot_race,
     plot_rewards,
     plot_simplex,
 )
@@ -51,11 +53,11 @@ def test_the_frontier_is_drawn_only_where_the_estimate_holds():
         {"reward": 0.5, "reward_se": 0.01, "kl": 0.0, "kl_se": 0.0},
         {"reward": 0.8, "reward_se": 0.01, "kl": 2.0, "kl_se": 0.1},
     ]
-    frontier = (np.array([0.5, 0.7, 0.9]), np.array([0.0, 1.0, 3.0]), np.array([64.0, 20.0, 2.0]))
-    axes = plot_frontier(points, frontier).axes[0]
+    frontier = OptimalFrontier(np.array([0.5, 0.7, 0.9]), np.array([0.0, 1.0, 3.0]), np.array([64.0, 20.0, 2.0]))
+    axes = plot_frontier({"DPO": points, "PPO": points[:1]}, frontier).axes[0]
     assert list(axes.get_lines()[0].get_xdata()) == [0.0, 1.0]
     assert "KL" in axes.get_xlabel() and "nats" in axes.get_xlabel()
-    plot_frontier(points)
+    plot_frontier({"DPO": points})
 
 
 def test_bars_have_the_height_of_the_probabilities():
@@ -91,6 +93,17 @@ def test_calibration_errors_are_two_binomial_ones():
     axes = plot_calibration([0.5], [0.6], [25]).axes[0]
     bars = [c for c in axes.collections if hasattr(c, "get_segments")][0].get_segments()[0]
     assert bars[:, 1].tolist() == pytest.approx([0.4, 0.8]) and axes.get_xlim() == axes.get_ylim() == (0, 1)
+
+
+def test_a_race_shows_the_median_of_each_racer_in_logs():
+    values = np.random.default_rng(0).lognormal(size=(3, 21))
+    axes = plot_race("Title", {"one": ([1, 10, 100], values), "two": ([2, 20], values[:2])}, "samples", "gap", goal=0.5).axes[0]
+    one, two, goal = axes.get_lines()
+    assert one.get_ydata() == pytest.approx(np.median(values, 1)) and list(two.get_xdata()) == [2, 20]
+    assert list(goal.get_ydata()) == [0.5, 0.5] and axes.get_xscale() == axes.get_yscale() == "log"
+    low, high = np.quantile(values[0], (0.1, 0.9))
+    corners = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert corners.min() <= low + 1e-12 and corners.max() >= high - 1e-12
 
 
 def test_the_band_holds_most_seeds_around_their_mean():
