@@ -1,9 +1,12 @@
-"""DPO where the optimum is known: one prompt, n completions, and a policy that is a table of logits."""
+"""DPO and PPO where the optimum is known: one prompt, n completions, and a policy that is a table of logits."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from dpo_lab.losses import ppo_clip_loss
+from dpo_lab.objective import objective_value
 
 Loss = Callable[[Tensor], Tensor]  # from log-probs (n,) to a number
 
@@ -58,3 +61,63 @@ def minimise(loss: Loss, reference: Tensor, *, iterations: int = 500) -> Tensor:
 
     optimizer.step(closure)
     return torch.softmax(logits.detach(), -1)
+
+
+def exact_gradient(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """The gradient by the logits (n,) of J(pi) = E_pi[r] - beta KL(pi || pi_ref) (Eq. 3), by summing over all completions."""
+    logits = logits.detach().requires_grad_()
+    return torch.autograd.grad(objective_value(torch.softmax(logits, -1), reference, reward, beta), logits)[0]
+
+
+def penalised_rewards(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """r - beta log(pi / pi_ref) of each completion, (n,): what policy gradients maximise the mean of. It has no gradient."""
+    return (reward - beta * (torch.log_softmax(logits, -1) - reference.log())).detach()
+
+
+def reinforce_gradients(logits: Tensor, actions: Tensor, returns: Tensor, baseline: float | Tensor = 0.0) -> Tensor:
+    """One estimate of the gradient of the mean return for each action, (N, n): (R - b) grad log pi(a) (Williams 1992).
+
+    The log-derivative trick: grad E[R] = sum grad pi(a) R(a) = E[R grad log pi(a)]. On a table of logits grad log pi(a) is
+    onehot(a) - pi. The derivative of the penalty inside R, -beta log pi, has mean zero and is left out; so has b grad log pi
+    whatever the baseline b, which takes from the variance and not from the mean. `actions` (N,) are drawn from
+    softmax(`logits`), `returns` are theirs, (N,).
+    """
+    score = torch.nn.functional.one_hot(actions, len(logits)) - torch.softmax(logits, -1)  # (N, n)
+    return (returns - baseline)[:, None] * score
+
+
+def policy_gradient(
+    reference: Tensor,
+    reward: Tensor,
+    beta: float,
+    *,
+    steps: int,
+    samples: int,
+    learning_rate: float,
+    generator: torch.Generator,
+    baseline: bool = True,
+    epochs: int = 1,
+    clip: float | None = None,
+) -> Tensor:
+    """Policy gradient on logits from the reference: the policies on the way, (steps + 1, n).
+
+    Each step draws `samples` completions from the policy and asks for their rewards. Without `clip` it is REINFORCE, with
+    the batch's mean return as its baseline if asked; with `clip` it is PPO: `epochs` passes over the same samples, held near
+    the policy that drew them by `ppo_clip_loss`.
+    """
+    logits, path = reference.log().clone(), [reference.detach()]
+    for _ in range(steps):
+        policy = torch.softmax(logits, -1)
+        actions = torch.multinomial(policy, samples, replacement=True, generator=generator)  # (N,)
+        returns = penalised_rewards(logits, reference, reward, beta)[actions]
+        advantages = returns - returns.mean() if baseline else returns
+        if clip is None:
+            logits = logits + learning_rate * reinforce_gradients(logits, actions, advantages).mean(0)
+        else:
+            old_logps = policy.log()[actions]
+            for _ in range(epochs):
+                logits.requires_grad_()
+                loss = ppo_clip_loss(torch.log_softmax(logits, -1)[actions], old_logps, advantages, clip).mean()
+                logits = (logits - learning_rate * torch.autograd.grad(loss, logits)[0]).detach()
+        path.append(torch.softmax(logits, -1))
+    return torch.stack(path)

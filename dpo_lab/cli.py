@@ -13,6 +13,7 @@ import tyro
 from dpo_lab import experiment
 from dpo_lab.doctor import doctor
 from dpo_lab.experiment import ExperimentConfig, TaskConfig
+from dpo_lab.frontier import FrontierConfig, frontier
 from dpo_lab.pretrain import PretrainConfig, pretrain
 from dpo_lab.train import Interrupted
 
@@ -66,6 +67,16 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
     )
 
 
+def frontier_command(config: FrontierConfig, out: Path = Path("runs/frontier")) -> None:
+    """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT. Call it again after an interruption.
+
+    Args:
+        out: where every run has a directory, and `frontier.csv` all their evaluations.
+    """
+    rows = frontier(config, out)
+    print(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
+
+
 def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
     print(f"model in {pretrain(out, config, resume=resume)}")
@@ -77,6 +88,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sample": sample_command,
     "label": label_command,
     "evaluate": evaluate_command,
+    "frontier": frontier_command,
     "pretrain": pretrain_command,
 }
 

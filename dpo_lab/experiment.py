@@ -11,9 +11,10 @@ import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_lab.evaluate import Evaluation, evaluate_policy, optimal_frontier
+from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
-from dpo_lab.logprobs import completion_batch, score_completions
+from dpo_lab.layout import completion_batch
+from dpo_lab.logprobs import score_completions
 from dpo_lab.models import load_model, load_tokenizer, measure_precision, return_freed_memory
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
@@ -280,7 +281,7 @@ def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
     return sample_prefixes(list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed)
 
 
-def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> OptimalFrontier:
     """The optimal reward-KL frontier, from 64 reference completions of 32 held-out prefixes."""
     few = prompts[:32]
     completions = sample_completions(
@@ -342,7 +343,7 @@ def save_snapshot(
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]), encoding="utf-8")
 
 
-def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: tuple[np.ndarray, ...]) -> None:
+def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: OptimalFrontier) -> None:
     """Loss, rewards and accuracy, margins, and reward against KL, as PNG under `figures/`."""
     points = [
         {
@@ -359,7 +360,7 @@ def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, fr
         "loss": plot_loss(metrics),
         "rewards": plot_rewards(metrics),
         "margins": plot_margins(metrics),
-        "reward_kl": plot_frontier(points, frontier),
+        "reward_kl": plot_frontier({"DPO": points}, frontier),
     }
     for name, figure in figures.items():
         with write_whole(out / "figures" / f"{name}.png") as temporary:

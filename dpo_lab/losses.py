@@ -136,6 +136,35 @@ def unlikelihood_loss(policy_logps: Tensor, chosen: Tensor, rejected: Tensor, al
     return -policy_logps[chosen] + alpha * policy_logps[rejected]
 
 
+def ppo_clip_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float = 0.2) -> Tensor:
+    """PPO's clipped policy loss of each action, in units of the advantage (Eq. 7 of Schulman et al. 2017, arXiv:1707.06347).
+
+    max(-A w, -A clip(w, 1 - c, 1 + c)) with w = pi(a) / pi_old(a): no reward for moving an action's probability further than
+    the clip allows, and no relief for having moved it the wrong way. At w = 1 its gradient is that of -A log pi(a).
+
+    Args:
+        logps: log-probabilities (...) of the actions taken, nats; has the gradient.
+        old_logps: (...) those of the policy that took them.
+        advantages: (...) how much better than expected each action was.
+        clip: c, positive.
+    """
+    _check_clip(clip)
+    _check_shapes(logps=logps, old_logps=old_logps, advantages=advantages)
+    ratios = torch.exp(logps - old_logps)
+    return torch.maximum(-advantages * ratios, -advantages * ratios.clamp(1 - clip, 1 + clip))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:
+    """Half the squared error of each value, the larger of with and without a move of at most `clip` from the old value.
+
+    All are (...), in units of the reward. From OpenAI's implementation of PPO; the paper has it without the clip (Eq. 9).
+    """
+    _check_clip(clip)
+    _check_shapes(values=values, old_values=old_values, returns=returns)
+    clipped = torch.clamp(values, old_values - clip, old_values + clip)
+    return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) / 2
+
+
 def check_beta(beta: float) -> None:
     """Raise ValueError unless beta is a positive, finite number."""
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not (math.isfinite(beta) and beta > 0):
@@ -171,6 +200,18 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
     if len(same):
         row = int(same[0])
         raise ValueError(f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair")
+
+
+def _check_clip(clip: float) -> None:
+    if not (isinstance(clip, (int, float)) and math.isfinite(clip) and clip > 0):
+        raise ValueError(f"clip is {clip!r}; it must be a positive, finite number (0.2 is usual)")
+
+
+def _check_shapes(**tensors: Tensor) -> None:
+    shapes = {name: tuple(values.shape) for name, values in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the shapes are {found}; they must be the same, one value an action")
 
 
 def _check_float(name: str, values: Tensor, shape: str) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pyarrow
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
 
-from dpo_lab.logprobs import CompletionBatch, Precision, autocast, completion_logps
+from dpo_lab.layout import CompletionBatch
+from dpo_lab.logprobs import Precision, autocast, completion_logps, completion_states
 from dpo_lab.losses import dpo_loss
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
@@ -72,6 +73,24 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
     return model
+
+
+class ScalarModel(nn.Module):
+    """A causal LM's decoder under a linear head with one output: a value model, or a reward model.
+
+    The head begins at zero, so that every number does; `model` is the LM whose decoder it takes, and trains.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: CompletionBatch) -> Tensor:
+        """A number before each completion token, (T,): a function of the prompt and the tokens so far."""
+        return self.head(completion_states(self.model, batch))[:, 0].float()
 
 
 @dataclass(frozen=True)

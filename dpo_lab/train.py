@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from dpo_lab.logprobs import CompletionBatch, Precision, can_share, completion_batch, completion_logps
-from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss
+from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.logprobs import Precision, can_share, completion_logps
+from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
 
@@ -47,7 +48,7 @@ class LoopConfig:
     accumulate: int = 1
     """forward passes a step; the gradient is that of the whole batch"""
     eval_every: int = 80
-    """steps between evaluations; the first interval is halved twice, for a policy moves most at the start"""
+    """steps between evaluations; the first interval is halved four times, for a policy moves most at the start"""
     save_every: int = 100
     """steps between checkpoints"""
     tensorboard: bool = False
@@ -130,13 +131,6 @@ def train_dpo(
     check_config(config)
     if preferences.reference_logps is None:
         raise ValueError("preferences has no reference_logps; call preferences.with_reference(model) with the reference model")
-    groups = preferences.pairs_by_prompt()
-    plan = _plan(groups, config, seed)
-    share = can_share(policy)
-
-    def micro_batches(step: int) -> list[PairBatch]:
-        parts = np.array_split(np.array(plan[step]), min(config.loop.accumulate, len(plan[step])))
-        return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in parts]
 
     def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, float]]:
         logps = score(micro.batch)
@@ -161,22 +155,66 @@ def train_dpo(
         }
         return result.losses.sum(), {name: float(values.sum()) for name, values in per_pair.items()}
 
+    options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
+    return _fit_pairs(policy, preferences, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
+
+
+def train_unlikelihood(
+    policy: nn.Module,
+    preferences: Preferences,
+    alpha: float,
+    config: LoopConfig,
+    *,
+    epochs: int = 1,
+    batch_pairs: int = DPOConfig.batch_pairs,
+    seed: int = 0,
+    evaluate: Evaluate | None = None,
+    progress: str | None = "unlikelihood",
+) -> list[dict[str, Any]]:
+    """Minimise -log pi(chosen) + alpha log pi(rejected) a pair: the paper's baseline (Section 6), which degenerates.
+
+    The rest is as in `train_dpo`; no reference is needed.
+    """
+
+    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, float]]:
+        logps = score(micro.batch)
+        sums = {
+            f"logps/{side}": float(logps.detach()[index].sum())
+            for side, index in (("chosen", micro.chosen), ("rejected", micro.rejected))
+        }
+        return unlikelihood_loss(logps, micro.chosen, micro.rejected, alpha).sum(), sums
+
+    return _fit_pairs(policy, preferences, loss_of, epochs, batch_pairs, config, seed, evaluate=evaluate, progress=progress)
+
+
+def _fit_pairs(
+    policy: nn.Module,
+    preferences: Preferences,
+    loss_of: Callable[[Callable, PairBatch], tuple[Tensor, dict[str, float]]],
+    epochs: int,
+    batch_pairs: int,
+    loop: LoopConfig,
+    seed: int,
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    evaluate: Evaluate | None,
+    progress: str | None,
+) -> list[dict[str, Any]]:
+    """`fit` on the mean over pairs, prompts kept whole, in the precision of the reference log-probs."""
+    groups, share = preferences.pairs_by_prompt(), can_share(policy)
+    plan = plan_prompts(groups, epochs, batch_pairs, seed)
+
+    def micro_batches(step: int) -> list[PairBatch]:
+        parts = np.array_split(np.array(plan[step]), min(loop.accumulate, len(plan[step])))
+        return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in parts]
+
     def weigh(micro: PairBatch) -> int:
         return len(micro.chosen)
 
-    return _fit(
-        policy,
-        len(plan),
-        micro_batches,
-        loss_of,
-        weigh,
-        config.loop,
-        precision=preferences.reference_precision,
-        run=run,
-        resume=resume,
-        evaluate=evaluate,
-        progress=progress,
-    )
+    precision = preferences.reference_precision
+    options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
+    return fit(policy, len(plan), micro_batches, loss_of, weigh, loop, precision=precision, **options)
 
 
 def train_sft(
@@ -209,7 +247,7 @@ def train_sft(
     def weigh(batch: CompletionBatch) -> int:
         return batch.tokens
 
-    return _fit(
+    return fit(
         policy,
         steps,
         batches,
@@ -227,12 +265,12 @@ def train_sft(
 def sft_batches(
     preferences: Preferences, size: int, *, chosen_only: bool = True, share: bool = False, seed: int = 0
 ) -> list[CompletionBatch]:
-    """One epoch of shuffled batches of `size` completions: the chosen ones (Preferred-FT), or all of them (SFT).
+    """One epoch of shuffled batches of `size` completions: the chosen one of every pair (Preferred-FT), or all of them (SFT).
 
     `share` is that of `completion_batch`: faster, and exact where `can_share` says so of the model.
     """
     p = preferences
-    which = np.unique(p.chosen) if chosen_only else np.arange(len(p.completions))
+    which = p.chosen if chosen_only else np.arange(len(p.completions))
     order = np.random.default_rng(seed).permutation(which)
     return [
         completion_batch(p.prompts, [p.completions[i] for i in part], [p.prompt_of[i] for i in part], share=share)
@@ -240,7 +278,7 @@ def sft_batches(
     ]
 
 
-def _fit(
+def fit(
     model: nn.Module,
     steps: int,
     micro_batches: Callable[[int], list[Any]],
@@ -253,8 +291,13 @@ def _fit(
     resume: bool,
     evaluate: Evaluate | None,
     progress: str | None,
+    scorer: Callable[[nn.Module], nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
-    """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs or tokens)."""
+    """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs, tokens, prompts).
+
+    `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
+    `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
+    """
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
@@ -265,7 +308,7 @@ def _fit(
     model.eval()  # no dropout: the reference was scored without it
     optimizers = make_optimizers(model, config)
     start = load_checkpoint(run, model, optimizers) if run and resume else 0
-    scorer = accelerator.prepare(_Scorer(model))
+    scoring = accelerator.prepare((scorer or _Scorer)(model))
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     history = read_metrics(run, up_to=start) if run and start else []
     if run:
@@ -302,7 +345,7 @@ def _fit(
             tokens = 0
             for micro in micros:
                 micro = _to(micro, accelerator.device)
-                loss, sums = loss_of(scorer, micro)
+                loss, sums = loss_of(scoring, micro)
                 accelerator.backward(loss / total)
                 tokens += getattr(micro, "batch", micro).tokens
                 for name, value in {"loss": loss.item(), **sums}.items():
@@ -320,7 +363,8 @@ def _fit(
             log({"step": step, **line})
             bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             bar.update()
-            if evaluate and (step % config.eval_every == 0 or config.eval_every in (2 * step, 4 * step) or step == steps):
+            early = [step * 2**halving for halving in range(1, 5)]
+            if evaluate and (step % config.eval_every == 0 or config.eval_every in early or step == steps):
                 log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
             stopping = run is not None and stop.is_set() and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
@@ -372,13 +416,13 @@ def _schedule(step: int, steps: int, config: LoopConfig) -> float:
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
 
 
-def _plan(groups: list[list[int]], config: DPOConfig, seed: int) -> list[list[int]]:
+def plan_prompts(groups: list[list[int]], epochs: int, batch_pairs: int, seed: int) -> list[list[int]]:
     """Which prompts each step takes: every epoch shuffled by (seed, epoch), prompts kept whole, about `batch_pairs` pairs."""
     plan: list[list[int]] = []
-    for epoch in range(config.epochs):
+    for epoch in range(epochs):
         step, pairs = [], 0
         for g in np.random.default_rng([seed, epoch]).permutation(len(groups)):
-            if step and pairs + len(groups[g]) > config.batch_pairs:
+            if step and pairs + len(groups[g]) > batch_pairs:
                 plan.append(step)
                 step, pairs = [], 0
             step.append(int(g))
@@ -393,10 +437,11 @@ def _pair_batch(preferences: Preferences, pairs: Sequence[int], share: bool) -> 
     used, local = np.unique(ends, return_inverse=True)
     batch = completion_batch(p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], share=share)
     chosen, rejected = torch.from_numpy(local).chunk(2)
-    return PairBatch(batch, torch.as_tensor(p.reference_logps[used]), chosen, rejected)
+    reference = torch.zeros(len(used)) if p.reference_logps is None else torch.as_tensor(p.reference_logps[used])
+    return PairBatch(batch, reference, chosen, rejected)
 
 
 def _to(micro: Any, device: torch.device) -> Any:
     if isinstance(micro, CompletionBatch):
         return micro.to(device)
-    return PairBatch(*(part.to(device) for part in vars(micro).values()))
+    return type(micro)(*(part.to(device) for part in vars(micro).values()))

@@ -5,8 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lab.bandit import all_pairs, descend, minimise, pair_weights, sample_pairs
-from dpo_lab.losses import dpo_loss
+from dpo_lab.bandit import (
+    all_pairs,
+    descend,
+    exact_gradient,
+    minimise,
+    pair_weights,
+    penalised_rewards,
+    policy_gradient,
+    reinforce_gradients,
+    sample_pairs,
+)
+from dpo_lab.losses import dpo_loss, ppo_clip_loss
 from dpo_lab.objective import kl, optimal_policy
 
 REFERENCE = torch.tensor([0.35, 0.4, 0.2, 0.05], dtype=torch.float64)
@@ -69,3 +79,43 @@ def test_other_losses_end_elsewhere(kind):
     found = minimise(population_loss(REFERENCE, REWARD, 1.0, kind=kind), REFERENCE, iterations=100)
     assert torch.isfinite(found).all()
     assert (kl(found, optimal_policy(REFERENCE, REWARD, 1.0)) < 1e-8) == (kind == "robust")  # without smoothing it is sigmoid
+
+
+LOGITS = torch.tensor([0.3, -0.2, 0.1, -1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean return", "a constant"])
+def test_the_policy_gradient_s_mean_is_the_exact_gradient(baseline):
+    """Within 3 standard errors in every direction, whatever the baseline."""
+    actions = torch.multinomial(torch.softmax(LOGITS, 0), 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    returns = penalised_rewards(LOGITS, REFERENCE, REWARD, 0.5)[actions]
+    b = {"none": 0.0, "mean return": returns.mean(), "a constant": 3.0}[baseline]
+    estimates = reinforce_gradients(LOGITS, actions, returns, b)
+    error = estimates.std(0) / len(actions) ** 0.5
+    assert ((estimates.mean(0) - exact_gradient(LOGITS, REFERENCE, REWARD, 0.5)).abs() < 3 * error).all()
+
+
+def test_a_baseline_takes_from_the_variance():
+    actions = torch.multinomial(torch.softmax(LOGITS, 0), 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    returns = penalised_rewards(LOGITS, REFERENCE, REWARD + 5, 0.5)[actions]
+    spread = [reinforce_gradients(LOGITS, actions, returns, b).var(0).sum() for b in (0.0, returns.mean())]
+    assert spread[1] < spread[0] / 10
+
+
+def test_ppo_s_first_gradient_is_that_of_reinforce():
+    actions = torch.tensor([0, 1, 1, 3, 2])
+    advantages = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0], dtype=torch.float64)
+    logits = LOGITS.clone().requires_grad_()
+    logps = torch.log_softmax(logits, 0)[actions]
+    (gradient,) = torch.autograd.grad(-ppo_clip_loss(logps, logps.detach(), advantages).mean(), logits)
+    torch.testing.assert_close(gradient, reinforce_gradients(LOGITS, actions, advantages).mean(0), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("options", [{}, {"baseline": False}, {"clip": 0.2, "epochs": 4}], ids=["baseline", "plain", "ppo"])
+def test_policy_gradients_come_near_the_optimal_policy(options):
+    best = optimal_policy(REFERENCE, REWARD, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    path = policy_gradient(REFERENCE, REWARD, 0.5, steps=400, samples=256, learning_rate=0.2, generator=generator, **options)
+    assert path.shape == (401, 4) and torch.equal(path[0], REFERENCE)
+    torch.testing.assert_close(path.sum(1), torch.ones(401, dtype=torch.float64))
+    assert kl(path[-1], best) < 0.01 < kl(REFERENCE, best) / 50

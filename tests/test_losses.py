@@ -9,7 +9,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mpmath import mpf
 
-from dpo_lab.losses import bradley_terry_nll, check_beta, check_pairs, dpo_loss, reward_model_loss, unlikelihood_loss
+from dpo_lab.losses import (
+    bradley_terry_nll,
+    check_beta,
+    check_pairs,
+    clipped_value_loss,
+    dpo_loss,
+    ppo_clip_loss,
+    reward_model_loss,
+    unlikelihood_loss,
+)
 
 KINDS = [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.0), ("robust", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
 INF, NAN = math.inf, math.nan
@@ -319,3 +328,35 @@ def test_the_checks_are_silent_on_good_arguments():
     check_beta(1e-300)
     check_pairs(index(), index(), 0)
     check_pairs(index(0, 2), index(1, 0), 3)
+
+
+@given(st.floats(-3, 0), st.floats(-3, 0), st.floats(-5, 5), st.floats(0.01, 0.9))
+def test_ppo_s_loss_is_the_worse_of_the_plain_and_the_clipped_gain(logp, old, advantage, clip):
+    ratio = math.exp(logp - old)
+    clipped = 1 + clip if ratio > 1 + clip else 1 - clip if ratio < 1 - clip else ratio
+    found = ppo_clip_loss(*(torch.tensor([x], dtype=torch.float64) for x in (logp, old, advantage)), clip)
+    assert float(found) == pytest.approx(-min(ratio * advantage, clipped * advantage), abs=1e-12)
+
+
+@pytest.mark.parametrize("ratio, advantage, moves", [(1.3, 1, False), (1.3, -1, True), (0.7, 1, True), (0.7, -1, False)])
+def test_ppo_has_no_gradient_where_the_clip_holds_an_action_back(ratio, advantage, moves):
+    logps = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    ppo_clip_loss(logps, torch.zeros(1, dtype=torch.float64), torch.tensor([float(advantage)]), 0.2).sum().backward()
+    assert (logps.grad.item() != 0) == moves
+
+
+@given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3), st.floats(0.01, 1))
+def test_the_value_loss_is_the_larger_of_two_squares(value, old, target, clip):
+    near = old + clip if value > old + clip else old - clip if value < old - clip else value
+    found = clipped_value_loss(*(torch.tensor([x], dtype=torch.float64) for x in (value, old, target)), clip)
+    assert float(found) == pytest.approx(max((value - target) ** 2, (near - target) ** 2) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", [ppo_clip_loss, clipped_value_loss])
+def test_ppo_s_losses_name_a_bad_clip_and_shapes_that_differ(loss):
+    ones = torch.ones(3)
+    for clip in (0, -0.1, INF, NAN, "wide"):
+        with pytest.raises(ValueError, match="clip is .* positive, finite"):
+            loss(ones, ones, ones, clip)
+    with pytest.raises(ValueError, match=r"shapes are .*\(3,\).*\(2,\).* must be the same"):
+        loss(ones, ones, torch.ones(2))

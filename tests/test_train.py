@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from conftest import make_reviews
 
 from dpo_lab import runs, train
+from dpo_lab.layout import completion_batch
+from dpo_lab.logprobs import completion_logps
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
 from dpo_lab.runs import read_metrics
-from dpo_lab.train import DPOConfig, Interrupted, LoopConfig, sft_batches, train_dpo, train_sft
+from dpo_lab.train import DPOConfig, Interrupted, LoopConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)
 CONFIG = DPOConfig(beta=0.5, epochs=2, batch_pairs=12, loop=LOOP)
@@ -58,7 +60,7 @@ def textbook_dpo(policy, preferences, config, seed):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.loop.learning_rate, weight_decay=0.0)
     groups = preferences.pairs_by_prompt()
     losses = []
-    plan = train._plan(groups, config, seed)
+    plan = train.plan_prompts(groups, config.epochs, config.batch_pairs, seed)
     for step, members in enumerate(plan, start=1):
         if step <= config.loop.warmup_steps:
             scale = step / config.loop.warmup_steps
@@ -141,11 +143,11 @@ def test_accumulated_gradients_equal_the_large_batch(tiny, preferences, kind):
 
 def test_every_epoch_takes_every_pair_once_in_another_order(preferences):
     groups = preferences.pairs_by_prompt()
-    plan = train._plan(groups, CONFIG, seed=0)
+    plan = train.plan_prompts(groups, CONFIG.epochs, CONFIG.batch_pairs, 0)
     per_epoch = len(plan) // 2
     for epoch in (plan[:per_epoch], plan[per_epoch:]):
         assert sorted(g for step in epoch for g in step) == list(range(len(groups)))
-    assert plan[:per_epoch] != plan[per_epoch:] and plan != train._plan(groups, CONFIG, seed=1)
+    assert plan[:per_epoch] != plan[per_epoch:] and plan != train.plan_prompts(groups, CONFIG.epochs, CONFIG.batch_pairs, 1)
     assert all(sum(len(groups[g]) for g in step) <= CONFIG.batch_pairs for step in plan)
 
 
@@ -171,18 +173,29 @@ def test_optimizers_are_the_asked_ones(model):
 def test_evaluation_comes_first_every_n_steps_and_last(model, preferences):
     seen = []
     train_dpo(model, preferences, CONFIG, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
-    steps = len(train._plan(preferences.pairs_by_prompt(), CONFIG, 0))
+    steps = len(train.plan_prompts(preferences.pairs_by_prompt(), CONFIG.epochs, CONFIG.batch_pairs, 0))
     assert seen == sorted({0, *range(3, steps, 3), steps})
     seen.clear()
-    config = replace(CONFIG, loop=replace(LOOP, eval_every=4))
+    config = replace(CONFIG, loop=replace(LOOP, eval_every=4))  # halved to 2 and 1
     train_dpo(model, preferences, config, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
     assert seen == sorted({0, 1, 2, *range(4, steps, 4), steps})
 
 
+def test_unlikelihood_minimises_its_loss(model, preferences):
+    p = preferences
+    with torch.no_grad():
+        before = completion_logps(model, completion_batch(p.prompts, p.completions, p.prompt_of))
+    metrics = train_unlikelihood(model, p, 0.5, replace(LOOP, eval_every=100), epochs=8, batch_pairs=24, progress=None)
+    expected = (before[p.rejected] / 2 - before[p.chosen]).mean()
+    assert metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert metrics[0]["logps/chosen"] == pytest.approx(float(before[p.chosen].mean()), rel=1e-6)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1
+
+
 def test_sft_minimises_nats_per_completion_token(model, preferences):
     batches = sft_batches(preferences, 4)
-    chosen = {int(i) for i in preferences.chosen}
-    assert sum(b.n for b in batches) == len(chosen)
+    assert sum(b.n for b in batches) == len(preferences.chosen)
+    assert sum(b.tokens for b in batches) == sum(len(preferences.completions[i]) for i in preferences.chosen)
     with torch.no_grad():
         logps = train.completion_logps(model, batches[0])
     metrics = train_sft(model, batches, 30, replace(LOOP, learning_rate=1e-2), progress=None)

@@ -1,0 +1,90 @@
+"""The sweep of contenders in small: every method runs, what is finished is kept, and the table holds it all."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import make_reviews
+from datasets import Dataset, DatasetDict
+
+from dpo_lab import experiment, frontier
+from dpo_lab.experiment import TaskConfig
+from dpo_lab.frontier import COLUMNS, Contender, FrontierConfig, contenders
+from dpo_lab.ppo import PPOConfig
+from dpo_lab.reward_model import RewardModelConfig
+from dpo_lab.train import LoopConfig
+
+RUNS = [
+    Contender("dpo", 0.1, 0),
+    Contender("ppo", 3.0, 0),
+    Contender("ppo-gt", 3.0, 0),
+    Contender("unlikelihood", 0.5, 0),
+    Contender("preferred-ft", 0.0, 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def made_up_reviews(monkeypatch, tmp_path_factory):
+    parts = {}
+    for name, n in (("train", 200), ("test", 60)):
+        texts, labels = make_reviews(n, seed=n)
+        parts[name] = Dataset.from_dict({"text": texts, "label": labels})
+    monkeypatch.setattr(experiment, "load_imdb", lambda source: DatasetDict(parts))
+    monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def config(tiny):
+    loop = LoopConfig(eval_every=3, warmup_steps=1)
+    return FrontierConfig(
+        task=TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=8, max_new_tokens=6, precision="float32"),
+        loop=loop,
+        ppo=PPOConfig(steps=2, batch=8, minibatch=8, epochs=1, eval_every=1),
+        reward_model=RewardModelConfig(batch_pairs=12, loop=loop),
+    )
+
+
+def test_the_paper_s_sweep_has_22_runs():
+    runs = contenders()
+    assert len(runs) == len({run.name for run in runs}) == 22
+    by_method = {method: [run.setting for run in runs if run.method == method] for method in {run.method for run in runs}}
+    assert by_method["dpo"] == [0.05, 0.1, 1, 5] and by_method["unlikelihood"] == [0.05, 0.1, 0.5, 1]
+    assert by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12] and len(by_method["preferred-ft"]) == 6
+
+
+def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
+    rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS[:2])
+    assert {row["method"] for row in rows} == {"dpo", "ppo", "sft", "best-of-n"}
+    ran, original = [], frontier.run_contender
+    monkeypatch.setattr(frontier, "run_contender", lambda run, *rest: ran.append(run) or original(run, *rest))
+    rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS)
+    assert ran == RUNS[2:]
+    with open(tmp_path / "frontier.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(rows) and tuple(table[0]) == COLUMNS
+    assert json.loads((tmp_path / "frontier.json").read_text())["commit"]
+    for run in RUNS:
+        mine = [row for row in rows if (row["method"], row["seed"]) == (run.method, run.seed)]
+        assert len(mine) >= 2 and mine[0]["step"] == 0 and mine[0]["kl"] == pytest.approx(0, abs=1e-4)
+        assert all(0 <= row["reward"] <= 1 and row["seconds"] >= 0 for row in mine)
+        assert mine[-1]["kl"] != mine[0]["kl"]
+    tokens = [row["tokens"] for row in rows if row["method"] == "ppo-gt"]
+    assert tokens[0] > 0 and tokens[1] - tokens[0] <= 8 * 6 and tokens == sorted(tokens)
+    monkeypatch.setattr(frontier, "load_parts", lambda task: pytest.fail("everything has run already"))
+    assert frontier.frontier(config(tiny), tmp_path, runs=RUNS) == rows
+
+
+def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
+    parts = experiment.load_parts(config(tiny).task)
+    rows = frontier.baselines(config(tiny).task, parts, k=16)
+    assert [(row["method"], row["setting"]) for row in rows] == [("sft", 1)] + [("best-of-n", n) for n in (2, 4, 8, 16)]
+    rewards = [row["reward"] for row in rows]
+    assert rewards == sorted(rewards) and rows[0]["kl"] == 0 and rows[1]["kl"] == pytest.approx(np.log(2) - 0.5)
+
+
+def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
+    frontier.frontier(config(tiny), tmp_path, runs=RUNS[:1])
+    for changed in (replace(config(tiny), ppo=PPOConfig(steps=9)), replace(config(tiny), loop=LoopConfig(learning_rate=1.0))):
+        with pytest.raises(ValueError, match="another config"):
+            frontier.frontier(changed, tmp_path, runs=RUNS[:1])
