@@ -1,6 +1,7 @@
-"""JupyterLab in a real browser: what `make lab` opens can be read, run and moved. Screenshots stay in pytest's folder."""
+"""JupyterLab in a real browser: what `make lab` opens can be read, run and moved. Screenshots go to screenshots/ in the repository."""
 
 import base64
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dpo_lab.widgets import (
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; .ci/run installs it")]
 FAILED = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']"
+SCREENSHOTS = Path(__file__).parent.parent / "screenshots"
 STDERR = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']"
 
 
@@ -115,16 +117,16 @@ def move_every_slider(shown):
         values = by_mouse
 
 
-def test_the_first_run_opens_and_its_first_cell_runs(lab, browser, tmp_path):
+def test_the_first_run_opens_and_its_first_cell_runs(lab, browser):
     with open_notebook(browser, lab, "00_first_run") as (page, errors):
         page.get_by_role("heading", name="00. A first run").first.wait_for(timeout=30_000)
         run_first_cell(page)
-        page.screenshot(path=tmp_path / "lab.png")
+        page.screenshot(path=SCREENSHOTS / "lab.png")
         assert not page.locator(FAILED).count() and not page.locator(STDERR).count()
         assert errors == []
 
 
-def test_the_slider_of_the_first_notebook_moves_and_resets(lab, browser, tmp_path):
+def test_the_slider_of_the_first_notebook_moves_and_resets(lab, browser):
     with open_notebook(browser, lab, "00_start_here") as (page, errors):
         cell = run_first_cell(page)
         assert not page.locator(FAILED).count() and not page.locator(STDERR).count()
@@ -134,12 +136,12 @@ def test_the_slider_of_the_first_notebook_moves_and_resets(lab, browser, tmp_pat
         moved = shown.settled()
         cell.get_by_role("button", name="reset").click()
         assert shown.moved(moved) == start
-        page.screenshot(path=tmp_path / "slider.png")
+        page.screenshot(path=SCREENSHOTS / "slider.png")
         assert errors == []
 
 
 @pytest.mark.parametrize("notebook", EXPLORERS)
-def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, tmp_path, notebook):
+def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, notebook):
     with open_notebook(browser, lab, notebook) as (page, errors):
         run_all_cells(page)
         assert not page.locator(FAILED).count()
@@ -147,5 +149,5 @@ def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, 
         assert outputs.count() == len(EXPLORERS[notebook])
         for k, make in enumerate(EXPLORERS[notebook]):
             move_every_slider(Shown(page, outputs.nth(k), make()))
-            outputs.nth(k).screenshot(path=tmp_path / f"{notebook}-{k}.png")
+            outputs.nth(k).screenshot(path=SCREENSHOTS / f"{notebook}-{k}.png")
         assert errors == []
