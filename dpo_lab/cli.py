@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import datasets
 import transformers
@@ -18,6 +18,8 @@ from dpo_lab.pretrain import PretrainConfig, pretrain
 from dpo_lab.train import Interrupted
 
 Flat = tyro.conf.OmitArgPrefixes
+T = TypeVar("T")
+Nested = Annotated[T, tyro.conf.arg(name="")]  # --task.prefixes
 
 
 def doctor_command() -> int:
@@ -67,7 +69,7 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
     )
 
 
-def frontier_command(config: FrontierConfig, out: Path = Path("runs/frontier")) -> None:
+def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/frontier")) -> None:
     """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT. Call it again after an interruption.
 
     Args:

@@ -10,6 +10,7 @@ from conftest import make_reviews
 from datasets import Dataset, DatasetDict
 
 from dpo_lab import experiment, frontier
+from dpo_lab.cli import main
 from dpo_lab.experiment import TaskConfig
 from dpo_lab.frontier import COLUMNS, Contender, FrontierConfig, contenders
 from dpo_lab.ppo import PPOConfig
@@ -88,3 +89,12 @@ def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
     for changed in (replace(config(tiny), ppo=PPOConfig(steps=9)), replace(config(tiny), loop=LoopConfig(learning_rate=1.0))):
         with pytest.raises(ValueError, match="another config"):
             frontier.frontier(changed, tmp_path, runs=RUNS[:1])
+
+
+def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(frontier, "contenders", lambda seed: RUNS[3:4])
+    options = f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5"
+    assert main(["frontier", "--out", str(tmp_path / "sweep"), *options.split(), "--task.precision", "float32"]) == 0
+    assert f"evaluations in {tmp_path / 'sweep' / 'frontier.csv'}" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "sweep" / "config.json").read_text())
+    assert recorded["loop"]["eval_every"] == 5 and recorded["task"]["prefixes"] == 12
