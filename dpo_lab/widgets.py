@@ -151,7 +151,7 @@ def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labe
         return _optimum_readout(state)
 
     sliders: dict[str, widgets.Widget] = {"beta": beta_slider()}
-    wide = {"style": {"description_width": "150px"}, "layout": {"width": "420px"}}
+    wide = {"style": {"description_width": "180px"}, "layout": {"width": "450px"}}
     for i, label in enumerate(labels):
         sliders[f"reward_{i}"] = widgets.FloatSlider(
             float(reward[i]), min=-3, max=3, step=0.1, description=f"reward of {label}", **wide
@@ -248,7 +248,7 @@ def bradley_terry_explorer(
         moving.update(state)
         return f"negative log-likelihood {state['nll']:.4f} nats a comparison; the least there is, {fit.nll:.4f}"
 
-    wide = {"style": {"description_width": "150px"}, "layout": {"width": "420px"}}
+    wide = {"style": {"description_width": "180px"}, "layout": {"width": "450px"}}
     sliders = {
         f"reward_{i}": widgets.FloatSlider(0.0, min=-4, max=4, step=0.05, description=f"reward of {label}", **wide)
         for i, label in enumerate(labels)

@@ -22,9 +22,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def jupyterlab(folder: Path, python: str | Path = sys.executable) -> Iterator[str]:
     """Address of a JupyterLab of `python` on a copy of the notebooks under `folder`, with settings of its own."""
     shutil.copytree(NOTEBOOKS, folder / "notebooks")
-    settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # every cell stays in the page
+    for name, setting in {
+        "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell stays in the page
+        "apputils-extension/notification": '{"fetchNews": "false"}',  # no question stands in front of it
+    }.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(setting)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
