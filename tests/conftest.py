@@ -6,8 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import GPT2LMHeadModel, set_seed
 
+from dpo_lab import experiment
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.pretrain import PretrainConfig, gpt2_config, train_tokenizer
 
@@ -24,6 +26,17 @@ def make_reviews(n, seed=0):
         texts.append(f"Review {i}: " + " ".join(words))
         labels.append(i % 2)
     return texts, labels
+
+
+@pytest.fixture
+def made_up_reviews(monkeypatch, tmp_path_factory):
+    """An experiment reads 260 made-up reviews, and keeps its classifier apart from the user's."""
+    parts = {}
+    for name, n in (("train", 200), ("test", 60)):
+        texts, labels = make_reviews(n, seed=n)
+        parts[name] = Dataset.from_dict({"text": texts, "label": labels})
+    monkeypatch.setattr(experiment, "load_imdb", lambda source: DatasetDict(parts))
+    monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import make_reviews
-from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lab import experiment
@@ -22,17 +20,8 @@ from dpo_lab.models import PrecisionTest
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import read_metrics, read_snapshots
 
+pytestmark = pytest.mark.usefixtures("made_up_reviews")
 SMALL = "--prefixes 12 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 20 --eval-every 2 --save-every 2".split()
-
-
-@pytest.fixture(autouse=True)
-def made_up_reviews(monkeypatch, tmp_path_factory):
-    parts = {}
-    for name, n in (("train", 200), ("test", 60)):
-        texts, labels = make_reviews(n, seed=n)
-        parts[name] = Dataset.from_dict({"text": texts, "label": labels})
-    monkeypatch.setattr(experiment, "load_imdb", lambda source: DatasetDict(parts))
-    monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_reviews
-from datasets import Dataset, DatasetDict
 
 from dpo_lab import experiment, frontier
 from dpo_lab.cli import main
@@ -17,6 +15,7 @@ from dpo_lab.ppo import PPOConfig
 from dpo_lab.reward_model import RewardModelConfig
 from dpo_lab.train import LoopConfig
 
+pytestmark = pytest.mark.usefixtures("made_up_reviews")
 RUNS = [
     Contender("dpo", 0.1, 0),
     Contender("ppo", 3.0, 0),
@@ -24,16 +23,6 @@ RUNS = [
     Contender("unlikelihood", 0.5, 0),
     Contender("preferred-ft", 0.0, 1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def made_up_reviews(monkeypatch, tmp_path_factory):
-    parts = {}
-    for name, n in (("train", 200), ("test", 60)):
-        texts, labels = make_reviews(n, seed=n)
-        parts[name] = Dataset.from_dict({"text": texts, "label": labels})
-    monkeypatch.setattr(experiment, "load_imdb", lambda source: DatasetDict(parts))
-    monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def config(tiny):
