@@ -75,12 +75,12 @@ def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
     The policy that returns it has a KL to the sampled one of at most log n - (n - 1) / n nats (Beirami et al. 2024,
     https://arxiv.org/abs/2401.01879), with equality where no two completions are the same.
     """
-    scores = np.sort(np.asarray(scores, dtype=np.float64), axis=1)
+    scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or not 1 <= n <= scores.shape[1]:
         raise ValueError(f"n is {n} with scores of shape {scores.shape}; it must be from 1 to K for scores (M, K)")
     k = scores.shape[1]
     chances = np.array([math.comb(i, n - 1) for i in range(k)], dtype=np.float64) / math.comb(k, n)  # that i is the best
-    return scores @ chances
+    return np.sort(scores, axis=1) @ chances
 
 
 class OptimalFrontier(NamedTuple):

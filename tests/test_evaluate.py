@@ -119,3 +119,5 @@ def test_a_bad_n_is_named():
     for n in (0, 6):
         with pytest.raises(ValueError, match=f"n is {n} with scores of shape .*; it must be from 1 to K"):
             best_of_n(np.zeros((3, 5)), n)
+    with pytest.raises(ValueError, match=r"scores of shape \(5,\); .* for scores \(M, K\)"):
+        best_of_n(np.zeros(5), 1)
