@@ -110,7 +110,7 @@ def run_contender(
     run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path
 ) -> list[dict[str, Any]]:
     """Train one contender and return a row for each of its evaluations."""
-    task = replace(config.task, seed=run.seed)
+    task = config.task  # whose seed decides the evaluation, the same for every run
     prompts, rows, began = held_out_prefixes(task, parts), [], time.perf_counter()
     spent = 0.0  # on evaluations, which no method is charged with
     policy = load_model(task.model or LANES[task.lane]["model"], device=task.device)

@@ -15,6 +15,7 @@ from dpo_lab.ppo import PPOConfig
 from dpo_lab.reward_model import RewardModelConfig
 from dpo_lab.train import LoopConfig
 
+METHODS = ("dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft")
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
 RUNS = [
     Contender("dpo", 0.1, 0),
@@ -59,6 +60,7 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
         assert len(mine) >= 2 and mine[0]["step"] == 0 and mine[0]["kl"] == pytest.approx(0, abs=1e-4)
         assert all(0 <= row["reward"] <= 1 and row["seconds"] >= 0 for row in mine)
         assert mine[-1]["kl"] != mine[0]["kl"]
+    assert len({(row["reward"], row["reward_se"]) for row in rows if row["step"] == 0 and row["method"] in METHODS}) == 1
     tokens = [row["tokens"] for row in rows if row["method"] == "ppo-gt"]
     assert tokens[0] > 0 and tokens[1] - tokens[0] <= 8 * 6 and tokens == sorted(tokens)
     monkeypatch.setattr(frontier, "load_parts", lambda task: pytest.fail("everything has run already"))
