@@ -7,7 +7,9 @@ of preferences; best-of-N and the reference itself need no training.
 import csv
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from tqdm.auto import tqdm
 
-from dpo_lab.evaluate import best_of_n, evaluate_policy
+from dpo_lab.evaluate import best_of_n, evaluate_policy, frontier_band, optimal_frontier
 from dpo_lab.experiment import (
     LANES,
     Parts,
@@ -34,7 +36,7 @@ from dpo_lab.models import ScalarModel, load_model
 from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.runs import open_run, provenance, write_json, write_whole
+from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
 from dpo_lab.train import DPOConfig, LoopConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 BETAS, TARGETS, ALPHAS, SEEDS = (0.05, 0.1, 1.0, 5.0), (3.0, 6.0, 9.0, 12.0), (0.05, 0.1, 0.5, 1.0), (0, 1, 2, 3, 4, 5)
@@ -74,6 +76,10 @@ class FrontierConfig:
     """of PPO and PPO-GT"""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """of PPO"""
+    samples: int = 256
+    """completions of the reference for each held-out prefix: best-of-N and the optimal frontier"""
+    jobs: int | None = None
+    """runs at a time, each in a process of its own with about 2 GB; by default one a CPU core, at most four, and one on a GPU"""
 
 
 def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None = None) -> list[dict[str, Any]]:
@@ -84,34 +90,72 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     runs = contenders(config.task.seed) if runs is None else runs
     origin, config = provenance(), replace(config, task=recorded_precision(config.task, out))
     if (out / "config.json").exists():
-        open_run(out, asdict(config), resume=True)
+        open_run(out, settings(config), resume=True)
     todo = [run for run in runs if not (out / run.name / "rows.json").exists()]
-    if todo:
+    if todo or not (out / "baselines.json").exists():
         parts = load_parts(config.task)
         config = replace(config, task=measured_precision(config.task, parts))
-        open_run(out, asdict(config), resume=True)
+        open_run(out, settings(config), resume=True)
         preferences = label(config.task, out / "data", parts)
-        for run in tqdm(todo, desc="frontier", initial=len(runs) - len(todo), total=len(runs), unit="run"):
-            rows = run_contender(run, config, parts, preferences, out)
-            write_json(out / run.name / "rows.json", {"rows": rows, **origin})
-        if not (out / "baselines.json").exists():
-            write_json(out / "baselines.json", {"rows": baselines(config.task, parts), **origin})
+        if any(run.method == "ppo" for run in todo):
+            reward_model(config, preferences, out)
+        jobs = config.jobs or (min(4, torch.get_num_threads()) if config.task.device == "cpu" else 1)
+        with tqdm(desc="frontier", initial=len(runs) - len(todo), total=len(runs), unit="run") as bar:
+            if jobs == 1:
+                for run in [None, *todo]:
+                    bar.update(finish(run, config, parts, preferences, out, origin))
+            else:
+                del parts, preferences
+                threads = max(1, torch.get_num_threads() // jobs)
+                with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+                    tasks = [pool.submit(finish_alone, run, config, out, origin, threads) for run in [None, *todo]]
+                    try:
+                        for task in as_completed(tasks):
+                            bar.update(task.result())
+                    except BaseException:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
     files = [out / "baselines.json", *(out / run.name / "rows.json" for run in runs)]
-    rows = [row for file in files if file.exists() for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    rows = [row for part in found for row in part["rows"]]
     with write_whole(out / "frontier.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    write_json(out / "frontier.json", {"rows": len(rows), **origin})
+    kept = {file.parent.name: {k: part[k] for k in ("samples", "peak_memory_mb")} for file, part in zip(files[1:], found[1:])}
+    write_json(out / "frontier.json", {**origin, "config": settings(config), "optimal": found[0]["optimal"], "runs": kept})
     return rows
 
 
-def run_contender(
-    run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path
-) -> list[dict[str, Any]]:
-    """Train one contender and return a row for each of its evaluations."""
+def settings(config: FrontierConfig) -> dict[str, Any]:
+    """What decides the results: the config without how many run at a time."""
+    return {name: value for name, value in asdict(config).items() if name != "jobs"}
+
+
+def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int) -> int:
+    """`finish` in a process of its own."""
+    torch.set_num_threads(threads)
+    parts = load_parts(config.task)
+    return finish(run, config, parts, label(config.task, out / "data", parts), out, origin)
+
+
+def finish(
+    run: Contender | None, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path, origin: dict[str, str]
+) -> int:
+    """Run a contender, or the baselines for None, and write what it found; the number of contenders that it finished."""
+    if run is None:
+        if not (out / "baselines.json").exists():
+            write_json(out / "baselines.json", {**baselines(config.task, parts, config.samples), **origin})
+        return 0
+    result = run_contender(run, config, parts, preferences, out)
+    write_json(out / run.name / "rows.json", {**result, "peak_memory_mb": round(peak_memory_mb()), **origin})
+    return 1
+
+
+def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path) -> dict[str, Any]:
+    """Train one contender; a row for each of its evaluations, and the first eight texts of the last with their rewards."""
     task = config.task  # whose seed decides the evaluation, the same for every run
-    prompts, rows, began = held_out_prefixes(task, parts), [], time.perf_counter()
+    prompts, rows, samples, began = held_out_prefixes(task, parts), [], [], time.perf_counter()
     spent = 0.0  # on evaluations, which no method is charged with
     policy = load_model(task.model or LANES[task.lane]["model"], device=task.device)
     tokens = sum(map(len, preferences.completions)) if not run.method.startswith("ppo") else 0
@@ -140,10 +184,11 @@ def run_contender(
         row = {"method": run.method, "setting": run.setting, "seed": run.seed, "step": step, "tokens": tokens}
         row |= {"reward": result.reward, "reward_se": result.reward_se, "kl": result.kl, "kl_se": result.kl_se}
         rows.append(row | {"seconds": round(start - began - spent, 1)})
+        samples[:] = list(zip(result.texts, result.rewards))[:8]
         spent += time.perf_counter() - start
         return {"reward": result.reward, "kl": result.kl}
 
-    common: dict[str, Any] = {"evaluate": evaluate, "progress": run.name}
+    common: dict[str, Any] = {"evaluate": evaluate, "progress": None}
     if run.method == "dpo":
         train_dpo(policy, preferences, DPOConfig(beta=run.setting, loop=config.loop), seed=run.seed, **common)
     elif run.method == "unlikelihood":
@@ -167,7 +212,7 @@ def run_contender(
             seed=run.seed,
             **common,
         )
-    return rows
+    return {"rows": rows, "samples": samples}
 
 
 def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) -> ScalarModel:
@@ -186,8 +231,9 @@ def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) ->
     return model
 
 
-def baselines(task: TaskConfig, parts: Parts, k: int = 64) -> list[dict[str, Any]]:
-    """Best-of-N of the reference for N = 1 (the SFT policy itself), 2, 4, ..., 16, from `k` samples of each held-out prefix."""
+def baselines(task: TaskConfig, parts: Parts, k: int) -> dict[str, Any]:
+    """From `k` samples of each held-out prefix: rows of best-of-N for N = 1 (the SFT policy itself), 2, 4, ..., 16, and the
+    optimal frontier with its 90 % band."""
     prompts = held_out_prefixes(task, parts)
     began = time.perf_counter()
     completions = sample_completions(
@@ -198,7 +244,6 @@ def baselines(task: TaskConfig, parts: Parts, k: int = 64) -> list[dict[str, Any
         max_new_tokens=task.max_new_tokens,
         seed=task.seed + 1,
         precision=task.precision,
-        progress="best of N",
     )
     texts = [text for row in texts_of(parts.tokenizer, prompts, completions) for text in row]
     scores = parts.reward(texts).reshape(len(prompts), k)
@@ -221,4 +266,8 @@ def baselines(task: TaskConfig, parts: Parts, k: int = 64) -> list[dict[str, Any
                 "tokens": round(n * mean_tokens * len(prompts)),
             }
         )
-    return rows
+    betas, at = np.geomspace(10, 0.01, 80), np.linspace(0, np.log(k), 60)
+    optimal, band = optimal_frontier(scores, betas), frontier_band(scores, betas, at)
+    low, high = (np.where(np.isfinite(end), end, None).tolist() for end in band)
+    found = {name: array.tolist() for name, array in optimal._asdict().items()}
+    return {"rows": rows, "optimal": {**found, "at": at.tolist(), "low": low, "high": high}}

@@ -34,7 +34,7 @@ Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prom
 class PPOConfig:
     """How `train_ppo` samples and steps."""
 
-    steps: int = 60
+    steps: int = 24
     """rollouts; each is followed by `epochs` passes over it"""
     batch: int = 128
     """completions a rollout, one a prompt"""
@@ -50,7 +50,7 @@ class PPOConfig:
     """what a nat of KL costs, in standard deviations of the reward on reference samples; the first value where it adapts"""
     kl_target: float | None = None
     """sequence KL in nats that the coefficient is adapted to; None keeps it fixed"""
-    kl_gain: float = 0.1
+    kl_gain: float = 0.5
     """how fast it adapts (Section 2.2 of Ziegler et al. 2019)"""
     clip: float = 0.2
     """how far an action's probability may move from the rollout's"""
@@ -60,21 +60,23 @@ class PPOConfig:
     """discount a token"""
     lam: float = 0.95
     """lambda of generalised advantage estimation"""
-    whiten_rewards: bool = True
-    """divide the rewards of a rollout's tokens by their standard deviation"""
+    whiten_rewards: bool = False
+    """divide the rewards of a rollout's tokens by their standard deviation, as Ziegler et al. do; `value_clip` is then in these"""
     value_coefficient: float = 0.1
     """of the value loss"""
     ptx_coefficient: float = 0.0
     """gamma of InstructGPT's PPO-ptx: weight of the language-model loss on `ptx` batches, nats a token"""
     no_eos_penalty: float = 0.0
     """taken from the score of a completion that was cut before its EOS, in standard deviations of the reward"""
-    learning_rate: float = 5e-5
-    """peak; falls linearly to zero"""
+    learning_rate: float = 1e-4
+    """of the policy; falls linearly to zero"""
+    value_learning_rate: float = 5e-4
+    """of the value model; falls with it"""
     adam_eps: float = 1e-5
     """as in the original; torch's default of 1e-8 makes larger first steps"""
     max_grad_norm: float = 1.0
     """gradients of policy and of value model are scaled down to this norm, each"""
-    eval_every: int = 10
+    eval_every: int = 4
     """rollouts between evaluations"""
 
 
@@ -155,7 +157,12 @@ def train_ppo(
     first = [prompts[i] for i in rng.choice(len(prompts), min(512, len(prompts)), replace=False)]
     raw = checked_rewards(reward, first, sample(reference, first))
     mean, deviation = raw.mean(), raw.std() or 1.0
-    optimizer = torch.optim.Adam([*policy.parameters(), *value_model.parameters()], lr=config.learning_rate, eps=config.adam_eps)
+    groups = [
+        {"params": list(policy.parameters()), "lr": config.learning_rate},
+        {"params": list(value_model.parameters()), "lr": config.value_learning_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, eps=config.adam_eps)
+    annealing = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=config.steps)
     coefficient, tokens, order, history = config.kl_coefficient, 0, [], []
 
     def log(line: dict[str, Any]) -> None:
@@ -175,7 +182,6 @@ def train_ppo(
             raw = checked_rewards(reward, some, completions)
             cut = np.array([ids[-1] != eos_token_id for ids in completions])
             scores = torch.from_numpy((raw - mean) / deviation - config.no_eos_penalty * cut)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - (step - 1) / config.steps)
             rollout, means = learn(roles, optimizer, some, completions, scores, coefficient, config, precision, rng, ptx)
             kl = float(rollout.log_ratios.sum(1).mean())
             tokens += int(rollout.mask.sum())
@@ -193,6 +199,7 @@ def train_ppo(
                 | {"kl_coefficient": coefficient, "learning_rate": optimizer.param_groups[0]["lr"], "tokens": tokens}
                 | {"seconds": time.perf_counter() - began}
             )
+            annealing.step()
             if config.kl_target is not None:
                 coefficient = adapted_kl_coefficient(coefficient, kl, config.kl_target, config.kl_gain)
             bar.set_postfix(reward=f"{raw.mean():.3f}", kl=f"{kl:.2f}", refresh=False)
@@ -293,6 +300,7 @@ def minibatch_losses(
     stats = {
         "policy/loss": policy_loss.item(),
         "value/loss": value_loss.item(),
+        "value/explained": 1 - float((returns - values).var() / returns.var()),
         "policy/ratio": float(moved.exp().mean()),
         "policy/ratio_off": float(off.max()),
         "policy/approx_kl": float((moved**2).mean() / 2),
@@ -341,7 +349,7 @@ def check_ppo(
     for name in ("steps", "batch", "minibatch", "epochs", "max_new_tokens", "eval_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    positive = ("temperature", "clip", "value_clip", "learning_rate", "adam_eps", "max_grad_norm")
+    positive = ("temperature", "clip", "value_clip", "learning_rate", "value_learning_rate", "adam_eps", "max_grad_norm")
     for name in positive if config.kl_target is None else (*positive, "kl_target", "kl_gain"):
         if not (math.isfinite(value := getattr(config, name)) and value > 0):
             raise ValueError(f"{name} is {value}; it must be positive and finite")

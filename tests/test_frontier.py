@@ -33,6 +33,8 @@ def config(tiny):
         loop=loop,
         ppo=PPOConfig(steps=2, batch=8, minibatch=8, epochs=1, eval_every=1),
         reward_model=RewardModelConfig(batch_pairs=12, loop=loop),
+        samples=16,
+        jobs=1,
     )
 
 
@@ -54,7 +56,9 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     with open(tmp_path / "frontier.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) and tuple(table[0]) == COLUMNS
-    assert json.loads((tmp_path / "frontier.json").read_text())["commit"]
+    shipped = json.loads((tmp_path / "frontier.json").read_text())
+    assert shipped["commit"] and shipped["config"]["samples"] == 16 and len(shipped["optimal"]["kl"]) == 80
+    assert all(len(shipped["runs"][run.name]["samples"]) == 8 for run in RUNS)
     for run in RUNS:
         mine = [row for row in rows if (row["method"], row["seed"]) == (run.method, run.seed)]
         assert len(mine) >= 2 and mine[0]["step"] == 0 and mine[0]["kl"] == pytest.approx(0, abs=1e-4)
@@ -69,10 +73,23 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
 
 def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
     parts = experiment.load_parts(config(tiny).task)
-    rows = frontier.baselines(config(tiny).task, parts, k=16)
+    found = frontier.baselines(config(tiny).task, parts, k=16)
+    rows, optimal = found["rows"], found["optimal"]
     assert [(row["method"], row["setting"]) for row in rows] == [("sft", 1)] + [("best-of-n", n) for n in (2, 4, 8, 16)]
     rewards = [row["reward"] for row in rows]
     assert rewards == sorted(rewards) and rows[0]["kl"] == 0 and rows[1]["kl"] == pytest.approx(np.log(2) - 0.5)
+    assert min(optimal["reward"]) == pytest.approx(rows[0]["reward"], abs=1e-2) and max(optimal["kl"]) <= np.log(16)
+    inside = [(low, high) for low, high in zip(optimal["low"], optimal["high"]) if low is not None]
+    assert inside and all(low <= high for low, high in inside)
+
+
+def test_runs_side_by_side_find_what_they_find_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.undo()  # a process of its own reads the real reviews
+    small = replace(config(tiny), task=replace(config(tiny).task, reward=str(classifier(tiny, tmp_path / "judge"))))
+    alone = frontier.frontier(small, tmp_path / "alone", runs=RUNS[2:4])
+    together = frontier.frontier(replace(small, jobs=2), tmp_path / "together", runs=RUNS[2:4])
+    for one, other in zip(alone, together, strict=True):
+        assert {k: v for k, v in one.items() if k != "seconds"} == pytest.approx({k: v for k, v in other.items() if k != "seconds"})
 
 
 def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
@@ -84,7 +101,7 @@ def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
 
 def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "contenders", lambda seed: RUNS[3:4])
-    options = f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5"
+    options = f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
     assert main(["frontier", "--out", str(tmp_path / "sweep"), *options.split(), "--task.precision", "float32"]) == 0
     assert f"evaluations in {tmp_path / 'sweep' / 'frontier.csv'}" in capsys.readouterr().out
     recorded = json.loads((tmp_path / "sweep" / "config.json").read_text())
