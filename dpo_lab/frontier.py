@@ -19,6 +19,7 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from tqdm.auto import tqdm
 
+from dpo_lab.contenders import COLUMNS, Contender, contenders
 from dpo_lab.evaluate import best_of_n, evaluate_policy, frontier_band, optimal_frontier
 from dpo_lab.experiment import (
     LANES,
@@ -38,30 +39,6 @@ from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
 from dpo_lab.train import DPOConfig, LoopConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
-
-BETAS, TARGETS, ALPHAS, SEEDS = (0.05, 0.1, 1.0, 5.0), (3.0, 6.0, 9.0, 12.0), (0.05, 0.1, 0.5, 1.0), (0, 1, 2, 3, 4, 5)
-COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl_se", "seconds", "tokens")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One run: a method, what is varied of it, and a seed."""
-
-    method: str
-    setting: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """What its directory is called."""
-        return f"{self.method}-{self.setting:g}-seed{self.seed}"
-
-
-def contenders(seed: int = 0) -> list[Contender]:
-    """The paper's 22 runs: beta of DPO, target KL of PPO and PPO-GT, alpha of unlikelihood, seeds of Preferred-FT."""
-    grid = {"dpo": BETAS, "ppo": TARGETS, "ppo-gt": TARGETS, "unlikelihood": ALPHAS}
-    runs = [Contender(method, setting, seed) for method, settings in grid.items() for setting in settings]
-    return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
 
 
 @dataclass(frozen=True)
@@ -122,7 +99,10 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    kept = {file.parent.name: {k: part[k] for k in ("samples", "peak_memory_mb")} for file, part in zip(files[1:], found[1:])}
+    kept = {
+        file.parent.name: {k: part[k] for k in ("samples", "scores", "peak_memory_mb")}
+        for file, part in zip(files[1:], found[1:])
+    }
     write_json(out / "frontier.json", {**origin, "config": settings(config), "optimal": found[0]["optimal"], "runs": kept})
     return rows
 
@@ -153,7 +133,8 @@ def finish(
 
 
 def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path) -> dict[str, Any]:
-    """Train one contender; a row for each of its evaluations, and the first eight texts of the last with their rewards."""
+    """Train one contender; a row for each of its evaluations, the first eight texts of the last with their rewards, and of PPO
+    the mean score of every rollout: the reward that it was given, in standard deviations on the reference's completions."""
     task = config.task  # whose seed decides the evaluation, the same for every run
     prompts, rows, samples, began = held_out_prefixes(task, parts), [], [], time.perf_counter()
     spent = 0.0  # on evaluations, which no method is charged with
@@ -188,6 +169,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
         spent += time.perf_counter() - start
         return {"reward": result.reward, "kl": result.kl}
 
+    scores: list[float] = []
     common: dict[str, Any] = {"evaluate": evaluate, "progress": None}
     if run.method == "dpo":
         train_dpo(policy, preferences, DPOConfig(beta=run.setting, loop=config.loop), seed=run.seed, **common)
@@ -200,7 +182,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
         reward = text_reward(parts.reward, parts.tokenizer)
         if run.method == "ppo":
             reward = LearnedReward(reward_model(config, preferences, out), precision=task.precision)
-        train_ppo(
+        metrics = train_ppo(
             policy,
             parts.reference,
             ScalarModel(load_model(task.model or LANES[task.lane]["model"], device=task.device)),
@@ -212,7 +194,8 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
             seed=run.seed,
             **common,
         )
-    return {"rows": rows, "samples": samples}
+        scores = [line["objective/score"] for line in metrics if "objective/score" in line]
+    return {"rows": rows, "samples": samples, "scores": scores}
 
 
 def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) -> ScalarModel:

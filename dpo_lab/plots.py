@@ -9,6 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import Tensor
 
+CONTENDERS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
 CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
 
 
@@ -215,6 +216,27 @@ def plot_frontier(runs: Mapping[str, Sequence[dict[str, float]]], frontier: Any 
     return figure
 
 
+def plot_contenders(runs: Mapping[str, Sequence[Mapping[str, float]]], optimal: Any, band: np.ndarray) -> Figure:
+    """Every evaluation of each method, reward against sequence KL, under the optimal frontier with its `band` (3, A).
+
+    Points have `reward` and `kl`; the frontier ends in a cross where too few samples bear the estimate.
+    """
+    figure, axes = _figure(
+        "Every contender on held-out prefixes", "mean reward, P(positive)", x="sequence KL to the reference (nats)"
+    )
+    valid = optimal.valid
+    axes.fill_between(*band, color=OPTIMUM, alpha=0.2, linewidth=0)
+    axes.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy, with its 90 % band")
+    end = np.argmax(np.where(valid, optimal.kl, -1))
+    axes.plot(optimal.kl[end], optimal.reward[end], "x", color=OPTIMUM, markersize=9)
+    for (name, points), colour, marker in zip(runs.items(), CONTENDERS, "os^DvP*"):
+        kl, reward = ([p[k] for p in points] for k in ("kl", "reward"))
+        axes.plot(kl, reward, marker, color=colour, markersize=5, alpha=0.75, markeredgewidth=0, label=name)
+    axes.set(xlim=(-0.3, None))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 class Moving(NamedTuple):
     """A figure, those of its artists that move, and what moves them to another state."""
 
@@ -315,6 +337,31 @@ def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence
         cloud.set_data(state["rejected"], state["chosen"])
 
     return Moving(figure, [mark, cloud], update)
+
+
+def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any) -> Moving:
+    """One run among all, reward against KL, and its KL as it trains; a state has `kl`, `reward`, `step` and `target`."""
+    figure, (left, right) = _wide(2)
+    valid = optimal.valid
+    left.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy")
+    left.plot(
+        [r["kl"] for r in rows], [r["reward"] for r in rows], "o", color=OPTIMUM, alpha=0.25, markersize=4, markeredgewidth=0
+    )
+    (path,) = left.plot([], [], "o-", color=POLICY, markersize=5)
+    (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
+    left.set(xlabel="sequence KL (nats)", ylabel="mean reward")
+    left.legend(frameon=False, loc="lower right")
+    (meter,) = right.plot([], [], "o-", color=POLICY, markersize=5)
+    target = right.axhline(-1, color=REJECTED, linestyle=":", linewidth=2)
+    right.set(xlabel="share of its training", ylabel="sequence KL (nats)", xlim=(-0.03, 1.03), ylim=left.get_xlim())
+
+    def update(state: Mapping[str, Any]) -> None:
+        path.set_data(state["kl"], state["reward"])
+        last.set_data(state["kl"][-1:], state["reward"][-1:])
+        meter.set_data(np.asarray(state["step"]) / max(state["step"][-1], 1), state["kl"])
+        target.set_ydata([state["target"]] * 2)
+
+    return Moving(figure, [path, last, meter, target], update)
 
 
 def moving_pairs(line: Mapping[str, np.ndarray]) -> Moving:

@@ -21,9 +21,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
+from dpo_lab.contenders import Contender, Recorded, recorded
 from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
 from dpo_lab.objective import kl, log_partition, optimal_policy
-from dpo_lab.plots import Moving, moving_bandit, moving_comparisons, moving_optimum, moving_pairs, moving_run
+from dpo_lab.plots import (
+    Moving,
+    moving_bandit,
+    moving_comparisons,
+    moving_contenders,
+    moving_optimum,
+    moving_pairs,
+    moving_run,
+)
 from dpo_lab.runs import read_config, read_metrics, read_snapshots
 
 if "JUPYTER_WIDGETS_ECHO" not in os.environ:
@@ -257,6 +266,11 @@ def bradley_terry_explorer(
     return _explorer(show, Picture(moving), sliders, caption)
 
 
+def _sample_table(texts: Sequence[str], rewards: Sequence[float]) -> str:
+    rows = (f"<tr><td>{reward:.2f}</td><td>{html.escape(text)}</td></tr>" for text, reward in zip(texts, rewards))
+    return f"<table><tr><th>reward</th><th>sample of the policy</th></tr>{''.join(rows)}</table>"
+
+
 def training_explorer(run: Path | str) -> Explorer:
     """Walk through a recorded run of `dpo-lab train`: log-ratios of chosen and rejected, pairs, and samples at each evaluation.
 
@@ -273,8 +287,7 @@ def training_explorer(run: Path | str) -> Explorer:
     def show(snapshot: int) -> str:
         state = snapshots[snapshot]
         moving.update(state)
-        rows = (f"<tr><td>{r:.2f}</td><td>{html.escape(text)}</td></tr>" for text, r in zip(state["texts"], state["rewards"]))
-        samples.value = f"<table><tr><th>reward</th><th>sample of the policy</th></tr>{''.join(rows)}</table>"
+        samples.value = _sample_table(state["texts"], state["rewards"])
         margins = beta * np.subtract(state["chosen"], state["rejected"])
         ranked = np.mean((margins > 0) + (margins == 0) / 2)
         return f"step {state['step']}: mean margin {margins.mean():.3f} (beta x nats), ranked rightly {ranked:.0%}"
@@ -284,3 +297,32 @@ def training_explorer(run: Path | str) -> Explorer:
     )
     caption = "The margin grows. Does the chosen completion grow likelier, or only the rejected one less likely?"
     return _explorer(show, Picture(moving), {"snapshot": slider}, caption, samples)
+
+
+def frontier_explorer(sweep: Recorded | None = None) -> Explorer:
+    """Walk through the runs of a sweep, by default the shipped one: its path under the optimal frontier, KL and samples."""
+    sweep = recorded() if sweep is None else sweep
+    runs = {run: rows for run, rows in sweep.runs().items() if run.name in sweep.samples}
+    moving = moving_contenders(sweep.rows, sweep.optimal)
+    samples = widgets.HTML()
+
+    def show(run: Contender) -> str:
+        rows = runs[run]
+        state = {name: [row[name] for row in rows] for name in ("kl", "reward", "step")}
+        moving.update({**state, "target": run.setting if run.method.startswith("ppo") else -1})
+        samples.value = _sample_table(*zip(*sweep.samples[run.name]))
+        last, share = rows[-1], sweep.share(rows[-1])
+        gain = f", {share:.0%} of the optimal gain" if np.isfinite(share) else ""
+        return (
+            f"reward {last['reward']:.2f} at {last['kl']:.1f} nats{gain}; {last['seconds']:.0f} s, "
+            f"{last['tokens'] / 1e3:,.0f}k tokens, {sweep.peak_memory_mb[run.name] / 1e3:.1f} GB"
+        )
+
+    slider = widgets.SelectionSlider(
+        options=[(run.label, run) for run in runs],
+        description="run",
+        layout={"width": "520px"},
+        style={"description_width": "40px"},
+    )
+    caption = "Which setting moves a method along the frontier, and which only off it?"
+    return _explorer(show, Picture(moving), {"run": slider}, caption, samples)

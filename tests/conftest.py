@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import GPT2LMHeadModel, set_seed
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2LMHeadModel, set_seed
 
 from dpo_lab import experiment
 from dpo_lab.models import load_model, load_tokenizer
@@ -26,6 +26,24 @@ def make_reviews(n, seed=0):
         texts.append(f"Review {i}: " + " ".join(words))
         labels.append(i % 2)
     return texts, labels
+
+
+def make_classifier(folder, labels):
+    """A tiny sequence classifier with random weights in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import make_classifier
 
 from dpo_lab import experiment, frontier
 from dpo_lab.cli import main
+from dpo_lab.contenders import COLUMNS, Contender, contenders, recorded
 from dpo_lab.experiment import TaskConfig
-from dpo_lab.frontier import COLUMNS, Contender, FrontierConfig, contenders
+from dpo_lab.frontier import FrontierConfig
+from dpo_lab.plots import plot_contenders
 from dpo_lab.ppo import PPOConfig
 from dpo_lab.reward_model import RewardModelConfig
 from dpo_lab.train import LoopConfig
+from dpo_lab.widgets import frontier_explorer
 
 METHODS = ("dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft")
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
@@ -59,6 +63,18 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     shipped = json.loads((tmp_path / "frontier.json").read_text())
     assert shipped["commit"] and shipped["config"]["samples"] == 16 and len(shipped["optimal"]["kl"]) == 80
     assert all(len(shipped["runs"][run.name]["samples"]) == 8 for run in RUNS)
+    sweep = recorded(tmp_path)
+    assert sweep.rows == rows and set(sweep.runs()) >= set(RUNS) and sweep.provenance["commit"] == shipped["commit"]
+    assert sweep.before == next(row["reward"] for row in rows if row["method"] == "sft")
+    assert {name: len(scores) for name, scores in sweep.scores.items()} == {RUNS[1].name: 2, RUNS[2].name: 2}
+    explorer = frontier_explorer(sweep)
+    pictures = set()
+    for label, run in explorer.sliders["run"].options:
+        last = sweep.runs()[run][-1]
+        assert label == run.label and f"reward {last['reward']:.2f} at {last['kl']:.1f} nats" in explorer.show(run=run)
+        pictures.add(explorer.picture.png())
+    assert len(pictures) == len(RUNS)
+    plot_contenders({method: [row for row in rows if row["method"] == method] for method in METHODS}, sweep.optimal, sweep.band)
     for run in RUNS:
         mine = [row for row in rows if (row["method"], row["seed"]) == (run.method, run.seed)]
         assert len(mine) >= 2 and mine[0]["step"] == 0 and mine[0]["kl"] == pytest.approx(0, abs=1e-4)
@@ -69,6 +85,11 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     assert tokens[0] > 0 and tokens[1] - tokens[0] <= 8 * 6 and tokens == sorted(tokens)
     monkeypatch.setattr(frontier, "load_parts", lambda task: pytest.fail("everything has run already"))
     assert frontier.frontier(config(tiny), tmp_path, runs=RUNS) == rows
+
+
+def test_a_sweep_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="frontier.csv.*dpo-lab frontier"):
+        recorded(tmp_path)
 
 
 def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
@@ -85,11 +106,14 @@ def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
 
 def test_runs_side_by_side_find_what_they_find_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()  # a process of its own reads the real reviews
-    small = replace(config(tiny), task=replace(config(tiny).task, reward=str(classifier(tiny, tmp_path / "judge"))))
+    make_classifier(judge := tmp_path / "judge", ["POSITIVE", "NEGATIVE"])
+    small = replace(config(tiny), task=replace(config(tiny).task, reward=str(judge)))
     alone = frontier.frontier(small, tmp_path / "alone", runs=RUNS[2:4])
     together = frontier.frontier(replace(small, jobs=2), tmp_path / "together", runs=RUNS[2:4])
     for one, other in zip(alone, together, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == pytest.approx({k: v for k, v in other.items() if k != "seconds"})
+        assert {k: v for k, v in one.items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in other.items() if k != "seconds"}
+        )
 
 
 def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
@@ -101,7 +125,9 @@ def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
 
 def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "contenders", lambda seed: RUNS[3:4])
-    options = f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
+    options = (
+        f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
+    )
     assert main(["frontier", "--out", str(tmp_path / "sweep"), *options.split(), "--task.precision", "float32"]) == 0
     assert f"evaluations in {tmp_path / 'sweep' / 'frontier.csv'}" in capsys.readouterr().out
     recorded = json.loads((tmp_path / "sweep" / "config.json").read_text())

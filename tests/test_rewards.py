@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_reviews
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from conftest import make_classifier, make_reviews
+from transformers import BertForSequenceClassification, BertTokenizerFast
 
 from dpo_lab import rewards
 from dpo_lab.imdb import load_imdb
@@ -54,22 +54,6 @@ def test_one_string_is_not_a_list_and_no_texts_give_no_rewards():
     with pytest.raises(TypeError, match="list of texts"):
         reward("a fine film")
     assert reward([]).shape == (0,)
-
-
-def make_classifier(folder, labels):
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]))
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=8,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
 
 
 def test_a_hub_classifier_gives_the_softmax_of_its_positive_label(tmp_path):

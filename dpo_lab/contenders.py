@@ -1,0 +1,110 @@
+"""The paper's contenders, and what a finished sweep of them found (Section 6.1 and Figure 2 of Rafailov et al. 2023)."""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_lab.evaluate import OptimalFrontier
+from dpo_lab.models import EMBEDDED
+
+BETAS, TARGETS, ALPHAS, SEEDS = (0.05, 0.1, 1.0, 5.0), (3.0, 6.0, 9.0, 12.0), (0.05, 0.1, 0.5, 1.0), (0, 1, 2, 3, 4, 5)
+LABELS = {  # and what is varied of it
+    "dpo": ("DPO", "beta"),
+    "ppo": ("PPO, learned reward", "target KL"),
+    "ppo-gt": ("PPO, true reward", "target KL"),
+    "unlikelihood": ("unlikelihood", "alpha"),
+    "preferred-ft": ("Preferred-FT", "seed"),
+    "best-of-n": ("best of N", "N"),
+    "sft": ("SFT", ""),
+}
+COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl_se", "seconds", "tokens")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One run: a method, what is varied of it, and a seed."""
+
+    method: str
+    setting: float
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it."""
+        name, what = LABELS[self.method]
+        return f"{name}, {what} {self.seed if self.method == 'preferred-ft' else format(self.setting, 'g')}" if what else name
+
+    @property
+    def name(self) -> str:
+        """What its directory is called."""
+        return f"{self.method}-{self.setting:g}-seed{self.seed}"
+
+
+def contenders(seed: int = 0) -> list[Contender]:
+    """The paper's 22 runs: beta of DPO, target KL of PPO and PPO-GT, alpha of unlikelihood, seeds of Preferred-FT."""
+    grid = {"dpo": BETAS, "ppo": TARGETS, "ppo-gt": TARGETS, "unlikelihood": ALPHAS}
+    runs = [Contender(method, setting, seed) for method, settings in grid.items() for setting in settings]
+    return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A finished sweep."""
+
+    rows: list[dict[str, Any]]
+    """the evaluations, as in `frontier.csv`, in the order of training"""
+    optimal: OptimalFrontier
+    """estimated from the reference's samples"""
+    band: np.ndarray
+    """(3, A): KLs in nats, and the lower and upper end of the optimal reward's 90 % band there"""
+    samples: dict[str, list[tuple[str, float]]]
+    """of each run, by its name, the first texts of its last policy and their rewards"""
+    scores: dict[str, list[float]]
+    """of each PPO run, the mean of every rollout: the reward that it was given, in standard deviations on the reference"""
+    peak_memory_mb: dict[str, int]
+    """of each run's process"""
+    provenance: dict[str, str]
+
+    @property
+    def before(self) -> float:
+        """Mean reward of the reference."""
+        return next(row["reward"] for row in self.rows if row["method"] == "sft")
+
+    def runs(self) -> dict[Contender, list[dict[str, Any]]]:
+        """The evaluations of every run."""
+        found: dict[Contender, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault(Contender(row["method"], row["setting"], row["seed"]), []).append(row)
+        return found
+
+    def share(self, row: Mapping[str, Any]) -> float:
+        """The share of the optimal gain that an evaluation reaches at its KL; NaN below 0.1 nats and past the estimate."""
+        return float(self.optimal.share(row["reward"], row["kl"], self.before)) if row["kl"] >= 0.1 else float("nan")
+
+
+def recorded(folder: Path | None = None) -> Recorded:
+    """The sweep that `dpo-lab frontier` left in `folder`; by default the one that comes with the package."""
+    folder = EMBEDDED.parent if folder is None else folder
+    for name in ("frontier.csv", "frontier.json"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is not there; give the directory of a finished `dpo-lab frontier`")
+    with open(folder / "frontier.csv", newline="", encoding="utf-8") as file:
+        rows = [{k: v if k == "method" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {name: int(row[name]) for name in ("seed", "step", "tokens")}
+    found = json.loads((folder / "frontier.json").read_text(encoding="utf-8"))
+    optimal = found["optimal"]
+    return Recorded(
+        rows,
+        OptimalFrontier(*(np.array(optimal[name]) for name in OptimalFrontier._fields)),
+        np.array([optimal[name] for name in ("at", "low", "high")], dtype=np.float64),
+        {name: [(text, reward) for text, reward in run["samples"]] for name, run in found["runs"].items()},
+        {name: run["scores"] for name, run in found["runs"].items() if run["scores"]},
+        {name: run["peak_memory_mb"] for name, run in found["runs"].items()},
+        {name: found[name] for name in ("commit", "command", "machine", "versions")},
+    )
