@@ -27,11 +27,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, s
 from dpo_lab import layout, logprobs
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import autocast, can_share, completion_logps
+from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import keep_freed_memory, prepare_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import peak_memory_mb
-from dpo_lab.train import DPOConfig, LoopConfig, sft_batches, train_dpo, train_sft
+from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft
 
 BETA, LEARNING_RATE = 0.1, 1e-6
 

@@ -4,12 +4,15 @@ The test suite holds both files to what this one makes of benchmarks/results/ an
 """
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
 
 from scale import table
 
+from dpo_lab.contenders import recorded
+from dpo_lab.plots import plot_contenders
 from dpo_lab.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +189,25 @@ def equations() -> str:
     return "\n".join(lines)
 
 
+def contender_lines() -> str:
+    """What each contender reaches within 5 nats in the shipped sweep, the most reward first."""
+    result = recorded()
+    lines = [
+        "| within 5 nats, best of its runs | reward | sequence KL (nats) | share of the optimal gain | seconds | tokens | peak memory |",
+        "|---" * 7 + "|",
+    ]
+    for row in sorted(result.summary(at_most=5), key=lambda row: -row["reward"]):
+        share = f"{row['share']:.0%}" if math.isfinite(row["share"]) else ""
+        memory = f"{row['peak_memory_mb']:,} MB" if row["peak_memory_mb"] else ""
+        lines.append(
+            f"| {row['label']} | {row['reward']:.3f} ± {row['reward_se']:.3f} | {row['kl']:.2f} | {share} | {row['seconds']:.0f} "
+            f"| {row['tokens']:,} | {memory} |"
+        )
+    return "\n".join(lines) + _origin({"provenance": result.provenance})
+
+
 BLOCKS = {
+    "contenders": contender_lines,
     "main job": main_job,
     "sweep": sweep,
     "embedded model": embedded_model,
@@ -211,3 +232,5 @@ def render(text: str) -> str:
 if __name__ == "__main__":
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    shipped = recorded()
+    plot_contenders(shipped.by_method(), shipped.optimal, shipped.band).savefig(ROOT / "docs" / "frontier.png")

@@ -14,8 +14,8 @@ from dpo_lab import experiment
 from dpo_lab.doctor import doctor
 from dpo_lab.experiment import ExperimentConfig, TaskConfig
 from dpo_lab.frontier import FrontierConfig, frontier
+from dpo_lab.loop import Interrupted
 from dpo_lab.pretrain import PretrainConfig, pretrain
-from dpo_lab.train import Interrupted
 
 Flat = tyro.conf.OmitArgPrefixes
 T = TypeVar("T")

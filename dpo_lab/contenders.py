@@ -82,6 +82,24 @@ class Recorded:
             found.setdefault(Contender(row["method"], row["setting"], row["seed"]), []).append(row)
         return found
 
+    def by_method(self) -> dict[str, list[dict[str, Any]]]:
+        """The evaluations of every method, by what a reader calls it."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault(LABELS[row["method"]][0], []).append(row)
+        return found
+
+    def summary(self, at_most: float = 5.0) -> list[dict[str, Any]]:
+        """Of each method the evaluation with the highest reward within `at_most` nats, with its run's label, the share of the
+        optimal gain and its process's peak memory in MB (None where there was no training)."""
+        found: dict[str, dict[str, Any]] = {}
+        for run, rows in self.runs().items():
+            for row in rows:
+                if row["kl"] <= at_most and row["reward"] > found.get(run.method, {"reward": -np.inf})["reward"]:
+                    memory = self.peak_memory_mb.get(run.name)
+                    found[run.method] = {**row, "label": run.label, "share": self.share(row), "peak_memory_mb": memory}
+        return list(found.values())
+
     def share(self, row: Mapping[str, Any]) -> float:
         """The share of the optimal gain that an evaluation reaches at its KL; NaN below 0.1 nats and past the estimate."""
         return float(self.optimal.share(row["reward"], row["kl"], self.before)) if row["kl"] >= 0.1 else float("nan")

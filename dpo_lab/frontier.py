@@ -33,12 +33,13 @@ from dpo_lab.experiment import (
 )
 from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
 from dpo_lab.logprobs import can_share
+from dpo_lab.loop import LoopConfig
 from dpo_lab.models import ScalarModel, load_model
 from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
-from dpo_lab.train import DPOConfig, LoopConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
+from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,25 @@ def plot_contenders(runs: Mapping[str, Sequence[Mapping[str, float]]], optimal: 
     return figure
 
 
+def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> Figure:
+    """The models that each method keeps, as bars of `gigabytes` each; `methods` gives what is done with each role's model."""
+    figure = Figure(figsize=(8.4, 0.9 + 0.6 * len(methods)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for y, roles in enumerate(methods.values()):
+        for x, (role, use) in enumerate(roles.items()):
+            colour = REJECTED if "trained" in use else POLICY
+            axes.barh(y, 0.94 * gigabytes, left=x * gigabytes, height=0.7, color=colour, alpha=0.8)
+            place = ((x + 0.47) * gigabytes, y)
+            axes.annotate(f"{role}\n{use}", place, ha="center", va="center", color="white", fontsize=9)
+    axes.set_yticks(range(len(methods)), list(methods))
+    axes.invert_yaxis()
+    axes.set(xlabel="GB of weights")
+    axes.set_xticks(np.arange(max(map(len, methods.values())) + 1) * gigabytes)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
 class Moving(NamedTuple):
     """A figure, those of its artists that move, and what moves them to another state."""
 

@@ -22,10 +22,10 @@ from dpo_lab.advantages import adapted_kl_coefficient, gae, token_rewards, white
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
+from dpo_lab.loop import Evaluate
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel
 from dpo_lab.runs import append_metrics
-from dpo_lab.train import Evaluate
 
 Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prompts and N completions to N rewards
 

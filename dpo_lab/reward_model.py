@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from dpo_lab.layout import CompletionBatch, Tokens, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share
+from dpo_lab.loop import LoopConfig, fit
 from dpo_lab.losses import bradley_terry_nll
 from dpo_lab.models import ScalarModel
 from dpo_lab.preferences import Preferences
-from dpo_lab.train import LoopConfig, fit, plan_prompts
+from dpo_lab.train import plan_prompts
 
 
 @dataclass(frozen=True)

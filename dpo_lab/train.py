@@ -1,58 +1,20 @@
-"""The training loop: DPO and SFT on completions, one loop that can be stopped at any step and resumed to the byte."""
+"""DPO, unlikelihood and SFT: what each of them minimises, in one loop."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
 from dpo_lab.layout import CompletionBatch, completion_batch
-from dpo_lab.logprobs import Precision, can_share, completion_logps
+from dpo_lab.logprobs import Precision, can_share
+from dpo_lab.loop import Evaluate, LoopConfig, fit
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
-
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
-
-
-class Interrupted(Exception):
-    """Training stopped between two steps on Ctrl-C or SIGTERM; a checkpoint holds everything up to there."""
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How parameters are updated, whatever the loss."""
-
-    learning_rate: float = 3.5e-5
-    """peak learning rate"""
-    optimizer: Literal["adamw", "rmsprop", "muon"] = "adamw"
-    """rmsprop is the paper's; muon is for training from scratch: Muon on matrices, AdamW at learning_rate on the rest"""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """from the peak to zero after warm-up; the paper's is constant"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
-    weight_decay: float = 0.0
-    """decoupled weight decay (adamw, muon)"""
-    max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
-    accumulate: int = 1
-    """forward passes a step; the gradient is that of the whole batch"""
-    eval_every: int = 80
-    """steps between evaluations; the first interval is halved four times, for a policy moves most at the start"""
-    save_every: int = 100
-    """steps between checkpoints"""
-    tensorboard: bool = False
-    """log to TensorBoard too, in the run directory"""
 
 
 @dataclass(frozen=True)
@@ -278,144 +240,6 @@ def sft_batches(
     ]
 
 
-def fit(
-    model: nn.Module,
-    steps: int,
-    micro_batches: Callable[[int], list[Any]],
-    loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, float]]],
-    weigh: Callable[[Any], int],
-    config: LoopConfig,
-    *,
-    precision: Precision,
-    run: Path | None,
-    resume: bool,
-    evaluate: Evaluate | None,
-    progress: str | None,
-    scorer: Callable[[nn.Module], nn.Module] | None = None,
-) -> list[dict[str, Any]]:
-    """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs, tokens, prompts).
-
-    `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
-    `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
-    """
-    AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bfloat16" else "no",
-        cpu=next(model.parameters()).device.type == "cpu",
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=run,
-    )
-    model.eval()  # no dropout: the reference was scored without it
-    optimizers = make_optimizers(model, config)
-    start = load_checkpoint(run, model, optimizers) if run and resume else 0
-    scoring = accelerator.prepare((scorer or _Scorer)(model))
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    history = read_metrics(run, up_to=start) if run and start else []
-    if run:
-        with write_whole(run / "metrics.jsonl") as temporary:
-            temporary.write_text("")
-        for line in history:
-            append_metrics(run, line)
-    if config.tensorboard:
-        accelerator.init_trackers("tensorboard", asdict(config))
-
-    def log(line: dict[str, Any]) -> None:
-        history.append(line)
-        if run and accelerator.is_main_process:
-            append_metrics(run, line)
-        accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-    if start == 0 and evaluate:
-        log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
-    with (
-        interruptible() if run else nullcontext() as stop,
-        tqdm(
-            total=steps, initial=start, desc=progress, disable=progress is None or not accelerator.is_main_process, unit="step"
-        ) as bar,
-    ):
-        for step in range(start + 1, steps + 1):
-            began = time.perf_counter()
-            scale = _schedule(step, steps, config)
-            for optimizer, rates in zip(optimizers, peaks):
-                for group, rate in zip(optimizer.param_groups, rates):
-                    group["lr"] = rate * scale
-            micros = micro_batches(step - 1)
-            total = sum(weigh(micro) for micro in micros)
-            line: dict[str, float] = {"loss": 0.0}
-            tokens = 0
-            for micro in micros:
-                micro = _to(micro, accelerator.device)
-                loss, sums = loss_of(scoring, micro)
-                accelerator.backward(loss / total)
-                tokens += getattr(micro, "batch", micro).tokens
-                for name, value in {"loss": loss.item(), **sums}.items():
-                    line[name] = line.get(name, 0.0) + value / total
-            line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-            if not math.isfinite(line["grad_norm"]):
-                raise ValueError(
-                    f"the gradient at step {step} is {line['grad_norm']}; lower learning_rate ({config.learning_rate})"
-                )
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            seconds = time.perf_counter() - began
-            line |= {"learning_rate": peaks[0][0] * scale, "tokens_per_second": tokens / seconds, "seconds": seconds}
-            log({"step": step, **line})
-            bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-            bar.update()
-            early = [step * 2**halving for halving in range(1, 5)]
-            if evaluate and (step % config.eval_every == 0 or config.eval_every in early or step == steps):
-                log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
-            stopping = run is not None and stop.is_set() and step < steps
-            if run and (stopping or step % config.save_every == 0 or step == steps):
-                save_checkpoint(run, step, model, optimizers)
-            if stopping:
-                raise Interrupted(f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume")
-    if config.tensorboard:
-        accelerator.end_training()
-    return history
-
-
-class _Scorer(nn.Module):
-    """`completion_logps` as a module's forward, which is where accelerate puts autocast and gradient synchronisation."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: CompletionBatch) -> Tensor:
-        return completion_logps(self.model, batch)
-
-
-def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
-    """The optimizer of `config`, or Muon and AdamW side by side. The first one's learning rate is the logged one."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    lr, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "rmsprop":
-        return [torch.optim.RMSprop(parameters, lr=lr)]
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)]
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in parameters if id(p) not in chosen]
-    return [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
-        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=decay),
-    ]
-
-
-MUON_LEARNING_RATE = 0.02  # the update is orthogonal, so its size does not depend on the model
-
-
-def _schedule(step: int, steps: int, config: LoopConfig) -> float:
-    """Factor on the learning rate at `step` (1-based): warm-up, then constant, linear or cosine decay to zero."""
-    if step <= config.warmup_steps:
-        return step / config.warmup_steps
-    progress = (step - config.warmup_steps) / (steps - config.warmup_steps + 1)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
-
-
 def plan_prompts(groups: list[list[int]], epochs: int, batch_pairs: int, seed: int) -> list[list[int]]:
     """Which prompts each step takes: every epoch shuffled by (seed, epoch), prompts kept whole, about `batch_pairs` pairs."""
     plan: list[list[int]] = []
@@ -439,9 +263,3 @@ def _pair_batch(preferences: Preferences, pairs: Sequence[int], share: bool) -> 
     chosen, rejected = torch.from_numpy(local).chunk(2)
     reference = torch.zeros(len(used)) if p.reference_logps is None else torch.as_tensor(p.reference_logps[used])
     return PairBatch(batch, reference, chosen, rejected)
-
-
-def _to(micro: Any, device: torch.device) -> Any:
-    if isinstance(micro, CompletionBatch):
-        return micro.to(device)
-    return type(micro)(*(part.to(device) for part in vars(micro).values()))

@@ -13,10 +13,10 @@ from dpo_lab.cli import main
 from dpo_lab.contenders import COLUMNS, Contender, contenders, recorded
 from dpo_lab.experiment import TaskConfig
 from dpo_lab.frontier import FrontierConfig
+from dpo_lab.loop import LoopConfig
 from dpo_lab.plots import plot_contenders
 from dpo_lab.ppo import PPOConfig
 from dpo_lab.reward_model import RewardModelConfig
-from dpo_lab.train import LoopConfig
 from dpo_lab.widgets import frontier_explorer
 
 METHODS = ("dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft")
@@ -67,6 +67,10 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     assert sweep.rows == rows and set(sweep.runs()) >= set(RUNS) and sweep.provenance["commit"] == shipped["commit"]
     assert sweep.before == next(row["reward"] for row in rows if row["method"] == "sft")
     assert {name: len(scores) for name, scores in sweep.scores.items()} == {RUNS[1].name: 2, RUNS[2].name: 2}
+    for best in sweep.summary(at_most=1e9):
+        assert best["reward"] == max(row["reward"] for row in rows if row["method"] == best["method"])
+        assert (best["peak_memory_mb"] is None) == (best["method"] in ("sft", "best-of-n"))
+    assert all(best["kl"] <= 0 for best in sweep.summary(at_most=0))
     explorer = frontier_explorer(sweep)
     pictures = set()
     for label, run in explorer.sliders["run"].options:
@@ -74,7 +78,10 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
         assert label == run.label and f"reward {last['reward']:.2f} at {last['kl']:.1f} nats" in explorer.show(run=run)
         pictures.add(explorer.picture.png())
     assert len(pictures) == len(RUNS)
-    plot_contenders({method: [row for row in rows if row["method"] == method] for method in METHODS}, sweep.optimal, sweep.band)
+    by_method = sweep.by_method()
+    assert sum(map(len, by_method.values())) == len(rows) and len(by_method) == 7
+    axes = plot_contenders(by_method, sweep.optimal, sweep.band).axes[0]
+    assert set(by_method) < {text.get_text() for text in axes.get_legend().get_texts()}
     for run in RUNS:
         mine = [row for row in rows if (row["method"], row["seed"]) == (run.method, run.seed)]
         assert len(mine) >= 2 and mine[0]["step"] == 0 and mine[0]["kl"] == pytest.approx(0, abs=1e-4)

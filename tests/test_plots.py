@@ -15,6 +15,7 @@ from dpo_lab.plots import (
     plot_lines,
     plot_loss,
     plot_margins,
+    plot_memory,
     plot_race,
     plot_rewards,
     plot_simplex,
@@ -46,6 +47,12 @@ def test_the_running_mean_is_a_mean_of_the_last_tenth():
     line = plot_loss(METRICS).axes[0].get_lines()[1].get_ydata()
     values = [m["loss"] for m in METRICS]
     assert line[10] == pytest.approx(np.mean(values[8:11])) and line[0] == pytest.approx(values[0])
+
+
+def test_a_bar_for_every_model_in_memory():
+    axes = plot_memory({"PPO": {"policy": "trained", "reference": "read"}, "DPO": {"policy": "trained"}}, 14).axes[0]
+    assert [bar.get_x() for bar in axes.patches] == [0, 14, 0] and axes.get_xticks().tolist() == [0, 14, 28]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["PPO", "DPO"]
 
 
 def test_the_frontier_is_drawn_only_where_the_estimate_holds():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dpo_lab import pretrain as module
 from dpo_lab.imdb import load_imdb
+from dpo_lab.loop import LoopConfig
 from dpo_lab.models import EMBEDDED, load_model, load_tokenizer
 from dpo_lab.pretrain import PretrainConfig, held_out_loss, pack, pretrain
-from dpo_lab.train import LoopConfig
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from conftest import make_reviews
 
-from dpo_lab import runs, train
+from dpo_lab import loop, runs, train
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps
+from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
 from dpo_lab.runs import read_metrics
-from dpo_lab.train import DPOConfig, Interrupted, LoopConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
+from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)
 CONFIG = DPOConfig(beta=0.5, epochs=2, batch_pairs=12, loop=LOOP)
@@ -112,7 +113,7 @@ def test_ties_count_one_half_in_the_accuracy(model, preferences, monkeypatch):
     def tied_logps(model, batch):
         return 0 * next(model.parameters()).double().sum() + torch.zeros(batch.n, dtype=torch.float64)
 
-    monkeypatch.setattr(train, "completion_logps", tied_logps)
+    monkeypatch.setattr(loop, "completion_logps", tied_logps)
     tied = replace(preferences, reference_logps=np.zeros(len(preferences.completions)))
     first = train_dpo(model, tied, CONFIG, progress=None)[0]
     assert first["rewards/margins"] == 0 and first["rewards/accuracies"] == 0.5
@@ -154,18 +155,18 @@ def test_every_epoch_takes_every_pair_once_in_another_order(preferences):
 @pytest.mark.parametrize("schedule, middle", [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
 def test_schedules_warm_up_and_decay(schedule, middle):
     config = LoopConfig(schedule=schedule, warmup_steps=10)
-    assert [train._schedule(s, 29, config) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
-    assert train._schedule(20, 29, config) == pytest.approx(middle)
-    assert (train._schedule(29, 29, config) > 0) and (schedule == "constant" or train._schedule(29, 29, config) < 0.1)
+    assert [loop._schedule(s, 29, config) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert loop._schedule(20, 29, config) == pytest.approx(middle)
+    assert (loop._schedule(29, 29, config) > 0) and (schedule == "constant" or loop._schedule(29, 29, config) < 0.1)
 
 
 def test_optimizers_are_the_asked_ones(model):
     kinds = {
-        name: [type(o).__name__ for o in train.make_optimizers(model, LoopConfig(optimizer=name))]
+        name: [type(o).__name__ for o in loop.make_optimizers(model, LoopConfig(optimizer=name))]
         for name in ("adamw", "rmsprop", "muon")
     }
     assert kinds == {"adamw": ["AdamW"], "rmsprop": ["RMSprop"], "muon": ["AdamW", "Muon"]}
-    adamw, muon = train.make_optimizers(model, LoopConfig(optimizer="muon"))
+    adamw, muon = loop.make_optimizers(model, LoopConfig(optimizer="muon"))
     count = sum(p.numel() for o in (adamw, muon) for g in o.param_groups for p in g["params"])
     assert count == sum(p.numel() for p in model.parameters())
 
@@ -197,7 +198,7 @@ def test_sft_minimises_nats_per_completion_token(model, preferences):
     assert sum(b.n for b in batches) == len(preferences.chosen)
     assert sum(b.tokens for b in batches) == sum(len(preferences.completions[i]) for i in preferences.chosen)
     with torch.no_grad():
-        logps = train.completion_logps(model, batches[0])
+        logps = loop.completion_logps(model, batches[0])
     metrics = train_sft(model, batches, 30, replace(LOOP, learning_rate=1e-2), progress=None)
     assert metrics[0]["loss"] == pytest.approx(float(-logps.sum() / batches[0].tokens), rel=1e-6)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
@@ -221,7 +222,7 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, 
         class Killed(BaseException):
             pass
 
-        original = train.append_metrics
+        original = loop.append_metrics
 
         def dies(directory, line, stop_after=stop_after, original=original, Killed=Killed):
             original(directory, line)
@@ -229,7 +230,7 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, 
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train, "append_metrics", dies)
+            patch.setattr(loop, "append_metrics", dies)
             train_dpo(load_model(str(tiny)), preferences, config, run=run, evaluate=evaluate, progress=None)
         resumed = load_model(str(tiny))
         metrics = train_dpo(resumed, preferences, config, run=run, resume=True, evaluate=evaluate, progress=None)
@@ -245,17 +246,17 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_train import CONFIG, make_preferences
-from dpo_lab import train
+from dpo_lab import loop, train
 from dpo_lab.models import load_model
-append = train.append_metrics
+append = loop.append_metrics
 def slow(run, line):
     append(run, line)
     time.sleep(0.2)
-train.append_metrics = slow
+loop.append_metrics = slow
 print("ready", flush=True)
 try:
     train.train_dpo(load_model(sys.argv[2]), make_preferences(sys.argv[2]), CONFIG, run=Path(sys.argv[3]), progress=None)
-except train.Interrupted as error:
+except loop.Interrupted as error:
     print(error, flush=True)
     sys.exit(130)
 """
