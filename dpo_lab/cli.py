@@ -11,6 +11,7 @@ import transformers
 import tyro
 
 from dpo_lab import experiment
+from dpo_lab.contenders import contenders, repeats
 from dpo_lab.doctor import doctor
 from dpo_lab.experiment import ExperimentConfig, TaskConfig
 from dpo_lab.frontier import FrontierConfig, frontier
@@ -69,13 +70,14 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
     )
 
 
-def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/frontier")) -> None:
+def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/frontier"), repeat: bool = False) -> None:
     """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT. Call it again after an interruption.
 
     Args:
         out: where every run has a directory, and `frontier.csv` all their evaluations.
+        repeat: eleven more, which show the spread between seeds.
     """
-    rows = frontier(config, out)
+    rows = frontier(config, out, runs=contenders(config.task.seed) + repeats() if repeat else None)
     print(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 

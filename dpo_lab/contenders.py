@@ -52,6 +52,12 @@ def contenders(seed: int = 0) -> list[Contender]:
     return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
 
 
+def repeats() -> list[Contender]:
+    """Runs that show the spread between seeds, at settings that end near 5 nats: three of DPO and PPO, five of PPO-GT."""
+    settings = {"dpo": (0.3, 3), "ppo": (5.0, 3), "ppo-gt": (5.0, 5)}
+    return [Contender(method, setting, seed) for method, (setting, n) in settings.items() for seed in range(n)]
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A finished sweep."""
@@ -99,6 +105,27 @@ class Recorded:
                     memory = self.peak_memory_mb.get(run.name)
                     found[run.method] = {**row, "label": run.label, "share": self.share(row), "peak_memory_mb": memory}
         return list(found.values())
+
+    def spread(self) -> list[dict[str, Any]]:
+        """Of each method and setting that ran with more than one seed: the number of seeds and, of its last evaluations, mean
+        and standard deviation of the reward, mean KL, mean share of the optimal gain, and the least gain over the reference."""
+        groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for run, rows in self.runs().items():
+            groups.setdefault((run.method, run.setting), []).append(rows[-1])
+        return [
+            {
+                "method": LABELS[method][0],
+                "setting": setting,
+                "seeds": len(rows),
+                "reward": float(np.mean([row["reward"] for row in rows])),
+                "reward_sd": float(np.std([row["reward"] for row in rows], ddof=1)),
+                "kl": float(np.mean([row["kl"] for row in rows])),
+                "share": float(np.mean([self.share(row) for row in rows])),
+                "least_gain": min(row["reward"] for row in rows) - self.before,
+            }
+            for (method, setting), rows in groups.items()
+            if len(rows) > 1
+        ]
 
     def share(self, row: Mapping[str, Any]) -> float:
         """The share of the optimal gain that an evaluation reaches at its KL; NaN below 0.1 nats and past the estimate."""

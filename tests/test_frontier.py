@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_classifier
 
-from dpo_lab import experiment, frontier
+from dpo_lab import cli, experiment, frontier
 from dpo_lab.cli import main
-from dpo_lab.contenders import COLUMNS, Contender, contenders, recorded
+from dpo_lab.contenders import COLUMNS, Contender, contenders, recorded, repeats
 from dpo_lab.experiment import TaskConfig
 from dpo_lab.frontier import FrontierConfig
 from dpo_lab.loop import LoopConfig
@@ -48,6 +49,7 @@ def test_the_paper_s_sweep_has_22_runs():
     by_method = {method: [run.setting for run in runs if run.method == method] for method in {run.method for run in runs}}
     assert by_method["dpo"] == [0.05, 0.1, 1, 5] and by_method["unlikelihood"] == [0.05, 0.1, 0.5, 1]
     assert by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12] and len(by_method["preferred-ft"]) == 6
+    assert len({run.name for run in repeats()} - {run.name for run in runs}) == 11
 
 
 def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
@@ -71,6 +73,15 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
         assert best["reward"] == max(row["reward"] for row in rows if row["method"] == best["method"])
         assert (best["peak_memory_mb"] is None) == (best["method"] in ("sft", "best-of-n"))
     assert all(best["kl"] <= 0 for best in sweep.summary(at_most=0))
+    assert sweep.spread() == []
+    double = replace(
+        sweep, rows=rows + [{**row, "seed": 9, "reward": row["reward"] + 0.2} for row in rows if row["method"] == "dpo"]
+    )
+    (dpo,) = double.spread()
+    assert (dpo["method"], dpo["setting"], dpo["seeds"]) == ("DPO", 0.1, 2)
+    last = sweep.runs()[RUNS[0]][-1]
+    assert dpo["reward"] == pytest.approx(last["reward"] + 0.1) and dpo["reward_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert dpo["least_gain"] == pytest.approx(last["reward"] - sweep.before)
     explorer = frontier_explorer(sweep)
     pictures = set()
     for label, run in explorer.sliders["run"].options:
@@ -115,7 +126,12 @@ def test_runs_side_by_side_find_what_they_find_alone(tiny, tmp_path, monkeypatch
     monkeypatch.undo()  # a process of its own reads the real reviews
     make_classifier(judge := tmp_path / "judge", ["POSITIVE", "NEGATIVE"])
     small = replace(config(tiny), task=replace(config(tiny).task, reward=str(judge)))
-    alone = frontier.frontier(small, tmp_path / "alone", runs=RUNS[2:4])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # as in each process, for sums in another order end in other samples
+        alone = frontier.frontier(small, tmp_path / "alone", runs=RUNS[2:4])
+    finally:
+        torch.set_num_threads(threads)
     together = frontier.frontier(replace(small, jobs=2), tmp_path / "together", runs=RUNS[2:4])
     for one, other in zip(alone, together, strict=True):
         assert {k: v for k, v in one.items() if k != "seconds"} == pytest.approx(
@@ -131,11 +147,13 @@ def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
 
 
 def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(frontier, "contenders", lambda seed: RUNS[3:4])
+    monkeypatch.setattr(cli, "contenders", lambda seed: RUNS[3:4])
+    monkeypatch.setattr(cli, "repeats", lambda: RUNS[4:])
     options = (
         f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
     )
-    assert main(["frontier", "--out", str(tmp_path / "sweep"), *options.split(), "--task.precision", "float32"]) == 0
+    assert main(["frontier", "--out", str(tmp_path / "sweep"), *options.split(), "--task.precision", "float32", "--repeat"]) == 0
     assert f"evaluations in {tmp_path / 'sweep' / 'frontier.csv'}" in capsys.readouterr().out
-    recorded = json.loads((tmp_path / "sweep" / "config.json").read_text())
-    assert recorded["loop"]["eval_every"] == 5 and recorded["task"]["prefixes"] == 12
+    assert set(recorded(tmp_path / "sweep").samples) == {run.name for run in RUNS[3:]}
+    settings = json.loads((tmp_path / "sweep" / "config.json").read_text())
+    assert settings["loop"]["eval_every"] == 5 and settings["task"]["prefixes"] == 12
