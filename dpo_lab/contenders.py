@@ -90,10 +90,8 @@ class Recorded:
 
     def by_method(self) -> dict[str, list[dict[str, Any]]]:
         """The evaluations of every method, by what a reader calls it."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for row in self.rows:
-            found.setdefault(LABELS[row["method"]][0], []).append(row)
-        return found
+        found = {label: [row for row in self.rows if row["method"] == method] for method, (label, _) in LABELS.items()}
+        return {label: rows for label, rows in found.items() if rows}
 
     def summary(self, at_most: float = 5.0) -> list[dict[str, Any]]:
         """Of each method the evaluation with the highest reward within `at_most` nats, with its run's label, the share of the

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.scale import FuncScale
+from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
 CONTENDERS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
@@ -232,9 +234,17 @@ def plot_contenders(runs: Mapping[str, Sequence[Mapping[str, float]]], optimal: 
     for (name, points), colour, marker in zip(runs.items(), CONTENDERS, "os^DvP*"):
         kl, reward = ([p[k] for p in points] for k in ("kl", "reward"))
         axes.plot(kl, reward, marker, color=colour, markersize=5, alpha=0.75, markeredgewidth=0, label=name)
-    axes.set(xlim=(-0.3, None))
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _root_scale(axes.xaxis, max(point["kl"] for points in runs.values() for point in points))
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
     return figure
+
+
+def _root_scale(axis: Any, most: float) -> None:
+    """A scale of square roots, on which 1 nat and 40 can both be seen."""
+    functions = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)
+    axis.axes.set(**{f"{axis.axis_name}scale": FuncScale(axis, functions), f"{axis.axis_name}lim": (0, 1.1 * most)})
+    axis.set_major_locator(FixedLocator([tick for tick in (0, 0.5, 2, 5, 10, 20, 40, 80, 160) if tick <= 1.1 * most]))
+    axis.set_major_formatter("{x:g}")
 
 
 def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> Figure:
@@ -370,9 +380,12 @@ def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any) -> Movi
     (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
     left.set(xlabel="sequence KL (nats)", ylabel="mean reward")
     left.legend(frameon=False, loc="lower right")
+    most = max(row["kl"] for row in rows)
+    _root_scale(left.xaxis, most)
+    _root_scale(right.yaxis, most)
     (meter,) = right.plot([], [], "o-", color=POLICY, markersize=5)
     target = right.axhline(-1, color=REJECTED, linestyle=":", linewidth=2)
-    right.set(xlabel="share of its training", ylabel="sequence KL (nats)", xlim=(-0.03, 1.03), ylim=left.get_xlim())
+    right.set(xlabel="share of its training", ylabel="sequence KL (nats)", xlim=(-0.03, 1.03))
 
     def update(state: Mapping[str, Any]) -> None:
         path.set_data(state["kl"], state["reward"])
