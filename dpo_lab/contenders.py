@@ -37,6 +37,8 @@ class Contender:
     def label(self) -> str:
         """What a reader calls it."""
         name, what = LABELS[self.method]
+        if self.method == "best-of-n":
+            return f"{name} = {self.setting:g}"
         return f"{name}, {what} {self.seed if self.method == 'preferred-ft' else format(self.setting, 'g')}" if what else name
 
     @property
