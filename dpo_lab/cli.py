@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,7 +14,7 @@ import tyro
 from dpo_lab import experiment
 from dpo_lab.contenders import contenders, repeats
 from dpo_lab.doctor import doctor
-from dpo_lab.experiment import ExperimentConfig, TaskConfig
+from dpo_lab.experiment import CONFIGS, ExperimentConfig, TaskConfig
 from dpo_lab.frontier import FrontierConfig, frontier
 from dpo_lab.loop import Interrupted
 from dpo_lab.pretrain import PretrainConfig, pretrain
@@ -42,24 +43,34 @@ def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> N
     print(f"{preferences.report}\npreferences in {data / 'preferences'}")
 
 
-def train_command(
-    config: Flat[ExperimentConfig], out: Path = Path("runs/imdb"), data: Path | None = None, resume: bool = False
-) -> None:
-    """The controlled-sentiment experiment: sample, label, train by DPO, evaluate.
+def train_from(name: str) -> Callable[..., None]:
+    """The command `train`, whose options change the config of this name."""
 
-    Args:
-        out: run directory; it must be new, or hold this config.
-        data: where `dpo-lab sample` and `dpo-lab label` put their results; by default inside the run directory.
-        resume: continue an interrupted run.
-    """
-    summary = experiment.train(config, out, data=data, resume=resume)
-    for name in ("before", "after"):
-        s = summary[name]
-        print(f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats")
-    print(
-        f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak"
-    )
-    print(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
+    def train_command(
+        config: Flat[ExperimentConfig] = CONFIGS[name],
+        out: Path = Path("runs/imdb"),
+        data: Path | None = None,
+        resume: bool = False,
+    ) -> None:
+        """The controlled-sentiment experiment: sample, label, train by DPO, evaluate. --config paper sets what the paper did.
+
+        Args:
+            out: run directory; it must be new, or hold this config.
+            data: where `dpo-lab sample` and `dpo-lab label` put their results; by default inside the run directory.
+            resume: continue an interrupted run.
+        """
+        summary = experiment.train(config, out, data=data, resume=resume)
+        for name in ("before", "after"):
+            s = summary[name]
+            print(
+                f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats"
+            )
+        print(
+            f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak"
+        )
+        print(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
+
+    return train_command
 
 
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
@@ -88,7 +99,7 @@ def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretra
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor_command,
-    "train": train_command,
+    "train": train_from("laptop"),
     "sample": sample_command,
     "label": label_command,
     "evaluate": evaluate_command,
@@ -97,12 +108,26 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def named_config(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name after --config of `train`, and the other arguments. Raises ValueError for a name that does not exist."""
+    if arguments[:1] != ["train"]:
+        return "laptop", arguments
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="laptop")
+    found, rest = parser.parse_known_args(arguments)
+    if found.config not in CONFIGS:
+        raise ValueError(f"--config is {found.config!r}; it must be one of {', '.join(CONFIGS)}")
+    return found.config, rest
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 (a gap), 2 (bad input), 130 (interrupted)."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpo-lab", args=arguments, description=__doc__) or 0
+        name, arguments = named_config(sys.argv[1:] if arguments is None else arguments)
+        commands = {**COMMANDS, "train": train_from(name)}
+        return tyro.extras.subcommand_cli_from_dict(commands, prog="dpo-lab", args=arguments, description=__doc__) or 0
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"dpo-lab: error: {error}", file=sys.stderr)
         return 2

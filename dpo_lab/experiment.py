@@ -13,11 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
-from dpo_lab.layout import completion_batch
+from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import score_completions
+from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, load_tokenizer, measure_precision, return_freed_memory
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
+from dpo_lab.pretrain import pack
 from dpo_lab.rewards import SentimentReward
 from dpo_lab.runs import (
     SNAPSHOTS,
@@ -30,7 +32,7 @@ from dpo_lab.runs import (
     write_json,
     write_whole,
 )
-from dpo_lab.train import DPOConfig, check_config, train_dpo
+from dpo_lab.train import DPOConfig, check_config, plan_prompts, train_dpo, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
 LANES = {
@@ -59,6 +61,10 @@ class TaskConfig:
     """longest completion"""
     eval_prefixes: int = 512
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""
+    sft_epochs: int = 0
+    """epochs of SFT on the training reviews, before anything else, that make the reference; the embedded model has had them"""
+    sft_learning_rate: float = 1e-5
+    """of SFT; falls to zero"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of sampling and training (the evaluation's log-probs are float32); auto: bfloat16 where this machine is fast in it"""
     seed: int = 0
@@ -78,6 +84,19 @@ class ExperimentConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
 
+CONFIGS = {
+    "laptop": ExperimentConfig(),
+    "paper": ExperimentConfig(  # Section 6.1 and Appendices B and C.1
+        TaskConfig(lane="gpu", imdb="hub", prefixes=25_000, sft_epochs=1),
+        DPOConfig(
+            beta=0.1,
+            batch_pairs=64,
+            loop=LoopConfig(learning_rate=1e-6, optimizer="rmsprop", schedule="constant", warmup_steps=150, eval_every=100),
+        ),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Parts:
     """What every step needs, loaded and checked before anything is written."""
@@ -92,6 +111,10 @@ def load_parts(config: TaskConfig) -> Parts:
     """Reviews, tokenizer, reference and reward of a task. Errors are those of the loaders."""
     if config.completions < 2 or config.max_new_tokens < 1 or config.prefixes < 1 or config.eval_prefixes < 8:
         raise ValueError(f"{config}: needs completions >= 2, max_new_tokens >= 1, prefixes >= 1 and eval_prefixes >= 8")
+    if config.sft_epochs < 0 or not config.sft_learning_rate > 0:
+        raise ValueError(
+            f"sft_epochs is {config.sft_epochs} and sft_learning_rate {config.sft_learning_rate}; epochs must be 0 or more, the rate positive"
+        )
     names = LANES[config.lane]
     name = config.model or names["model"]
     reference = load_model(name, device=config.device)
@@ -102,11 +125,10 @@ def load_parts(config: TaskConfig) -> Parts:
             f"{context} allows at most {context - LONGEST_PREFIX - 1}"
         )
     reviews = load_imdb(config.imdb)
-    for asked, part in ((config.prefixes, "train"), (config.eval_prefixes, "test")):
-        if asked > len(reviews[part]):
-            raise ValueError(
-                f"{asked} prefixes asked for, and there are {len(reviews[part])} {part} reviews; ask for at most as many"
-            )
+    if config.eval_prefixes > (held_out := len(reviews["test"])):
+        raise ValueError(
+            f"eval_prefixes is {config.eval_prefixes}, and there are {held_out} held-out reviews; ask for at most as many"
+        )
     if (reward := config.reward or names["reward"]) == "tfidf":
         judge = SentimentReward.tfidf(list(reviews["train"]["text"]), list(reviews["train"]["label"]))
     else:
@@ -140,6 +162,43 @@ def data_config(config: TaskConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
 
 
+def initial_policy(config: TaskConfig, data: Path) -> str:
+    """Where the weights come from that policy and reference begin with: the lane's model, or what `sft` made of it."""
+    return str((data / "sft" / "model").absolute()) if config.sft_epochs else config.model or LANES[config.lane]["model"]
+
+
+def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
+    """Fine-tune on the training reviews for `sft_epochs`, into `data/sft`, once; return the parts with that as the reference.
+
+    Rows of at most 256 tokens, 64 a step. An interrupted call continues at its last checkpoint.
+    """
+    config = recorded_precision(config, data)
+    parts = parts or load_parts(config)
+    if not config.sft_epochs:
+        return parts
+    run, model = data / "sft", Path(initial_policy(config, data))
+    if not model.exists():
+        config = measured_precision(config, parts)
+        tokenizer, length = parts.tokenizer, min(256, parts.reference.config.max_position_embeddings)
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        encoded = tokenizer(list(parts.reviews["train"]["text"]), add_special_tokens=False)["input_ids"]
+        rows = pack([[start, *ids] for ids in encoded], length, tokenizer.eos_token_id)
+        plan = plan_prompts([[0]] * len(rows), config.sft_epochs, 64, config.seed)
+        loop = LoopConfig(learning_rate=config.sft_learning_rate, accumulate=8)
+        open_run(data, data_config(config), resume=True)
+        open_run(run, asdict(loop) | {"steps": len(plan)}, resume=True)
+
+        def batches(step: int) -> list[CompletionBatch]:
+            parts = np.array_split(np.array(plan[step]), min(loop.accumulate, len(plan[step])))
+            return [
+                completion_batch([rows[i][:1] for i in part], [rows[i][1:] for i in part], range(len(part))) for part in parts
+            ]
+
+        train_sft(parts.reference, batches, len(plan), loop, precision=config.precision, run=run, resume=True, progress="SFT")
+        save_policy(parts.reference, tokenizer, model)
+    return replace(parts, reference=load_model(str(model), device=config.device))
+
+
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
     """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
     path = data / "samples.json"
@@ -152,6 +211,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     require_space(data, 4_000 * config.prefixes * config.completions)
     prompts = sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed)
     open_run(data, data_config(config), resume=True)
+    parts = sft(config, data, parts)
     completions = sample_completions(
         parts.reference,
         prompts,
@@ -177,6 +237,7 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     samples = sample(config, data, parts)
+    parts = sft(config, data, parts)
     flat = [text for row in samples["texts"] for text in row]
     scores = parts.reward(flat).reshape(len(samples["prompts"]), config.completions)
     preferences = from_scores(
@@ -206,7 +267,9 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
     config = replace(config, task=measured_precision(config.task, parts, config.dpo.beta))
     open_run(out, asdict(config), resume=resume)
-    preferences = label(config.task, data, parts).with_reference(parts.reference, precision=config.task.precision)
+    preferences = label(config.task, data, parts)
+    parts = sft(config.task, data, parts)
+    preferences = preferences.with_reference(parts.reference, precision=config.task.precision)
     prompts = held_out_prefixes(config.task, parts)
 
     def evaluation(model: torch.nn.Module, n: int, progress: str | None = None) -> Evaluation:
@@ -229,7 +292,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
         return {"reward": result.reward, "reward_se": result.reward_se, "kl/sequence": result.kl, "kl/sequence_se": result.kl_se}
 
     before = evaluation(parts.reference, len(prompts), "evaluate before")
-    policy = load_model(config.task.model or LANES[config.task.lane]["model"], device=config.task.device)
+    policy = load_model(initial_policy(config.task, data), device=config.task.device)
     metrics = train_dpo(
         policy, preferences, config.dpo, seed=config.task.seed, run=out, resume=resume, evaluate=during, progress="train"
     )
@@ -246,6 +309,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_mb": round(peak_memory_mb()),
         "seed": config.task.seed,
+        "reference": initial_policy(config.task, data),
         **origin,
     }
     write_json(finished, summary)
@@ -254,12 +318,13 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
 
 def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     """Evaluate the trained policy of a run directory again, on as many held-out prefixes as asked, into `evaluation.json`."""
-    if not (run / "config.json").exists() or not (run / "policy" / "config.json").exists():
-        raise ValueError(f"{run} holds no finished run (config.json and policy/); make one with `dpo-lab train --out {run}`")
+    if not (run / "summary.json").exists() or not (run / "policy" / "config.json").exists():
+        raise ValueError(f"{run} holds no finished run (summary.json and policy/); make one with `dpo-lab train --out {run}`")
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
     task = TaskConfig(**recorded["task"])
     task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
-    parts = load_parts(task)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    parts = load_parts(replace(task, model=summary["reference"]))
     result = evaluate_policy(
         load_model(str(run / "policy"), device=task.device),
         parts.reference,

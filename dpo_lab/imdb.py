@@ -79,15 +79,12 @@ def clean(text: str) -> str:
 def sample_prefixes(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, n: int, *, seed: int, shortest: int = 2, longest: int = 8
 ) -> list[list[int]]:
-    """Beginnings of `n` different reviews, `shortest` to `longest` tokens each (Section 6 of the paper), after BOS.
+    """Beginnings of `n` reviews, `shortest` to `longest` tokens each (Section 6 of the paper), after BOS.
 
-    Raises:
-        ValueError: there are fewer than `n` reviews.
+    The reviews are different ones as long as there are enough; then each is taken again, at a length of its own.
     """
-    if n > len(texts):
-        raise ValueError(f"{n} prefixes asked for, and there are {len(texts)} reviews; ask for at most as many")
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(len(texts))[:n]
+    chosen = np.resize(rng.permutation(len(texts)), n)
     lengths = rng.integers(shortest, longest + 1, n)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)["input_ids"]

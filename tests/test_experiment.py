@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lab import experiment
-from dpo_lab.cli import main
+from dpo_lab.cli import main, named_config
 from dpo_lab.experiment import TaskConfig, data_config
-from dpo_lab.models import PrecisionTest
+from dpo_lab.models import PrecisionTest, load_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import read_metrics, read_snapshots
 
@@ -109,6 +109,30 @@ def test_labels_are_the_reward_s_order(tiny, finished):
     assert report.pairs + report.ties + report.identical == possible == 72
 
 
+def test_sft_makes_the_reference_that_everything_else_starts_from(tiny, tmp_path):
+    out, options = tmp_path / "run", [*SMALL, "--sft-epochs", "1", "--sft-learning-rate", "1e-3"]
+    assert main(["train", "--model", str(tiny), "--out", str(out), *options]) == 0
+    tuned = out / "data" / "sft" / "model"
+    losses = [line["loss"] for line in read_metrics(out / "data" / "sft")]
+    assert losses[-1] < losses[0]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["reference"] == str(tuned) and summary["before"]["kl"] == 0
+    preferences, reference = Preferences.load(out / "data" / "preferences"), load_model(str(tuned))
+    assert preferences.with_reference(reference, precision=preferences.reference_precision) is preferences
+    assert main(["evaluate", "--run", str(out)]) == 0
+    again = json.loads((out / "evaluation.json").read_text())
+    assert again["kl"] == pytest.approx(summary["after"]["kl"], abs=1e-6)
+
+
+def test_the_paper_s_config_is_the_paper_s():
+    config = experiment.CONFIGS["paper"]
+    task, dpo, loop = config.task, config.dpo, config.dpo.loop
+    assert (task.sft_epochs, task.prefixes, task.completions, task.imdb, task.lane) == (1, 25_000, 4, "hub", "gpu")
+    assert (dpo.beta, dpo.batch_pairs, dpo.kind) == (0.1, 64, "sigmoid")
+    assert (loop.optimizer, loop.learning_rate, loop.warmup_steps, loop.eval_every) == ("rmsprop", 1e-6, 150, 100)
+    assert named_config(["train", "--config", "paper", "--seed", "3"]) == ("paper", ["train", "--seed", "3"])
+
+
 def test_another_seed_gives_another_run(tiny, finished, tmp_path):
     assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), "--seed", "1", *SMALL]) == 0
     summaries = [json.loads((run / "summary.json").read_text()) for run in (finished, tmp_path / "run")]
@@ -127,9 +151,11 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--batch-pairs", "0"], "batch_pairs is 0"),
         (["--epochs", "0"], "epochs is 0"),
         (["--completions", "1"], "completions"),
-        (["--prefixes", "100000"], "100000 prefixes asked for"),
+        (["--eval-prefixes", "2501"], "eval_prefixes is 2501, and there are 60"),
         (["--max-new-tokens", "64"], "context"),
         (["--imdb", "hub"], "stanfordnlp/imdb|hub"),
+        (["--sft-epochs", "-1"], "sft_epochs is -1"),
+        (["--config", "papers"], "--config is 'papers'; it must be one of laptop, paper"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch, arguments, message):
