@@ -32,14 +32,13 @@ from dpo_lab.experiment import (
     recorded_precision,
 )
 from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
-from dpo_lab.logprobs import can_share
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import ScalarModel, load_model
 from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
-from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
+from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,8 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
     common: dict[str, Any] = {"evaluate": evaluate, "progress": None}
     if run.method == "dpo":
         train_dpo(policy, preferences, DPOConfig(beta=run.setting, loop=config.loop), seed=run.seed, **common)
-    elif run.method == "unlikelihood":
+    elif run.method in ("unlikelihood", "preferred-ft"):  # Preferred-FT is unlikelihood with alpha = 0, which is its setting
         train_unlikelihood(policy, preferences, run.setting, config.loop, seed=run.seed, **common)
-    elif run.method == "preferred-ft":
-        batches = sft_batches(preferences, 64, share=can_share(policy), seed=run.seed)
-        train_sft(policy, batches, len(batches), config.loop, precision=task.precision, **common)
     else:
         reward = text_reward(parts.reward, parts.tokenizer)
         if run.method == "ppo":
