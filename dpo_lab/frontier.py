@@ -45,11 +45,11 @@ from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 class FrontierConfig:
     """The sweep."""
 
-    task: TaskConfig = field(default_factory=lambda: TaskConfig(eval_prefixes=256))
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(prefixes=5_000, eval_prefixes=256))
     """prefixes, completions, reward; the same preferences for every run"""
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=20))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=64))
     """of DPO, unlikelihood and Preferred-FT"""
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=40, eval_every=8))
     """of PPO and PPO-GT"""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """of PPO"""
