@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ class Evaluation:
     kl_se: float
     texts: tuple[str, ...]  # prompt and completion, in the order of the prompts
     rewards: tuple[float, ...]
+    completions: tuple[tuple[int, ...], ...]  # token ids
 
 
 def evaluate_policy(
@@ -66,7 +68,33 @@ def evaluate_policy(
         kl_se=float(log_ratios.std(ddof=1) / error),
         texts=tuple(texts),
         rewards=tuple(float(r) for r in rewards),
+        completions=tuple(map(tuple, flat)),
     )
+
+
+def win_rate(rewards: Sequence[float], baseline: Sequence[float], *, level: float = 0.95) -> tuple[float, float, float]:
+    """Share of prompts whose completion has a higher reward than the baseline's, ties one half, and its interval (Wilson).
+
+    Raises:
+        ValueError: not as many rewards as baseline rewards, or none.
+    """
+    gap = np.asarray(rewards, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    if gap.ndim != 1 or not len(gap):
+        raise ValueError(f"rewards and baseline give {gap.shape} differences; give two lists of one reward a prompt")
+    rate, z = float(np.mean((gap > 0) + (gap == 0) / 2)), norm.ppf(0.5 + level / 2)
+    centre, half = rate + z**2 / (2 * len(gap)), z * math.sqrt(rate * (1 - rate) / len(gap) + (z / (2 * len(gap))) ** 2)
+    return rate, float((centre - half) / (1 + z**2 / len(gap))), float((centre + half) / (1 + z**2 / len(gap)))
+
+
+def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams over all n-grams of the completions' tokens (Li et al. 2016, https://arxiv.org/abs/1510.03055).
+
+    It falls when completions repeat themselves or each other, and with their number: compare only as many with as many.
+    """
+    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
+    if not grams:
+        raise ValueError(f"no completion has {n} tokens, so there is no {n}-gram; take a smaller n")
+    return len(set(grams)) / len(grams)
 
 
 def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:

@@ -402,7 +402,7 @@ def save_snapshot(
     )
     chosen, rejected = np.split(logps.numpy() - p.reference_logps[ends], 2)
     line = {"step": step, "chosen": chosen.tolist(), "rejected": rejected.tolist()}
-    line |= {"texts": result.texts[:texts], "rewards": result.rewards[:texts]}
+    line |= {"texts": result.texts[:texts], "rewards": result.rewards[:texts], "reward": result.reward, "kl": result.kl}
     earlier = [old for old in read_snapshots(out) if old["step"] < step] if path.exists() else []
     with write_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]), encoding="utf-8")

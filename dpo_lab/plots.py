@@ -1,11 +1,12 @@
 """Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from html import escape
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.artist import Artist
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.scale import FuncScale
 from matplotlib.ticker import FixedLocator
@@ -234,12 +235,12 @@ def plot_contenders(runs: Mapping[str, Sequence[Mapping[str, float]]], optimal: 
     for (name, points), colour, marker in zip(runs.items(), CONTENDERS, "os^DvP*"):
         kl, reward = ([p[k] for p in points] for k in ("kl", "reward"))
         axes.plot(kl, reward, marker, color=colour, markersize=5, alpha=0.75, markeredgewidth=0, label=name)
-    _root_scale(axes.xaxis, max(point["kl"] for points in runs.values() for point in points))
+    root_scale(axes.xaxis, max(point["kl"] for points in runs.values() for point in points))
     axes.legend(frameon=False, loc="lower right", fontsize=9)
     return figure
 
 
-def _root_scale(axis: Any, most: float) -> None:
+def root_scale(axis: Any, most: float) -> None:
     """A scale of square roots, on which 1 nat and 40 can both be seen."""
     functions = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)
     axis.axes.set(**{f"{axis.axis_name}scale": FuncScale(axis, functions), f"{axis.axis_name}lim": (0, 1.1 * most)})
@@ -266,147 +267,47 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
     return figure
 
 
-class Moving(NamedTuple):
-    """A figure, those of its artists that move, and what moves them to another state."""
-
-    figure: Figure
-    artists: list[Artist]
-    update: Callable[[Mapping[str, Any]], None]
-
-
-def _wide(panels: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(8.4, 3.4), dpi=90, layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(axis="x", labelsize=9)
-    return figure, axes
+def plot_pairs(scores: np.ndarray, lengths: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Figure:
+    """What the pairs teach: rewards (N,) of chosen and rejected completions, and their `lengths` (N,) in tokens."""
+    figure = Figure(figsize=(8.4, 3.2), dpi=110, layout="constrained")
+    for axes, values, label in zip(figure.subplots(1, 2), (scores, lengths), ("reward, P(positive)", "tokens")):
+        bins = np.linspace(values.min(), values.max(), 25)
+        for index, colour, name in ((chosen, CHOSEN, "chosen"), (rejected, REJECTED, "rejected")):
+            mean = values[index].mean()
+            axes.hist(values[index], bins, histtype="step", linewidth=2, color=colour, label=f"{name}, mean {mean:.2f}")
+        axes.set(xlabel=label, ylabel="pairs")
+        axes.set_ylim(top=1.35 * axes.get_ylim()[1])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left", fontsize=9)
+    return figure
 
 
-def moving_optimum(reference: Tensor, labels: Sequence[str], kls: Sequence[float], rewards: Sequence[float]) -> Moving:
-    """Reference and optimum as bars, and the optimum's place on the frontier; a state has `policy`, `kl` and `reward`."""
-    figure, (left, right) = _wide(2)
-    places = np.arange(len(labels))
-    left.bar(places - 0.2, np.asarray(reference), 0.4, color=OPTIMUM, label="reference")
-    bars = left.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
-    left.set_xticks(places, labels)
-    left.set(ylim=(0, 1), ylabel="probability")
-    left.legend(frameon=False)
-    right.plot(kls, rewards, color=OPTIMUM, label="optimum for every beta")
-    (point,) = right.plot([], [], "o", color=CHOSEN, markersize=9)
-    right.set(xlabel="KL to the reference (nats)", ylabel="mean reward")
-    right.legend(frameon=False, loc="lower right")
-
-    def update(state: Mapping[str, Any]) -> None:
-        for bar, height in zip(bars, state["policy"].tolist()):
-            bar.set_height(height)
-        point.set_data([state["kl"]], [state["reward"]])
-
-    return Moving(figure, [*bars, point], update)
+def plot_betas(runs: Mapping[float, Sequence[Mapping[str, float]]], optimal: Any) -> Figure:
+    """Reward against sequence KL as training goes on, a small panel for each beta, under the optimal frontier."""
+    figure = Figure(figsize=(8.4, 2.7), dpi=120, layout="constrained")
+    most = max(point["kl"] for points in runs.values() for point in points)
+    for axes, (beta, points) in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items()):
+        axes.plot(optimal.kl[optimal.valid], optimal.reward[optimal.valid], "--", color=OPTIMUM)
+        axes.plot([p["kl"] for p in points], [p["reward"] for p in points], "o-", color=POLICY, markersize=4)
+        axes.set_title(f"beta {beta:g}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="x", labelsize=8)
+        root_scale(axes.xaxis, most)
+    figure.axes[0].set_ylabel("mean reward")
+    figure.supxlabel("sequence KL (nats); dashed: the optimal policy", fontsize=10)
+    return figure
 
 
-def moving_bandit(labels: Sequence[str]) -> Moving:
-    """Two distributions as bars; a state has `reference` and `policy`."""
-    figure, (axes,) = _wide(1)
-    places = np.arange(len(labels))
-    before = axes.bar(places - 0.2, np.zeros(len(labels)), 0.4, color=OPTIMUM, label="reference")
-    after = axes.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
-    axes.set_xticks(places, labels)
-    axes.set(ylim=(0, 1), ylabel="probability")
-    axes.legend(frameon=False)
+def token_html(tokens: Sequence[str], values: Sequence[float], *, limit: float | None = None) -> str:
+    """A text whose tokens are coloured by a value each, green above zero and red below; the value is in the tooltip.
 
-    def update(state: Mapping[str, Any]) -> None:
-        for bars, heights in ((before, state["reference"]), (after, state["policy"])):
-            for bar, height in zip(bars, heights.tolist()):
-                bar.set_height(height)
-
-    return Moving(figure, [*before, *after], update)
-
-
-def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float]) -> Moving:
-    """Rewards as bars beside the likeliest ones, and predicted shares beside `observed`; a state has `rewards`, `predicted`."""
-    figure, (left, right) = _wide(2)
-    places = np.arange(len(labels))
-    bars = left.bar(places, np.zeros(len(labels)), 0.6, color=POLICY, label="your rewards")
-    marks = left.plot(places, likeliest, "_", color=REJECTED, markersize=30, markeredgewidth=2, label="likeliest rewards")
-    left.set_xticks(places, labels)
-    left.set(ylim=(-4, 5.5), ylabel="reward (nats)")
-    left.axhline(0, color=OPTIMUM, linewidth=0.8)
-    left.legend(frameon=False, loc="upper left", ncols=2)
-    right.plot([0, 1], [0, 1], "--", color=OPTIMUM, label="prediction = observation")
-    (points,) = right.plot([], [], "o", color=POLICY, markersize=8)
-    right.set(xlabel="predicted share won", ylabel="observed share won", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    right.legend(frameon=False, loc="upper left")
-
-    def update(state: Mapping[str, Any]) -> None:
-        for bar, height in zip(bars, state["rewards"]):
-            bar.set_height(height)
-        points.set_data(state["predicted"], observed)
-
-    return Moving(figure, [*bars, *marks, points], update)  # the marks move not, but stand before the bars
-
-
-def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence[float], furthest: float) -> Moving:
-    """Mean log-ratios over a run with the step marked, and pairs at that step; a state has `step`, `chosen`, `rejected`."""
-    figure, (left, right) = _wide(2)
-    left.plot(steps, chosen, color=CHOSEN, label="chosen")
-    left.plot(steps, rejected, "--", color=REJECTED, label="rejected")
-    left.axhline(0, color=OPTIMUM, linewidth=0.8)
-    left.set(xlabel="step", ylabel="mean log-ratio (nats)")
-    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    mark = left.axvline(0, color=POLICY, linewidth=2)
-    right.plot([-furthest, furthest], [-furthest, furthest], "--", color=OPTIMUM, label="margin 0")
-    (cloud,) = right.plot([], [], "o", color=POLICY, alpha=0.4, markersize=5)
-    limits = (-1.05 * furthest, 1.05 * furthest)
-    right.set(xlabel="log-ratio of rejected (nats)", ylabel="log-ratio of chosen (nats)", xlim=limits, ylim=limits)
-    right.legend(frameon=False, loc="upper left")
-
-    def update(state: Mapping[str, Any]) -> None:
-        mark.set_xdata([state["step"], state["step"]])
-        cloud.set_data(state["rejected"], state["chosen"])
-
-    return Moving(figure, [mark, cloud], update)
-
-
-def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any) -> Moving:
-    """One run among all, reward against KL, and its KL as it trains; a state has `kl`, `reward`, `step` and `target`."""
-    figure, (left, right) = _wide(2)
-    valid = optimal.valid
-    left.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy")
-    left.plot(
-        [r["kl"] for r in rows], [r["reward"] for r in rows], "o", color=OPTIMUM, alpha=0.25, markersize=4, markeredgewidth=0
-    )
-    (path,) = left.plot([], [], "o-", color=POLICY, markersize=5)
-    (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
-    left.set(xlabel="sequence KL (nats)", ylabel="mean reward")
-    left.legend(frameon=False, loc="lower right")
-    most = max(row["kl"] for row in rows)
-    _root_scale(left.xaxis, most)
-    _root_scale(right.yaxis, most)
-    (meter,) = right.plot([], [], "o-", color=POLICY, markersize=5)
-    target = right.axhline(-1, color=REJECTED, linestyle=":", linewidth=2)
-    right.set(xlabel="share of its training", ylabel="sequence KL (nats)", xlim=(-0.03, 1.03))
-
-    def update(state: Mapping[str, Any]) -> None:
-        path.set_data(state["kl"], state["reward"])
-        last.set_data(state["kl"][-1:], state["reward"][-1:])
-        meter.set_data(np.asarray(state["step"]) / max(state["step"][-1], 1), state["kl"])
-        target.set_ydata([state["target"]] * 2)
-
-    return Moving(figure, [path, last, meter, target], update)
-
-
-def moving_pairs(line: Mapping[str, np.ndarray]) -> Moving:
-    """Pairs on the curves of loss and gradient weight; the curves and a state have `margins`, `losses` and `weights`."""
-    figure, panels = _wide(2)
-    clouds = []
-    for axes, name, label, colour in zip(panels, ("losses", "weights"), ("loss", "gradient weight"), (POLICY, REJECTED)):
-        axes.plot(line["margins"], line[name], color=OPTIMUM)
-        clouds += axes.plot([], [], "o", color=colour, alpha=0.35, markersize=5)
-        axes.set(xlabel="margin (beta x nats)", ylabel=label, xlim=(line["margins"][0], line["margins"][-1]))
-
-    def update(state: Mapping[str, Any]) -> None:
-        for cloud, name in zip(clouds, ("losses", "weights")):
-            cloud.set_data(state["margins"], state[name])
-
-    return Moving(figure, clouds, update)
+    `limit` is the value with full colour, by default the largest in size.
+    """
+    limit = limit or max(map(abs, values), default=0.0) or 1.0
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        red, green, blue = (round(255 * part) for part in to_rgb(CHOSEN if value > 0 else REJECTED))
+        share = min(abs(value) / limit, 1.0)
+        style = f"background:rgba({red},{green},{blue},{share:.2f});color:{'white' if share > 0.6 else 'inherit'}"
+        spans.append(f'<span style="{style}" title="{value:+.2f}">{escape(token)}</span>')
+    return f'<div style="line-height:1.8;white-space:pre-wrap">{"".join(spans)}</div>'

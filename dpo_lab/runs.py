@@ -166,7 +166,8 @@ def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str,
 
 
 def read_snapshots(run: Path | str) -> list[dict[str, Any]]:
-    """What a run kept at each evaluation: `step`, log-ratios of `chosen` and `rejected` (P,) in nats, `texts`, `rewards`.
+    """What a run kept at each evaluation: `step`, log-ratios of `chosen` and `rejected` (P,) in nats, mean `reward`, `kl`, and
+    the first `texts` with their `rewards`.
 
     Raises:
         ValueError: the directory holds no `snapshots.jsonl`.

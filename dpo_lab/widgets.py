@@ -22,17 +22,20 @@ from PIL import Image
 from torch import Tensor
 
 from dpo_lab.contenders import Contender, Recorded, recorded
+from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
-from dpo_lab.objective import kl, log_partition, optimal_policy
-from dpo_lab.plots import (
+from dpo_lab.moving import (
     Moving,
     moving_bandit,
+    moving_betas,
     moving_comparisons,
     moving_contenders,
+    moving_curves,
     moving_optimum,
     moving_pairs,
     moving_run,
 )
+from dpo_lab.objective import kl, log_partition, optimal_policy
 from dpo_lab.runs import read_config, read_metrics, read_snapshots
 
 if "JUPYTER_WIDGETS_ECHO" not in os.environ:
@@ -326,3 +329,68 @@ def frontier_explorer(sweep: Recorded | None = None) -> Explorer:
     )
     caption = "Which setting moves a method along the frontier, and which only off it?"
     return _explorer(show, Picture(moving), {"run": slider}, caption, samples)
+
+
+@dataclass(frozen=True)
+class LiveCurves:
+    """Loss and margin of a run, drawn while it trains: pass it to `train_dpo` as `evaluate`, and show `image` before."""
+
+    run: Path
+    picture: Picture
+    update: Callable[[Mapping[str, Any]], None]
+    image: widgets.Image
+
+    def __call__(self, model: Any = None, step: int = 0) -> dict[str, float]:
+        """Draw what `metrics.jsonl` holds; measures nothing."""
+        lines = [line for line in read_metrics(self.run) if "loss" in line]
+        names = {"step": "step", "loss": "loss", "margin": "rewards/margins"}
+        self.update({name: [line[key] for line in lines] for name, key in names.items()})
+        self.image.value = self.picture.png()
+        return {}
+
+
+def live_curves(run: Path | str, steps: int) -> LiveCurves:
+    """Curves of the `steps` steps that `train_dpo` will write into the directory `run`."""
+    moving = moving_curves(steps)
+    picture = Picture(moving)
+    image = widgets.Image(value=picture.png(), format="png", layout={"max_width": "100%"})
+    return LiveCurves(Path(run), picture, moving.update, image)
+
+
+def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -> Explorer:
+    """Walk through recorded runs of several betas: reward against KL, the pairs as each beta weighs them, and samples.
+
+    `runs` gives the run directory of each beta, as `dpo-lab train` makes it; `optimal` is the frontier to draw above them.
+
+    Raises:
+        ValueError: there is no run, or a directory is not that of a run.
+    """
+    if not runs:
+        raise ValueError("runs is empty; give at least one run directory, as in {0.1: 'runs/imdb'}")
+    snapshots = {beta: read_snapshots(runs[beta]) for beta in sorted(runs)}
+    paths = {
+        beta: [{name: snapshot[name] for name in ("kl", "reward")} for snapshot in found] for beta, found in snapshots.items()
+    }
+    moving = moving_betas(
+        list(paths.values()), optimal, gradient_weight_state(1.0, torch.linspace(-6, 6, 241, dtype=torch.float64))
+    )
+    samples = widgets.HTML()
+
+    def show(beta: float) -> str:
+        last = snapshots[beta][-1]
+        pairs = torch.tensor(last["chosen"], dtype=torch.float64) - torch.tensor(last["rejected"], dtype=torch.float64)
+        state = gradient_weight_state(beta, pairs)
+        moving.update({**state, **{name: [point[name] for point in paths[beta]] for name in ("kl", "reward")}})
+        samples.value = _sample_table(last["texts"], last["rewards"])
+        return (
+            f"step {last['step']}: reward {last['reward']:.3f} at {last['kl']:.2f} nats, mean weight {state['weights'].mean():.3f}, "
+            f"mean margin {state['margins'].mean():.2f} (beta x nats)"
+        )
+
+    slider = widgets.SelectionSlider(
+        options=[(f"{beta:g}", beta) for beta in snapshots], description="beta", layout={"width": "420px"}
+    )
+    caption = (
+        "The smallest beta weighs every pair one half. Why does it not move the policy furthest in the same number of steps?"
+    )
+    return _explorer(show, Picture(moving), {"beta": slider}, caption, samples)

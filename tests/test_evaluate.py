@@ -5,8 +5,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
-from dpo_lab.evaluate import OptimalFrontier, best_of_n, evaluate_policy, frontier_band, optimal_frontier
+from dpo_lab.evaluate import (
+    OptimalFrontier,
+    best_of_n,
+    distinct_n,
+    evaluate_policy,
+    frontier_band,
+    optimal_frontier,
+    win_rate,
+)
 from dpo_lab.models import load_model
 from dpo_lab.objective import kl as exact_kl
 from dpo_lab.objective import optimal_policy
@@ -16,7 +25,7 @@ def test_a_policy_that_is_its_reference_has_no_kl(model, tokenizer):
     result = evaluate_policy(model, model, [[0, 5, 9]] * 16, lambda t: np.linspace(0, 1, len(t)), tokenizer, max_new_tokens=8)
     assert (result.kl, result.kl_se) == (0, 0)
     assert result.reward == pytest.approx(0.5) and result.reward_se == pytest.approx(np.linspace(0, 1, 16).std(ddof=1) / 4)
-    assert len(result.texts) == len(result.rewards) == 16
+    assert len(result.texts) == len(result.rewards) == len(result.completions) == 16
 
 
 def test_the_sequence_kl_matches_enumeration(model, tiny, tokenizer):
@@ -121,3 +130,21 @@ def test_a_bad_n_is_named():
             best_of_n(np.zeros((3, 5)), n)
     with pytest.raises(ValueError, match=r"scores of shape \(5,\); .* for scores \(M, K\)"):
         best_of_n(np.zeros(5), 1)
+
+
+def test_the_win_rate_s_interval_is_wilson_s_and_ties_are_half():
+    rng = np.random.default_rng(0)
+    rewards, baseline = rng.random(200), rng.random(200)
+    rate, low, high = win_rate(rewards, baseline)
+    expected = binomtest(int((rewards > baseline).sum()), 200).proportion_ci(method="wilson")
+    assert rate == pytest.approx((rewards > baseline).mean())
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert win_rate([1, 1, 0, 0], [1, 0, 0, 1])[0] == 0.5
+    with pytest.raises(ValueError, match="one reward a prompt"):
+        win_rate([], [])
+
+
+def test_distinct_n_grams_are_counted_within_completions():
+    assert distinct_n([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4 and distinct_n([[1, 1, 1]], 1) == 1 / 3
+    with pytest.raises(ValueError, match="no completion has 4 tokens"):
+        distinct_n([[1, 2, 3]], 4)

@@ -8,6 +8,7 @@ from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.plots import (
     plot_band,
     plot_beta_path,
+    plot_betas,
     plot_calibration,
     plot_distributions,
     plot_frontier,
@@ -16,9 +17,11 @@ from dpo_lab.plots import (
     plot_loss,
     plot_margins,
     plot_memory,
+    plot_pairs,
     plot_race,
     plot_rewards,
     plot_simplex,
+    token_html,
 )
 
 METRICS = [
@@ -128,3 +131,25 @@ def test_corners_and_points_of_the_simplex_stand_where_they_should():
     curve, point = (line.get_xydata() for line in axes.get_lines())
     assert curve == pytest.approx(np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]])) and point[0] == pytest.approx(curve.mean(0))
     assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
+
+
+def test_every_beta_has_a_panel_on_one_scale():
+    points = [{"kl": 0.0, "reward": 0.5}, {"kl": 4.0, "reward": 0.9}]
+    optimal = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
+    panels = plot_betas({0.1: points, 5.0: points[:1]}, optimal).axes
+    assert [axes.get_title() for axes in panels] == ["beta 0.1", "beta 5"] and len({axes.get_xlim() for axes in panels}) == 1
+    assert list(panels[0].get_lines()[1].get_xdata()) == [0, 4]
+
+
+def test_pairs_are_counted_on_the_side_where_they_stand():
+    scores, lengths = np.array([0.9, 0.1, 0.5]), np.array([3, 9, 5])
+    axes = plot_pairs(scores, lengths, np.array([0, 0]), np.array([1, 2])).axes
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["chosen, mean 0.90", "rejected, mean 0.30"]
+    assert axes[1].get_xlabel() == "tokens"
+
+
+def test_tokens_are_coloured_by_sign_and_escaped():
+    html = token_html(["<b>", " joy"], [-1.0, 0.5], limit=2.0)
+    assert "&lt;b&gt;" in html and "<b>" not in html and 'title="+0.50"' in html
+    assert "rgba(192,57,43,0.50)" in html and "rgba(27,127,92,0.25)" in html
+    assert token_html([], []).endswith("</div>")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.losses import dpo_loss
 from dpo_lab.objective import kl, log_partition, optimal_policy
 from dpo_lab.rewards import fit_bradley_terry
@@ -28,20 +29,24 @@ from dpo_lab.widgets import (
     beta_explorer,
     beta_slider,
     beta_state,
+    betas_explorer,
     bradley_terry_explorer,
     bradley_terry_state,
     gradient_weight_explorer,
     gradient_weight_state,
+    live_curves,
     training_explorer,
 )
 
 RUN = Path(tempfile.mkdtemp()) / "run"
+OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
 EXPLORERS = {
     "beta": beta_explorer,
     "bandit": bandit_explorer,
     "gradient weight": gradient_weight_explorer,
     "Bradley-Terry": bradley_terry_explorer,
     "training": lambda: training_explorer(RUN),
+    "betas": lambda: betas_explorer({0.1: RUN, 5.0: RUN}, OPTIMAL),
 }
 
 
@@ -52,8 +57,24 @@ def recorded_run():
     for step in range(1, 5):
         append_metrics(RUN, {"step": step, "rewards/chosen": 0.5 * step, "rewards/rejected": -1.0 * step})
     snapshots = [
-        {"step": 0, "chosen": [0.0, 0.0], "rejected": [0.0, 0.0], "texts": ["A <b>film</b>"], "rewards": [0.25]},
-        {"step": 4, "chosen": [4.0, -3.0], "rejected": [-6.0, -1.0], "texts": ["A joy & more"], "rewards": [0.875]},
+        {
+            "step": 0,
+            "chosen": [0.0, 0.0],
+            "rejected": [0.0, 0.0],
+            "texts": ["A <b>film</b>"],
+            "rewards": [0.25],
+            "reward": 0.5,
+            "kl": 0.0,
+        },
+        {
+            "step": 4,
+            "chosen": [4.0, -3.0],
+            "rejected": [-6.0, -1.0],
+            "texts": ["A joy & more"],
+            "rewards": [0.875],
+            "reward": 0.75,
+            "kl": 2.5,
+        },
     ]
     (RUN / "snapshots.jsonl").write_text("".join(json.dumps(line) + "\n" for line in snapshots))
     yield
@@ -226,3 +247,29 @@ def test_a_moved_slider_is_not_told_its_own_value(monkeypatch):
     monkeypatch.setattr(slider, "_send", lambda message, buffers=None: sent.append(message["method"]))
     slider.set_state({"value": 2.0})
     assert slider.value == 2.0 and "echo_update" not in sent
+
+
+def test_the_betas_explorer_shows_each_run_as_its_beta_weighs_it():
+    explorer = betas_explorer({5.0: RUN, 0.1: RUN}, OPTIMAL)
+    path, last, cloud = explorer.picture.artists
+    for beta in (0.1, 5.0):
+        says = explorer.show(beta)
+        margins = beta * np.array([10.0, -2.0])
+        assert list(path.get_xdata()) == [0.0, 2.5] and list(last.get_ydata()) == [0.75]
+        assert cloud.get_ydata() == pytest.approx(1 / (1 + np.exp(margins)))
+        assert cloud.get_xdata() == pytest.approx(margins.clip(-6, 6))
+        assert "reward 0.750 at 2.50 nats" in says and f"mean margin {margins.mean():.2f}" in says
+    with pytest.raises(ValueError, match="runs is empty"):
+        betas_explorer({}, OPTIMAL)
+
+
+def test_live_curves_follow_the_run_s_metrics(tmp_path):
+    curves = live_curves(tmp_path, 4)
+    before = curves.image.value
+    append_metrics(tmp_path, {"step": 0, "eval/reward": 0.5})
+    for step, loss in ((1, 0.7), (2, 0.4)):
+        append_metrics(tmp_path, {"step": step, "loss": loss, "rewards/margins": 0.25})
+    assert curves(None, 2) == {}
+    loss, margin = curves.picture.artists
+    assert list(loss.get_xydata()[0]) == [1, 0.7] and list(margin.get_xydata()[0]) == [1, 0.25]
+    assert curves.image.value != before

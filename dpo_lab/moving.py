@@ -1,0 +1,203 @@
+"""Figures of which some artists move to another state, and the rest stands still: what sliders redraw in milliseconds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dpo_lab.plots import CHOSEN, OPTIMUM, POLICY, REJECTED, root_scale
+
+
+class Moving(NamedTuple):
+    """A figure, those of its artists that move, and what moves them to another state."""
+
+    figure: Figure
+    artists: list[Artist]
+    update: Callable[[Mapping[str, Any]], None]
+
+
+def _wide(panels: int) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(8.4, 3.4), dpi=90, layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="x", labelsize=9)
+    return figure, axes
+
+
+def moving_optimum(reference: Tensor, labels: Sequence[str], kls: Sequence[float], rewards: Sequence[float]) -> Moving:
+    """Reference and optimum as bars, and the optimum's place on the frontier; a state has `policy`, `kl` and `reward`."""
+    figure, (left, right) = _wide(2)
+    places = np.arange(len(labels))
+    left.bar(places - 0.2, np.asarray(reference), 0.4, color=OPTIMUM, label="reference")
+    bars = left.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
+    left.set_xticks(places, labels)
+    left.set(ylim=(0, 1), ylabel="probability")
+    left.legend(frameon=False)
+    right.plot(kls, rewards, color=OPTIMUM, label="optimum for every beta")
+    (point,) = right.plot([], [], "o", color=CHOSEN, markersize=9)
+    right.set(xlabel="KL to the reference (nats)", ylabel="mean reward")
+    right.legend(frameon=False, loc="lower right")
+
+    def update(state: Mapping[str, Any]) -> None:
+        for bar, height in zip(bars, state["policy"].tolist()):
+            bar.set_height(height)
+        point.set_data([state["kl"]], [state["reward"]])
+
+    return Moving(figure, [*bars, point], update)
+
+
+def moving_bandit(labels: Sequence[str]) -> Moving:
+    """Two distributions as bars; a state has `reference` and `policy`."""
+    figure, (axes,) = _wide(1)
+    places = np.arange(len(labels))
+    before = axes.bar(places - 0.2, np.zeros(len(labels)), 0.4, color=OPTIMUM, label="reference")
+    after = axes.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
+    axes.set_xticks(places, labels)
+    axes.set(ylim=(0, 1), ylabel="probability")
+    axes.legend(frameon=False)
+
+    def update(state: Mapping[str, Any]) -> None:
+        for bars, heights in ((before, state["reference"]), (after, state["policy"])):
+            for bar, height in zip(bars, heights.tolist()):
+                bar.set_height(height)
+
+    return Moving(figure, [*before, *after], update)
+
+
+def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float]) -> Moving:
+    """Rewards as bars beside the likeliest ones, and predicted shares beside `observed`; a state has `rewards`, `predicted`."""
+    figure, (left, right) = _wide(2)
+    places = np.arange(len(labels))
+    bars = left.bar(places, np.zeros(len(labels)), 0.6, color=POLICY, label="your rewards")
+    marks = left.plot(places, likeliest, "_", color=REJECTED, markersize=30, markeredgewidth=2, label="likeliest rewards")
+    left.set_xticks(places, labels)
+    left.set(ylim=(-4, 5.5), ylabel="reward (nats)")
+    left.axhline(0, color=OPTIMUM, linewidth=0.8)
+    left.legend(frameon=False, loc="upper left", ncols=2)
+    right.plot([0, 1], [0, 1], "--", color=OPTIMUM, label="prediction = observation")
+    (points,) = right.plot([], [], "o", color=POLICY, markersize=8)
+    right.set(xlabel="predicted share won", ylabel="observed share won", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    right.legend(frameon=False, loc="upper left")
+
+    def update(state: Mapping[str, Any]) -> None:
+        for bar, height in zip(bars, state["rewards"]):
+            bar.set_height(height)
+        points.set_data(state["predicted"], observed)
+
+    return Moving(figure, [*bars, *marks, points], update)  # the marks move not, but stand before the bars
+
+
+def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence[float], furthest: float) -> Moving:
+    """Mean log-ratios over a run with the step marked, and pairs at that step; a state has `step`, `chosen`, `rejected`."""
+    figure, (left, right) = _wide(2)
+    left.plot(steps, chosen, color=CHOSEN, label="chosen")
+    left.plot(steps, rejected, "--", color=REJECTED, label="rejected")
+    left.axhline(0, color=OPTIMUM, linewidth=0.8)
+    left.set(xlabel="step", ylabel="mean log-ratio (nats)")
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    mark = left.axvline(0, color=POLICY, linewidth=2)
+    right.plot([-furthest, furthest], [-furthest, furthest], "--", color=OPTIMUM, label="margin 0")
+    (cloud,) = right.plot([], [], "o", color=POLICY, alpha=0.4, markersize=5)
+    limits = (-1.05 * furthest, 1.05 * furthest)
+    right.set(xlabel="log-ratio of rejected (nats)", ylabel="log-ratio of chosen (nats)", xlim=limits, ylim=limits)
+    right.legend(frameon=False, loc="upper left")
+
+    def update(state: Mapping[str, Any]) -> None:
+        mark.set_xdata([state["step"], state["step"]])
+        cloud.set_data(state["rejected"], state["chosen"])
+
+    return Moving(figure, [mark, cloud], update)
+
+
+def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any) -> Moving:
+    """One run among all, reward against KL, and its KL as it trains; a state has `kl`, `reward`, `step` and `target`."""
+    figure, (left, right) = _wide(2)
+    valid = optimal.valid
+    left.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy")
+    left.plot(
+        [r["kl"] for r in rows], [r["reward"] for r in rows], "o", color=OPTIMUM, alpha=0.25, markersize=4, markeredgewidth=0
+    )
+    (path,) = left.plot([], [], "o-", color=POLICY, markersize=5)
+    (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
+    left.set(xlabel="sequence KL (nats)", ylabel="mean reward")
+    left.legend(frameon=False, loc="lower right")
+    most = max(row["kl"] for row in rows)
+    root_scale(left.xaxis, most)
+    root_scale(right.yaxis, most)
+    (meter,) = right.plot([], [], "o-", color=POLICY, markersize=5)
+    target = right.axhline(-1, color=REJECTED, linestyle=":", linewidth=2)
+    right.set(xlabel="share of its training", ylabel="sequence KL (nats)", xlim=(-0.03, 1.03))
+
+    def update(state: Mapping[str, Any]) -> None:
+        path.set_data(state["kl"], state["reward"])
+        last.set_data(state["kl"][-1:], state["reward"][-1:])
+        meter.set_data(np.asarray(state["step"]) / max(state["step"][-1], 1), state["kl"])
+        target.set_ydata([state["target"]] * 2)
+
+    return Moving(figure, [path, last, meter, target], update)
+
+
+def moving_pairs(line: Mapping[str, np.ndarray]) -> Moving:
+    """Pairs on the curves of loss and gradient weight; the curves and a state have `margins`, `losses` and `weights`."""
+    figure, panels = _wide(2)
+    clouds = []
+    for axes, name, label, colour in zip(panels, ("losses", "weights"), ("loss", "gradient weight"), (POLICY, REJECTED)):
+        axes.plot(line["margins"], line[name], color=OPTIMUM)
+        clouds += axes.plot([], [], "o", color=colour, alpha=0.35, markersize=5)
+        axes.set(xlabel="margin (beta x nats)", ylabel=label, xlim=(line["margins"][0], line["margins"][-1]))
+
+    def update(state: Mapping[str, Any]) -> None:
+        for cloud, name in zip(clouds, ("losses", "weights")):
+            cloud.set_data(state["margins"], state[name])
+
+    return Moving(figure, clouds, update)
+
+
+def moving_curves(steps: int) -> Moving:
+    """Loss and margin of a run while it trains; a state has `step`, `loss` and `margin`, each a list."""
+    figure, (left, right) = _wide(2)
+    left.axhline(np.log(2), color=OPTIMUM, linestyle="--", label="log 2")
+    (loss,) = left.plot([], [], color=POLICY, label="loss a pair (nats)")
+    right.axhline(0, color=OPTIMUM, linewidth=0.8)
+    (margin,) = right.plot([], [], color=CHOSEN, label="margin (beta x nats)")
+    left.set(xlabel="step", xlim=(0, steps), ylim=(0, 1))
+    right.set(xlabel="step", xlim=(0, steps), ylim=(-0.5, 4))
+    for axes in (left, right):
+        axes.legend(frameon=False, loc="upper left")
+
+    def update(state: Mapping[str, Any]) -> None:
+        loss.set_data(state["step"], state["loss"])
+        margin.set_data(state["step"], state["margin"])
+
+    return Moving(figure, [loss, margin], update)
+
+
+def moving_betas(paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, line: Mapping[str, np.ndarray]) -> Moving:
+    """One recorded run among those of other betas: reward against KL, and its pairs on the curve of the gradient weight.
+
+    `paths` have points with `kl` and `reward`; `line` has `margins` and `weights`, and so has a state beside `kl`, `reward`.
+    """
+    figure, (left, right) = _wide(2)
+    valid = optimal.valid
+    left.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy")
+    for points in paths:
+        left.plot([p["kl"] for p in points], [p["reward"] for p in points], "o-", color=OPTIMUM, alpha=0.25, markersize=4)
+    (path,) = left.plot([], [], "o-", color=POLICY, markersize=5)
+    (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
+    left.set(xlabel="sequence KL (nats)", ylabel="mean reward")
+    left.legend(frameon=False, loc="lower right")
+    root_scale(left.xaxis, max(point["kl"] for points in paths for point in points))
+    right.plot(line["margins"], line["weights"], color=OPTIMUM)
+    (cloud,) = right.plot([], [], "o", color=REJECTED, alpha=0.35, markersize=5)
+    right.set(xlabel="margin (beta x nats)", ylabel="gradient weight", xlim=(line["margins"][0], line["margins"][-1]))
+
+    def update(state: Mapping[str, Any]) -> None:
+        path.set_data(state["kl"], state["reward"])
+        last.set_data(state["kl"][-1:], state["reward"][-1:])
+        cloud.set_data(np.clip(state["margins"], line["margins"][0], line["margins"][-1]), state["weights"])
+
+    return Moving(figure, [path, last, cloud], update)
