@@ -12,7 +12,7 @@ import transformers
 import tyro
 
 from dpo_lab import experiment
-from dpo_lab.contenders import contenders, repeats
+from dpo_lab.contenders import repeats
 from dpo_lab.doctor import doctor
 from dpo_lab.experiment import CONFIGS, ExperimentConfig, TaskConfig
 from dpo_lab.frontier import FrontierConfig, frontier
@@ -86,9 +86,9 @@ def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/fron
 
     Args:
         out: where every run has a directory, and `frontier.csv` all their evaluations.
-        repeat: eleven more, which show the spread between seeds.
+        repeat: instead of them eleven runs of DPO, PPO and PPO-GT that show the spread between seeds.
     """
-    rows = frontier(config, out, runs=contenders(config.task.seed) + repeats() if repeat else None)
+    rows = frontier(config, out, runs=repeats() if repeat else None)
     print(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 
