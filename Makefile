@@ -29,7 +29,7 @@ bench-gpu: .venv/.installed-test ## The same on a GPU, where there is one
 	.venv/bin/python benchmarks/speed.py --device cuda $(ARGS)
 
 site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (about 7 minutes)
-	$(INSTALL) -e '.[site]'
+	$(INSTALL) -e '.[site,trl]'
 	.venv/bin/python -m sphinx -q -W --keep-going -c docs . site
 
 clean-env: ## Remove .venv; the next target sets it up again

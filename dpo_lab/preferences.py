@@ -25,6 +25,7 @@ from dpo_lab.runs import weights_hash, write_whole
 
 SAME_LOGPS = {"float32": 1e-2, "bfloat16": 0.25}  # nats a completion by which batches of other shapes may differ
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
+JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat template that adds nothing
 Bad = Literal["error", "drop"]
 
 
@@ -46,6 +47,8 @@ class Report:
     """pairs that stood there already; they are kept, and count twice in the loss"""
     ties: int = 0
     """pairs dropped because both completions have the same score"""
+    retokenised: int = 0
+    """pairs dropped by `as_text` because their text has other tokens"""
 
     def __str__(self) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in asdict(self).items())
@@ -107,6 +110,48 @@ class Preferences:
             return self
         logps = score_completions(model, self.prompts, self.completions, self.prompt_of, precision=precision, progress=progress)
         return replace(self, reference_logps=logps.numpy(), reference_key=key, reference_precision=precision)
+
+    def as_text(self, tokenizer: PreTrainedTokenizerBase) -> "Preferences":
+        """These preferences without the pairs whose text, tokenised in one piece, has other tokens; the report counts them.
+
+        Samples are token ids, and not always those that the tokenizer gives their text: it never writes "film" as "fi" + "lm".
+        """
+        kept = np.flatnonzero([text is not None for text in self._pair_texts(tokenizer)])
+        report = replace(self.report, pairs=len(kept), retokenised=self.report.retokenised + len(self.chosen) - len(kept))
+        return replace(self, chosen=self.chosen[kept], rejected=self.rejected[kept], report=report)
+
+    def to_trl(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """A row a pair, in order, that TRL's `DPOTrainer` (1.16) tokenises to exactly these ids.
+
+        TRL takes text alone, and appends EOS to plain strings, which a cut completion must not have. So the values are messages
+        with BOS and EOS written out, and each row brings a chat template that only joins them. TRL cuts at its `max_length`.
+
+        Raises:
+            ValueError: a pair whose text has other tokens.
+        """
+        texts = self._pair_texts(tokenizer)
+        other = [pair for pair, text in enumerate(texts) if text is None]
+        if other:
+            c, r = self.chosen[other[0]], self.rejected[other[0]]
+            found = [tokenizer.decode(self.prompts[self.prompt_of[i]] + self.completions[i]) for i in (c, r)]
+            raise ValueError(
+                f"the text of {len(other)} of {len(texts)} pairs has other tokens than the pair, pair {other[0]} for one: {found}. "
+                "Pass the tokenizer that they were made with, and call preferences.as_text(tokenizer) to drop and count such pairs"
+            )
+        roles, join = ("user", "assistant", "assistant"), {"chat_template_kwargs": {"chat_template": JOINED}}
+        rows = [[[{"role": role, "content": part}] for role, part in zip(roles, text)] for text in texts if text]
+        return Dataset.from_list([dict(zip(EXAMPLE, row)) | join for row in rows])
+
+    def _pair_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, str] | None]:
+        """Prompt, chosen and rejected of each pair as text; None where that text has other tokens than the pair."""
+        prompts = _exact_texts(tokenizer, self.prompts)
+        wholes = _exact_texts(tokenizer, [self.prompts[p] + ids for p, ids in zip(self.prompt_of, self.completions)])
+        texts: list[tuple[str, str, str] | None] = []
+        for c, r in zip(self.chosen, self.rejected):
+            prompt, chosen, rejected = prompts[self.prompt_of[c]], wholes[c], wholes[r]
+            exact = prompt and chosen and rejected and chosen.startswith(prompt) and rejected.startswith(prompt)
+            texts.append((prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if exact else None)
+        return texts
 
     def tokens_hash(self) -> str:
         """16 hexadecimal digits that name the prompts and completions."""
@@ -309,6 +354,13 @@ class _Builder:
             scores=None if None in self.scores else np.array(self.scores),
             report=Report(pairs=len(pairs), cut=len(self.cut), **self.counts),
         )
+
+
+def _exact_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str | None]:
+    """The text of each row of ids, special tokens written out; None where that text has other ids."""
+    texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [text if ids == list(row) else None for text, ids, row in zip(texts, again, rows)]
 
 
 def _check_columns(i: int, row: Mapping[str, Any]) -> None:

@@ -232,7 +232,7 @@ def test_a_pair_that_comes_twice_is_kept_and_counted(tokenizer):
 
 
 def test_the_report_reads_as_a_sentence():
-    expected = "pairs 1,200, cut 0, without eos 3, dropped 0, identical 0, duplicated 0, ties 0"
+    expected = "pairs 1,200, cut 0, without eos 3, dropped 0, identical 0, duplicated 0, ties 0, retokenised 0"
     assert str(Report(pairs=1200, without_eos=3)) == expected
 
 
