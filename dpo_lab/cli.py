@@ -62,6 +62,16 @@ def train_command(
     print(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
 
 
+def plan_command(config: Flat[ExperimentConfig], out: Path = Path("runs/imdb"), data: Path | None = None) -> None:
+    """What `dpo-lab train` with the same flags will cost: tokens, FLOPs, seconds, memory. Nothing is written.
+
+    Args:
+        out: the run directory, which decides the precision where it holds a run.
+        data: as for `dpo-lab train`.
+    """
+    print(experiment.plan_run(config, out, data=data))
+
+
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
@@ -88,6 +98,7 @@ def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretra
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor_command,
+    "plan": plan_command,
     "train": train_command,
     "sample": sample_command,
     "label": label_command,

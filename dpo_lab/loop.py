@@ -137,8 +137,7 @@ def fit(
             log({"step": step, **line})
             bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             bar.update()
-            early = [step * 2**halving for halving in range(1, 5)]
-            if evaluate and (step % config.eval_every == 0 or config.eval_every in early or step == steps):
+            if evaluate and evaluates(step, steps, config):
                 log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
             stopping = run is not None and stop.is_set() and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
@@ -180,6 +179,12 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
 
 
 MUON_LEARNING_RATE = 0.02  # the update is orthogonal, so its size does not depend on the model
+
+
+def evaluates(step: int, steps: int, config: LoopConfig) -> bool:
+    """Whether an evaluation follows `step` (1-based)."""
+    early = [step * 2**halving for halving in range(1, 5)]
+    return step % config.eval_every == 0 or config.eval_every in early or step == steps
 
 
 def _schedule(step: int, steps: int, config: LoopConfig) -> float:
