@@ -22,6 +22,12 @@ from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_me
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
 
+NO_MEMORY = (
+    "Free the memory that others hold and continue with --resume, or start anew with smaller batches, shorter completions, "
+    "bfloat16 or a smaller model"
+)
+
+
 class Interrupted(Exception):
     """Training stopped between two steps on Ctrl-C or SIGTERM; a checkpoint holds everything up to there."""
 
@@ -43,7 +49,7 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     accumulate: int = 1
-    """forward passes a step; the gradient is that of the whole batch"""
+    """forward passes a step; the gradient is that of the whole batch; doubled when a GPU runs out of memory"""
     eval_every: int = 80
     """steps between evaluations; the first interval is halved four times, for a policy moves most at the start"""
     save_every: int = 100
@@ -55,7 +61,7 @@ class LoopConfig:
 def fit(
     model: nn.Module,
     steps: int,
-    micro_batches: Callable[[int], list[Any]],
+    micro_batches: Callable[[int, int], list[Any]],
     loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, float]]],
     weigh: Callable[[Any], int],
     config: LoopConfig,
@@ -69,6 +75,8 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs, tokens, prompts).
 
+    `micro_batches(step, accumulate)` gives the forward passes of a step (0-based), `accumulate` of them where it can split
+    the batch: a step that runs out of a GPU's memory is done again with twice as many, and so are all that follow.
     `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     """
@@ -93,6 +101,8 @@ def fit(
     if config.tensorboard:
         accelerator.init_trackers("tensorboard", asdict(config))
 
+    accumulate = max([config.accumulate, *(line["accumulate"] for line in history if "accumulate" in line)])
+
     def log(line: dict[str, Any]) -> None:
         history.append(line)
         if run and accelerator.is_main_process:
@@ -113,17 +123,40 @@ def fit(
             for optimizer, rates in zip(optimizers, peaks):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * scale
-            micros = micro_batches(step - 1)
-            total = sum(weigh(micro) for micro in micros)
-            line: dict[str, float] = {"loss": 0.0}
-            tokens = 0
-            for micro in micros:
-                micro = _to(micro, accelerator.device)
-                loss, sums = loss_of(scoring, micro)
-                accelerator.backward(loss / total)
-                tokens += getattr(micro, "batch", micro).tokens
-                for name, value in {"loss": loss.item(), **sums}.items():
-                    line[name] = line.get(name, 0.0) + value / total
+            before = accumulate
+            while True:
+                micros = micro_batches(step - 1, accumulate)
+                total = sum(weigh(micro) for micro in micros)
+                line: dict[str, float] = {"loss": 0.0}
+                tokens = 0
+                try:
+                    for micro in micros:
+                        micro = _to(micro, accelerator.device)
+                        loss, sums = loss_of(scoring, micro)
+                        accelerator.backward(loss / total)
+                        tokens += getattr(micro, "batch", micro).tokens
+                        for name, value in {"loss": loss.item(), **sums}.items():
+                            line[name] = line.get(name, 0.0) + value / total
+                    break
+                except torch.OutOfMemoryError as error:
+                    reason = str(error)  # not the error itself, whose frames hold tensors, nor the loss, which holds a graph
+                    loss = micro = None
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                if accelerator.num_processes > 1 or len(micro_batches(step - 1, 2 * accumulate)) == len(micros):
+                    if run and step - 1 > start:
+                        save_checkpoint(run, step - 1, model, optimizers)
+                    raise ValueError(
+                        f"step {step} does not fit in memory in {len(micros)} forward passes ({reason}). {NO_MEMORY}"
+                    )
+                accumulate *= 2
+                if progress:
+                    bar.write(
+                        f"{progress}: out of memory at step {step}; from here on accumulate is {accumulate}, the batch the same"
+                    )
+            if accumulate != before:
+                line["accumulate"] = accumulate
             line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
             if not math.isfinite(line["grad_norm"]):
                 raise ValueError(

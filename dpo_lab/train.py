@@ -167,8 +167,8 @@ def _fit_pairs(
     groups, share = preferences.pairs_by_prompt(), can_share(policy)
     plan = plan_prompts(groups, epochs, batch_pairs, seed)
 
-    def micro_batches(step: int) -> list[PairBatch]:
-        parts = np.array_split(np.array(plan[step]), min(loop.accumulate, len(plan[step])))
+    def micro_batches(step: int, accumulate: int) -> list[PairBatch]:
+        parts = np.array_split(np.array(plan[step]), min(accumulate, len(plan[step])))
         return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in parts]
 
     def weigh(micro: PairBatch) -> int:
@@ -212,7 +212,7 @@ def train_sft(
     return fit(
         policy,
         steps,
-        batches,
+        lambda step, accumulate: batches(step),
         loss_of,
         weigh,
         config,

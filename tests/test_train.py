@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +371,71 @@ def test_tensorboard_gets_the_metrics_on_request(model, preferences, tmp_path):
     train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, tensorboard=True)), run=tmp_path, progress=None)
     events = list((tmp_path / "tensorboard").rglob("events*"))
     assert events and sum(e.stat().st_size for e in events) > 1000
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(tiny, preferences, tmp_path, monkeypatch, where):
+    """Memory for 5 completions at once: from the first step on the batch goes in four parts; the gradient is the same."""
+    config, asked = replace(CONFIG, loop=replace(LOOP, accumulate=4)), []
+    theirs = load_model(str(tiny))
+    expected = train_dpo(theirs, preferences, config, progress=None)
+
+    def scarce(model, batch):
+        asked.append(batch.n)
+        if batch.n > 5 and where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        logps = completion_logps(model, batch)
+        if batch.n > 5:
+            logps.register_hook(full)
+        return logps
+
+    def full(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "completion_logps", scarce)
+    ours = load_model(str(tiny))
+    metrics = train_dpo(ours, preferences, CONFIG, run=tmp_path, progress=None)
+    assert max(asked) > 5 and sum(n > 5 for n in asked) <= 4
+    assert metrics[0]["accumulate"] == 4 and not any("accumulate" in line for line in metrics[1:])
+    assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    asked.clear()
+    for name in sorted((tmp_path / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(name)
+    resumed = load_model(str(tiny))
+    again = train_dpo(resumed, preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+    assert max(asked) <= 5 and same(state(resumed), state(ours)) and timeless(again) == timeless(metrics)
+
+
+def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(tiny, preferences, tmp_path, monkeypatch):
+    def scarce(model, batch):
+        if steps and steps[-1] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return completion_logps(model, batch)
+
+    steps, append = [], loop.append_metrics
+    monkeypatch.setattr(loop, "append_metrics", lambda run, line: (steps.append(line["step"]), append(run, line)))
+    monkeypatch.setattr(loop, "completion_logps", scarce)
+    with pytest.raises(ValueError, match="step 4 does not fit in memory in 4 forward passes .*CUDA out of memory.*--resume"):
+        train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, progress=None)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000003"
+    monkeypatch.undo()
+    resumed, whole = load_model(str(tiny)), load_model(str(tiny))
+    metrics = train_dpo(resumed, preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+    assert timeless(metrics) == timeless(train_dpo(whole, preferences, CONFIG, progress=None))
+    assert same(state(resumed), state(whole))
+
+
+def test_the_larger_accumulate_is_said_once(model, preferences, monkeypatch, capsys):
+    def scarce(model, batch):
+        if batch.n > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return completion_logps(model, batch)
+
+    monkeypatch.setattr(loop, "completion_logps", scarce)
+    train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, accumulate=2)), progress="DPO")
+    assert capsys.readouterr().out.count("out of memory at step 1; from here on accumulate is 4") == 1
 
 
 def test_metrics_are_json_lines(model, preferences, tmp_path):
