@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import Precision, completion_logps
@@ -23,8 +26,8 @@ Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
 
 NO_MEMORY = (
-    "Free the memory that others hold and continue with --resume, or start anew with smaller batches, shorter completions, "
-    "bfloat16 or a smaller model"
+    "Free the memory that others hold and continue with --resume, or start anew with gradient_checkpointing, bfloat16, "
+    "smaller batches, shorter completions or a smaller model"
 )
 
 
@@ -50,6 +53,8 @@ class LoopConfig:
     """gradients are scaled down to this norm"""
     accumulate: int = 1
     """forward passes a step; the gradient is that of the whole batch; doubled when a GPU runs out of memory"""
+    gradient_checkpointing: bool = False
+    """compute the activations of a block again in the backward pass instead of keeping them: a third more work, little memory"""
     eval_every: int = 80
     """steps between evaluations; the first interval is halved four times, for a policy moves most at the start"""
     save_every: int = 100
@@ -80,6 +85,7 @@ def fit(
     `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     """
+    blocks = blocks_of(model) if config.gradient_checkpointing else []
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
@@ -112,6 +118,7 @@ def fit(
     if start == 0 and evaluate:
         log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
     with (
+        checkpointed(blocks),
         interruptible() if run else nullcontext() as stop,
         tqdm(
             total=steps, initial=start, desc=progress, disable=progress is None or not accelerator.is_main_process, unit="step"
@@ -180,6 +187,29 @@ def fit(
     if config.tensorboard:
         accelerator.end_training()
     return history
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformers model. Raises ValueError when it does not say which of its modules they are."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"gradient_checkpointing is on, and {type(model).__name__} has no blocks that allow it; switch it off")
+    return blocks
+
+
+@contextmanager
+def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Keep only the input of each block for the backward pass, and compute the rest of it again there.
+
+    transformers' own switch works in training mode alone, which turns dropout on, and takes the cache from sampling.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 class _Scorer(nn.Module):

@@ -24,7 +24,7 @@ from dpo_lab.logprobs import (
     completion_logps,
     completion_states,
 )
-from dpo_lab.loop import LoopConfig, evaluates, make_optimizers
+from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, plan_prompts
 
@@ -65,7 +65,7 @@ class Plan:
             part = max(self.training, key=self.training.__getitem__)
             raise ValueError(
                 f"this run needs about {_gb(self.peak)} of memory, most of it in {part}, and there are {_gb(self.available)}. "
-                "Take a smaller --model; a smaller --batch-pairs, or a larger --accumulate; "
+                "Take a smaller --model; a smaller --batch-pairs, or a larger --accumulate; --gradient-checkpointing; "
                 "or --precision bfloat16"
             )
 
@@ -109,6 +109,7 @@ def plan(
     steps = plan_prompts(groups, config.epochs, config.batch_pairs, 0)
     some = prompts[: -(-len(steps[0]) // config.loop.accumulate)]
     micro = _batch(reference, some, k, max_new_tokens)
+    again = config.loop.gradient_checkpointing
     evaluations = sum(evaluates(step, len(steps), config.loop) for step in range(1, len(steps) + 1))
     m, (few, many) = eval_prefixes, FRONTIER
     sampled = 2 * m + evaluations * max(8, m // 4) + min(few, m) * many
@@ -120,7 +121,7 @@ def plan(
     flops = {
         "sample": n * k * drawn,
         "score": n * k * forward,
-        "train": config.epochs * n * k * training_flops(reference, micro, precision) / micro.n,
+        "train": config.epochs * n * k * training_flops(reference, micro, precision, again=again) / micro.n,
         "evaluate": sampled * drawn + scored * forward,
     }
     trial = _batch(reference, prompts[: _rows(reference, max_new_tokens, device.type, n * k) // k + 1], k, max_new_tokens)
@@ -152,10 +153,11 @@ def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * rows * length**2
 
 
-def training_flops(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
-    """FLOPs of `completion_logps` and its backward pass, with what is computed again in it."""
+def training_flops(model: nn.Module, batch: CompletionBatch, precision: Precision, *, again: bool = False) -> float:
+    """FLOPs of `completion_logps` and its backward pass; `again` says whether that computes the blocks a second time."""
+    blocks = forward_flops(model, batch) - _head_flops(model, batch)
     kept = _logits_bytes(model, batch, precision) <= KEPT_LOGITS_BYTES
-    return 3 * forward_flops(model, batch) + (not kept) * _head_flops(model, batch)
+    return 3 * forward_flops(model, batch) + again * blocks + (not kept) * _head_flops(model, batch)
 
 
 def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int) -> float:
@@ -208,7 +210,7 @@ def training_bytes(
     return {
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         "optimizer": optimizer_bytes(model, config.loop),
-        "activations": activation_bytes(model, batch, trial, precision),
+        "activations": activation_bytes(model, batch, trial, precision, again=config.loop.gradient_checkpointing),
         "logits": kept * (kept <= KEPT_LOGITS_BYTES) + 3 * 4 * LOGITS_IN_A_CHUNK + head.numel() * head.element_size(),
     }
 
@@ -223,12 +225,25 @@ def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
     return total
 
 
-def activation_bytes(model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, precision: Precision) -> int:
-    """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches that are small."""
+def activation_bytes(
+    model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, precision: Precision, *, again: bool = False
+) -> int:
+    """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches that are small.
+
+    With gradient checkpointing (`again`), those of the blocks' inputs, and of the one block that is computed again.
+    """
     small = _batch(model, [[0]], 1, 8).to(trial.sources.device)
     sizes = [b.input_ids.numel() for b in (small, trial)]
-    low, high = (saved_bytes(model, b, precision) for b in (small, trial))
-    return round(low + (high - low) / (sizes[1] - sizes[0]) * (batch.input_ids.numel() - sizes[0]))
+
+    def extrapolated() -> float:
+        low, high = (saved_bytes(model, b, precision) for b in (small, trial))
+        return low + (high - low) / (sizes[1] - sizes[0]) * (batch.input_ids.numel() - sizes[0])
+
+    if not again:
+        return round(extrapolated())
+    with checkpointed(blocks_of(model)):
+        inputs = extrapolated()
+    return round(inputs + extrapolated() / model.config.num_hidden_layers)
 
 
 def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:

@@ -49,6 +49,12 @@ def test_flops_are_those_that_torch_counts(model, batch):
     assert training_flops(model, batch, "float32") == pytest.approx(work, rel=0.1)
 
 
+def test_flops_with_blocks_that_are_computed_again(model):
+    with loop.checkpointed(loop.blocks_of(model)):
+        work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
+    assert training_flops(model, padded_batch(), "float32", again=True) == pytest.approx(work, rel=0.1)
+
+
 def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
     monkeypatch.setattr("dpo_lab.logprobs.KEPT_LOGITS_BYTES", 0)
     monkeypatch.setattr(planning, "KEPT_LOGITS_BYTES", 0)
@@ -82,6 +88,10 @@ def test_activations_grow_with_the_batch_as_those_of_a_batch_of_its_size(model):
     batch = completion_batch(PROMPTS, [[1] * 40 for _ in range(16)], list(range(4)) * 4)
     direct = planning.saved_bytes(model, batch, "float32")
     assert planning.activation_bytes(model, batch, padded_batch(), "float32") == pytest.approx(direct, rel=0.05)
+    with loop.checkpointed(loop.blocks_of(model)):
+        inputs = planning.saved_bytes(model, batch, "float32")
+    again = planning.activation_bytes(model, batch, padded_batch(), "float32", again=True)
+    assert again == pytest.approx(inputs + direct / 2, rel=0.05) and inputs < direct / 5
 
 
 @pytest.mark.usefixtures("made_up_reviews")

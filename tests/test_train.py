@@ -15,8 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_reviews
+from transformers import OPTConfig, OPTForCausalLM
 
 from dpo_lab import loop, runs, train
+from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
@@ -371,6 +373,57 @@ def test_tensorboard_gets_the_metrics_on_request(model, preferences, tmp_path):
     train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, tensorboard=True)), run=tmp_path, progress=None)
     events = list((tmp_path / "tensorboard").rglob("events*"))
     assert events and sum(e.stat().st_size for e in events) > 1000
+
+
+def make_opt(folder):
+    """OPT's blocks switch dropout on by their own flag, not by that of a Dropout inside them."""
+    config = OPTConfig(vocab_size=512, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, dropout=0.5)
+    OPTForCausalLM(config).save_pretrained(folder)
+    return load_model(str(folder))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("share", [False, True])
+def test_checkpointing_computes_every_block_twice_and_the_same_gradient(tiny, preferences, tmp_path, family, share):
+    model = load_model(str(tiny)) if family == "gpt2" else make_opt(tmp_path)
+    batch = sft_batches(preferences, 6, chosen_only=False, share=share and family == "gpt2")[0]
+    entered, gradients = [], []
+    blocks = loop.blocks_of(model)
+    for block in blocks:
+        first = next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm))
+        first.register_forward_pre_hook(lambda *a: entered.append(1))
+    for some in ([], blocks):
+        with loop.checkpointed(some):
+            loss = completion_logps(model, batch).sum()
+            assert len(entered) == len(blocks) == 2
+            gradients.append(torch.autograd.grad(loss, model.parameters(), allow_unused=True))
+        assert len(entered) == (4 if some else 2)
+        entered.clear()
+    for a, b in zip(*gradients):
+        assert (a is None) is (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * float(a.abs().max()))
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+def test_a_checkpointed_run_is_the_same_run(tiny, preferences):
+    """Evaluations sample with a cache meanwhile."""
+    runs, texts = [], []
+
+    def evaluate(model, step):
+        texts.append(sample_completions(model, [[0, 5, 9]], 4, eos_token_id=0, max_new_tokens=8))
+        return {}
+
+    for again in (False, True):
+        config = replace(CONFIG, loop=replace(LOOP, gradient_checkpointing=again))
+        runs.append([m["loss"] for m in train_dpo(load_model(str(tiny)), preferences, config, evaluate=evaluate) if "loss" in m])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+    assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
+
+
+def test_a_model_without_blocks_cannot_be_checkpointed():
+    with pytest.raises(ValueError, match="gradient_checkpointing is on, and Linear has no blocks"):
+        loop.blocks_of(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
