@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
@@ -66,7 +67,7 @@ class Plan:
             raise ValueError(
                 f"this run needs about {_gb(self.peak)} of memory, most of it in {part}, and there are {_gb(self.available)}. "
                 "Take a smaller --model; a smaller --batch-pairs, or a larger --accumulate; --gradient-checkpointing; "
-                "or --precision bfloat16"
+                "--lora-rank 8, which trains adapters; or --precision bfloat16"
             )
 
     def __str__(self) -> str:
@@ -117,11 +118,12 @@ def plan(
     completed = {"sample": n * k, "score": n * k, "train": config.epochs * n * k, "evaluate": sampled + scored}
 
     forward = forward_flops(reference, micro) / micro.n
+    trained_on = training_flops(reference, micro, precision, again=again, rank=config.lora_rank) / micro.n
     drawn = sampling_flops(reference, sum(map(len, prompts)) / n, max_new_tokens)
     flops = {
         "sample": n * k * drawn,
         "score": n * k * forward,
-        "train": config.epochs * n * k * training_flops(reference, micro, precision, again=again) / micro.n,
+        "train": config.epochs * n * k * trained_on,
         "evaluate": sampled * drawn + scored * forward,
     }
     trial = _batch(reference, prompts[: _rows(reference, max_new_tokens, device.type, n * k) // k + 1], k, max_new_tokens)
@@ -133,8 +135,10 @@ def plan(
         "train": flops["train"] / rate[precision],
         "evaluate": sampled * drawn / drawing + scored * forward / rate["float32"],
     }
-    both = 2 * sum(p.numel() * p.element_size() for p in reference.parameters())
-    always = {"process": max(0, held_bytes(device) - both // 2), "weights": both}
+    weights = sum(p.numel() * p.element_size() for p in reference.parameters())
+    always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
+    if config.lora_rank:
+        always["adapters"] = sum(p.numel() * p.element_size() for p in trained(reference, config.lora_rank).parameters())
     rows, length = min(SAMPLED_AT_ONCE, max(n * k, m)), max(map(len, prompts)) + max_new_tokens
     return Plan(
         {name: count * max_new_tokens for name, count in completed.items()},
@@ -153,11 +157,21 @@ def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * rows * length**2
 
 
-def training_flops(model: nn.Module, batch: CompletionBatch, precision: Precision, *, again: bool = False) -> float:
-    """FLOPs of `completion_logps` and its backward pass; `again` says whether that computes the blocks a second time."""
-    blocks = forward_flops(model, batch) - _head_flops(model, batch)
-    kept = _logits_bytes(model, batch, precision) <= KEPT_LOGITS_BYTES
-    return 3 * forward_flops(model, batch) + again * blocks + (not kept) * _head_flops(model, batch)
+def training_flops(
+    model: nn.Module, batch: CompletionBatch, precision: Precision, *, again: bool = False, rank: int = 0
+) -> float:
+    """FLOPs of `completion_logps` and its backward pass; `again` says whether that computes the blocks a second time.
+
+    With LoRA adapters of `rank` the frozen weights need no gradients of their own: 2 FLOPs a weight and token backward.
+    """
+    forward, head, positions = forward_flops(model, batch), _head_flops(model, batch), batch.input_ids.numel()
+    total = 3 * forward + again * (forward - head)
+    if _logits_bytes(model, batch, precision) > KEPT_LOGITS_BYTES:
+        total += head
+    if rank:
+        total -= head + 2 * block_weights(model) * positions
+        total += 6 * sum(p.numel() for p in trained(model, rank).parameters()) * positions
+    return total
 
 
 def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int) -> float:
@@ -171,6 +185,14 @@ def block_weights(model: nn.Module) -> int:
     """Weights of the decoder that multiply every position: its matrices, but for embeddings."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return sum(p.numel() for p in model.get_decoder().parameters() if p.ndim == 2 and id(p) not in looked_up)
+
+
+def trained(model: nn.Module, rank: int) -> nn.Module:
+    """What the optimizer gets: the model itself, or LoRA's two matrices of each linear layer of its decoder."""
+    if not rank:
+        return model
+    shapes = [m.weight.shape for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)]
+    return nn.ParameterList(torch.empty(rank, size, dtype=model.dtype) for shape in shapes for size in shape)
 
 
 def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
@@ -204,14 +226,15 @@ def training_bytes(
     Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it. Logits are those that
     wait for the backward pass, three float32 chunks, and the gradient of the head before it is added to the others.
     """
-    head = model.get_output_embeddings().weight
-    trained = [p for p in model.parameters() if p.requires_grad]
+    head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
     kept = _logits_bytes(model, batch, precision)
     return {
-        "gradients": sum(p.numel() * p.element_size() for p in trained),
-        "optimizer": optimizer_bytes(model, config.loop),
+        "gradients": sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
+        "optimizer": optimizer_bytes(module, config.loop),
         "activations": activation_bytes(model, batch, trial, precision, again=config.loop.gradient_checkpointing),
-        "logits": kept * (kept <= KEPT_LOGITS_BYTES) + 3 * 4 * LOGITS_IN_A_CHUNK + head.numel() * head.element_size(),
+        "logits": kept * (kept <= KEPT_LOGITS_BYTES)
+        + 3 * 4 * LOGITS_IN_A_CHUNK
+        + (not config.lora_rank) * head.numel() * head.element_size(),
     }
 
 

@@ -1,5 +1,6 @@
 """The plan against what a run does: tokens counted one by one, FLOPs by torch's counter, bytes of the tensors themselves."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_lab import evaluate, experiment, loop, preferences
 from dpo_lab import plan as planning
@@ -16,8 +18,8 @@ from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import load_model
-from dpo_lab.plan import Plan, forward_flops, optimizer_bytes, plan, sampling_flops, training_bytes, training_flops
+from dpo_lab.models import load_model, lora
+from dpo_lab.plan import Plan, forward_flops, plan, sampling_flops, training_flops
 from dpo_lab.preferences import Preferences
 from dpo_lab.train import DPOConfig
 
@@ -55,6 +57,16 @@ def test_flops_with_blocks_that_are_computed_again(model):
     assert training_flops(model, padded_batch(), "float32", again=True) == pytest.approx(work, rel=0.1)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = GPT2LMHeadModel(config).eval()
+    expected = training_flops(model, padded_batch(), "float32", again=again, rank=4)
+    assert expected < 0.85 * training_flops(model, padded_batch(), "float32", again=again)
+    with lora(model, 4) as adapted, loop.checkpointed(loop.blocks_of(adapted) if again else []):
+        assert expected == pytest.approx(counted(lambda: completion_logps(adapted, padded_batch()).sum().backward()), rel=0.1)
+
+
 def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
     monkeypatch.setattr("dpo_lab.logprobs.KEPT_LOGITS_BYTES", 0)
     monkeypatch.setattr(planning, "KEPT_LOGITS_BYTES", 0)
@@ -67,21 +79,24 @@ def test_flops_of_sampling_are_those_that_torch_counts(model):
     assert sum(3 * sampling_flops(model, len(ids), 20) for ids in PROMPTS) == pytest.approx(work, rel=0.1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "muon"])
-def test_bytes_of_weights_gradients_and_optimizer_are_those_after_a_step(tiny, optimizer):
-    model, batch, kept = load_model(str(tiny)), padded_batch(), []
-    config = LoopConfig(optimizer=optimizer)
-    expected = training_bytes(model, batch, batch, DPOConfig(loop=config), "float32")
-    optimizers = loop.make_optimizers(model, config)
-    completion_logps(model, batch).sum().backward()
-    gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
-    for one in optimizers:
-        one.step()
-        kept += [t for values in one.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
-    assert expected["gradients"] == gradients
-    assert expected["optimizer"] == sum(t.numel() * t.element_size() for t in kept) == optimizer_bytes(model, config)
-    made = plan(model, PROMPTS, DPOConfig(), completions=4, max_new_tokens=8, eval_prefixes=8)
-    assert made.training["weights"] == 2 * sum(t.numel() * t.element_size() for t in {p: p for p in model.parameters()}.values())
+def n_bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 3), ("rmsprop", 3)])
+def test_bytes_of_weights_gradients_and_optimizer_are_those_after_a_step(tiny, optimizer, rank):
+    model, kept = load_model(str(tiny)), []
+    config = DPOConfig(lora_rank=rank, loop=LoopConfig(optimizer=optimizer))
+    made = plan(model, PROMPTS, config, completions=4, max_new_tokens=8, eval_prefixes=8).training
+    assert made["weights"] == 2 * n_bytes(model.parameters()) and ("adapters" in made) is bool(rank)
+    with lora(model, rank) if rank else nullcontext(model) as policy:
+        completion_logps(policy, padded_batch()).sum().backward()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        for one in loop.make_optimizers(policy, config.loop):
+            one.step()
+            kept += [t for values in one.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+        assert made["gradients"] == n_bytes(p.grad for p in trained) == made.get("adapters", made["gradients"])
+        assert made["optimizer"] == n_bytes(kept)
 
 
 def test_activations_grow_with_the_batch_as_those_of_a_batch_of_its_size(model):
@@ -150,7 +165,10 @@ def test_the_peak_is_the_larger_phase_and_the_table_says_all_of_it():
 
 
 def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(tiny, tmp_path, monkeypatch, capsys, made_up_reviews):
-    with pytest.raises(ValueError, match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--accumulate.*bfloat16"):
+    with pytest.raises(
+        ValueError,
+        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--accumulate.*checkpointing.*--lora-rank.*bfloat16",
+    ):
         small_plan(available=59 * 10**8).check()
     monkeypatch.setattr(planning, "available_bytes", lambda device: 10**6)
     arguments = [

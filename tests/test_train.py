@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_reviews
+from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from dpo_lab import loop, runs, train
@@ -196,6 +197,59 @@ def test_unlikelihood_minimises_its_loss(model, preferences):
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1
 
 
+def test_adapters_begin_at_the_reference_and_end_in_the_weights(tiny, preferences):
+    policy, reference, inside = load_model(str(tiny)), load_model(str(tiny)), []
+
+    def evaluate(model, step):
+        batch = sft_batches(preferences, 6, share=True)[0]
+        inside[:] = [completion_logps(model, batch).detach(), {n for n, p in model.named_parameters() if p.requires_grad}, batch]
+        return {}
+
+    config = replace(CONFIG, lora_rank=2, loop=replace(LOOP, learning_rate=1e-2))
+    metrics = [m for m in train_dpo(policy, preferences, config, evaluate=evaluate, progress=None) if "loss" in m]
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(metrics[0]["rewards/margins"]) < 1e-5
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
+    logps, names, batch = inside
+    assert len(names) == 2 * 2 * 4 and all(".lora_" in name for name in names)
+    torch.testing.assert_close(completion_logps(policy, batch).detach(), logps, rtol=0, atol=1e-4)
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, reference.get_parameter(name))}
+    assert moved == {name for name, p in policy.named_parameters() if p.ndim == 2 and ".h." in name}
+    assert state(policy).keys() == state(reference).keys() and all(p.requires_grad for p in policy.parameters())
+
+
+def test_adapters_depend_on_the_seed_alone(tiny, preferences):
+    ends = []
+    for seed, noise in ((1, 5), (1, 6), (2, 5)):
+        torch.manual_seed(noise)
+        policy = load_model(str(tiny))
+        train_dpo(policy, preferences, replace(CONFIG, epochs=1, lora_rank=2), seed=seed, progress=None)
+        ends.append(state(policy))
+        assert torch.initial_seed() == noise
+    assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("rank, optimizer, message", [(-1, "adamw", "lora_rank is -1"), (2, "muon", "'adamw' or 'rmsprop'")])
+def test_adapters_that_cannot_be_are_named(model, preferences, rank, optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        train_dpo(model, preferences, replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer)), progress=None)
+
+
+def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path):
+    train_dpo(load_model(str(tiny)), preferences, replace(CONFIG, lora_rank=2), run=tmp_path, progress=None)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    assert {p.name for p in newest.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert len(load_file(newest / "model.safetensors")) == 16
+    with pytest.raises(ValueError, match="holds another model"):
+        train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+
+
+def test_without_peft_adapters_are_refused_with_the_way_to_get_it(model, preferences, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    train.check_config(CONFIG)
+    with pytest.raises(ValueError, match=r"lora_rank is 2 and the package peft is not installed: .*dpo-lab\[lora\]"):
+        train_dpo(model, preferences, replace(CONFIG, lora_rank=2), progress=None)
+
+
 def test_sft_minimises_nats_per_completion_token(model, preferences):
     batches = sft_batches(preferences, 4)
     assert sum(b.n for b in batches) == len(preferences.chosen)
@@ -207,9 +261,9 @@ def test_sft_minimises_nats_per_completion_token(model, preferences):
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "muon"])
-def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, tmp_path, optimizer):
-    config = replace(CONFIG, loop=replace(LOOP, optimizer=optimizer))
+@pytest.mark.parametrize("optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 2)])
+def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, tmp_path, optimizer, rank):
+    config = replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer))
 
     def evaluate(model, step):
         return {"norm": float(sum(p.detach().abs().sum() for p in model.parameters()))}
