@@ -208,14 +208,20 @@ def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision
 
 
 def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, max_new_tokens: int, precision: Precision) -> float:
-    """FLOP/s of a few tokens sampled in a batch as large as the run's, or as a fraction of a second allows."""
+    """FLOP/s of a few tokens sampled in a batch as large as the run's, or as a fraction of a second allows.
+
+    Prompts are cut to one length: what is read token by token beside those that sample weighs little in a long completion.
+    """
     device, new = next(model.parameters()).device.type, min(max_new_tokens, TRIAL_TOKENS)
-    some = [list(ids) for ids in prompts[: max(1, _rows(model, new, device, min(SAMPLED_AT_ONCE, len(prompts) * k)) // k)]]
+    shortest = min(map(len, prompts))
+    some = [
+        list(ids[:shortest]) for ids in prompts[: max(1, _rows(model, new, device, min(SAMPLED_AT_ONCE, len(prompts) * k)) // k)]
+    ]
     for _ in range(2):
         began = time.perf_counter()
         sample_completions(model, some, k, eos_token_id=-1, max_new_tokens=new, precision=precision)
     seconds = time.perf_counter() - began
-    return len(some) * k * sampling_flops(model, sum(map(len, some)) / len(some), new) / seconds
+    return len(some) * k * sampling_flops(model, shortest, new) / seconds
 
 
 def training_bytes(
