@@ -73,6 +73,23 @@ def train_from(name: str) -> Callable[..., None]:
     return train_command
 
 
+def plan_from(name: str) -> Callable[..., None]:
+    """The command `plan`, whose options change the config of this name."""
+
+    def plan_command(
+        config: Flat[ExperimentConfig] = CONFIGS[name], out: Path = Path("runs/imdb"), data: Path | None = None
+    ) -> None:
+        """What `dpo-lab train` with the same flags will cost: tokens, FLOPs, seconds, memory. Nothing is written.
+
+        Args:
+            out: the run directory, which decides the precision where it holds a run.
+            data: as for `dpo-lab train`.
+        """
+        print(experiment.plan_run(config, out, data=data))
+
+    return plan_command
+
+
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
@@ -99,6 +116,7 @@ def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretra
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor_command,
+    "plan": plan_from("laptop"),
     "train": train_from("laptop"),
     "sample": sample_command,
     "label": label_command,
@@ -109,8 +127,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def named_config(arguments: list[str]) -> tuple[str, list[str]]:
-    """The name after --config of `train`, and the other arguments. Raises ValueError for a name that does not exist."""
-    if arguments[:1] != ["train"]:
+    """The name after --config of `train` and `plan`, and the other arguments. Raises ValueError for a name that does not exist."""
+    if arguments[:1] not in (["train"], ["plan"]):
         return "laptop", arguments
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="laptop")
@@ -126,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         name, arguments = named_config(sys.argv[1:] if arguments is None else arguments)
-        commands = {**COMMANDS, "train": train_from(name)}
+        commands = {**COMMANDS, "plan": plan_from(name), "train": train_from(name)}
         return tyro.extras.subcommand_cli_from_dict(commands, prog="dpo-lab", args=arguments, description=__doc__) or 0
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"dpo-lab: error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, load_tokenizer, measure_precision, return_freed_memory
+from dpo_lab.plan import Plan, plan
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
@@ -157,6 +158,28 @@ def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig
     return replace(config, precision=test.choice)
 
 
+def planned(config: ExperimentConfig, parts: Parts) -> Plan:
+    """What `train` with this config will cost on this machine; its precision must be measured already."""
+    task = config.task
+    return plan(
+        parts.reference,
+        sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=task.seed),
+        config.dpo,
+        completions=task.completions,
+        max_new_tokens=task.max_new_tokens,
+        eval_prefixes=task.eval_prefixes,
+        precision=task.precision,
+    )
+
+
+def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -> Plan:
+    """The plan of `train` with the same arguments; nothing is written."""
+    config = replace(config, task=recorded_precision(config.task, out, data or out / "data"))
+    check_config(config.dpo)
+    parts = load_parts(config.task)
+    return planned(replace(config, task=measured_precision(config.task, parts, config.dpo.beta)), parts)
+
+
 def data_config(config: TaskConfig) -> dict[str, Any]:
     """What decides samples and labels: the task without the size of its evaluation."""
     return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
@@ -266,6 +289,9 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     parts = load_parts(config.task)
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
     config = replace(config, task=measured_precision(config.task, parts, config.dpo.beta))
+    expected = planned(config, parts)
+    print(expected)
+    expected.check()
     open_run(out, asdict(config), resume=resume)
     preferences = label(config.task, data, parts)
     parts = sft(config.task, data, parts)

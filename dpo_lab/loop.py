@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,21 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import Precision, completion_logps
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
+
+
+NO_MEMORY = (
+    "Free the memory that others hold and continue with --resume, or start anew with gradient_checkpointing, bfloat16, "
+    "smaller batches, shorter completions or a smaller model"
+)
 
 
 class Interrupted(Exception):
@@ -43,7 +52,9 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     accumulate: int = 1
-    """forward passes a step; the gradient is that of the whole batch"""
+    """forward passes a step; the gradient is that of the whole batch; doubled when a GPU runs out of memory"""
+    gradient_checkpointing: bool = False
+    """compute the activations of a block again in the backward pass instead of keeping them: a third more work, little memory"""
     eval_every: int = 80
     """steps between evaluations; the first interval is halved four times, for a policy moves most at the start"""
     save_every: int = 100
@@ -55,7 +66,7 @@ class LoopConfig:
 def fit(
     model: nn.Module,
     steps: int,
-    micro_batches: Callable[[int], list[Any]],
+    micro_batches: Callable[[int, int], list[Any]],
     loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, float]]],
     weigh: Callable[[Any], int],
     config: LoopConfig,
@@ -69,9 +80,12 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs, tokens, prompts).
 
+    `micro_batches(step, accumulate)` gives the forward passes of a step (0-based), `accumulate` of them where it can split
+    the batch: a step that runs out of a GPU's memory is done again with twice as many, and so are all that follow.
     `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     """
+    blocks = blocks_of(model) if config.gradient_checkpointing else []
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
@@ -93,6 +107,8 @@ def fit(
     if config.tensorboard:
         accelerator.init_trackers("tensorboard", asdict(config))
 
+    accumulate = max([config.accumulate, *(line["accumulate"] for line in history if "accumulate" in line)])
+
     def log(line: dict[str, Any]) -> None:
         history.append(line)
         if run and accelerator.is_main_process:
@@ -102,6 +118,7 @@ def fit(
     if start == 0 and evaluate:
         log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
     with (
+        checkpointed(blocks),
         interruptible() if run else nullcontext() as stop,
         tqdm(
             total=steps, initial=start, desc=progress, disable=progress is None or not accelerator.is_main_process, unit="step"
@@ -113,17 +130,40 @@ def fit(
             for optimizer, rates in zip(optimizers, peaks):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * scale
-            micros = micro_batches(step - 1)
-            total = sum(weigh(micro) for micro in micros)
-            line: dict[str, float] = {"loss": 0.0}
-            tokens = 0
-            for micro in micros:
-                micro = _to(micro, accelerator.device)
-                loss, sums = loss_of(scoring, micro)
-                accelerator.backward(loss / total)
-                tokens += getattr(micro, "batch", micro).tokens
-                for name, value in {"loss": loss.item(), **sums}.items():
-                    line[name] = line.get(name, 0.0) + value / total
+            before = accumulate
+            while True:
+                micros = micro_batches(step - 1, accumulate)
+                total = sum(weigh(micro) for micro in micros)
+                line: dict[str, float] = {"loss": 0.0}
+                tokens = 0
+                try:
+                    for micro in micros:
+                        micro = _to(micro, accelerator.device)
+                        loss, sums = loss_of(scoring, micro)
+                        accelerator.backward(loss / total)
+                        tokens += getattr(micro, "batch", micro).tokens
+                        for name, value in {"loss": loss.item(), **sums}.items():
+                            line[name] = line.get(name, 0.0) + value / total
+                    break
+                except torch.OutOfMemoryError as error:
+                    reason = str(error)  # not the error itself, whose frames hold tensors, nor the loss, which holds a graph
+                    loss = micro = None
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                if accelerator.num_processes > 1 or len(micro_batches(step - 1, 2 * accumulate)) == len(micros):
+                    if run and step - 1 > start:
+                        save_checkpoint(run, step - 1, model, optimizers)
+                    raise ValueError(
+                        f"step {step} does not fit in memory in {len(micros)} forward passes ({reason}). {NO_MEMORY}"
+                    )
+                accumulate *= 2
+                if progress:
+                    bar.write(
+                        f"{progress}: out of memory at step {step}; from here on accumulate is {accumulate}, the batch the same"
+                    )
+            if accumulate != before:
+                line["accumulate"] = accumulate
             line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
             if not math.isfinite(line["grad_norm"]):
                 raise ValueError(
@@ -137,8 +177,7 @@ def fit(
             log({"step": step, **line})
             bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             bar.update()
-            early = [step * 2**halving for halving in range(1, 5)]
-            if evaluate and (step % config.eval_every == 0 or config.eval_every in early or step == steps):
+            if evaluate and evaluates(step, steps, config):
                 log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
             stopping = run is not None and stop.is_set() and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
@@ -148,6 +187,29 @@ def fit(
     if config.tensorboard:
         accelerator.end_training()
     return history
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformers model. Raises ValueError when it does not say which of its modules they are."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"gradient_checkpointing is on, and {type(model).__name__} has no blocks that allow it; switch it off")
+    return blocks
+
+
+@contextmanager
+def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Keep only the input of each block for the backward pass, and compute the rest of it again there.
+
+    transformers' own switch works in training mode alone, which turns dropout on, and takes the cache from sampling.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 class _Scorer(nn.Module):
@@ -180,6 +242,12 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
 
 
 MUON_LEARNING_RATE = 0.02  # the update is orthogonal, so its size does not depend on the model
+
+
+def evaluates(step: int, steps: int, config: LoopConfig) -> bool:
+    """Whether an evaluation follows `step` (1-based)."""
+    early = [step * 2**halving for halving in range(1, 5)]
+    return step % config.eval_every == 0 or config.eval_every in early or step == steps
 
 
 def _schedule(step: int, steps: int, config: LoopConfig) -> float:

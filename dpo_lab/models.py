@@ -3,6 +3,9 @@
 import ctypes
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import Precision, autocast, completion_logps, completion_states
@@ -73,6 +77,46 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
     return model
+
+
+def check_lora(rank: int) -> None:
+    """Raise ValueError for a rank that adapters cannot have, or when peft, which makes them, is not installed."""
+    if rank < 0:
+        raise ValueError(f"lora_rank is {rank}; it must be 0 (train all weights) or the rank of the adapters, such as 8")
+    try:
+        if rank:
+            import peft  # noqa: F401  (optional, and slow to import)
+    except ImportError as error:
+        raise ValueError(
+            f"lora_rank is {rank} and the package peft is not installed: pip install peft, or 'dpo-lab[lora]'; or take 0"
+        ) from error
+
+
+@contextmanager
+def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Module]:
+    """`model` with LoRA adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in the block, merged into it afterwards.
+
+    Every linear layer of the decoder gets W + 2 B A, of which A (rank, in) and B (out, rank) alone are trained; B begins at
+    zero, so that the model begins unchanged. `seed` decides A.
+    """
+    check_lora(rank)
+    from peft import LoraConfig, get_peft_model
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it is about to drop
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    try:
+        yield adapted.eval()
+    finally:
+        adapted.merge_and_unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class ScalarModel(nn.Module):

@@ -104,14 +104,17 @@ def train_reward_model(
     plan = plan_prompts(groups, config.epochs, config.batch_pairs, seed)
     reward, best = LearnedReward(model, precision=precision), {}
 
-    def micro_batches(step: int) -> list[_RankedBatch]:
-        some = [groups[g] for g in plan[step]]
+    def micro_batches(step: int, accumulate: int) -> list[_RankedBatch]:
+        parts = np.array_split(np.array(plan[step]), min(accumulate, len(plan[step])))
+        return [micro_batch([groups[g] for g in part]) for part in parts]
+
+    def micro_batch(some: list[list[int]]) -> _RankedBatch:
         pairs = np.concatenate(some)
         used, local = np.unique(np.concatenate([p.chosen[pairs], p.rejected[pairs]]), return_inverse=True)
         batch = reward.batch(p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used])
         chosen, rejected = torch.from_numpy(local).chunk(2)
         weights = torch.tensor([1 / len(group) for group in some for _ in group])
-        return [_RankedBatch(batch, chosen, rejected, weights)]
+        return _RankedBatch(batch, chosen, rejected, weights)
 
     def loss_of(score: Any, micro: _RankedBatch) -> tuple[Tensor, dict[str, float]]:
         rewards = score(micro.batch)

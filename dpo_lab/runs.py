@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 SNAPSHOTS = "snapshots.jsonl"
+WEIGHTS, ADAPTER = "model.safetensors", ".lora_"  # a file of a checkpoint; what peft's names of adapters have in them
 
 
 @contextmanager
@@ -189,7 +190,10 @@ def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: li
             state |= {f"{k}.{index}.{name}": torch.as_tensor(v).contiguous() for name, v in values.items() if v is not None}
     require_space(path, sum(t.numel() * t.element_size() for t in [*model.parameters(), *state.values()]))
     with write_whole(path, directory=True) as temporary:
-        model.save_pretrained(temporary)
+        if hasattr(model, "peft_config"):  # of a model with adapters those alone, as the rest stays what it was
+            save_file({name: p.detach() for name, p in model.named_parameters() if ADAPTER in name}, temporary / WEIGHTS)
+        else:
+            model.save_pretrained(temporary)
         save_file(state, temporary / "optimizer.safetensors")
         hashes = {file.name: file_hash(file) for file in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
@@ -216,11 +220,13 @@ def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[Optimize
         for name, expected in recorded["sha256"].items():
             if not (path / name).exists() or file_hash(path / name) != expected:
                 raise ValueError(f"{path / name} is missing, truncated or altered: its sha256 is not the recorded one. {advice}")
-        weights, state = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+        weights, state = load_file(path / WEIGHTS), load_file(path / "optimizer.safetensors")
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}). {advice}") from error
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {name for name in missing if name.startswith("lm_head")}
+    if hasattr(model, "peft_config"):
+        tied = {name for name in missing if ADAPTER not in name}
     if set(missing) - tied or unexpected:
         raise ValueError(f"{path} holds another model (missing {missing}, unexpected {unexpected}). {advice}")
     for k, optimizer in enumerate(optimizers):

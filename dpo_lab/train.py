@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, can_share
 from dpo_lab.loop import Evaluate, LoopConfig, fit
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
+from dpo_lab.models import check_lora, lora
 from dpo_lab.preferences import Preferences
 
 
@@ -31,6 +33,8 @@ class DPOConfig:
     """passes over the prompts"""
     batch_pairs: int = 128
     """pairs a step, in whole prompts"""
+    lora_rank: int = 0
+    """rank of LoRA adapters, which want about ten times the learning rate; 0 trains all weights"""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -38,7 +42,10 @@ def check_config(config: DPOConfig) -> None:
     """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
     check_beta(config.beta)
     check_kind(config.kind, config.label_smoothing)
+    check_lora(config.lora_rank)
     loop = config.loop
+    if config.lora_rank and loop.optimizer == "muon":
+        raise ValueError("optimizer is 'muon' with a lora_rank; train adapters by 'adamw' or 'rmsprop'")
     for name, value in (("learning_rate", loop.learning_rate), ("max_grad_norm", loop.max_grad_norm)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}; it must be positive and finite")
@@ -75,10 +82,11 @@ def train_dpo(
     """Train `policy` in place by DPO (Eq. 7 of Rafailov et al. 2023) and return the metrics, one dict a step.
 
     Args:
-        policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and the loss is log 2.
+        policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and the loss is log 2. With a
+            `lora_rank` adapters are trained, and merged into it at the end; `evaluate` gets it with them.
         preferences: pairs with stored `reference_logps`, in whose precision the policy is computed; the reference model
             itself is not needed.
-        seed: decides the order of the prompts, nothing else.
+        seed: decides the order of the prompts, and how LoRA's adapters begin.
         run: directory for metrics and checkpoints; without it nothing is written.
         resume: continue from the newest checkpoint of `run`; the result has the bytes of an uninterrupted run.
         evaluate: called with (policy, step) before the first step, as `eval_every` says, and after the last; what it
@@ -118,7 +126,8 @@ def train_dpo(
         return result.losses.sum(), {name: float(values.sum()) for name, values in per_pair.items()}
 
     options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
-    return _fit_pairs(policy, preferences, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
+    with lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy) as trained:
+        return _fit_pairs(trained, preferences, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
 
 
 def train_unlikelihood(
@@ -167,8 +176,8 @@ def _fit_pairs(
     groups, share = preferences.pairs_by_prompt(), can_share(policy)
     plan = plan_prompts(groups, epochs, batch_pairs, seed)
 
-    def micro_batches(step: int) -> list[PairBatch]:
-        parts = np.array_split(np.array(plan[step]), min(loop.accumulate, len(plan[step])))
+    def micro_batches(step: int, accumulate: int) -> list[PairBatch]:
+        parts = np.array_split(np.array(plan[step]), min(accumulate, len(plan[step])))
         return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in parts]
 
     def weigh(micro: PairBatch) -> int:
@@ -212,7 +221,7 @@ def train_sft(
     return fit(
         policy,
         steps,
-        batches,
+        lambda step, accumulate: batches(step),
         loss_of,
         weigh,
         config,

@@ -99,6 +99,21 @@ def test_steps_run_alone_are_cached_and_give_the_same_run(tiny, finished, tmp_pa
     assert "another config" in capsys.readouterr().err
 
 
+def test_adapters_end_in_a_policy_that_loads_without_peft(tiny, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    arguments = ["train", "--model", str(tiny), "--out", str(run), "--lora-rank", "2", "--gradient-checkpointing", *SMALL]
+    assert main([*arguments, "--learning-rate", "1e-2"]) == 0
+    assert {p.name for p in (run / "policy").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not list((run / "policy").glob("adapter*"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "policy", tiny))
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, reference.get_parameter(name))}
+    assert moved == {name for name, p in policy.named_parameters() if p.ndim == 2 and ".h." in name}
+    summary = json.loads((run / "summary.json").read_text())
+    last = [line for line in read_metrics(run) if "eval/kl/sequence" in line][-1]
+    assert summary["before"]["kl"] == 0 != summary["after"]["kl"] and last["eval/kl/sequence"] != 0
+
+
 def test_labels_are_the_reward_s_order(tiny, finished):
     preferences = Preferences.load(finished / "data" / "preferences")
     assert (preferences.scores[preferences.chosen] > preferences.scores[preferences.rejected]).all()
@@ -150,6 +165,7 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--batch-pairs", "0"], "batch_pairs is 0"),
         (["--epochs", "0"], "epochs is 0"),
+        (["--lora-rank", "-2"], "lora_rank is -2"),
         (["--completions", "1"], "completions"),
         (["--eval-prefixes", "2501"], "eval_prefixes is 2501, and there are 60"),
         (["--max-new-tokens", "64"], "context"),

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -27,8 +28,16 @@ from transformers import (
 
 from dpo_lab import models
 from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import completion_logps
-from dpo_lab.models import PrecisionTest, check_same_vocabulary, load_model, load_tokenizer, measure_precision, prepare_model
+from dpo_lab.logprobs import PACKED, can_share, completion_logps
+from dpo_lab.models import (
+    PrecisionTest,
+    check_same_vocabulary,
+    load_model,
+    load_tokenizer,
+    lora,
+    measure_precision,
+    prepare_model,
+)
 
 GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEMMA |= {
@@ -226,3 +235,40 @@ def test_the_measured_errors_are_those_of_the_log_probs_and_of_the_loss(tiny, mo
     assert test.logps_error == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6) and test.logps_error > 0
     assert test.loss_error == pytest.approx(loss_error.square().mean().sqrt().item(), rel=1e-4)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("share", [False, True])
+def test_the_merged_model_is_the_one_with_adapters(tiny, tmp_path, family, share):
+    """Its logits, and its log-probs by the paths that share prompts and pack rows."""
+    if family == "gpt2":
+        model = load_model(str(tiny))
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path)
+        model = load_model(str(tmp_path))
+    ids = torch.arange(12)[None] + 3
+    batches = [
+        completion_batch([list(range(1, 10))], [[i + 4] * 9 for i in range(6)], [0] * 6, share=share),
+        completion_batch([[1], [2, 3], [9]], [[4] * 20, [5] * 2, [6] * 3], [0, 1, 2], share=share),
+    ]
+    assert not share or (batches[0].mask is not None and batches[1].unpack is not None)
+    plain, before = model(ids).logits.detach(), {name: p.clone() for name, p in model.state_dict().items()}
+    with lora(model, 3, seed=1) as adapted:
+        torch.testing.assert_close(adapted(input_ids=ids).logits.detach(), plain, rtol=0, atol=0)
+        for name, parameter in adapted.named_parameters():
+            assert parameter.requires_grad is (".lora_" in name)
+            if ".lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        logits = adapted(input_ids=ids).logits.detach()
+        logps = [completion_logps(adapted, batch).detach() for batch in batches]
+        assert can_share(adapted) and model.config._attn_implementation == PACKED
+    assert (logits - plain).abs().max() > 1e-3
+    torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
+    for batch, found in zip(batches, logps):
+        torch.testing.assert_close(completion_logps(model, batch), found, rtol=0, atol=1e-4)
+    assert model.state_dict().keys() == before.keys() and not hasattr(model, "peft_config")
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    assert not list((tmp_path / "merged").glob("adapter*"))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_reviews
+from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from dpo_lab import loop, runs, train
+from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
@@ -193,6 +197,59 @@ def test_unlikelihood_minimises_its_loss(model, preferences):
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1
 
 
+def test_adapters_begin_at_the_reference_and_end_in_the_weights(tiny, preferences):
+    policy, reference, inside = load_model(str(tiny)), load_model(str(tiny)), []
+
+    def evaluate(model, step):
+        batch = sft_batches(preferences, 6, share=True)[0]
+        inside[:] = [completion_logps(model, batch).detach(), {n for n, p in model.named_parameters() if p.requires_grad}, batch]
+        return {}
+
+    config = replace(CONFIG, lora_rank=2, loop=replace(LOOP, learning_rate=1e-2))
+    metrics = [m for m in train_dpo(policy, preferences, config, evaluate=evaluate, progress=None) if "loss" in m]
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(metrics[0]["rewards/margins"]) < 1e-5
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
+    logps, names, batch = inside
+    assert len(names) == 2 * 2 * 4 and all(".lora_" in name for name in names)
+    torch.testing.assert_close(completion_logps(policy, batch).detach(), logps, rtol=0, atol=1e-4)
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, reference.get_parameter(name))}
+    assert moved == {name for name, p in policy.named_parameters() if p.ndim == 2 and ".h." in name}
+    assert state(policy).keys() == state(reference).keys() and all(p.requires_grad for p in policy.parameters())
+
+
+def test_adapters_depend_on_the_seed_alone(tiny, preferences):
+    ends = []
+    for seed, noise in ((1, 5), (1, 6), (2, 5)):
+        torch.manual_seed(noise)
+        policy = load_model(str(tiny))
+        train_dpo(policy, preferences, replace(CONFIG, epochs=1, lora_rank=2), seed=seed, progress=None)
+        ends.append(state(policy))
+        assert torch.initial_seed() == noise
+    assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("rank, optimizer, message", [(-1, "adamw", "lora_rank is -1"), (2, "muon", "'adamw' or 'rmsprop'")])
+def test_adapters_that_cannot_be_are_named(model, preferences, rank, optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        train_dpo(model, preferences, replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer)), progress=None)
+
+
+def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path):
+    train_dpo(load_model(str(tiny)), preferences, replace(CONFIG, lora_rank=2), run=tmp_path, progress=None)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    assert {p.name for p in newest.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert len(load_file(newest / "model.safetensors")) == 16
+    with pytest.raises(ValueError, match="holds another model"):
+        train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+
+
+def test_without_peft_adapters_are_refused_with_the_way_to_get_it(model, preferences, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    train.check_config(CONFIG)
+    with pytest.raises(ValueError, match=r"lora_rank is 2 and the package peft is not installed: .*dpo-lab\[lora\]"):
+        train_dpo(model, preferences, replace(CONFIG, lora_rank=2), progress=None)
+
+
 def test_sft_minimises_nats_per_completion_token(model, preferences):
     batches = sft_batches(preferences, 4)
     assert sum(b.n for b in batches) == len(preferences.chosen)
@@ -204,9 +261,9 @@ def test_sft_minimises_nats_per_completion_token(model, preferences):
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "muon"])
-def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, tmp_path, optimizer):
-    config = replace(CONFIG, loop=replace(LOOP, optimizer=optimizer))
+@pytest.mark.parametrize("optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 2)])
+def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, tmp_path, optimizer, rank):
+    config = replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer))
 
     def evaluate(model, step):
         return {"norm": float(sum(p.detach().abs().sum() for p in model.parameters()))}
@@ -370,6 +427,122 @@ def test_tensorboard_gets_the_metrics_on_request(model, preferences, tmp_path):
     train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, tensorboard=True)), run=tmp_path, progress=None)
     events = list((tmp_path / "tensorboard").rglob("events*"))
     assert events and sum(e.stat().st_size for e in events) > 1000
+
+
+def make_opt(folder):
+    """OPT's blocks switch dropout on by their own flag, not by that of a Dropout inside them."""
+    config = OPTConfig(vocab_size=512, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, dropout=0.5)
+    OPTForCausalLM(config).save_pretrained(folder)
+    return load_model(str(folder))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("share", [False, True])
+def test_checkpointing_computes_every_block_twice_and_the_same_gradient(tiny, preferences, tmp_path, family, share):
+    model = load_model(str(tiny)) if family == "gpt2" else make_opt(tmp_path)
+    batch = sft_batches(preferences, 6, chosen_only=False, share=share and family == "gpt2")[0]
+    entered, gradients = [], []
+    blocks = loop.blocks_of(model)
+    for block in blocks:
+        first = next(m for m in block.modules() if isinstance(m, torch.nn.LayerNorm))
+        first.register_forward_pre_hook(lambda *a: entered.append(1))
+    for some in ([], blocks):
+        with loop.checkpointed(some):
+            loss = completion_logps(model, batch).sum()
+            assert len(entered) == len(blocks) == 2
+            gradients.append(torch.autograd.grad(loss, model.parameters(), allow_unused=True))
+        assert len(entered) == (4 if some else 2)
+        entered.clear()
+    for a, b in zip(*gradients):
+        assert (a is None) is (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * float(a.abs().max()))
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+def test_a_checkpointed_run_is_the_same_run(tiny, preferences):
+    """Evaluations sample with a cache meanwhile."""
+    runs, texts = [], []
+
+    def evaluate(model, step):
+        texts.append(sample_completions(model, [[0, 5, 9]], 4, eos_token_id=0, max_new_tokens=8))
+        return {}
+
+    for again in (False, True):
+        config = replace(CONFIG, loop=replace(LOOP, gradient_checkpointing=again))
+        runs.append([m["loss"] for m in train_dpo(load_model(str(tiny)), preferences, config, evaluate=evaluate) if "loss" in m])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+    assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
+
+
+def test_a_model_without_blocks_cannot_be_checkpointed():
+    with pytest.raises(ValueError, match="gradient_checkpointing is on, and Linear has no blocks"):
+        loop.blocks_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(tiny, preferences, tmp_path, monkeypatch, where):
+    """Memory for 5 completions at once: from the first step on the batch goes in four parts; the gradient is the same."""
+    config, asked = replace(CONFIG, loop=replace(LOOP, accumulate=4)), []
+    theirs = load_model(str(tiny))
+    expected = train_dpo(theirs, preferences, config, progress=None)
+
+    def scarce(model, batch):
+        asked.append(batch.n)
+        if batch.n > 5 and where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        logps = completion_logps(model, batch)
+        if batch.n > 5:
+            logps.register_hook(full)
+        return logps
+
+    def full(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "completion_logps", scarce)
+    ours = load_model(str(tiny))
+    metrics = train_dpo(ours, preferences, CONFIG, run=tmp_path, progress=None)
+    assert max(asked) > 5 and sum(n > 5 for n in asked) <= 4
+    assert metrics[0]["accumulate"] == 4 and not any("accumulate" in line for line in metrics[1:])
+    assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    asked.clear()
+    for name in sorted((tmp_path / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(name)
+    resumed = load_model(str(tiny))
+    again = train_dpo(resumed, preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+    assert max(asked) <= 5 and same(state(resumed), state(ours)) and timeless(again) == timeless(metrics)
+
+
+def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(tiny, preferences, tmp_path, monkeypatch):
+    def scarce(model, batch):
+        if steps and steps[-1] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return completion_logps(model, batch)
+
+    steps, append = [], loop.append_metrics
+    monkeypatch.setattr(loop, "append_metrics", lambda run, line: (steps.append(line["step"]), append(run, line)))
+    monkeypatch.setattr(loop, "completion_logps", scarce)
+    with pytest.raises(ValueError, match="step 4 does not fit in memory in 4 forward passes .*CUDA out of memory.*--resume"):
+        train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, progress=None)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000003"
+    monkeypatch.undo()
+    resumed, whole = load_model(str(tiny)), load_model(str(tiny))
+    metrics = train_dpo(resumed, preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+    assert timeless(metrics) == timeless(train_dpo(whole, preferences, CONFIG, progress=None))
+    assert same(state(resumed), state(whole))
+
+
+def test_the_larger_accumulate_is_said_once(model, preferences, monkeypatch, capsys):
+    def scarce(model, batch):
+        if batch.n > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return completion_logps(model, batch)
+
+    monkeypatch.setattr(loop, "completion_logps", scarce)
+    train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, accumulate=2)), progress="DPO")
+    assert capsys.readouterr().out.count("out of memory at step 1; from here on accumulate is 4") == 1
 
 
 def test_metrics_are_json_lines(model, preferences, tmp_path):

@@ -1,0 +1,197 @@
+"""The plan against what a run does: tokens counted one by one, FLOPs by torch's counter, bytes of the tensors themselves."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dpo_lab import evaluate, experiment, loop, preferences
+from dpo_lab import plan as planning
+from dpo_lab.cli import main
+from dpo_lab.experiment import ExperimentConfig, TaskConfig
+from dpo_lab.imdb import sample_completions
+from dpo_lab.layout import completion_batch
+from dpo_lab.logprobs import completion_logps
+from dpo_lab.loop import LoopConfig
+from dpo_lab.models import load_model, lora
+from dpo_lab.plan import Plan, forward_flops, plan, sampling_flops, training_flops
+from dpo_lab.preferences import Preferences
+from dpo_lab.train import DPOConfig
+
+PROMPTS = [[0, 5], [0, 9, 4, 2, 7], [0, 3, 3], [0, 8, 1, 6]]
+
+
+def counted(work):
+    """FLOPs by torch's counter, which knows the attention that is written out as matmuls."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
+def padded_batch(lengths=(20, 20, 20, 20)):
+    return completion_batch(PROMPTS, [[1] * n for n in lengths], range(4), share=True)
+
+
+def shared_batch():
+    return completion_batch([list(range(30))] * 2, [[1] * 20 for _ in range(8)], [0] * 4 + [1] * 4, share=True)
+
+
+@pytest.mark.parametrize(
+    "batch", [padded_batch(), padded_batch((20, 3, 9, 20)), shared_batch()], ids=["padded", "packed", "shared"]
+)
+def test_flops_are_those_that_torch_counts(model, batch):
+    with torch.no_grad():
+        assert forward_flops(model, batch) == pytest.approx(counted(lambda: completion_logps(model, batch)), rel=0.1)
+    work = counted(lambda: completion_logps(model, batch).sum().backward())
+    assert training_flops(model, batch, "float32") == pytest.approx(work, rel=0.1)
+
+
+def test_flops_with_blocks_that_are_computed_again(model):
+    with loop.checkpointed(loop.blocks_of(model)):
+        work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
+    assert training_flops(model, padded_batch(), "float32", again=True) == pytest.approx(work, rel=0.1)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = GPT2LMHeadModel(config).eval()
+    expected = training_flops(model, padded_batch(), "float32", again=again, rank=4)
+    assert expected < 0.85 * training_flops(model, padded_batch(), "float32", again=again)
+    with lora(model, 4) as adapted, loop.checkpointed(loop.blocks_of(adapted) if again else []):
+        assert expected == pytest.approx(counted(lambda: completion_logps(adapted, padded_batch()).sum().backward()), rel=0.1)
+
+
+def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
+    monkeypatch.setattr("dpo_lab.logprobs.KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr(planning, "KEPT_LOGITS_BYTES", 0)
+    work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
+    assert training_flops(model, padded_batch(), "float32") == pytest.approx(work, rel=0.1)
+
+
+def test_flops_of_sampling_are_those_that_torch_counts(model):
+    work = counted(lambda: sample_completions(model, PROMPTS, 3, eos_token_id=-1, max_new_tokens=20))
+    assert sum(3 * sampling_flops(model, len(ids), 20) for ids in PROMPTS) == pytest.approx(work, rel=0.1)
+
+
+def n_bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 3), ("rmsprop", 3)])
+def test_bytes_of_weights_gradients_and_optimizer_are_those_after_a_step(tiny, optimizer, rank):
+    model, kept = load_model(str(tiny)), []
+    config = DPOConfig(lora_rank=rank, loop=LoopConfig(optimizer=optimizer))
+    made = plan(model, PROMPTS, config, completions=4, max_new_tokens=8, eval_prefixes=8).training
+    assert made["weights"] == 2 * n_bytes(model.parameters()) and ("adapters" in made) is bool(rank)
+    with lora(model, rank) if rank else nullcontext(model) as policy:
+        completion_logps(policy, padded_batch()).sum().backward()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        for one in loop.make_optimizers(policy, config.loop):
+            one.step()
+            kept += [t for values in one.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+        assert made["gradients"] == n_bytes(p.grad for p in trained) == made.get("adapters", made["gradients"])
+        assert made["optimizer"] == n_bytes(kept)
+
+
+def test_activations_grow_with_the_batch_as_those_of_a_batch_of_its_size(model):
+    batch = completion_batch(PROMPTS, [[1] * 40 for _ in range(16)], list(range(4)) * 4)
+    direct = planning.saved_bytes(model, batch, "float32")
+    assert planning.activation_bytes(model, batch, padded_batch(), "float32") == pytest.approx(direct, rel=0.05)
+    with loop.checkpointed(loop.blocks_of(model)):
+        inputs = planning.saved_bytes(model, batch, "float32")
+    again = planning.activation_bytes(model, batch, padded_batch(), "float32", again=True)
+    assert again == pytest.approx(inputs + direct / 2, rel=0.05) and inputs < direct / 5
+
+
+@pytest.mark.usefixtures("made_up_reviews")
+def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_path, monkeypatch, capsys):
+    counts = {"sampled": 0, "scored": 0, "trained": 0}
+
+    def sample(*arguments, **options):
+        completions = sample_completions(*arguments, **{**options, "eos_token_id": -1})
+        counts["sampled"] += sum(len(ids) for row in completions for ids in row)
+        return completions
+
+    def score(model, prompts, completions, *rest, **options):
+        counts["scored"] += sum(map(len, completions))
+        return scoring(model, prompts, completions, *rest, **options)
+
+    def to(micro, device):
+        counts["trained"] += micro.batch.tokens
+        return micro
+
+    def judge(texts):
+        return np.random.default_rng(len(texts)).random(len(texts))  # no ties, which would leave completions out
+
+    scoring = preferences.score_completions
+    for module in (evaluate, experiment):
+        monkeypatch.setattr(module, "sample_completions", sample)
+    for module in (evaluate, experiment, preferences):
+        monkeypatch.setattr(module, "score_completions", score)
+    monkeypatch.setattr(loop, "_to", to)
+    monkeypatch.setattr(experiment.SentimentReward, "tfidf", lambda texts, labels: judge)
+    task = TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=40, max_new_tokens=8, precision="float32")
+    config = ExperimentConfig(task, DPOConfig(batch_pairs=20, epochs=2, loop=LoopConfig(eval_every=3)))
+    summary = experiment.train(config, tmp_path / "run")
+    made = experiment.planned(config, experiment.load_parts(task))
+    assert f"{'train':<10}{counts['trained']:>14,}" in capsys.readouterr().out
+    found = Preferences.load(tmp_path / "run" / "data" / "preferences")
+    assert summary["pairs"] == 6 * 12 and counts["trained"] == made.tokens["train"]
+    again = 8 * 8  # the spot check of stored log-probs
+    assert made.tokens["sample"] == made.tokens["score"] == sum(map(len, found.completions))
+    assert made.tokens["sample"] + made.tokens["score"] + made.tokens["evaluate"] + again == counts["sampled"] + counts["scored"]
+
+
+def small_plan(**changes):
+    numbers = dict.fromkeys(("sample", "score", "train", "evaluate"), 1_000_000)
+    parts = {"process": 10**9, "weights": 2 * 10**9}
+    return replace(Plan(numbers, numbers, numbers, parts | {"cache": 10**9}, parts | {"logits": 3 * 10**9}, 7 * 10**9), **changes)
+
+
+def test_the_peak_is_the_larger_phase_and_the_table_says_all_of_it():
+    made = small_plan()
+    assert made.peak == 6 * 10**9 and replace(made, sampling={"cache": 10**10}).peak == 10**10
+    text = str(made)
+    assert "4,000,000" in text and "peak 6.0 GB, of 7.0 GB" in text and "logits 3,000" in text and len(text.splitlines()) == 9
+    assert "of unknown" in str(small_plan(available=None))
+    made.check()
+    small_plan(available=None).check()
+
+
+def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(tiny, tmp_path, monkeypatch, capsys, made_up_reviews):
+    with pytest.raises(
+        ValueError,
+        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--accumulate.*checkpointing.*--lora-rank.*bfloat16",
+    ):
+        small_plan(available=59 * 10**8).check()
+    monkeypatch.setattr(planning, "available_bytes", lambda device: 10**6)
+    arguments = [
+        "--model",
+        str(tiny),
+        "--out",
+        str(tmp_path / "run"),
+        "--prefixes=12",
+        "--eval-prefixes=16",
+        "--max-new-tokens=8",
+    ]
+    assert main(["train", *arguments]) == 2
+    assert "this run needs about" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main(["plan", *arguments]) == 0
+    assert "peak" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_there_is_at_least_what_is_held():
+    cpu = torch.device("cpu")
+    held = planning.held_bytes(cpu)
+    assert 10**8 < held < planning.available_bytes(cpu)
+
+
+def test_no_prompts_are_named(model):
+    with pytest.raises(ValueError, match="no prompts"):
+        plan(model, [], DPOConfig(), completions=4, max_new_tokens=8, eval_prefixes=8)
