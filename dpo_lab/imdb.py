@@ -4,6 +4,7 @@ import hashlib
 import html
 import importlib.resources
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -100,7 +101,7 @@ def sample_completions(
     prompts: list[list[int]],
     k: int,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
@@ -110,7 +111,7 @@ def sample_completions(
 ) -> list[list[list[int]]]:
     """`k` completions of each prompt as token ids, sampled from the whole distribution (no top-k, no top-p).
 
-    A completion that ends has its EOS; one that reaches `max_new_tokens` has none. Prompts of similar length go together,
+    A completion that ends has its EOS (`eos_token_id`, or one of several: `models.end_tokens`); one that reaches `max_new_tokens` has none. Prompts of similar length go together,
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
     completions on the same machine.
     """
@@ -138,7 +139,7 @@ MOST_READ = 16  # tokens by which prompts in one batch may differ: those that ar
 def _sample(
     model: nn.Module,
     prompts: list[list[int]],
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
@@ -153,6 +154,7 @@ def _sample(
     end = longest + max_new_tokens
     text = torch.tensor([prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device)  # (B, end)
     ends = lengths + max_new_tokens  # (B,)
+    stops = torch.tensor(eos_token_id, device=device)
     cache, rows, done = DynamicCache(config=model.config), torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
     cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = text[:, :shortest]
@@ -163,7 +165,7 @@ def _sample(
         read = t < lengths[rows]
         step[read, 0] = text[rows[read], t]
         text[rows, t] = step[:, 0]
-        done = ~read & ((step[:, 0] == eos_token_id) | (t + 1 == ends[rows]) | done)
+        done = ~read & (torch.isin(step[:, 0], stops) | (t + 1 == ends[rows]) | done)
         ends[rows[done]] = ends[rows[done]].clamp(max=t + 1)
         if done.all():
             break
