@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -32,12 +33,7 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
         FileNotFoundError: the package is not installed, or the hub cannot be reached.
     """
     if source == "hub":
-        try:
-            reviews = load_dataset("stanfordnlp/imdb", split="train")
-        except (OSError, ConnectionError, ValueError) as error:
-            raise FileNotFoundError(
-                f"stanfordnlp/imdb is neither in the Hugging Face cache nor reachable ({error}); use source='package'"
-            ) from error
+        reviews = _hub_reviews("stanfordnlp/imdb")
     elif source == "package":
         rows = load_dataset("csv", data_files=str(reviews_csv()), split="train")
         reviews = rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
@@ -58,6 +54,19 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
         return Dataset.from_dict(columns)
 
     return DatasetDict(train=part(train), test=part(test))
+
+
+def _hub_reviews(name: str) -> Dataset:
+    try:
+        return load_dataset(name, split="train")
+    except (OSError, ConnectionError, ValueError) as error:
+        try:  # what `hf download` fetched: without the hub, `datasets` looks only for what it prepared itself
+            return load_dataset(snapshot_download(name, repo_type="dataset", local_files_only=True), split="train")
+        except (OSError, ValueError):
+            raise FileNotFoundError(
+                f"{name} is neither in the Hugging Face cache nor reachable ({error}); use source='package', or copy the cache "
+                f"after `hf download --repo-type dataset {name}` where there is a connection"
+            ) from error
 
 
 def reviews_csv() -> Path:
