@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_reviews
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -56,6 +56,19 @@ def sentencepiece_like():
     words.train_from_iterator(
         make_reviews(200)[0], trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
     )
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece_with_bytes():
+    """As Llama 2's: BPE over text in which a mark stands before the first word and for each space; bytes for the rest."""
+    words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    marks = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    words.decoder = decoders.Sequence(marks)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    single_words = [word for text in make_reviews(200)[0] for word in text.split()]
+    words.train_from_iterator(single_words, trainers.BpeTrainer(vocab_size=500, special_tokens=special))
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -179,13 +192,18 @@ def test_messages_become_the_text_of_the_template_and_end_as_a_turn_ends(family)
     assert found.report.without_eos == 0
 
 
-def test_rows_of_text_read_as_prompt_and_completion_joined(family):
-    tokenizer = load_tokenizer(str(family[1]))
-    found = from_rows([{"prompt": "this film", "chosen": " was lovely", "rejected": " was a bore"}], tokenizer, context=64)
-    assert (found.prompts[0][0] == tokenizer.bos_token_id) == (family[0] == "sentencepiece")
+@pytest.mark.parametrize("make", [sentencepiece_like, sentencepiece_with_bytes, byte_level])
+@pytest.mark.parametrize("answers", [(" was lovely", " was a bore"), ("s were lovely", "s  bore")], ids=["space", "no space"])
+def test_rows_of_text_read_as_prompt_and_completion_joined(make, answers):
+    """No space is lost or made up between them; what a model reads is what it would read if they were one text."""
+    tokenizer = make()
+    found = from_rows([{"prompt": "this film", "chosen": answers[0], "rejected": answers[1]}], tokenizer, context=64)
+    assert (found.prompts[0][0] == tokenizer.bos_token_id) == (make is not byte_level)
     read = [tokenizer.decode(found.prompts[0] + ids, skip_special_tokens=True) for ids in found.completions]
-    assert read == ["this film was lovely", "this film was a bore"]
+    assert read == ["this film" + answer for answer in answers]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in found.completions)
+    joined = tokenizer("this film" + answers[0], add_special_tokens=make is not byte_level)["input_ids"]
+    assert answers[0][0] != " " or found.prompts[0] + found.completions[0][:-1] == joined
 
 
 @pytest.mark.parametrize(
