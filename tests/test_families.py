@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import make_reviews
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -36,7 +37,8 @@ from transformers import (
 
 from dpo_lab.cli import main
 from dpo_lab.imdb import sample_completions, sample_prefixes
-from dpo_lab.models import context_of, end_tokens, load_model, load_tokenizer
+from dpo_lab.logprobs import score_completions
+from dpo_lab.models import check_sampling, context_of, end_tokens, load_model, load_tokenizer
 from dpo_lab.preferences import Preferences, from_rows
 from dpo_lab.rewards import SentimentReward
 
@@ -287,3 +289,48 @@ def test_a_model_without_a_key_value_cache_is_refused(family, tmp_path, capsys):
     assert main(["sample", "--model", str(folder), "--data", str(tmp_path / "data"), *SMALL[:6]]) == 2
     assert "MambaForCausalLM) does not continue from transformers' key-value cache" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+COMMON = SIZE | {"num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
+GROUPED = COMMON | {"num_key_value_heads": 1}
+OLD = {"vocab_size": 320, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+FAMILIES = {
+    "Mistral": GROUPED | {"sliding_window": 4},
+    "Qwen2": GROUPED,
+    "Qwen3": GROUPED,
+    "Phi": COMMON,
+    "Phi3": GROUPED | {"pad_token_id": 0},
+    "GPTNeoX": COMMON,
+    "OPT": {**COMMON, "init_std": 0.3, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "Bloom": {"vocab_size": 320, "hidden_size": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3},
+    "Falcon": COMMON,
+    "Mpt": {"vocab_size": 320, "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.3},
+    "Gemma": GROUPED | {"head_dim": 8},
+    "Gemma3Text": GROUPED | {"head_dim": 8, "sliding_window": 4},
+    "Olmo2": GROUPED,
+    "StableLm": GROUPED,
+    "Starcoder2": GROUPED,
+    "GPTJ": OLD | {"rotary_dim": 4},
+    "SmolLM3": GROUPED | {"pad_token_id": 0},
+    "GptOss": GROUPED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "Mixtral": GROUPED | {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_and_log_probs_of_other_families_are_those_of_plain_forward_passes(name, tmp_path):
+    set_seed(0)
+    config = getattr(transformers, f"{name}Config")(**FAMILIES[name])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    check_sampling(model, byte_level())
+    prompts, completions = [[1, 5, 7], [1, 8, 9, 10, 4], [1, 3]], [[6, 6, 2], [5, 2], [3, 4, 5, 6, 7, 8, 9, 2]]
+    found = sample_completions(model, prompts, 1, eos_token_id=2, max_new_tokens=10, temperature=1e-5)
+    for prompt, (ids,) in zip(prompts, found):
+        text = list(prompt)
+        while len(text) < len(prompt) + 10 and (len(text) == len(prompt) or text[-1] != 2):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        assert ids == text[len(prompt) :]
+    expected = [by_loop(model, prompts[p], ids) for p, ids in zip((0, 0, 1), completions)]
+    assert score_completions(model, prompts, completions, (0, 0, 1)).tolist() == pytest.approx(expected, abs=1e-3)
