@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.utils import is_gguf_available
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import Precision, autocast, completion_logps, completion_states
@@ -250,10 +251,10 @@ def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -
 
 
 def from_pretrained(loader: type, name: str, **options: object) -> Any:
-    """`loader.from_pretrained` of "embedded", a folder or a hub id; what is missing is said with what to do about it.
+    """`loader.from_pretrained` of "embedded", a folder, a GGUF file or a hub id; what is missing is said with what to do about it.
 
     Raises:
-        FileNotFoundError: not on this machine and the hub did not give it, or no safetensors there.
+        FileNotFoundError: not on this machine and the hub did not give it, no safetensors there, or no package that reads GGUF.
         ValueError: the weights are cut short.
     """
     path = EMBEDDED if name == "embedded" else Path(name)
@@ -261,6 +262,10 @@ def from_pretrained(loader: type, name: str, **options: object) -> Any:
         raise FileNotFoundError(
             f"the embedded model is missing from {path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`"
         )
+    if path.suffix == ".gguf" and path.is_file():
+        if not is_gguf_available():
+            raise FileNotFoundError(f"{name!r} is a GGUF file, which transformers reads with another package: pip install gguf")
+        path, options["gguf_file"] = path.parent, path.name
     try:
         return loader.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False, **options)
     except SafetensorError as error:

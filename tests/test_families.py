@@ -334,3 +334,50 @@ def test_samples_and_log_probs_of_other_families_are_those_of_plain_forward_pass
         assert ids == text[len(prompt) :]
     expected = [by_loop(model, prompts[p], ids) for p, ids in zip((0, 0, 1), completions)]
     assert score_completions(model, prompts, completions, (0, 0, 1)).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def write_gguf(path, model, tokenizer):
+    """A Llama with one layer and as many key-value heads as heads, as llama.cpp's converter writes it, in float32."""
+    gguf, config = pytest.importorskip("gguf"), model.config
+    writer, names = gguf.GGUFWriter(str(path), "llama"), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word.startswith("<|") else 1 for word in words])  # 3: control
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # rotary pairs lie side by side there, and half a head apart here
+            tensor = tensor.unflatten(0, (2, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_the_model_that_was_written(tmp_path):
+    set_seed(0)
+    tokenizer, path, ids = byte_level(), tmp_path / "model.gguf", torch.arange(12)[None]
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"vocab_size": len(tokenizer)}, max_position_embeddings=64))
+    write_gguf(path, model, tokenizer)
+    found = load_model(str(path))
+    torch.testing.assert_close(found(ids).logits, model.eval()(ids).logits)
+    assert (context_of(found), load_tokenizer(str(path)).eos_token_id) == (64, 2)
+    assert load_tokenizer(str(path))("a lovely film")["input_ids"] == tokenizer("a lovely film")["input_ids"]
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_gguf_file_without_its_package_says_what_to_install(load, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr("dpo_lab.models.is_gguf_available", lambda: False)
+    with pytest.raises(FileNotFoundError, match="model.gguf' is a GGUF file, .*pip install gguf"):
+        load(str(tmp_path / "model.gguf"))
