@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.imdb import sample_completions, texts_of
 from dpo_lab.logprobs import Precision, score_completions
+from dpo_lab.models import end_tokens
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def evaluate_policy(
         policy,
         prompts,
         1,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(policy, tokenizer),
         max_new_tokens=max_new_tokens,
         seed=seed,
         precision=precision,

@@ -16,7 +16,15 @@ from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_o
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import load_model, load_tokenizer, measure_precision, return_freed_memory
+from dpo_lab.models import (
+    check_sampling,
+    context_of,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    measure_precision,
+    return_freed_memory,
+)
 from dpo_lab.plan import Plan, plan
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
@@ -119,7 +127,8 @@ def load_parts(config: TaskConfig) -> Parts:
     names = LANES[config.lane]
     name = config.model or names["model"]
     reference = load_model(name, device=config.device)
-    context = reference.config.max_position_embeddings
+    tokenizer, context = load_tokenizer(name), context_of(reference)
+    check_sampling(reference, tokenizer)
     if config.max_new_tokens + LONGEST_PREFIX + 1 > context:
         raise ValueError(
             f"max_new_tokens is {config.max_new_tokens}; with a prefix of {LONGEST_PREFIX} tokens and BOS the model's context of "
@@ -135,7 +144,7 @@ def load_parts(config: TaskConfig) -> Parts:
     else:
         judge = SentimentReward.hub(reward, device=config.device)
     return_freed_memory()
-    return Parts(reviews, load_tokenizer(name), reference, judge)
+    return Parts(reviews, tokenizer, reference, judge)
 
 
 def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
@@ -239,7 +248,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
         parts.reference,
         prompts,
         config.completions,
-        eos_token_id=parts.tokenizer.eos_token_id,
+        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         precision=config.precision,
@@ -268,7 +277,7 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
         samples["completions"],
         scores,
         parts.tokenizer,
-        context=parts.reference.config.max_position_embeddings,
+        context=context_of(parts.reference),
     ).with_reference(parts.reference, precision=config.precision, progress="reference log-probs")
     preferences.save(data / "preferences")
     return preferences
@@ -379,7 +388,7 @@ def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]
         parts.reference,
         few,
         64,
-        eos_token_id=parts.tokenizer.eos_token_id,
+        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed + 1,
         precision=config.precision,

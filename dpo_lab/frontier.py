@@ -33,7 +33,7 @@ from dpo_lab.experiment import (
 )
 from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import ScalarModel, load_model
+from dpo_lab.models import ScalarModel, end_tokens, load_model
 from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
@@ -186,7 +186,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
             counted(reward),
             sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=run.seed),
             replace(config.ppo, kl_target=run.setting, max_new_tokens=task.max_new_tokens),
-            eos_token_id=parts.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(parts.reference, parts.tokenizer),
             precision=task.precision,
             seed=run.seed,
             **common,
@@ -220,7 +220,7 @@ def baselines(task: TaskConfig, parts: Parts, k: int) -> dict[str, Any]:
         parts.reference,
         prompts,
         k,
-        eos_token_id=parts.tokenizer.eos_token_id,
+        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
         max_new_tokens=task.max_new_tokens,
         seed=task.seed + 1,
         precision=task.precision,

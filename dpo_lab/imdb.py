@@ -4,12 +4,14 @@ import hashlib
 import html
 import importlib.resources
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -31,12 +33,7 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
         FileNotFoundError: the package is not installed, or the hub cannot be reached.
     """
     if source == "hub":
-        try:
-            reviews = load_dataset("stanfordnlp/imdb", split="train")
-        except (OSError, ConnectionError, ValueError) as error:
-            raise FileNotFoundError(
-                f"stanfordnlp/imdb is neither in the Hugging Face cache nor reachable ({error}); use source='package'"
-            ) from error
+        reviews = _hub_reviews("stanfordnlp/imdb")
     elif source == "package":
         rows = load_dataset("csv", data_files=str(reviews_csv()), split="train")
         reviews = rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
@@ -57,6 +54,19 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
         return Dataset.from_dict(columns)
 
     return DatasetDict(train=part(train), test=part(test))
+
+
+def _hub_reviews(name: str) -> Dataset:
+    try:
+        return load_dataset(name, split="train")
+    except (OSError, ConnectionError, ValueError) as error:
+        try:  # what `hf download` fetched: without the hub, `datasets` looks only for what it prepared itself
+            return load_dataset(snapshot_download(name, repo_type="dataset", local_files_only=True), split="train")
+        except (OSError, ValueError):
+            raise FileNotFoundError(
+                f"{name} is neither in the Hugging Face cache nor reachable ({error}); use source='package', or copy the cache "
+                f"after `hf download --repo-type dataset {name}` where there is a connection"
+            ) from error
 
 
 def reviews_csv() -> Path:
@@ -97,7 +107,7 @@ def sample_completions(
     prompts: list[list[int]],
     k: int,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
@@ -107,7 +117,7 @@ def sample_completions(
 ) -> list[list[list[int]]]:
     """`k` completions of each prompt as token ids, sampled from the whole distribution (no top-k, no top-p).
 
-    A completion that ends has its EOS; one that reaches `max_new_tokens` has none. Prompts of similar length go together,
+    A completion that ends has its EOS (`eos_token_id`, or one of several: `models.end_tokens`); one that reaches `max_new_tokens` has none. Prompts of similar length go together,
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
     completions on the same machine.
     """
@@ -135,7 +145,7 @@ MOST_READ = 16  # tokens by which prompts in one batch may differ: those that ar
 def _sample(
     model: nn.Module,
     prompts: list[list[int]],
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
@@ -150,6 +160,7 @@ def _sample(
     end = longest + max_new_tokens
     text = torch.tensor([prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device)  # (B, end)
     ends = lengths + max_new_tokens  # (B,)
+    stops = torch.tensor(eos_token_id, device=device)
     cache, rows, done = DynamicCache(config=model.config), torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
     cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = text[:, :shortest]
@@ -160,7 +171,7 @@ def _sample(
         read = t < lengths[rows]
         step[read, 0] = text[rows[read], t]
         text[rows, t] = step[:, 0]
-        done = ~read & ((step[:, 0] == eos_token_id) | (t + 1 == ends[rows]) | done)
+        done = ~read & (torch.isin(step[:, 0], stops) | (t + 1 == ends[rows]) | done)
         ends[rows[done]] = ends[rows[done]].clamp(max=t + 1)
         if done.all():
             break

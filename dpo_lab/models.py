@@ -8,14 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_gguf_available
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import Precision, autocast, completion_logps, completion_states
@@ -29,9 +43,15 @@ def load_tokenizer(name: str = "embedded") -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: not on this machine and the hub cannot be reached.
-        ValueError: it has no EOS token.
+        ValueError: it has no EOS token, or is in a format that transformers reads with another package only.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, name)
+    try:
+        tokenizer = from_pretrained(AutoTokenizer, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{name!r} holds no tokenizer.json, and nothing that transformers makes one of by itself; save the model's own there "
+            "with tokenizer.save_pretrained (a tokenizer.model alone needs the package sentencepiece to be converted)"
+        ) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty GPT-2 one where there are no files
         raise ValueError(f"{name!r} holds no tokenizer; save the model's own there with tokenizer.save_pretrained")
     if tokenizer.eos_token_id is None:
@@ -45,9 +65,10 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
     """A causal LM in evaluation mode: "embedded", a folder, or a hub id. Weights come from safetensors only.
 
     Raises:
-        FileNotFoundError: not on this machine and the hub cannot be reached.
-        ValueError: the model's logits are not its LM head applied to its decoder's output, so `completion_logps` would
-            be wrong (as with Gemma 2, which caps its logits); or device "cuda" without a GPU.
+        FileNotFoundError: not on this machine and the hub cannot be reached, or its weights are not safetensors.
+        ValueError: it is no causal LM, or lacks some of its weights; the model's logits are not its LM head applied to its
+            decoder's output, so `completion_logps` would be wrong (as with Gemma 2, which caps its logits); or device
+            "cuda" without a GPU.
     """
     if device not in ("cpu", "cuda", "mps") and not device.startswith("cuda:"):
         raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
@@ -55,9 +76,23 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
         raise ValueError(
             f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
         )
+    config = from_pretrained(AutoConfig, name)
+    called = ", ".join(config.architectures or [config.model_type])
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name!r} is a {called}; a policy must be a causal LM, which predicts each token from those before it. "
+            "Give one of the GPT-2 or Llama families, for instance"
+        )
     if device == "cpu":
         keep_freed_memory()
-    model = prepare_model(_from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)).to(device).eval()
+    model, found = from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{name!r} ({called}) has no weights for {len(missing)} of the parameters of {type(model).__name__}, such as "
+            f"{missing[0]}, which would be random; give a checkpoint of the causal LM with its head"
+        )
+    model = prepare_model(model).to(device).eval()
     ids = torch.arange(min(4, model.config.vocab_size), device=device)[None]
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -68,6 +103,47 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             "use a model with a plain linear LM head, such as the GPT-2 and Llama families"
         )
     return model
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a completion: the tokenizer's EOS, and the other special tokens at which the model's `generate` stops.
+
+    Chat models have several: Llama 3 has one for the end of a turn and one for the end of a text.
+    """
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [tokenizer.eos_token_id, *(int(i) for i in np.ravel(named) if i in special - {tokenizer.eos_token_id})]
+
+
+def context_of(model: nn.Module) -> int:
+    """How many tokens prompt and completion may have together; without a limit of the model's, `sys.maxsize`."""
+    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if limit is not None), sys.maxsize)
+
+
+def check_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless the tokenizer is the model's, and the model goes on from its cache as from the whole text."""
+    known = len(model.get_input_embeddings().weight)
+    if max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and {model.name_or_path!r} knows {known}; give the model's own tokenizer"
+        )
+    ids, cache = torch.arange(4, device=model.device)[None], DynamicCache(config=model.config)
+    try:
+        with torch.no_grad():
+            whole = model(input_ids=ids, use_cache=False).logits[0, -1]
+            for step in ids.split(2, dim=1):
+                mask = torch.ones(1, int(step[0, -1]) + 1, dtype=torch.long, device=model.device)
+                logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0, -1]
+        cache.batch_select_indices(torch.tensor([0], device=model.device))
+        exact = cache.get_seq_length() == 4 and bool((logits - whole).abs().max() < 1e-2)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # each architecture without such a cache fails in its own way
+        exact = False
+    if not exact:
+        raise ValueError(
+            f"{model.name_or_path!r} ({type(model).__name__}) does not continue from transformers' key-value cache, on which "
+            "sampling rests (Mamba and RWKV do not); give a transformer such as the GPT-2 and Llama families"
+        )
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -218,21 +294,54 @@ def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -
         )
 
 
-def _from_pretrained(loader: type, name: str, **options: object) -> object:
+def from_pretrained(loader: type, name: str, **options: object) -> Any:
+    """`loader.from_pretrained` of "embedded", a folder, a GGUF file or a hub id; what is missing is said with what to do about it.
+
+    Raises:
+        FileNotFoundError: not on this machine and the hub did not give it, no safetensors there, or no package that reads GGUF.
+        ValueError: the weights are cut short.
+    """
     path = EMBEDDED if name == "embedded" else Path(name)
     if name == "embedded" and not (path / "config.json").exists():
         raise FileNotFoundError(
             f"the embedded model is missing from {path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`"
         )
+    if path.suffix == ".gguf" and path.is_file():
+        if not is_gguf_available():
+            raise FileNotFoundError(f"{name!r} is a GGUF file, which transformers reads with another package: pip install gguf")
+        path, options["gguf_file"] = path.parent, path.name
     try:
-        return loader.from_pretrained(str(path) if path.exists() else name, **options)
+        return loader.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False, **options)
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {name!r} cannot be read ({error}); the file is cut short or altered, get it again"
         ) from error
     except (OSError, ConnectionError) as error:
-        raise FileNotFoundError(
+        raise FileNotFoundError(_why_missing(name, error)) from error
+
+
+def _why_missing(name: str, error: Exception) -> str:
+    if isinstance(error.__cause__, GatedRepoError):
+        return (
+            f"{name!r} is gated, and its owner has not let you in: agree to the terms on its page of the hub, log in here with "
+            "`hf auth login`, and try again"
+        )
+    try:
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no name that a repository can have
+        return (
             f"{name!r} is not a folder here, not in the Hugging Face cache, and the hub did not give it: "
-            f"{str(error).splitlines()[0]}. Use 'embedded' (always here), a folder with config.json and model.safetensors, "
+            f"{str(error).splitlines()[0]} Use 'embedded' (always here), a folder with config.json and model.safetensors, "
             "or a hub id such as 'openai-community/gpt2' once with a connection, or `hf download` it there and copy the cache"
-        ) from error
+        )
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*"))
+    if pickles and not any(folder.glob("*.safetensors*")):
+        return (
+            f"{name!r} has its weights as a pickle ({pickles[0]}) and not as model.safetensors; a pickle can run code when it is "
+            "read, so none is loaded. Take a checkpoint in safetensors; if you trust this one, load it elsewhere with transformers "
+            "and save it with save_pretrained, which writes safetensors"
+        )
+    return (
+        f"{name!r} is here ({folder}), but not whole: {str(error).splitlines()[0]} A folder needs config.json, "
+        f"model.safetensors and tokenizer.json; a hub id is fetched whole by `hf download {name}` where there is a connection"
+    )

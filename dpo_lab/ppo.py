@@ -24,7 +24,7 @@ from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
 from dpo_lab.loop import Evaluate
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
-from dpo_lab.models import ScalarModel
+from dpo_lab.models import ScalarModel, context_of
 from dpo_lab.runs import append_metrics
 
 Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prompts and N completions to N rewards
@@ -119,7 +119,7 @@ def train_ppo(
     prompts: list[list[int]],
     config: PPOConfig,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     precision: Precision = "float32",
     seed: int = 0,
     ptx: Callable[[], CompletionBatch] | None = None,
@@ -148,6 +148,7 @@ def train_ppo(
     """
     check_ppo(policy, value_model, prompts, config, ptx)
     roles, rng = Roles(policy.eval(), reference.eval(), value_model.eval()), np.random.default_rng(seed)
+    stops = set(np.ravel(eos_token_id).tolist())
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "precision": precision}
 
     def sample(model: PreTrainedModel, some: list[list[int]]) -> list[list[int]]:
@@ -180,7 +181,7 @@ def train_ppo(
             some, order = [prompts[i] for i in order[: config.batch]], order[config.batch :]
             completions = sample(policy, some)
             raw = checked_rewards(reward, some, completions)
-            cut = np.array([ids[-1] != eos_token_id for ids in completions])
+            cut = np.array([ids[-1] not in stops for ids in completions])
             scores = torch.from_numpy((raw - mean) / deviation - config.no_eos_penalty * cut)
             rollout, means = learn(roles, optimizer, some, completions, scores, coefficient, config, precision, rng, ptx)
             kl = float(rollout.log_ratios.sum(1).mean())
@@ -367,7 +368,7 @@ def check_ppo(
         raise ValueError(f"ptx_coefficient is {config.ptx_coefficient} without ptx; give a function that returns batches of text")
     if not prompts:
         raise ValueError("there are no prompts; give at least one, as token ids with BOS")
-    context, longest = policy.config.max_position_embeddings, max(map(len, prompts))
+    context, longest = context_of(policy), max(map(len, prompts))
     if longest + config.max_new_tokens > context:
         raise ValueError(
             f"the longest prompt has {longest} tokens, and with max_new_tokens {config.max_new_tokens} does not fit the model's "

@@ -298,6 +298,8 @@ class _Builder:
             raise ValueError(f"max_completion_tokens is {max_completion_tokens}; it must be at least 1, or None for no limit")
         self.tokenizer, self.context, self.limit = tokenizer, context, max_completion_tokens or context
         self.starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        doubled = tokenizer.decode(2 * self.encoded("a"))
+        self.newline = self.encoded("\n") if doubled == "a a" else []  # SentencePiece puts a space before every text
         self.prompts: dict[tuple[int, ...], int] = {}
         self.room: list[int] = []  # tokens left for a completion of each prompt
         self.completions: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -306,8 +308,16 @@ class _Builder:
         self.cut: set[tuple[int, tuple[int, ...]]] = set()  # distinct completions that did not fit, whole
         self.counts = dict.fromkeys(("without_eos", "dropped", "identical", "duplicated", "ties"), 0)
 
+    def encoded(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def continued(self, text: str) -> list[int]:
+        """Token ids of a text that follows another, without a space that it does not have."""
+        n, ids = len(self.newline), self.encoded("\n" + text) if self.newline else []
+        return ids[n:] if ids[:n] == self.newline and ids[n:] else self.encoded(text)
+
     def prompt(self, prompt: str | Sequence[int], *, where: str, chat: bool = False) -> int:
-        ids = list(prompt) if not isinstance(prompt, str) else self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = self.encoded(prompt) if isinstance(prompt, str) else list(prompt)
         if isinstance(prompt, str) and not chat and (self.starts_with_bos or not ids):
             start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
             ids = [start, *ids]
@@ -323,7 +333,7 @@ class _Builder:
 
     def completion(self, p: int, completion: str | Sequence[int], *, chat: bool = False, score: float | None = None) -> int:
         if isinstance(completion, str):
-            ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+            ids = self.continued(completion)
             ids = ids if chat else [*ids, self.tokenizer.eos_token_id]
         else:
             ids = list(completion)

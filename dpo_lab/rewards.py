@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_lab.losses import check_pairs
+from dpo_lab.models import from_pretrained
 from dpo_lab.runs import write_whole
 
 HUB_CLASSIFIER = "siebert/sentiment-roberta-large-english"
@@ -62,13 +63,10 @@ class SentimentReward:
             ValueError: no label, or several, begin with "pos".
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
-        except (OSError, ConnectionError) as error:
-            raise FileNotFoundError(
-                f"the classifier {name!r} is not here and the hub did not give it ({str(error).splitlines()[0]}); "
-                "use reward='tfidf', which needs no hub"
-            ) from error
+            tokenizer = from_pretrained(AutoTokenizer, name)
+            model = from_pretrained(AutoModelForSequenceClassification, name, use_safetensors=True).to(device).eval()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"the classifier is not there: {error}. reward='tfidf' needs no hub") from error
         positive = [i for i, label in model.config.id2label.items() if label.lower().startswith("pos")]
         if len(positive) != 1:
             raise ValueError(f"{name!r} has the labels {list(model.config.id2label.values())}; exactly one must begin with 'pos'")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from dpo_lab import models
+from dpo_lab.cli import main
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import PACKED, can_share, completion_logps
 from dpo_lab.models import (
@@ -272,3 +274,45 @@ def test_the_merged_model_is_the_one_with_adapters(tiny, tmp_path, family, share
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
     assert not list((tmp_path / "merged").glob("adapter*"))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Folder of one model in an otherwise empty Hugging Face cache."""
+    repository = tmp_path / "hub" / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("607a30d783dfa663caf39e06633721c8d4cfcd7e")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = repository / "snapshots" / "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    small_gpt2().save_pretrained(snapshot)
+    save_words(snapshot, eos_token="<end>")
+    return snapshot
+
+
+@pytest.mark.parametrize(
+    "left, words", [(None, "is here (.*), but not whole: .*hf download someone/model"), ("pytorch_model.bin", "pickle")]
+)
+def test_a_cache_without_safetensors_says_what_is_there(cache, tmp_path, capsys, left, words):
+    assert load_model("someone/model").config.n_embd == 8
+    (cache / "model.safetensors").unlink()
+    if left:
+        torch.save({}, cache / left)
+    for command in ("sample", "label"):
+        assert main([command, "--model", "someone/model", "--data", str(tmp_path / "data")]) == 2
+        assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_gated_model_says_how_to_be_let_in(tmp_path, monkeypatch, capsys):
+    """The hub's own answer, over a made-up connection: 403 and the code by which its client knows the reason."""
+    asked = []
+
+    def answer(request):
+        asked.append(request.url.path)
+        return httpx.Response(403, headers={"X-Error-Code": "GatedRepo"}, request=request)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT", httpx.Client(transport=httpx.MockTransport(answer)))
+    assert main(["train", "--model", "someone/gated", "--out", str(tmp_path / "run")]) == 2
+    assert asked and re.search("'someone/gated' is gated, .*`hf auth login`", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

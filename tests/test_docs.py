@@ -1,0 +1,37 @@
+"""The page on models says what the code does: its Python runs, and its errors are those of the code."""
+
+import re
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_lab.cli import COMMANDS
+from dpo_lab.models import load_tokenizer
+from dpo_lab.preferences import from_rows
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def test_the_python_of_the_page_runs_on_any_folder(tiny, tmp_path):
+    training, messages = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names = {"name": str(tiny), "folder": tmp_path / "policy"}
+    exec(training, names)
+    assert names["metrics"][0]["loss"] > 0 and AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "policy")) == 512
+    exec(messages, names)
+    tokenizer = load_tokenizer(str(tiny))
+    tokenizer.chat_template = TURNS
+    assert from_rows(names["rows"], tokenizer, context=64).report.pairs == 1
+
+
+def test_the_commands_and_errors_of_the_page_are_those_of_the_code():
+    assert set(re.findall(r"dpo-lab (\w+)", PAGE)) <= set(COMMANDS)
+    source = "".join((ROOT / "dpo_lab" / f"{name}.py").read_text() for name in ("models", "experiment"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that go on in the next line
+    rows = re.findall(r"^\| (.+?) \|", PAGE.split("## When it says no")[1], re.MULTILINE)[1:]
+    for row in rows:
+        for part in re.split(r" N\b| 1 |BertForMaskedLM|, ", row):
+            assert part.strip() in source, part
+    assert len(rows) == 13
