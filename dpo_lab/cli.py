@@ -17,6 +17,7 @@ from dpo_lab.experiment import ExperimentConfig, TaskConfig
 from dpo_lab.frontier import FrontierConfig, frontier
 from dpo_lab.loop import Interrupted
 from dpo_lab.pretrain import PretrainConfig, pretrain
+from dpo_lab.processes import leave, say
 
 Flat = tyro.conf.OmitArgPrefixes
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def doctor_command() -> int:
 def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Sample completions of training prefixes from the reference."""
     samples = experiment.sample(config, data)
-    print(
+    say(
         f"{sum(map(len, samples['completions'])):,} completions of {len(samples['prompts']):,} prefixes in {data / 'samples.json'}"
     )
 
@@ -39,7 +40,7 @@ def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> 
 def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Label the samples by the reward: preference pairs and reference log-probs."""
     preferences = experiment.label(config, data)
-    print(f"{preferences.report}\npreferences in {data / 'preferences'}")
+    say(f"{preferences.report}\npreferences in {data / 'preferences'}")
 
 
 def train_command(
@@ -55,17 +56,17 @@ def train_command(
     summary = experiment.train(config, out, data=data, resume=resume)
     for name in ("before", "after"):
         s = summary[name]
-        print(f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats")
-    print(
+        say(f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats")
+    say(
         f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak"
     )
-    print(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
+    say(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
 
 
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
-    print(
+    say(
         f"reward {s['reward']:.3f} ± {s['reward_se']:.3f}, sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats, in {run / 'evaluation.json'}"
     )
 
@@ -78,12 +79,12 @@ def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/fron
         repeat: eleven more, which show the spread between seeds.
     """
     rows = frontier(config, out, runs=contenders(config.task.seed) + repeats() if repeat else None)
-    print(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
+    say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 
 def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
-    print(f"model in {pretrain(out, config, resume=resume)}")
+    say(f"model in {pretrain(out, config, resume=resume)}")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -102,7 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpo-lab", args=arguments, description=__doc__) or 0
+        status = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="dpo-lab", args=arguments, description=__doc__) or 0
+        leave()
+        return status
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"dpo-lab: error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from dpo_lab.logprobs import score_completions
 from dpo_lab.models import load_model, load_tokenizer, measure_precision, return_freed_memory
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
+from dpo_lab.processes import from_main, join, say
 from dpo_lab.rewards import SentimentReward
 from dpo_lab.runs import (
     SNAPSHOTS,
@@ -130,8 +131,8 @@ def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig
         return config
     rows = parts.tokenizer(list(parts.reviews["train"]["text"][:64]))["input_ids"]
     batch = completion_batch([row[:1] for row in rows], [row[1 : 1 + config.max_new_tokens] for row in rows], range(len(rows)))
-    test = measure_precision(parts.reference, batch.to(config.device), beta)
-    print(test)
+    test = from_main(measure_precision, parts.reference, batch.to(config.device), beta)
+    say(test)
     return replace(config, precision=test.choice)
 
 
@@ -142,6 +143,7 @@ def data_config(config: TaskConfig) -> dict[str, Any]:
 
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
     """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
+    join(config.device)
     path = data / "samples.json"
     config = recorded_precision(config, data)
     if (data / "config.json").exists() and path.exists():
@@ -170,6 +172,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
 
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
+    join(config.device)
     config = recorded_precision(config, data)
     if (data / "config.json").exists() and (data / "preferences").exists():
         open_run(data, data_config(config), resume=True)
@@ -192,6 +195,7 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
 
 def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated."""
+    join(config.task.device)
     began = time.perf_counter()
     finished, data = out / "summary.json", data or out / "data"
     config = replace(config, task=recorded_precision(config.task, out, data))
@@ -259,6 +263,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
     task = TaskConfig(**recorded["task"])
     task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
+    join(task.device)
     parts = load_parts(task)
     result = evaluate_policy(
         load_model(str(run / "policy"), device=task.device),

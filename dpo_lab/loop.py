@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from dpo_lab.layout import CompletionBatch
+from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, completion_logps
+from dpo_lab.processes import count, from_main, gathered
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
@@ -71,6 +73,7 @@ def fit(
 
     `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
+    Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
     """
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
@@ -78,13 +81,14 @@ def fit(
         cpu=next(model.parameters()).device.type == "cpu",
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=run,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=scorer is not None)],
     )
     model.eval()  # no dropout: the reference was scored without it
     optimizers = make_optimizers(model, config)
     start = load_checkpoint(run, model, optimizers) if run and resume else 0
     scoring = accelerator.prepare((scorer or _Scorer)(model))
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    history = read_metrics(run, up_to=start) if run and start else []
+    history = from_main(read_metrics, run, start) if run and start else []
     if run:
         with write_whole(run / "metrics.jsonl") as temporary:
             temporary.write_text("")
@@ -114,16 +118,22 @@ def fit(
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * scale
             micros = micro_batches(step - 1)
-            total = sum(weigh(micro) for micro in micros)
+            weights = gathered([weigh(micro) for micro in micros])
+            total, passes = sum(map(sum, weights)), max(map(len, weights))
             line: dict[str, float] = {"loss": 0.0}
             tokens = 0
-            for micro in micros:
-                micro = _to(micro, accelerator.device)
-                loss, sums = loss_of(scoring, micro)
-                accelerator.backward(loss / total)
+            for k in range(passes):
+                with accelerator.no_sync(scoring) if k < passes - 1 else nullcontext():
+                    if k >= len(micros):  # the others wait for this process's part in the gradient
+                        accelerator.backward(0 * scoring(NOTHING.to(accelerator.device)).sum())
+                        continue
+                    micro = _to(micros[k], accelerator.device)
+                    loss, sums = loss_of(scoring, micro)
+                    accelerator.backward(loss * count() / total)  # for the gradients are averaged over processes
                 tokens += getattr(micro, "batch", micro).tokens
                 for name, value in {"loss": loss.item(), **sums}.items():
                     line[name] = line.get(name, 0.0) + value / total
+            line, tokens = _added(gathered(line)), sum(gathered(tokens))
             line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
             if not math.isfinite(line["grad_norm"]):
                 raise ValueError(
@@ -140,9 +150,9 @@ def fit(
             early = [step * 2**halving for halving in range(1, 5)]
             if evaluate and (step % config.eval_every == 0 or config.eval_every in early or step == steps):
                 log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
-            stopping = run is not None and stop.is_set() and step < steps
+            stopping = run is not None and any(gathered(stop.is_set())) and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
-                save_checkpoint(run, step, model, optimizers)
+                from_main(save_checkpoint, run, step, model, optimizers)
             if stopping:
                 raise Interrupted(f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume")
     if config.tensorboard:
@@ -188,6 +198,18 @@ def _schedule(step: int, steps: int, config: LoopConfig) -> float:
         return step / config.warmup_steps
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps + 1)
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
+
+
+NOTHING = completion_batch([[0]], [[0]], [0])
+
+
+def _added(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The sum of dictionaries, name by name; names stand as in the first."""
+    first, *others = parts
+    for part in others:
+        for name, value in part.items():
+            first[name] = first.get(name, 0.0) + value
+    return first
 
 
 def _to(micro: Any, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from dpo_lab.loop import LoopConfig, fit
 from dpo_lab.losses import bradley_terry_nll
 from dpo_lab.models import ScalarModel
 from dpo_lab.preferences import Preferences
+from dpo_lab.processes import count, my_share
 from dpo_lab.train import plan_prompts
 
 
@@ -105,13 +106,15 @@ def train_reward_model(
     reward, best = LearnedReward(model, precision=precision), {}
 
     def micro_batches(step: int) -> list[_RankedBatch]:
-        some = [groups[g] for g in plan[step]]
+        return [ranked([groups[g] for g in part]) for part in my_share(np.array_split(plan[step], min(count(), len(plan[step]))))]
+
+    def ranked(some: list[list[int]]) -> _RankedBatch:
         pairs = np.concatenate(some)
         used, local = np.unique(np.concatenate([p.chosen[pairs], p.rejected[pairs]]), return_inverse=True)
         batch = reward.batch(p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used])
         chosen, rejected = torch.from_numpy(local).chunk(2)
         weights = torch.tensor([1 / len(group) for group in some for _ in group])
-        return [_RankedBatch(batch, chosen, rejected, weights)]
+        return _RankedBatch(batch, chosen, rejected, weights)
 
     def loss_of(score: Any, micro: _RankedBatch) -> tuple[Tensor, dict[str, float]]:
         rewards = score(micro.batch)

@@ -26,13 +26,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
+from dpo_lab.processes import from_main, is_main
+
 SNAPSHOTS = "snapshots.jsonl"
 
 
 @contextmanager
 def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not."""
+    """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
+
+    Of several processes only the main one's file is kept.
+    """
     path = Path(path)
+    if not is_main():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            inner = Path(elsewhere) / path.name
+            if directory:
+                inner.mkdir()
+            yield inner
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     inner = temporary / path.name
@@ -125,7 +137,10 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
     Raises:
         ValueError: it holds another config, or it holds this one already and `resume` is False.
     """
-    directory = Path(directory)
+    return from_main(_open_run, Path(directory), config, resume)
+
+
+def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
     config = json.loads(json.dumps(config))
     recorded = directory / "config.json"
     if recorded.exists():
@@ -147,8 +162,9 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
 
 def append_metrics(run: Path, line: dict[str, Any]) -> None:
     """Append one line to `metrics.jsonl` in one write."""
-    with open(run / "metrics.jsonl", "ab", buffering=0) as file:
-        file.write((json.dumps(line) + "\n").encode())
+    if is_main():
+        with open(run / "metrics.jsonl", "ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())
 
 
 def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str, Any]]:
