@@ -1,5 +1,6 @@
 """The training loop: it can be stopped at any step and resumed to the byte."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, completion_logps
-from dpo_lab.processes import count, from_main, gathered
+from dpo_lab.processes import collect, count, from_main, full, gathered, join, shard, sharding
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
@@ -75,6 +76,7 @@ def fit(
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
     """
+    join(next(model.parameters()).device.type)
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
@@ -86,7 +88,10 @@ def fit(
     model.eval()  # no dropout: the reference was scored without it
     optimizers = make_optimizers(model, config)
     start = load_checkpoint(run, model, optimizers) if run and resume else 0
-    scoring = accelerator.prepare((scorer or _Scorer)(model))
+    scoring = (scorer or _Scorer)(copy.deepcopy(model) if sharding() else model)
+    scoring = accelerator.prepare_model(scoring, evaluation_mode=sharding())
+    if sharding():
+        shard(scoring, model, optimizers)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     history = from_main(read_metrics, run, start) if run and start else []
     if run:
@@ -134,7 +139,7 @@ def fit(
                 for name, value in {"loss": loss.item(), **sums}.items():
                     line[name] = line.get(name, 0.0) + value / total
             line, tokens = _added(gathered(line)), sum(gathered(tokens))
-            line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+            line["grad_norm"] = float(full(nn.utils.clip_grad_norm_(scoring.parameters(), config.max_grad_norm)))
             if not math.isfinite(line["grad_norm"]):
                 raise ValueError(
                     f"the gradient at step {step} is {line['grad_norm']}; lower learning_rate ({config.learning_rate})"
@@ -149,12 +154,15 @@ def fit(
             bar.update()
             early = [step * 2**halving for halving in range(1, 5)]
             if evaluate and (step % config.eval_every == 0 or config.eval_every in early or step == steps):
+                collect(scoring, model)
                 log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
             stopping = run is not None and any(gathered(stop.is_set())) and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
-                from_main(save_checkpoint, run, step, model, optimizers)
+                collect(scoring, model)
+                save_checkpoint(run, step, model, optimizers)
             if stopping:
                 raise Interrupted(f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume")
+    collect(scoring, model)
     if config.tensorboard:
         accelerator.end_training()
     return history

@@ -4,12 +4,16 @@ What gathers (`gathered`, `whole`, `from_main`, and what calls them) must be cal
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 T = TypeVar("T")
+SHARD = "DPO_LAB_SHARD"  # environment variable, "true" or "false"
 
 
 def launched() -> int:
@@ -23,6 +27,8 @@ def join(device: str) -> None:
         from accelerate import PartialState  # takes a second, which a process alone need not spend
 
         PartialState(cpu=device == "cpu")
+        if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate's own FSDP refuses to start without a GPU
+            os.environ[SHARD] = os.environ.pop("ACCELERATE_USE_FSDP")
 
 
 def leave() -> None:
@@ -86,3 +92,44 @@ def say(text: object) -> None:
     """Print `text`, once however many processes say it."""
     if is_main():
         print(text)
+
+
+def sharding() -> bool:
+    """Whether each process holds a part of the weights, gradients and optimizer state (`accelerate launch --use_fsdp`)."""
+    return count() > 1 and os.environ.get(SHARD, "false").lower() == "true"
+
+
+def shard(module: nn.Module, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Leave each process its part of `module`, a copy of `model`, and let the optimizers of `model` step that instead.
+
+    torch's FSDP2, the same on CPUs and GPUs; the blocks that it gathers one by one are the items of module lists.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    for part in [*reversed(blocks), module]:  # the inner ones first
+        fully_shard(part)
+    parts = dict(zip(model.parameters(), module.parameters()))
+
+    def cut(value: Any, part: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.shape == part.shape
+        return distribute_tensor(value, part.device_mesh, part.placements) if fits else value
+
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [parts[p] for p in group["params"]]
+        states = {parts[p]: {k: cut(v, parts[p]) for k, v in state.items()} for p, state in optimizer.state.items()}
+        optimizer.state = defaultdict(dict, states)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process holds a part; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def collect(module: nn.Module, model: nn.Module) -> None:
+    """Bring the weights of the sharded `module` into `model`, whole, in every process."""
+    if sharding():
+        for whole, part in zip(model.parameters(), module.parameters()):
+            whole.data.copy_(full(part.detach()))

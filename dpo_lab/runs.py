@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from dpo_lab.processes import from_main, is_main
+from dpo_lab.processes import from_main, full, is_main
 
 SNAPSHOTS = "snapshots.jsonl"
 
@@ -201,14 +201,20 @@ def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: li
         state["rng.cuda"] = torch.cuda.get_rng_state()
     for k, optimizer in enumerate(optimizers):
         for index, values in optimizer.state_dict()["state"].items():
-            state |= {f"{k}.{index}.{name}": torch.as_tensor(v).contiguous() for name, v in values.items() if v is not None}
+            values = {name: full(torch.as_tensor(v)) for name, v in values.items() if v is not None}
+            if is_main():
+                state |= {f"{k}.{index}.{name}": v.contiguous() for name, v in values.items()}
+    return from_main(_write_checkpoint, path, step, model, state)
+
+
+def _write_checkpoint(path: Path, step: int, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Path:
     require_space(path, sum(t.numel() * t.element_size() for t in [*model.parameters(), *state.values()]))
     with write_whole(path, directory=True) as temporary:
         model.save_pretrained(temporary)
         save_file(state, temporary / "optimizer.safetensors")
         hashes = {file.name: file_hash(file) for file in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
-    for older in sorted((run / "checkpoints").glob("step-*"))[:-2]:
+    for older in sorted(path.parent.glob("step-*"))[:-2]:
         shutil.rmtree(older)
     return path
 
