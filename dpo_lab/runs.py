@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from dpo_lab.processes import from_main, full, is_main
+from dpo_lab.processes import count, from_main, full, is_main
 
 SNAPSHOTS = "snapshots.jsonl"
 
@@ -281,7 +281,7 @@ def interruptible() -> Iterator[threading.Event]:
         return
 
     def handler(number: int, frame: Any) -> None:
-        if stop.is_set():
+        if stop.is_set() and count() == 1:  # a launcher sends on what its processes have had from the terminal already
             raise KeyboardInterrupt
         stop.set()
 
