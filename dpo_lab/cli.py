@@ -18,6 +18,7 @@ from dpo_lab.experiment import CONFIGS, ExperimentConfig, TaskConfig
 from dpo_lab.frontier import FrontierConfig, frontier
 from dpo_lab.loop import Interrupted
 from dpo_lab.pretrain import PretrainConfig, pretrain
+from dpo_lab.processes import leave, say
 
 Flat = tyro.conf.OmitArgPrefixes
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def doctor_command() -> int:
 def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Sample completions of training prefixes from the reference."""
     samples = experiment.sample(config, data)
-    print(
+    say(
         f"{sum(map(len, samples['completions'])):,} completions of {len(samples['prompts']):,} prefixes in {data / 'samples.json'}"
     )
 
@@ -40,7 +41,7 @@ def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> 
 def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Label the samples by the reward: preference pairs and reference log-probs."""
     preferences = experiment.label(config, data)
-    print(f"{preferences.report}\npreferences in {data / 'preferences'}")
+    say(f"{preferences.report}\npreferences in {data / 'preferences'}")
 
 
 def train_from(name: str) -> Callable[..., None]:
@@ -62,13 +63,11 @@ def train_from(name: str) -> Callable[..., None]:
         summary = experiment.train(config, out, data=data, resume=resume)
         for name in ("before", "after"):
             s = summary[name]
-            print(
-                f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats"
-            )
-        print(
+            say(f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats")
+        say(
             f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak"
         )
-        print(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
+        say(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
 
     return train_command
 
@@ -85,7 +84,7 @@ def plan_from(name: str) -> Callable[..., None]:
             out: the run directory, which decides the precision where it holds a run.
             data: as for `dpo-lab train`.
         """
-        print(experiment.plan_run(config, out, data=data))
+        say(experiment.plan_run(config, out, data=data))
 
     return plan_command
 
@@ -93,7 +92,7 @@ def plan_from(name: str) -> Callable[..., None]:
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
-    print(
+    say(
         f"reward {s['reward']:.3f} ± {s['reward_se']:.3f}, sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats, in {run / 'evaluation.json'}"
     )
 
@@ -106,12 +105,12 @@ def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/fron
         repeat: instead of them eleven runs of DPO, PPO and PPO-GT that show the spread between seeds.
     """
     rows = frontier(config, out, runs=repeats() if repeat else None)
-    print(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
+    say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 
 def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
-    print(f"model in {pretrain(out, config, resume=resume)}")
+    say(f"model in {pretrain(out, config, resume=resume)}")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -145,7 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         name, arguments = named_config(sys.argv[1:] if arguments is None else arguments)
         commands = {**COMMANDS, "plan": plan_from(name), "train": train_from(name)}
-        return tyro.extras.subcommand_cli_from_dict(commands, prog="dpo-lab", args=arguments, description=__doc__) or 0
+        status = tyro.extras.subcommand_cli_from_dict(commands, prog="dpo-lab", args=arguments, description=__doc__) or 0
+        leave()
+        return status
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"dpo-lab: error: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,7 @@ from dpo_lab.plan import Plan, plan
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
+from dpo_lab.processes import from_main, join, say
 from dpo_lab.rewards import SentimentReward
 from dpo_lab.runs import (
     SNAPSHOTS,
@@ -162,8 +163,8 @@ def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig
         return config
     rows = parts.tokenizer(list(parts.reviews["train"]["text"][:64]))["input_ids"]
     batch = completion_batch([row[:1] for row in rows], [row[1 : 1 + config.max_new_tokens] for row in rows], range(len(rows)))
-    test = measure_precision(parts.reference, batch.to(config.device), beta)
-    print(test)
+    test = from_main(measure_precision, parts.reference, batch.to(config.device), beta)
+    say(test)
     return replace(config, precision=test.choice)
 
 
@@ -204,6 +205,7 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
 
     Rows of at most 256 tokens, 64 a step. An interrupted call continues at its last checkpoint.
     """
+    join(config.device)
     config = recorded_precision(config, data)
     parts = parts or load_parts(config)
     if not config.sft_epochs:
@@ -221,10 +223,8 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
         open_run(run, asdict(loop) | {"steps": len(plan)}, resume=True)
 
         def batches(step: int) -> list[CompletionBatch]:
-            parts = np.array_split(np.array(plan[step]), min(loop.accumulate, len(plan[step])))
-            return [
-                completion_batch([rows[i][:1] for i in part], [rows[i][1:] for i in part], range(len(part))) for part in parts
-            ]
+            some = [rows[i] for i in plan[step]]
+            return [completion_batch([row[:1] for row in some], [row[1:] for row in some], range(len(some)))]
 
         train_sft(parts.reference, batches, len(plan), loop, precision=config.precision, run=run, resume=True, progress="SFT")
         save_policy(parts.reference, tokenizer, model)
@@ -233,6 +233,7 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
 
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
     """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
+    join(config.device)
     path = data / "samples.json"
     config = recorded_precision(config, data)
     if (data / "config.json").exists() and path.exists():
@@ -262,6 +263,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
 
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
+    join(config.device)
     config = recorded_precision(config, data)
     if (data / "config.json").exists() and (data / "preferences").exists():
         open_run(data, data_config(config), resume=True)
@@ -285,6 +287,7 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
 
 def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated."""
+    join(config.task.device)
     began = time.perf_counter()
     finished, data = out / "summary.json", data or out / "data"
     config = replace(config, task=recorded_precision(config.task, out, data))
@@ -299,7 +302,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
     config = replace(config, task=measured_precision(config.task, parts, config.dpo.beta))
     expected = planned(config, parts)
-    print(expected)
+    say(expected)
     expected.check()
     open_run(out, asdict(config), resume=resume)
     preferences = label(config.task, data, parts)
@@ -358,6 +361,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
     task = TaskConfig(**recorded["task"])
     task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
+    join(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     parts = load_parts(replace(task, model=summary["reference"]))
     result = evaluate_policy(

@@ -36,6 +36,7 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.models import ScalarModel, end_tokens, load_model
 from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
+from dpo_lab.processes import launched
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
 from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
@@ -64,6 +65,8 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
 
     Each run has a directory of its own under `out`; a run that was interrupted begins again, a finished one is kept.
     """
+    if launched() > 1:
+        raise ValueError(f"frontier was launched {launched()} times; it starts processes of its own (jobs), so launch it once")
     runs = contenders(config.task.seed) if runs is None else runs
     origin, config = provenance(), replace(config, task=recorded_precision(config.task, out))
     if (out / "config.json").exists():

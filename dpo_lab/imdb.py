@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from dpo_lab.logprobs import Precision, autocast
+from dpo_lab.processes import is_main, my_share, whole
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
@@ -119,23 +120,29 @@ def sample_completions(
 
     A completion that ends has its EOS (`eos_token_id`, or one of several: `models.end_tokens`); one that reaches `max_new_tokens` has none. Prompts of similar length go together,
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
-    completions on the same machine.
+    completions on the same machine, however many processes share the batches.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    completions: list[list[list[int]]] = [[] for _ in prompts]
     waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
-    with tqdm(total=len(waiting), desc=progress, disable=progress is None, unit="completion") as bar:
-        while waiting:
-            longest = len(prompts[waiting[-1]]) + MOST_READ
-            now = [waiting.pop()]
-            while waiting and len(now) < rows and len(prompts[waiting[-1]]) <= longest:
-                now.append(waiting.pop())
-            with autocast(device.type, precision):
-                sampled = _sample(model, [prompts[i] for i in now], eos_token_id, max_new_tokens, temperature, generator)
-            for i, tokens in zip(now, sampled):
-                completions[i].append(tokens)
+    batches: list[list[int]] = []
+    while waiting:
+        longest = len(prompts[waiting[-1]]) + MOST_READ
+        batches.append([waiting.pop()])
+        while waiting and len(batches[-1]) < rows and len(prompts[waiting[-1]]) <= longest:
+            batches[-1].append(waiting.pop())
+    seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(batches)))]  # a batch's own, whoever takes it
+    mine = my_share(list(zip(batches, seeds)))
+    sampled = []
+    bar = tqdm(total=sum(len(now) for now, _ in mine), desc=progress, disable=not (progress and is_main()), unit="completion")
+    with bar, autocast(device.type, precision):
+        for now, own in mine:
+            generator = torch.Generator(device).manual_seed(own)
+            sampled.append(_sample(model, [prompts[i] for i in now], eos_token_id, max_new_tokens, temperature, generator))
             bar.update(len(now))
+    completions: list[list[list[int]]] = [[] for _ in prompts]
+    for now, found in zip(batches, whole(sampled)):
+        for i, tokens in zip(now, found):
+            completions[i].append(tokens)
     return completions
 
 

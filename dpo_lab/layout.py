@@ -98,6 +98,33 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     return CompletionBatch(padded(ids), padded(positions), mask, None, None, pack[sources], *predicted)
 
 
+def split(batch: CompletionBatch, parts: int) -> list[CompletionBatch]:
+    """The completions of `batch` in at most `parts` batches of about as many rows each; the batch itself for one part."""
+    if parts == 1:
+        return [batch]
+    flat = batch.sources if batch.pack is None else batch.pack[batch.sources]  # (T,) into rows * columns
+    ids = batch.input_ids if batch.unpack is None else batch.input_ids[0][batch.unpack]  # (R, L)
+    members: list[list[int]] = [[] for _ in ids]
+    prompts, completions = [[] for _ in ids], []
+    for i in range(batch.n):
+        own = batch.owners == i
+        row, column = divmod(int(flat[own][0]), ids.shape[1])  # where the last token of the prompt stands
+        members[row].append(i)
+        prompts[row] = ids[row, : column + 1].tolist()
+        completions.append(batch.targets[own].tolist())
+    rows = torch.arange(len(ids)).tensor_split(min(parts, len(ids)))
+    share = batch.mask is not None or batch.pack is not None
+    return [
+        completion_batch(
+            prompts,
+            [completions[i] for row in some for i in members[row]],
+            [int(row) for row in some for _ in members[row]],
+            share=share,
+        )
+        for some in rows
+    ]
+
+
 def check_tokens(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> None:
     """Raise ValueError unless every completion has tokens, and a prompt with tokens among `prompts`."""
     if len(completions) != len(prompt_of):

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo_lab.layout import CompletionBatch, Tokens, check_tokens, completion_batch
+from dpo_lab.processes import is_main, my_share, whole
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
@@ -183,6 +184,7 @@ def score_completions(
     """`completion_logps` of any number of completions, (N,) on the CPU, in batches of about `batch_tokens` tokens.
 
     Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
+    Several processes share the batches, and each gets all the log-probs.
     """
     check_tokens(prompts, completions, prompt_of)
     device, training, share = next(model.parameters()).device, model.training, can_share(model)
@@ -190,17 +192,23 @@ def score_completions(
     for completion, p in zip(completions, prompt_of):
         lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))
     order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
-    logps = torch.empty(len(completions), dtype=torch.float64)
+    batches = []
+    while order:
+        size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
+        batches.append(order[-size:])
+        del order[-size:]
+    mine, found = my_share(batches), []
     model.eval()
-    bar = tqdm(total=len(order), desc=progress, disable=progress is None, unit="completion")
+    bar = tqdm(total=sum(map(len, mine)), desc=progress, disable=not (progress and is_main()), unit="completion")
     try:
         with bar, autocast(device.type, precision):
-            while order:
-                size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
-                now, order = order[-size:], order[:-size]
+            for now in mine:
                 batch = completion_batch(prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share)
-                logps[now] = completion_logps(model, batch.to(device)).cpu().double()
+                found.append(completion_logps(model, batch.to(device)).cpu().double())
                 bar.update(len(now))
     finally:
         model.train(training)
+    logps = torch.empty(len(completions), dtype=torch.float64)
+    for now, values in zip(batches, whole(found)):
+        logps[now] = values
     return logps

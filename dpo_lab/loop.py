@@ -1,5 +1,6 @@
 """The training loop: it can be stopped at any step and resumed to the byte."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +13,16 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.layout import CompletionBatch
+from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, completion_logps
+from dpo_lab.processes import collect, count, from_main, full, gathered, join, shard, sharding
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
@@ -84,21 +87,27 @@ def fit(
     the batch: a step that runs out of a GPU's memory is done again with twice as many, and so are all that follow.
     `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
+    Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
     """
-    blocks = blocks_of(model) if config.gradient_checkpointing else []
+    join(next(model.parameters()).device.type)
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         cpu=next(model.parameters()).device.type == "cpu",
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=run,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=scorer is not None)],
     )
     model.eval()  # no dropout: the reference was scored without it
     optimizers = make_optimizers(model, config)
     start = load_checkpoint(run, model, optimizers) if run and resume else 0
-    scoring = accelerator.prepare((scorer or _Scorer)(model))
+    scoring = (scorer or _Scorer)(copy.deepcopy(model) if sharding() else model)
+    scoring = accelerator.prepare_model(scoring, evaluation_mode=sharding())
+    if sharding():
+        shard(scoring, model, optimizers)
+    blocks = blocks_of(scoring) if config.gradient_checkpointing else []
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    history = read_metrics(run, up_to=start) if run and start else []
+    history = from_main(read_metrics, run, start) if run and start else []
     if run:
         with write_whole(run / "metrics.jsonl") as temporary:
             temporary.write_text("")
@@ -132,26 +141,16 @@ def fit(
                     group["lr"] = rate * scale
             before = accumulate
             while True:
-                micros = micro_batches(step - 1, accumulate)
-                total = sum(weigh(micro) for micro in micros)
-                line: dict[str, float] = {"loss": 0.0}
-                tokens = 0
+                micros, reason = micro_batches(step - 1, accumulate), ""
                 try:
-                    for micro in micros:
-                        micro = _to(micro, accelerator.device)
-                        loss, sums = loss_of(scoring, micro)
-                        accelerator.backward(loss / total)
-                        tokens += getattr(micro, "batch", micro).tokens
-                        for name, value in {"loss": loss.item(), **sums}.items():
-                            line[name] = line.get(name, 0.0) + value / total
+                    line, tokens = _backward(accelerator, scoring, micros, loss_of, weigh)
                     break
                 except torch.OutOfMemoryError as error:
-                    reason = str(error)  # not the error itself, whose frames hold tensors, nor the loss, which holds a graph
-                    loss = micro = None
+                    reason = str(error)  # not the error itself, whose frames hold tensors
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
-                if accelerator.num_processes > 1 or len(micro_batches(step - 1, 2 * accumulate)) == len(micros):
+                if count() > 1 or len(micro_batches(step - 1, 2 * accumulate)) == len(micros):
                     if run and step - 1 > start:
                         save_checkpoint(run, step - 1, model, optimizers)
                     raise ValueError(
@@ -164,7 +163,7 @@ def fit(
                     )
             if accumulate != before:
                 line["accumulate"] = accumulate
-            line["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+            line["grad_norm"] = float(full(nn.utils.clip_grad_norm_(scoring.parameters(), config.max_grad_norm)))
             if not math.isfinite(line["grad_norm"]):
                 raise ValueError(
                     f"the gradient at step {step} is {line['grad_norm']}; lower learning_rate ({config.learning_rate})"
@@ -178,12 +177,15 @@ def fit(
             bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             bar.update()
             if evaluate and evaluates(step, steps, config):
+                collect(scoring, model)
                 log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
-            stopping = run is not None and stop.is_set() and step < steps
+            stopping = run is not None and any(gathered(stop.is_set())) and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
+                collect(scoring, model)
                 save_checkpoint(run, step, model, optimizers)
             if stopping:
                 raise Interrupted(f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume")
+    collect(scoring, model)
     if config.tensorboard:
         accelerator.end_training()
     return history
@@ -256,6 +258,43 @@ def _schedule(step: int, steps: int, config: LoopConfig) -> float:
         return step / config.warmup_steps
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps + 1)
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
+
+
+NOTHING = completion_batch([[0]], [[0]], [0])
+
+
+def _backward(
+    accelerator: Accelerator,
+    scoring: nn.Module,
+    micros: list[Any],
+    loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, float]]],
+    weigh: Callable[[Any], int],
+) -> tuple[dict[str, float], int]:
+    """Add up the gradient of a step; its mean loss and logged means, and its tokens, over all processes."""
+    weights = gathered([weigh(micro) for micro in micros])
+    total, passes = sum(map(sum, weights)), max(map(len, weights))
+    line, tokens = {"loss": 0.0}, 0
+    for k in range(passes):
+        with accelerator.no_sync(scoring) if k < passes - 1 else nullcontext():
+            if k >= len(micros):  # the others wait for this process's part in the gradient
+                accelerator.backward(0 * scoring(NOTHING.to(accelerator.device)).sum())
+                continue
+            micro = _to(micros[k], accelerator.device)
+            loss, sums = loss_of(scoring, micro)
+            accelerator.backward(loss * count() / total)  # for the gradients are averaged over processes
+        tokens += getattr(micro, "batch", micro).tokens
+        for name, value in {"loss": loss.item(), **sums}.items():
+            line[name] = line.get(name, 0.0) + value / total
+    return _added(gathered(line)), sum(gathered(tokens))
+
+
+def _added(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The sum of dictionaries, name by name; names stand as in the first."""
+    first, *others = parts
+    for part in others:
+        for name, value in part.items():
+            first[name] = first.get(name, 0.0) + value
+    return first
 
 
 def _to(micro: Any, device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import keep_freed_memory
+from dpo_lab.processes import join
 from dpo_lab.runs import open_run, provenance, read_metrics, write_whole
 from dpo_lab.train import train_sft
 
@@ -61,6 +62,7 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     The folder, `out/model`, also holds `card.json`: bits per byte on the held-out reviews, samples and provenance. Weights
     are saved in float16 and measured as saved.
     """
+    join("cpu")
     run = open_run(Path(out), asdict(config), resume=resume)
     origin = provenance()
     keep_freed_memory()

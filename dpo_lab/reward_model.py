@@ -14,6 +14,7 @@ from dpo_lab.loop import LoopConfig, fit
 from dpo_lab.losses import bradley_terry_nll
 from dpo_lab.models import ScalarModel
 from dpo_lab.preferences import Preferences
+from dpo_lab.processes import count, my_share
 from dpo_lab.train import plan_prompts
 
 
@@ -105,10 +106,10 @@ def train_reward_model(
     reward, best = LearnedReward(model, precision=precision), {}
 
     def micro_batches(step: int, accumulate: int) -> list[_RankedBatch]:
-        parts = np.array_split(np.array(plan[step]), min(accumulate, len(plan[step])))
-        return [micro_batch([groups[g] for g in part]) for part in parts]
+        parts = np.array_split(np.array(plan[step]), min(accumulate * count(), len(plan[step])))
+        return [ranked([groups[g] for g in part]) for part in my_share(parts)]
 
-    def micro_batch(some: list[list[int]]) -> _RankedBatch:
+    def ranked(some: list[list[int]]) -> _RankedBatch:
         pairs = np.concatenate(some)
         used, local = np.unique(np.concatenate([p.chosen[pairs], p.rejected[pairs]]), return_inverse=True)
         batch = reward.batch(p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used])

@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_lab.losses import check_pairs
 from dpo_lab.models import from_pretrained
+from dpo_lab.processes import my_share, whole
 from dpo_lab.runs import write_whole
 
 HUB_CLASSIFIER = "siebert/sentiment-roberta-large-english"
@@ -74,10 +75,10 @@ class SentimentReward:
         @torch.no_grad()
         def probabilities(texts: Sequence[str]) -> np.ndarray:
             parts = []
-            for i in range(0, len(texts), batch_size):
+            for i in my_share(range(0, len(texts), batch_size)):
                 batch = tokenizer(texts[i : i + batch_size], padding=True, truncation=True, return_tensors="pt").to(device)
                 parts.append(model(**batch).logits.float().softmax(-1)[:, positive[0]].cpu().numpy())
-            return np.concatenate(parts)
+            return np.concatenate(whole(parts))
 
         return cls(probabilities, name)
 
@@ -152,5 +153,5 @@ def _read(path: Path) -> Pipeline | None:
     try:
         return skops.io.load(path)
     except Exception:  # skops raises zipfile, JSON, key and type errors alike; whatever it is, fitting again mends it
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None

@@ -26,14 +26,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
+from dpo_lab.processes import count, from_main, full, is_main
+
 SNAPSHOTS = "snapshots.jsonl"
 WEIGHTS, ADAPTER = "model.safetensors", ".lora_"  # a file of a checkpoint; what peft's names of adapters have in them
 
 
 @contextmanager
 def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not."""
+    """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
+
+    Of several processes only the main one's file is kept.
+    """
     path = Path(path)
+    if not is_main():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            inner = Path(elsewhere) / path.name
+            if directory:
+                inner.mkdir()
+            yield inner
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     inner = temporary / path.name
@@ -126,7 +138,10 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
     Raises:
         ValueError: it holds another config, or it holds this one already and `resume` is False.
     """
-    directory = Path(directory)
+    return from_main(_open_run, Path(directory), config, resume)
+
+
+def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
     config = json.loads(json.dumps(config))
     recorded = directory / "config.json"
     if recorded.exists():
@@ -148,8 +163,9 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
 
 def append_metrics(run: Path, line: dict[str, Any]) -> None:
     """Append one line to `metrics.jsonl` in one write."""
-    with open(run / "metrics.jsonl", "ab", buffering=0) as file:
-        file.write((json.dumps(line) + "\n").encode())
+    if is_main():
+        with open(run / "metrics.jsonl", "ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())
 
 
 def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str, Any]]:
@@ -187,7 +203,13 @@ def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: li
         state["rng.cuda"] = torch.cuda.get_rng_state()
     for k, optimizer in enumerate(optimizers):
         for index, values in optimizer.state_dict()["state"].items():
-            state |= {f"{k}.{index}.{name}": torch.as_tensor(v).contiguous() for name, v in values.items() if v is not None}
+            values = {name: full(torch.as_tensor(v)) for name, v in values.items() if v is not None}
+            if is_main():
+                state |= {f"{k}.{index}.{name}": v.contiguous() for name, v in values.items()}
+    return from_main(_write_checkpoint, path, step, model, state)
+
+
+def _write_checkpoint(path: Path, step: int, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Path:
     require_space(path, sum(t.numel() * t.element_size() for t in [*model.parameters(), *state.values()]))
     with write_whole(path, directory=True) as temporary:
         if hasattr(model, "peft_config"):  # of a model with adapters those alone, as the rest stays what it was
@@ -197,7 +219,7 @@ def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: li
         save_file(state, temporary / "optimizer.safetensors")
         hashes = {file.name: file_hash(file) for file in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
-    for older in sorted((run / "checkpoints").glob("step-*"))[:-2]:
+    for older in sorted(path.parent.glob("step-*"))[:-2]:
         shutil.rmtree(older)
     return path
 
@@ -266,7 +288,7 @@ def interruptible() -> Iterator[threading.Event]:
         return
 
     def handler(number: int, frame: Any) -> None:
-        if stop.is_set():
+        if stop.is_set() and count() == 1:  # a launcher sends on what its processes have had from the terminal already
             raise KeyboardInterrupt
         stop.set()
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.layout import CompletionBatch, completion_batch, split
 from dpo_lab.logprobs import Precision, can_share
 from dpo_lab.loop import Evaluate, LoopConfig, fit
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
 from dpo_lab.models import check_lora, lora
 from dpo_lab.preferences import Preferences
+from dpo_lab.processes import count, my_share
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ def _fit_pairs(
     plan = plan_prompts(groups, epochs, batch_pairs, seed)
 
     def micro_batches(step: int, accumulate: int) -> list[PairBatch]:
-        parts = np.array_split(np.array(plan[step]), min(accumulate, len(plan[step])))
-        return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in parts]
+        parts = np.array_split(np.array(plan[step]), min(accumulate * count(), len(plan[step])))
+        return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in my_share(parts)]
 
     def weigh(micro: PairBatch) -> int:
         return len(micro.chosen)
@@ -211,6 +212,9 @@ def train_sft(
         def batches(step: int) -> list[CompletionBatch]:
             return [listed[step % len(listed)]]
 
+    def micro_batches(step: int, accumulate: int) -> list[CompletionBatch]:
+        return my_share([part for batch in batches(step) for part in split(batch, accumulate * count())])
+
     def loss_of(score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch) -> tuple[Tensor, dict[str, float]]:
         logps = score(batch)
         return -logps.sum(), {}
@@ -221,7 +225,7 @@ def train_sft(
     return fit(
         policy,
         steps,
-        lambda step, accumulate: batches(step),
+        micro_batches,
         loss_of,
         weigh,
         config,

@@ -1,0 +1,135 @@
+"""Work shared among the processes that `accelerate launch` starts; alone, a process does all of it and waits for nobody.
+
+What gathers (`gathered`, `whole`, `from_main`, and what calls them) must be called in every process, in the same order.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+T = TypeVar("T")
+SHARD = "DPO_LAB_SHARD"  # environment variable, "true" or "false"
+
+
+def launched() -> int:
+    """How many processes the launcher started, whether or not they have joined yet."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device: str) -> None:
+    """Join the other processes that a launcher started, to compute on "cpu" (gloo) or "cuda" (nccl)."""
+    if launched() > 1:
+        from accelerate import PartialState  # takes a second, which a process alone need not spend
+
+        PartialState(cpu=device == "cpu")
+        if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate's own FSDP refuses to start without a GPU
+            os.environ[SHARD] = os.environ.pop("ACCELERATE_USE_FSDP")
+
+
+def leave() -> None:
+    """Part from the others at the end of the work."""
+    if count() > 1:
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """Processes that have joined; 1 where there is no launcher."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def my_share(items: Sequence[T]) -> Sequence[T]:
+    """Every `count()`-th of `items`, from the `rank()`-th on: what this process takes."""
+    return items[rank() :: count()]
+
+
+def gathered(mine: T) -> list[T]:
+    """What each process has, in the order of the processes."""
+    if count() == 1:
+        return [mine]
+    found: list = [None] * count()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def whole(mine: Sequence[T]) -> list[T]:
+    """What all processes made of their shares, in the order of the items that were shared."""
+    parts = gathered(mine)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def from_main(call: Callable[..., T], *arguments: Any) -> T:
+    """Call `call` in the main process alone; every process waits, and gets its result or its error."""
+    if count() == 1:
+        return call(*arguments)
+    found: list = [None, None]
+    if is_main():
+        try:
+            found[0] = call(*arguments)
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def say(text: object) -> None:
+    """Print `text`, once however many processes say it."""
+    if is_main():
+        print(text)
+
+
+def sharding() -> bool:
+    """Whether each process holds a part of the weights, gradients and optimizer state (`accelerate launch --use_fsdp`)."""
+    return count() > 1 and os.environ.get(SHARD, "false").lower() == "true"
+
+
+def shard(module: nn.Module, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Leave each process its part of `module`, a copy of `model`, and let the optimizers of `model` step that instead.
+
+    torch's FSDP2, the same on CPUs and GPUs; the blocks that it gathers one by one are the items of module lists.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    for part in [*reversed(blocks), module]:  # the inner ones first
+        fully_shard(part)
+    parts = dict(zip(model.parameters(), module.parameters()))
+
+    def cut(value: Any, part: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.shape == part.shape
+        return distribute_tensor(value, part.device_mesh, part.placements) if fits else value
+
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [parts[p] for p in group["params"]]
+        states = {parts[p]: {k: cut(v, parts[p]) for k, v in state.items()} for p, state in optimizer.state.items()}
+        optimizer.state = defaultdict(dict, states)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process holds a part; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def collect(module: nn.Module, model: nn.Module) -> None:
+    """Bring the weights of the sharded `module` into `model`, whole, in every process."""
+    if sharding():
+        for whole, part in zip(model.parameters(), module.parameters()):
+            whole.data.copy_(full(part.detach()))
