@@ -31,6 +31,7 @@ from dpo_lab.train import DPOConfig, plan_prompts
 
 TRIAL_FLOPS = 3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
 TRIAL_TOKENS = 6  # sampled to measure how fast that goes
+SLACK = 0.3  # of activations and logits, as bytes that a CPU's allocator holds in gaps too small for the next tensor: measured
 SAMPLED_AT_ONCE = 512  # rows, the default of `sample_completions`
 FRONTIER = (32, 64)  # prompts and completions of each, from which the optimal frontier is estimated
 SNAPSHOT_PAIRS = 128  # scored at every evaluation
@@ -227,14 +228,14 @@ def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, ma
 def training_bytes(
     model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, config: DPOConfig, precision: Precision
 ) -> dict[str, int]:
-    """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits.
+    """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits, slack.
 
     Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it. Logits are those that
     wait for the backward pass, three float32 chunks, and the gradient of the head before it is added to the others.
     """
     head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
     kept = _logits_bytes(model, batch, precision)
-    return {
+    parts = {
         "gradients": sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
         "optimizer": optimizer_bytes(module, config.loop),
         "activations": activation_bytes(model, batch, trial, precision, again=config.loop.gradient_checkpointing),
@@ -242,6 +243,9 @@ def training_bytes(
         + 3 * 4 * LOGITS_IN_A_CHUNK
         + (not config.lora_rank) * head.numel() * head.element_size(),
     }
+    if trial.sources.device.type == "cpu":
+        parts["slack"] = round(SLACK * (parts["activations"] + parts["logits"]))
+    return parts
 
 
 def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
