@@ -50,7 +50,7 @@ class FrontierConfig:
     """prefixes, completions, reward; the same preferences for every run"""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=64))
     """of DPO, unlikelihood and Preferred-FT"""
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=40, eval_every=8))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=48, eval_every=8))
     """of PPO and PPO-GT"""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """of PPO"""
