@@ -11,14 +11,15 @@ import datasets
 import transformers
 import tyro
 
-from dpo_lab import experiment
+from dpo_lab import experiment, task
 from dpo_lab.contenders import repeats
 from dpo_lab.doctor import doctor
-from dpo_lab.experiment import CONFIGS, ExperimentConfig, TaskConfig
+from dpo_lab.experiment import CONFIGS, ExperimentConfig
 from dpo_lab.frontier import FrontierConfig, frontier
 from dpo_lab.loop import Interrupted
 from dpo_lab.pretrain import PretrainConfig, pretrain
 from dpo_lab.processes import leave, say
+from dpo_lab.task import TaskConfig
 
 Flat = tyro.conf.OmitArgPrefixes
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def doctor_command() -> int:
 
 def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Sample completions of training prefixes from the reference."""
-    samples = experiment.sample(config, data)
+    samples = task.sample(config, data)
     say(
         f"{sum(map(len, samples['completions'])):,} completions of {len(samples['prompts']):,} prefixes in {data / 'samples.json'}"
     )
@@ -40,7 +41,7 @@ def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> 
 
 def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Label the samples by the reward: preference pairs and reference log-probs."""
-    preferences = experiment.label(config, data)
+    preferences = task.label(config, data)
     say(f"{preferences.report}\npreferences in {data / 'preferences'}")
 
 

@@ -21,7 +21,15 @@ from tqdm.auto import tqdm
 
 from dpo_lab.contenders import COLUMNS, Contender, contenders
 from dpo_lab.evaluate import best_of_n, evaluate_policy, frontier_band, optimal_frontier
-from dpo_lab.experiment import (
+from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
+from dpo_lab.loop import LoopConfig
+from dpo_lab.models import ScalarModel, end_tokens, load_model
+from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
+from dpo_lab.preferences import Preferences
+from dpo_lab.processes import launched
+from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
+from dpo_lab.task import (
     LANES,
     Parts,
     TaskConfig,
@@ -31,14 +39,6 @@ from dpo_lab.experiment import (
     measured_precision,
     recorded_precision,
 )
-from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
-from dpo_lab.loop import LoopConfig
-from dpo_lab.models import ScalarModel, end_tokens, load_model
-from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
-from dpo_lab.preferences import Preferences
-from dpo_lab.processes import launched
-from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
 from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 
 

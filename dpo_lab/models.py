@@ -95,8 +95,9 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
     model = prepare_model(model).to(device).eval()
     ids = torch.arange(min(4, model.config.vocab_size), device=device)[None]
     with torch.no_grad():
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        difference = (model.get_output_embeddings()(hidden) - model(input_ids=ids, use_cache=False).logits).abs().max()
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        hidden = model.get_decoder()(**given).last_hidden_state
+        difference = (model.get_output_embeddings()(hidden) - model(**given).logits).abs().max()
     if not difference < 1e-2 or getattr(model.config, "final_logit_softcapping", None):
         raise ValueError(
             f"{name!r} changes its logits after the LM head (by up to {difference:.3g}), which completion_logps does not follow; "
@@ -131,7 +132,7 @@ def check_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     ids, cache = torch.arange(4, device=model.device)[None], DynamicCache(config=model.config)
     try:
         with torch.no_grad():
-            whole = model(input_ids=ids, use_cache=False).logits[0, -1]
+            whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
             for step in ids.split(2, dim=1):
                 mask = torch.ones(1, int(step[0, -1]) + 1, dtype=torch.long, device=model.device)
                 logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0, -1]

@@ -267,18 +267,22 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
     return figure
 
 
-def plot_pairs(scores: np.ndarray, lengths: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Figure:
-    """What the pairs teach: rewards (N,) of chosen and rejected completions, and their `lengths` (N,) in tokens."""
+def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Figure:
+    """What P pairs teach: the rewards of their chosen and rejected completions, out of `scores` (N,), and how far they differ."""
     figure = Figure(figsize=(8.4, 3.2), dpi=110, layout="constrained")
-    for axes, values, label in zip(figure.subplots(1, 2), (scores, lengths), ("reward, P(positive)", "tokens")):
-        bins = np.linspace(values.min(), values.max(), 25)
-        for index, colour, name in ((chosen, CHOSEN, "chosen"), (rejected, REJECTED, "rejected")):
-            mean = values[index].mean()
-            axes.hist(values[index], bins, histtype="step", linewidth=2, color=colour, label=f"{name}, mean {mean:.2f}")
-        axes.set(xlabel=label, ylabel="pairs")
+    left, right = figure.subplots(1, 2)
+    bins = np.linspace(scores.min(), scores.max(), 25)
+    for index, colour, style, name in ((chosen, CHOSEN, "-", "chosen"), (rejected, REJECTED, "--", "rejected")):
+        label = f"{name}, mean {scores[index].mean():.2f}"
+        left.hist(scores[index], bins, histtype="step", linewidth=2, linestyle=style, color=colour, label=label)
+    gaps = scores[chosen] - scores[rejected]
+    right.hist(gaps, 25, color=POLICY, label=f"mean {gaps.mean():.2f}")
+    left.set(xlabel="reward, P(positive)", ylabel="pairs")
+    right.set(xlabel="reward of chosen minus rejected")
+    for axes in (left, right):
         axes.set_ylim(top=1.35 * axes.get_ylim()[1])
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper left", fontsize=9)
+        axes.legend(frameon=False, loc="upper right" if axes is right else "upper left", fontsize=9)
     return figure
 
 

@@ -390,7 +390,5 @@ def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -
     slider = widgets.SelectionSlider(
         options=[(f"{beta:g}", beta) for beta in snapshots], description="beta", layout={"width": "420px"}
     )
-    caption = (
-        "The smallest beta weighs every pair one half. Why does it not move the policy furthest in the same number of steps?"
-    )
+    caption = "Which beta lets its pairs rest, and which never does? What does that do to the KL?"
     return _explorer(show, Picture(moving), {"beta": slider}, caption, samples)

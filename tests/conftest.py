@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2LMHeadModel, set_seed
 
-from dpo_lab import experiment
+from dpo_lab import task
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.pretrain import PretrainConfig, gpt2_config, train_tokenizer
 
@@ -53,7 +53,7 @@ def made_up_reviews(monkeypatch, tmp_path_factory):
     for name, n in (("train", 200), ("test", 60)):
         texts, labels = make_reviews(n, seed=n)
         parts[name] = Dataset.from_dict({"text": texts, "label": labels})
-    monkeypatch.setattr(experiment, "load_imdb", lambda source: DatasetDict(parts))
+    monkeypatch.setattr(task, "load_imdb", lambda source: DatasetDict(parts))
     monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

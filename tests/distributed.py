@@ -12,7 +12,7 @@ from conftest import make_reviews
 from datasets import Dataset, DatasetDict
 from test_train import CONFIG, LOOP, make_preferences, timeless
 
-from dpo_lab import experiment, processes
+from dpo_lab import processes, task
 from dpo_lab.cli import main
 from dpo_lab.imdb import sample_completions
 from dpo_lab.logprobs import can_share
@@ -97,7 +97,7 @@ def together(tiny, folder, earlier):
             "finished": finished(tiny, earlier / kind),
         }
     found["samples"] = samples(tiny)
-    experiment.load_imdb = made_up_reviews
+    task.load_imdb = made_up_reviews
     found["status"] = train(tiny, folder / "run")
     if is_main():
         (folder / "found.json").write_text(json.dumps(found))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab import experiment, runs
+from dpo_lab import runs, task
 from dpo_lab.cli import main
 from dpo_lab.layout import completion_batch, split
 from dpo_lab.logprobs import completion_logps
@@ -30,7 +30,7 @@ def one(tiny, tmp_path_factory):
     """What one process found, with the stopped runs that two will resume."""
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "load_imdb", distributed.made_up_reviews)
+        patch.setattr(task, "load_imdb", distributed.made_up_reviews)
         patch.setenv("DPO_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         assert distributed.train(str(tiny), folder / "run") == 0
     said = distributed.stopped(str(tiny), folder / "fsdp")

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_lab import experiment
+from dpo_lab import experiment, task
 from dpo_lab.cli import main, named_config
-from dpo_lab.experiment import TaskConfig, data_config
 from dpo_lab.models import PrecisionTest, load_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import read_metrics, read_snapshots
+from dpo_lab.task import TaskConfig, data_config
 
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
 SMALL = "--prefixes 12 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 20 --eval-every 2 --save-every 2".split()
@@ -89,7 +89,7 @@ def test_steps_run_alone_are_cached_and_give_the_same_run(tiny, finished, tmp_pa
     out = capsys.readouterr().out
     assert "48 completions of 12 prefixes" in out and f"preferences in {data / 'preferences'}" in out and "ties" in out
     sampled = []
-    monkeypatch.setattr(experiment, "sample", lambda *a: sampled.append(a))
+    monkeypatch.setattr(task, "sample", lambda *a: sampled.append(a))
     run = tmp_path / "run"
     assert main(["train", "--model", str(tiny), "--out", str(run), "--data", str(data), *SMALL]) == 0
     assert not sampled
@@ -274,7 +274,7 @@ def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
 def test_the_precision_is_measured_once_and_kept(tiny, tmp_path, monkeypatch, capsys):
     """What a directory was begun in decides, so that a resumed run goes on in it."""
     chosen = iter([PrecisionTest(2.0, 0.1, 0.01), PrecisionTest(0.5, 0.1, 0.01)])
-    monkeypatch.setattr(experiment, "measure_precision", lambda *arguments: next(chosen))
+    monkeypatch.setattr(task, "measure_precision", lambda *arguments: next(chosen))
     data, out = tmp_path / "data", tmp_path / "run"
     assert main(["sample", "--model", str(tiny), "--data", str(data), *SMALL[:6]]) == 0
     assert "precision bfloat16" in capsys.readouterr().out

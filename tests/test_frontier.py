@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import make_classifier
 
-from dpo_lab import cli, experiment, frontier
+from dpo_lab import cli, frontier
 from dpo_lab.cli import main
 from dpo_lab.contenders import COLUMNS, Contender, contenders, recorded, repeats
-from dpo_lab.experiment import TaskConfig
 from dpo_lab.frontier import FrontierConfig
 from dpo_lab.loop import LoopConfig
 from dpo_lab.plots import plot_contenders
 from dpo_lab.ppo import PPOConfig
 from dpo_lab.reward_model import RewardModelConfig
+from dpo_lab.task import TaskConfig, load_parts
 from dpo_lab.widgets import frontier_explorer
 
 METHODS = ("dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft")
@@ -111,7 +111,7 @@ def test_a_sweep_that_is_not_there_is_named(tmp_path):
 
 
 def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
-    parts = experiment.load_parts(config(tiny).task)
+    parts = load_parts(config(tiny).task)
     found = frontier.baselines(config(tiny).task, parts, k=16)
     rows, optimal = found["rows"], found["optimal"]
     assert [(row["method"], row["setting"]) for row in rows] == [("sft", 1)] + [("best-of-n", n) for n in (2, 4, 8, 16)]
@@ -147,13 +147,12 @@ def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
 
 
 def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "contenders", lambda seed: RUNS[3:4])
     monkeypatch.setattr(cli, "repeats", lambda: RUNS[4:])
     options = (
         f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
     )
     assert main(["frontier", "--out", str(tmp_path / "sweep"), *options.split(), "--task.precision", "float32", "--repeat"]) == 0
     assert f"evaluations in {tmp_path / 'sweep' / 'frontier.csv'}" in capsys.readouterr().out
-    assert set(recorded(tmp_path / "sweep").samples) == {run.name for run in RUNS[3:]}
+    assert set(recorded(tmp_path / "sweep").samples) == {run.name for run in RUNS[4:]}
     settings = json.loads((tmp_path / "sweep" / "config.json").read_text())
     assert settings["loop"]["eval_every"] == 5 and settings["task"]["prefixes"] == 12

@@ -12,8 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_lab import evaluate, experiment, loop, preferences
 from dpo_lab import plan as planning
+from dpo_lab import task as task_steps
 from dpo_lab.cli import main
-from dpo_lab.experiment import ExperimentConfig, TaskConfig
+from dpo_lab.experiment import ExperimentConfig
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps
@@ -21,6 +22,7 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, lora
 from dpo_lab.plan import Plan, forward_flops, plan, sampling_flops, training_flops
 from dpo_lab.preferences import Preferences
+from dpo_lab.task import TaskConfig
 from dpo_lab.train import DPOConfig
 
 PROMPTS = [[0, 5], [0, 9, 4, 2, 7], [0, 3, 3], [0, 8, 1, 6]]
@@ -130,16 +132,16 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_p
         return np.random.default_rng(len(texts)).random(len(texts))  # no ties, which would leave completions out
 
     scoring = preferences.score_completions
-    for module in (evaluate, experiment):
+    for module in (evaluate, task_steps):
         monkeypatch.setattr(module, "sample_completions", sample)
     for module in (evaluate, experiment, preferences):
         monkeypatch.setattr(module, "score_completions", score)
     monkeypatch.setattr(loop, "_to", to)
-    monkeypatch.setattr(experiment.SentimentReward, "tfidf", lambda texts, labels: judge)
+    monkeypatch.setattr(task_steps.SentimentReward, "tfidf", lambda texts, labels: judge)
     task = TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=40, max_new_tokens=8, precision="float32")
     config = ExperimentConfig(task, DPOConfig(batch_pairs=20, epochs=2, loop=LoopConfig(eval_every=3)))
     summary = experiment.train(config, tmp_path / "run")
-    made = experiment.planned(config, experiment.load_parts(task))
+    made = experiment.planned(config, task_steps.load_parts(task))
     assert f"{'train':<10}{counts['trained']:>14,}" in capsys.readouterr().out
     found = Preferences.load(tmp_path / "run" / "data" / "preferences")
     assert summary["pairs"] == 6 * 12 and counts["trained"] == made.tokens["train"]

@@ -142,10 +142,9 @@ def test_every_beta_has_a_panel_on_one_scale():
 
 
 def test_pairs_are_counted_on_the_side_where_they_stand():
-    scores, lengths = np.array([0.9, 0.1, 0.5]), np.array([3, 9, 5])
-    axes = plot_pairs(scores, lengths, np.array([0, 0]), np.array([1, 2])).axes
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["chosen, mean 0.90", "rejected, mean 0.30"]
-    assert axes[1].get_xlabel() == "tokens"
+    left, right = plot_pairs(np.array([0.9, 0.1, 0.5]), np.array([0, 0]), np.array([1, 2])).axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["chosen, mean 0.90", "rejected, mean 0.30"]
+    assert right.get_legend().get_texts()[0].get_text() == "mean 0.60" and sum(bar.get_height() for bar in right.patches) == 2
 
 
 def test_tokens_are_coloured_by_sign_and_escaped():

@@ -1,0 +1,257 @@
+"""The controlled-sentiment task (Section 6 of the paper): reference, prompts, completions, labels, each step cached."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_lab.evaluate import OptimalFrontier, optimal_frontier
+from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
+from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.loop import LoopConfig
+from dpo_lab.models import (
+    check_sampling,
+    context_of,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    measure_precision,
+    return_freed_memory,
+)
+from dpo_lab.preferences import Preferences, from_scores
+from dpo_lab.pretrain import pack
+from dpo_lab.processes import from_main, join, say
+from dpo_lab.rewards import SentimentReward
+from dpo_lab.runs import open_run, read_config, require_space, write_whole
+from dpo_lab.train import DPOConfig, plan_prompts, train_sft
+
+LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
+LANES = {
+    "laptop": {"model": "embedded", "reward": "tfidf"},
+    "gpu": {"model": "openai-community/gpt2-large", "reward": "siebert/sentiment-roberta-large-english"},
+}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The data: prefixes, completions, and the reward that labels them."""
+
+    lane: Literal["laptop", "gpu"] = "laptop"
+    """laptop: the embedded GPT-2 and TF-IDF on the CPU; gpu: GPT-2 large and a RoBERTa classifier on CUDA"""
+    model: str | None = None
+    """reference and initial policy: "embedded", a folder or a hub id; by default the lane's"""
+    reward: str | None = None
+    """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
+    imdb: Literal["package", "hub"] = "package"
+    """where the reviews come from"""
+    prefixes: int = 2_600
+    """training reviews whose first 2 to 8 tokens are prompts"""
+    completions: int = 4
+    """completions sampled a prefix; 4 give 6 pairs"""
+    max_new_tokens: int = 48
+    """longest completion"""
+    eval_prefixes: int = 512
+    """held-out prefixes of the evaluation before and after; a quarter of them during training"""
+    sft_epochs: int = 0
+    """epochs of SFT on the training reviews, before anything else, that make the reference; the embedded model has had them"""
+    sft_learning_rate: float = 1e-5
+    """of SFT; falls to zero"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of sampling and training (the evaluation's log-probs are float32); auto: bfloat16 where this machine is fast in it"""
+    seed: int = 0
+    """decides everything random"""
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return "cuda" if self.lane == "gpu" else "cpu"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every step needs, loaded and checked before anything is written."""
+
+    reviews: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel
+    reward: SentimentReward
+
+
+def load_parts(config: TaskConfig) -> Parts:
+    """Reviews, tokenizer, reference and reward of a task. Errors are those of the loaders."""
+    if config.completions < 2 or config.max_new_tokens < 1 or config.prefixes < 1 or config.eval_prefixes < 8:
+        raise ValueError(f"{config}: needs completions >= 2, max_new_tokens >= 1, prefixes >= 1 and eval_prefixes >= 8")
+    if config.sft_epochs < 0 or not config.sft_learning_rate > 0:
+        raise ValueError(
+            f"sft_epochs is {config.sft_epochs} and sft_learning_rate {config.sft_learning_rate}; epochs must be 0 or more, the rate positive"
+        )
+    names = LANES[config.lane]
+    name = config.model or names["model"]
+    reference = load_model(name, device=config.device)
+    tokenizer, context = load_tokenizer(name), context_of(reference)
+    check_sampling(reference, tokenizer)
+    if config.max_new_tokens + LONGEST_PREFIX + 1 > context:
+        raise ValueError(
+            f"max_new_tokens is {config.max_new_tokens}; with a prefix of {LONGEST_PREFIX} tokens and BOS the model's context of "
+            f"{context} allows at most {context - LONGEST_PREFIX - 1}"
+        )
+    reviews = load_imdb(config.imdb)
+    if config.eval_prefixes > (held_out := len(reviews["test"])):
+        raise ValueError(
+            f"eval_prefixes is {config.eval_prefixes}, and there are {held_out} held-out reviews; ask for at most as many"
+        )
+    if (reward := config.reward or names["reward"]) == "tfidf":
+        judge = SentimentReward.tfidf(list(reviews["train"]["text"]), list(reviews["train"]["label"]))
+    else:
+        judge = SentimentReward.hub(reward, device=config.device)
+    return_freed_memory()
+    return Parts(reviews, tokenizer, reference, judge)
+
+
+def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
+    """`config` with the precision that one of `directories` was begun in, where it asks for "auto"."""
+    for directory in directories:
+        if config.precision == "auto" and (directory / "config.json").exists():
+            found = read_config(directory)
+            config = replace(config, precision=found.get("task", found).get("precision", "auto"))
+    return config
+
+
+def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig.beta) -> TaskConfig:
+    """`config` with the precision that is faster here, where it asks for "auto"; prints the measurement."""
+    if config.precision != "auto":
+        return config
+    rows = parts.tokenizer(list(parts.reviews["train"]["text"][:64]))["input_ids"]
+    batch = completion_batch([row[:1] for row in rows], [row[1 : 1 + config.max_new_tokens] for row in rows], range(len(rows)))
+    test = from_main(measure_precision, parts.reference, batch.to(config.device), beta)
+    say(test)
+    return replace(config, precision=test.choice)
+
+
+def data_config(config: TaskConfig) -> dict[str, Any]:
+    """What decides samples and labels: the task without the size of its evaluation."""
+    return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
+
+
+def initial_policy(config: TaskConfig, data: Path) -> str:
+    """Where the weights come from that policy and reference begin with: the lane's model, or what `sft` made of it."""
+    return str((data / "sft" / "model").absolute()) if config.sft_epochs else config.model or LANES[config.lane]["model"]
+
+
+def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
+    """Fine-tune on the training reviews for `sft_epochs`, into `data/sft`, once; return the parts with that as the reference.
+
+    Rows of at most 256 tokens, 64 a step. An interrupted call continues at its last checkpoint.
+    """
+    join(config.device)
+    config = recorded_precision(config, data)
+    parts = parts or load_parts(config)
+    if not config.sft_epochs:
+        return parts
+    run, model = data / "sft", Path(initial_policy(config, data))
+    if not model.exists():
+        config = measured_precision(config, parts)
+        tokenizer, length = parts.tokenizer, min(256, parts.reference.config.max_position_embeddings)
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        encoded = tokenizer(list(parts.reviews["train"]["text"]), add_special_tokens=False)["input_ids"]
+        rows = pack([[start, *ids] for ids in encoded], length, tokenizer.eos_token_id)
+        plan = plan_prompts([[0]] * len(rows), config.sft_epochs, 64, config.seed)
+        loop = LoopConfig(learning_rate=config.sft_learning_rate, accumulate=8)
+        open_run(data, data_config(config), resume=True)
+        open_run(run, asdict(loop) | {"steps": len(plan)}, resume=True)
+
+        def batches(step: int) -> list[CompletionBatch]:
+            some = [rows[i] for i in plan[step]]
+            return [completion_batch([row[:1] for row in some], [row[1:] for row in some], range(len(some)))]
+
+        train_sft(parts.reference, batches, len(plan), loop, precision=config.precision, run=run, resume=True, progress="SFT")
+        save_policy(parts.reference, tokenizer, model)
+    return replace(parts, reference=load_model(str(model), device=config.device))
+
+
+def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
+    """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
+    join(config.device)
+    path = data / "samples.json"
+    config = recorded_precision(config, data)
+    if (data / "config.json").exists() and path.exists():
+        open_run(data, data_config(config), resume=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+    parts = parts or load_parts(config)
+    config = measured_precision(config, parts)
+    require_space(data, 4_000 * config.prefixes * config.completions)
+    prompts = sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed)
+    open_run(data, data_config(config), resume=True)
+    parts = sft(config, data, parts)
+    completions = sample_completions(
+        parts.reference,
+        prompts,
+        config.completions,
+        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        precision=config.precision,
+        progress="sample",
+    )
+    samples = {"prompts": prompts, "completions": completions, "texts": texts_of(parts.tokenizer, prompts, completions)}
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+    return samples
+
+
+def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
+    """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
+    join(config.device)
+    config = recorded_precision(config, data)
+    if (data / "config.json").exists() and (data / "preferences").exists():
+        open_run(data, data_config(config), resume=True)
+        return Preferences.load(data / "preferences")
+    parts = parts or load_parts(config)
+    config = measured_precision(config, parts)
+    samples = sample(config, data, parts)
+    parts = sft(config, data, parts)
+    flat = [text for row in samples["texts"] for text in row]
+    scores = parts.reward(flat).reshape(len(samples["prompts"]), config.completions)
+    preferences = from_scores(
+        samples["prompts"],
+        samples["completions"],
+        scores,
+        parts.tokenizer,
+        context=context_of(parts.reference),
+    ).with_reference(parts.reference, precision=config.precision, progress="reference log-probs")
+    preferences.save(data / "preferences")
+    return preferences
+
+
+def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
+    """Prefixes of held-out reviews, the same for every seed but for `seed` itself."""
+    return sample_prefixes(list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed)
+
+
+def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> OptimalFrontier:
+    """The optimal reward-KL frontier, from 64 reference completions of 32 held-out prefixes."""
+    few = prompts[:32]
+    completions = sample_completions(
+        parts.reference,
+        few,
+        64,
+        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed + 1,
+        precision=config.precision,
+        progress="optimal frontier",
+    )
+    texts = texts_of(parts.tokenizer, few, completions)
+    scores = parts.reward([text for row in texts for text in row]).reshape(len(few), 64)
+    return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
+
+
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all."""
+    with write_whole(path, directory=True) as temporary:
+        policy.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
