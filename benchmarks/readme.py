@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scale import table
 
-from dpo_lab.contenders import recorded
+from dpo_lab.contenders import REPEATS, recorded
 from dpo_lab.plots import plot_contenders
 from dpo_lab.symbolic import equation_index
 
@@ -206,7 +206,24 @@ def contender_lines() -> str:
     return "\n".join(lines) + _origin({"provenance": result.provenance})
 
 
+def spread_lines() -> str:
+    """What the shipped runs of several seeds end with."""
+    result = recorded(REPEATS)
+    lines = [
+        "| at the end of training | seeds | reward | sequence KL (nats) | share of the optimal gain | least gain of a seed |",
+        "|---" * 6 + "|",
+    ]
+    for row in result.spread():
+        share = " to ".join(dict.fromkeys(f"{end:.0%}" for end in row["share"]))
+        lines.append(
+            f"| {row['method']}, {row['setting']:g} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
+            f"| {share} | {row['least_gain']:.3f} |"
+        )
+    return "\n".join(lines) + _origin({"provenance": result.provenance})
+
+
 BLOCKS = {
+    "spread": spread_lines,
     "contenders": contender_lines,
     "main job": main_job,
     "sweep": sweep,

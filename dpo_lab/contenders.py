@@ -22,6 +22,7 @@ LABELS = {  # and what is varied of it
     "best-of-n": ("best of N", "N"),
     "sft": ("SFT", ""),
 }
+REPEATS = EMBEDDED.parent / "repeats"  # the shipped runs of several seeds: recorded(REPEATS)
 COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl_se", "seconds", "tokens")
 
 
@@ -108,7 +109,7 @@ class Recorded:
 
     def spread(self) -> list[dict[str, Any]]:
         """Of each method and setting that ran with more than one seed: the number of seeds and, of its last evaluations, mean
-        and standard deviation of the reward, mean KL, mean share of the optimal gain, and the least gain over the reference."""
+        and standard deviation of the reward, mean KL, `share_bounds` at the means, and the least gain over the reference."""
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for run, rows in self.runs().items():
             groups.setdefault((run.method, run.setting), []).append(rows[-1])
@@ -120,12 +121,21 @@ class Recorded:
                 "reward": float(np.mean([row["reward"] for row in rows])),
                 "reward_sd": float(np.std([row["reward"] for row in rows], ddof=1)),
                 "kl": float(np.mean([row["kl"] for row in rows])),
-                "share": float(np.mean([self.share(row) for row in rows])),
+                "share": self.share_bounds(
+                    float(np.mean([row["reward"] for row in rows])), float(np.mean([row["kl"] for row in rows]))
+                ),
                 "least_gain": min(row["reward"] for row in rows) - self.before,
             }
             for (method, setting), rows in groups.items()
             if len(rows) > 1
         ]
+
+    def share_bounds(self, reward: float, kl: float) -> tuple[float, float]:
+        """Between which shares of the optimal gain a policy lies. Past the estimate's end the optimum is at least what it was
+        there, and at most 1, the highest reward there is."""
+        best, end = float(self.optimal.reward_at(kl)), float(self.optimal.reward[self.optimal.valid].max())
+        highest, lowest = (best, best) if np.isfinite(best) else (1.0, end)
+        return (reward - self.before) / (highest - self.before), (reward - self.before) / (lowest - self.before)
 
     def share(self, row: Mapping[str, Any]) -> float:
         """The share of the optimal gain that an evaluation reaches at its KL; NaN below 0.1 nats and past the estimate."""

@@ -11,7 +11,8 @@ from conftest import make_classifier
 
 from dpo_lab import cli, frontier
 from dpo_lab.cli import main
-from dpo_lab.contenders import COLUMNS, Contender, contenders, recorded, repeats
+from dpo_lab.contenders import COLUMNS, REPEATS, Contender, Recorded, contenders, recorded, repeats
+from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.frontier import FrontierConfig
 from dpo_lab.loop import LoopConfig
 from dpo_lab.plots import plot_contenders
@@ -156,3 +157,15 @@ def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch,
     assert set(recorded(tmp_path / "sweep").samples) == {run.name for run in RUNS[4:]}
     settings = json.loads((tmp_path / "sweep" / "config.json").read_text())
     assert settings["loop"]["eval_every"] == 5 and settings["task"]["prefixes"] == 12
+
+
+def test_a_share_has_two_ends_past_the_estimate_s_end():
+    optimal = OptimalFrontier(np.array([0.5, 0.8, 0.9]), np.array([0.0, 1.0, 2.0]), np.array([64.0, 20.0, 9.0]))
+    sweep = Recorded([{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {})
+    assert sweep.share_bounds(0.65, 1.0) == pytest.approx((0.5, 0.5))
+    assert sweep.share_bounds(0.85, 3.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
+
+
+def test_the_shipped_repeats_have_seeds_and_samples():
+    sweep = recorded(REPEATS)
+    assert {row["method"] for row in sweep.spread()} >= {"DPO", "PPO, true reward"} and all(sweep.samples.values())
