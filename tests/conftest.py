@@ -76,3 +76,8 @@ def tokenizer(tiny):
 @pytest.fixture
 def model(tiny):
     return load_model(str(tiny))
+
+
+def pytest_collection_modifyitems(items):
+    """The notebooks first: they take longest, and the other worker does everything else meanwhile."""
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
