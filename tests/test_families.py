@@ -138,7 +138,7 @@ def test_the_experiment_runs_unchanged(family, made_up_reviews, tmp_path, monkey
         expected = by_loop(model, prompt, preferences.completions[i])
         assert preferences.reference_logps[i] == pytest.approx(expected, abs=1e-3)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["before"]["kl"] == 0 and summary["after"]["kl"] > 0.01 and summary["pairs"] > 100
+    assert summary["before"]["kl"] == 0 != summary["after"]["kl"] and summary["pairs"] > 100
 
     policy, saved = AutoModelForCausalLM.from_pretrained(run / "policy"), AutoTokenizer.from_pretrained(run / "policy")
     assert saved("a lovely film")["input_ids"] == tokenizer("a lovely film")["input_ids"]
