@@ -30,14 +30,15 @@ from dpo_lab.processes import launched
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
 from dpo_lab.task import (
-    LANES,
     Parts,
     TaskConfig,
     held_out_prefixes,
+    initial_policy,
     label,
     load_parts,
     measured_precision,
     recorded_precision,
+    sft,
 )
 from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 
@@ -77,6 +78,7 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         config = replace(config, task=measured_precision(config.task, parts))
         open_run(out, settings(config), resume=True)
         preferences = label(config.task, out / "data", parts)
+        parts = sft(config.task, out / "data", parts)
         if any(run.method == "ppo" for run in todo):
             reward_model(config, preferences, out)
         jobs = config.jobs or (min(4, torch.get_num_threads()) if config.task.device == "cpu" else 1)
@@ -118,7 +120,7 @@ def settings(config: FrontierConfig) -> dict[str, Any]:
 def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int) -> int:
     """`finish` in a process of its own."""
     torch.set_num_threads(threads)
-    parts = load_parts(config.task)
+    parts = sft(config.task, out / "data")
     return finish(run, config, parts, label(config.task, out / "data", parts), out, origin)
 
 
@@ -141,7 +143,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
     task = config.task  # whose seed decides the evaluation, the same for every run
     prompts, rows, samples, began = held_out_prefixes(task, parts), [], [], time.perf_counter()
     spent = 0.0  # on evaluations, which no method is charged with
-    policy = load_model(task.model or LANES[task.lane]["model"], device=task.device)
+    policy = load_model(initial_policy(task, out / "data"), device=task.device)
     tokens = sum(map(len, preferences.completions)) if not run.method.startswith("ppo") else 0
 
     def counted(reward: Reward) -> Reward:
@@ -185,7 +187,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
         metrics = train_ppo(
             policy,
             parts.reference,
-            ScalarModel(load_model(task.model or LANES[task.lane]["model"], device=task.device)),
+            ScalarModel(load_model(initial_policy(task, out / "data"), device=task.device)),
             counted(reward),
             sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=run.seed),
             replace(config.ppo, kl_target=run.setting, max_new_tokens=task.max_new_tokens),
@@ -200,7 +202,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
 
 def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) -> ScalarModel:
     """The learned reward of all PPO runs, fitted to the preferences once and kept in `out/reward_model.safetensors`."""
-    model = ScalarModel(load_model(config.task.model or LANES[config.task.lane]["model"], device=config.task.device))
+    model = ScalarModel(load_model(initial_policy(config.task, out / "data"), device=config.task.device))
     path = out / "reward_model.safetensors"
     if not path.exists():
         metrics = train_reward_model(

@@ -15,9 +15,11 @@ from dpo_lab.contenders import COLUMNS, REPEATS, Contender, Recorded, contenders
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.frontier import FrontierConfig
 from dpo_lab.loop import LoopConfig
+from dpo_lab.models import load_model
 from dpo_lab.plots import plot_contenders
 from dpo_lab.ppo import PPOConfig
 from dpo_lab.reward_model import RewardModelConfig
+from dpo_lab.runs import weights_hash
 from dpo_lab.task import TaskConfig, load_parts
 from dpo_lab.widgets import frontier_explorer
 
@@ -169,3 +171,18 @@ def test_a_share_has_two_ends_past_the_estimate_s_end():
 def test_the_shipped_repeats_have_seeds_and_samples():
     sweep = recorded(REPEATS)
     assert {row["method"] for row in sweep.spread()} >= {"DPO", "PPO, true reward"} and all(sweep.samples.values())
+
+
+def test_after_sft_every_contender_starts_from_the_tuned_reference(tiny, tmp_path, monkeypatch):
+    tuned = replace(config(tiny), task=replace(config(tiny).task, sft_epochs=1, sft_learning_rate=1e-2))
+    seen, evaluate_policy = [], frontier.evaluate_policy
+
+    def spy(policy, reference, *rest, **options):
+        seen.append((weights_hash(policy), weights_hash(reference)))
+        return evaluate_policy(policy, reference, *rest, **options)
+
+    monkeypatch.setattr(frontier, "evaluate_policy", spy)
+    frontier.frontier(tuned, tmp_path, runs=[RUNS[2]])
+    expected = weights_hash(load_model(str(tmp_path / "data" / "sft" / "model")))
+    assert expected != weights_hash(load_model(str(tiny))) and seen[0] == (expected, expected)
+    assert {reference for _, reference in seen} == {expected} and seen[-1][0] != expected
