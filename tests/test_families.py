@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -338,7 +339,7 @@ def test_samples_and_log_probs_of_other_families_are_those_of_plain_forward_pass
 
 def write_gguf(path, model, tokenizer):
     """A Llama with one layer and as many key-value heads as heads, as llama.cpp's converter writes it, in float32."""
-    gguf, config = pytest.importorskip("gguf"), model.config
+    config = model.config
     writer, names = gguf.GGUFWriter(str(path), "llama"), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
