@@ -113,22 +113,15 @@ class Recorded:
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for run, rows in self.runs().items():
             groups.setdefault((run.method, run.setting), []).append(rows[-1])
-        return [
-            {
-                "method": LABELS[method][0],
-                "setting": setting,
-                "seeds": len(rows),
-                "reward": float(np.mean([row["reward"] for row in rows])),
-                "reward_sd": float(np.std([row["reward"] for row in rows], ddof=1)),
-                "kl": float(np.mean([row["kl"] for row in rows])),
-                "share": self.share_bounds(
-                    float(np.mean([row["reward"] for row in rows])), float(np.mean([row["kl"] for row in rows]))
-                ),
-                "least_gain": min(row["reward"] for row in rows) - self.before,
-            }
-            for (method, setting), rows in groups.items()
-            if len(rows) > 1
-        ]
+        found = []
+        for (method, setting), rows in groups.items():
+            if len(rows) > 1:
+                rewards = [row["reward"] for row in rows]
+                reward, kl = float(np.mean(rewards)), float(np.mean([row["kl"] for row in rows]))
+                line = {"method": LABELS[method][0], "setting": setting, "seeds": len(rows), "reward": reward, "kl": kl}
+                line |= {"reward_sd": float(np.std(rewards, ddof=1)), "share": self.share_bounds(reward, kl)}
+                found.append(line | {"least_gain": min(rewards) - self.before})
+        return found
 
     def share_bounds(self, reward: float, kl: float) -> tuple[float, float]:
         """Between which shares of the optimal gain a policy lies. Past the estimate's end the optimum is at least what it was

@@ -118,7 +118,8 @@ def sample_completions(
 ) -> list[list[list[int]]]:
     """`k` completions of each prompt as token ids, sampled from the whole distribution (no top-k, no top-p).
 
-    A completion that ends has its EOS (`eos_token_id`, or one of several: `models.end_tokens`); one that reaches `max_new_tokens` has none. Prompts of similar length go together,
+    A completion that ends has its EOS (`eos_token_id`, or one of several: `models.end_tokens`); one that reaches
+    `max_new_tokens` has none. Prompts of similar length go together,
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
     completions on the same machine, however many processes share the batches.
     """
