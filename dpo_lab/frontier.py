@@ -47,11 +47,13 @@ from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 class FrontierConfig:
     """The sweep."""
 
-    task: TaskConfig = field(default_factory=lambda: TaskConfig(prefixes=5_000, eval_prefixes=256))
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(prefixes=4_000, eval_prefixes=256))
     """prefixes, completions, reward; the same preferences for every run"""
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=64))
+    batch_pairs: int = 64
+    """pairs a step of DPO, unlikelihood and Preferred-FT; the paper's"""
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=128))
     """of DPO, unlikelihood and Preferred-FT"""
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=48, eval_every=8))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=32, eval_every=8))
     """of PPO and PPO-GT"""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """of PPO"""
@@ -177,9 +179,10 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
     scores: list[float] = []
     common: dict[str, Any] = {"evaluate": evaluate, "progress": None}
     if run.method == "dpo":
-        train_dpo(policy, preferences, DPOConfig(beta=run.setting, loop=config.loop), seed=run.seed, **common)
+        dpo = DPOConfig(beta=run.setting, batch_pairs=config.batch_pairs, loop=config.loop)
+        train_dpo(policy, preferences, dpo, seed=run.seed, **common)
     elif run.method in ("unlikelihood", "preferred-ft"):  # Preferred-FT is unlikelihood with alpha = 0, which is its setting
-        train_unlikelihood(policy, preferences, run.setting, config.loop, seed=run.seed, **common)
+        train_unlikelihood(policy, preferences, run.setting, config.loop, batch_pairs=config.batch_pairs, seed=run.seed, **common)
     else:
         reward = text_reward(parts.reward, parts.tokenizer)
         if run.method == "ppo":
