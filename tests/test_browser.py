@@ -1,14 +1,20 @@
 """JupyterLab in a real browser: what `make lab` opens can be read, run and moved. Screenshots go to screenshots/ in the repository."""
 
 import base64
+import re
+from html import unescape
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, chromium, jupyterlab, open_notebook, run_all_cells, run_first_cell
+from ipywidgets import HTML, SelectionSlider
+from recording import record_run
 
 from dpo_lab.bandit import sample_pairs
+from dpo_lab.contenders import recorded
 from dpo_lab.objective import optimal_policy
 from dpo_lab.widgets import (
     BETAS,
@@ -16,8 +22,11 @@ from dpo_lab.widgets import (
     REWARD,
     bandit_explorer,
     beta_explorer,
+    betas_explorer,
     bradley_terry_explorer,
+    frontier_explorer,
     gradient_weight_explorer,
+    training_explorer,
 )
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; .ci/run installs it")]
@@ -40,8 +49,13 @@ EXPLORERS = {
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    with jupyterlab(tmp_path_factory.mktemp("lab")) as address:
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    with jupyterlab(folder) as address:
         yield address
 
 
@@ -65,11 +79,14 @@ class Shown:
 
     def expected(self):
         """Read-out and picture for the numbers that stand beside the sliders."""
-        values = dict(
-            zip(self.twin.sliders, (float(text.replace("\u2212", "-")) for text in self.numbers.all_inner_texts()), strict=True)
-        )
-        if "beta" in values:  # it shows three digits
-            values["beta"] = float(min(BETAS, key=lambda beta: abs(np.log(beta / values["beta"]))))
+        values = {}
+        for (name, slider), text in zip(self.twin.sliders.items(), self.numbers.all_inner_texts(), strict=True):
+            if isinstance(slider, SelectionSlider):
+                values[name] = dict(slider.options)[text]
+            elif name == "beta":  # it shows three digits
+                values[name] = float(min(BETAS, key=lambda beta: abs(np.log(beta / float(text)))))
+            else:
+                values[name] = float(text.replace("\u2212", "-"))
         return values, (self.twin.show(**values), self.twin.picture.png())
 
     def settled(self):
@@ -150,4 +167,40 @@ def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, 
         for k, make in enumerate(EXPLORERS[notebook]):
             move_every_slider(Shown(page, outputs.nth(k), make()))
             outputs.nth(k).screenshot(path=SCREENSHOTS / f"{notebook}-{k}.png")
+        assert errors == []
+
+
+RECORDED = {
+    "training": (training_explorer, "training_explorer({run!r})"),
+    "betas": (
+        lambda run: betas_explorer({0.1: run, 5.0: run}, recorded().optimal),
+        "betas_explorer({{0.1: {run!r}, 5.0: {run!r}}}, recorded().optimal)",
+    ),
+    "frontier": (lambda run: frontier_explorer(), "frontier_explorer()"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_walk_through_recorded_runs_shows_each_with_its_samples(lab, browser, folder, name):
+    """The explorers of notebooks 04 and 05, without the minutes of training that those take."""
+    make, source = RECORDED[name]
+    run = folder / f"run-{name}"
+    record_run(run)
+    lines = ["from dpo_lab.contenders import recorded", "from dpo_lab.widgets import *", source.format(run=str(run))]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(metadata=kernel, cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    nbformat.write(notebook, folder / "notebooks" / f"walk_{name}.ipynb")
+    with open_notebook(browser, lab, f"walk_{name}") as (page, errors):
+        cell = run_first_cell(page)
+        assert not page.locator(FAILED).count()
+        shown = Shown(page, cell, make(run))
+        start = shown.settled()
+        shown.press(0, "ArrowRight")
+        by_key = shown.moved(start)
+        cell.screenshot(path=SCREENSHOTS / f"walk-{name}.png")
+        table = next(child.value for child in shown.twin.box.children if isinstance(child, HTML) and "<table" in child.value)
+        words = unescape(re.sub("<[^>]+>", " ", table)).split()
+        assert cell.locator(".widget-html", has=page.locator("table")).inner_text().split() == words
+        shown.drag(0, -400)
+        assert shown.moved(by_key) == start
         assert errors == []

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recording import record_run
 
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.losses import dpo_loss
 from dpo_lab.objective import kl, log_partition, optimal_policy
 from dpo_lab.rewards import fit_bradley_terry
-from dpo_lab.runs import append_metrics, write_json
+from dpo_lab.runs import append_metrics
 from dpo_lab.widgets import (
     BETAS,
     CHOSEN_FILMS,
@@ -52,31 +52,7 @@ EXPLORERS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def recorded_run():
-    """A run directory with four steps and two snapshots."""
-    write_json(RUN / "config.json", {"dpo": {"beta": 0.5}})
-    for step in range(1, 5):
-        append_metrics(RUN, {"step": step, "rewards/chosen": 0.5 * step, "rewards/rejected": -1.0 * step})
-    snapshots = [
-        {
-            "step": 0,
-            "chosen": [0.0, 0.0],
-            "rejected": [0.0, 0.0],
-            "texts": ["A <b>film</b>"],
-            "rewards": [0.25],
-            "reward": 0.5,
-            "kl": 0.0,
-        },
-        {
-            "step": 4,
-            "chosen": [4.0, -3.0],
-            "rejected": [-6.0, -1.0],
-            "texts": ["A joy & more"],
-            "rewards": [0.875],
-            "reward": 0.75,
-            "kl": 2.5,
-        },
-    ]
-    (RUN / "snapshots.jsonl").write_text("".join(json.dumps(line) + "\n" for line in snapshots))
+    record_run(RUN)
     yield
     shutil.rmtree(RUN.parent)
 
