@@ -37,6 +37,7 @@ from dpo_lab.task import (
     label,
     load_parts,
     measured_precision,
+    planned_sft,
     recorded_precision,
     reference_frontier,
     save_policy,
@@ -69,6 +70,7 @@ CONFIGS = {
 def planned(config: ExperimentConfig, parts: Parts) -> Plan:
     """What `train` with this config will cost on this machine; its precision must be measured already."""
     task = config.task
+    sft_batch, sft_batches = planned_sft(task, parts)
     return plan(
         parts.reference,
         sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=task.seed),
@@ -77,6 +79,8 @@ def planned(config: ExperimentConfig, parts: Parts) -> Plan:
         max_new_tokens=task.max_new_tokens,
         eval_prefixes=task.eval_prefixes,
         precision=task.precision,
+        sft=sft_batch,
+        sft_batches=sft_batches,
     )
 
 

@@ -6,7 +6,7 @@ Tokens and FLOPs follow from the config; seconds and activations come from a pas
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
 
@@ -41,10 +41,10 @@ COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}  # of each parameter's ste
 
 @dataclass(frozen=True)
 class Plan:
-    """Completion tokens, FLOPs and seconds of each phase (sample, score, train, evaluate), and bytes of memory by part."""
+    """Tokens, FLOPs and seconds of each phase (SFT where there is one, sample, score, train, evaluate), and memory by part."""
 
     tokens: dict[str, int]
-    """completion tokens, if none ends before `max_new_tokens`: an upper bound"""
+    """completion tokens, if none ends before `max_new_tokens`: an upper bound; of SFT, those that are predicted"""
     flops: dict[str, float]
     """matmuls and attention"""
     seconds: dict[str, float]
@@ -55,16 +55,19 @@ class Plan:
     """bytes by part in a step"""
     available: int | None
     """bytes that this process can have, with those that it has; None where the system does not tell"""
+    tuning: dict[str, int] = field(default_factory=dict)
+    """bytes by part in a step of SFT, where there is one"""
 
     @property
     def peak(self) -> int:
-        """Bytes at the larger of the two."""
-        return max(sum(self.sampling.values()), sum(self.training.values()))
+        """Bytes of the phase that needs most."""
+        return max(sum(parts.values()) for parts in (self.sampling, self.training, self.tuning))
 
     def check(self) -> None:
         """Raise ValueError, with advice, when the peak is more than there is."""
         if self.available is not None and self.peak > self.available:
-            part = max(self.training, key=self.training.__getitem__)
+            needs = max(self.training, self.tuning, key=lambda parts: sum(parts.values()))
+            part = max(needs, key=needs.__getitem__)
             raise ValueError(
                 f"this run needs about {_gb(self.peak)} of memory, most of it in {part}, and there are {_gb(self.available)}. "
                 "Take a smaller --model; a smaller --batch-pairs, or a larger --accumulate; --gradient-checkpointing; "
@@ -77,7 +80,9 @@ class Plan:
             lines.append(f"{name:<10}{self.tokens[name]:>14,}{self.flops[name] / 1e12:>12,.2f}{self.seconds[name]:>10,.0f}")
         total = sum(self.seconds.values())
         lines.append(f"{'all':<10}{sum(self.tokens.values()):>14,}{sum(self.flops.values()) / 1e12:>12,.2f}{total:>10,.0f}")
-        for name, parts in (("sampling", self.sampling), ("training", self.training)):
+        for name, parts in (("SFT", self.tuning), ("sampling", self.sampling), ("training", self.training)):
+            if not parts:
+                continue
             listed = ", ".join(f"{part} {n_bytes / 1e6:,.0f}" for part, n_bytes in parts.items())
             lines.append(f"{name + ', MB':<14}{sum(parts.values()) / 1e6:>10,.0f} = {listed}")
         there = "unknown" if self.available is None else _gb(self.available)
@@ -93,8 +98,12 @@ def plan(
     max_new_tokens: int,
     eval_prefixes: int,
     precision: Precision = "float32",
+    sft: CompletionBatch | None = None,
+    sft_batches: int = 0,
 ) -> Plan:
     """The cost of `experiment.train` with these prompts and the first weights of the policy, which are `reference`'s.
+
+    SFT before that takes `sft_batches` forward and backward passes of batches like `sft`.
 
     A forward pass takes 2 FLOPs a weight and token, a backward pass 4 (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361,
     Section 2.1): for the weights of the blocks at every position, for those of the LM head at completion tokens only, and
@@ -140,14 +149,22 @@ def plan(
     always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
     if config.lora_rank:
         always["adapters"] = sum(p.numel() * p.element_size() for p in trained(reference, config.lora_rank).parameters())
-    rows, length = min(SAMPLED_AT_ONCE, max(n * k, m)), max(map(len, prompts)) + max_new_tokens
+    rows, longest = min(SAMPLED_AT_ONCE, max(n * k, m)), max(map(len, prompts)) + max_new_tokens
+    tokens, tuning = {name: count * max_new_tokens for name, count in completed.items()}, {}
+    if sft is not None:
+        tuned = sft_batches * training_flops(reference, sft, precision)
+        tokens, flops = {"SFT": sft_batches * sft.tokens} | tokens, {"SFT": tuned} | flops
+        seconds = {"SFT": tuned / rate[precision]} | seconds
+        tuning = {"process": always["process"], "weights": weights}
+        tuning |= training_bytes(reference, sft, trial.to(device), DPOConfig(), precision)
     return Plan(
-        {name: count * max_new_tokens for name, count in completed.items()},
+        tokens,
         flops,
         seconds,
-        always | sampling_bytes(reference, rows, length, precision),
+        always | sampling_bytes(reference, rows, longest, precision),
         always | training_bytes(reference, micro, trial.to(device), config, precision),
         available_bytes(device),
+        tuning,
     )
 
 

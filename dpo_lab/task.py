@@ -30,6 +30,7 @@ from dpo_lab.runs import open_run, read_config, require_space, write_whole
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
+SFT_ROWS, SFT_ACCUMULATE = 64, 8  # a step of SFT, and the forward passes that it is done in
 LANES = {
     "laptop": {"model": "embedded", "reward": "tfidf"},
     "gpu": {"model": "openai-community/gpt2-large", "reward": "siebert/sentiment-roberta-large-english"},
@@ -142,10 +143,31 @@ def initial_policy(config: TaskConfig, data: Path) -> str:
     return str((data / "sft" / "model").absolute()) if config.sft_epochs else config.model or LANES[config.lane]["model"]
 
 
+def sft_length(model: PreTrainedModel) -> int:
+    """Tokens of a row that SFT reads."""
+    return min(256, context_of(model))
+
+
+def planned_sft(config: TaskConfig, parts: Parts) -> tuple[CompletionBatch | None, int]:
+    """A batch as `sft` reads them, and how many it will read, by the rows that some 500 reviews fill. None and 0 without SFT."""
+    if not config.sft_epochs:
+        return None, 0
+    texts, length, n = list(parts.reviews["train"]["text"]), sft_length(parts.reference), SFT_ROWS // SFT_ACCUMULATE
+    some = texts[:: max(1, len(texts) // 500)]
+    rows = len(_sft_rows(some, parts)) * len(texts) / len(some) * config.sft_epochs
+    return completion_batch([[0]] * n, [[0] * (length - 1)] * n, range(n)), round(rows / n)
+
+
+def _sft_rows(texts: list[str], parts: Parts) -> list[list[int]]:
+    start = parts.tokenizer.eos_token_id if parts.tokenizer.bos_token_id is None else parts.tokenizer.bos_token_id
+    encoded = parts.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return pack([[start, *ids] for ids in encoded], sft_length(parts.reference), parts.tokenizer.eos_token_id)
+
+
 def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
     """Fine-tune on the training reviews for `sft_epochs`, into `data/sft`, once; return the parts with that as the reference.
 
-    Rows of at most 256 tokens, 64 a step. An interrupted call continues at its last checkpoint.
+    Rows of `sft_length` tokens, 64 a step. An interrupted call continues at its last checkpoint.
     """
     join(config.device)
     config = recorded_precision(config, data)
@@ -155,12 +177,9 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
     run, model = data / "sft", Path(initial_policy(config, data))
     if not model.exists():
         config = measured_precision(config, parts)
-        tokenizer, length = parts.tokenizer, min(256, parts.reference.config.max_position_embeddings)
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        encoded = tokenizer(list(parts.reviews["train"]["text"]), add_special_tokens=False)["input_ids"]
-        rows = pack([[start, *ids] for ids in encoded], length, tokenizer.eos_token_id)
-        plan = plan_prompts([[0]] * len(rows), config.sft_epochs, 64, config.seed)
-        loop = LoopConfig(learning_rate=config.sft_learning_rate, accumulate=8)
+        rows = _sft_rows(list(parts.reviews["train"]["text"]), parts)
+        plan = plan_prompts([[0]] * len(rows), config.sft_epochs, SFT_ROWS, config.seed)
+        loop = LoopConfig(learning_rate=config.sft_learning_rate, accumulate=SFT_ACCUMULATE)
         open_run(data, data_config(config), resume=True)
         open_run(run, asdict(loop) | {"steps": len(plan)}, resume=True)
 
@@ -169,7 +188,7 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
             return [completion_batch([row[:1] for row in some], [row[1:] for row in some], range(len(some)))]
 
         train_sft(parts.reference, batches, len(plan), loop, precision=config.precision, run=run, resume=True, progress="SFT")
-        save_policy(parts.reference, tokenizer, model)
+        save_policy(parts.reference, parts.tokenizer, model)
     return replace(parts, reference=load_model(str(model), device=config.device))
 
 

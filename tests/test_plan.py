@@ -150,6 +150,25 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_p
     assert made.tokens["sample"] + made.tokens["score"] + made.tokens["evaluate"] + again == counts["sampled"] + counts["scored"]
 
 
+@pytest.mark.usefixtures("made_up_reviews")
+def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
+    """As many rows as SFT reads, their tokens if every row is full, FLOPs in that proportion, and a memory of its own."""
+    task = TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=40, max_new_tokens=8, precision="float32", sft_epochs=2)
+    parts, read = task_steps.load_parts(task), []
+    config = ExperimentConfig(task, DPOConfig(batch_pairs=20))
+    made = experiment.planned(config, parts)
+    without = experiment.planned(replace(config, task=replace(task, sft_epochs=0)), parts)
+    monkeypatch.setattr(loop, "_to", lambda micro, device: read.append(micro) or micro)
+    task_steps.sft(task, tmp_path, parts)
+    batch, batches = task_steps.planned_sft(task, parts)
+    assert batches * batch.n == sum(micro.n for micro in read)
+    assert made.tokens == {"SFT": batch.tokens * batches} | without.tokens
+    per_token = made.flops["SFT"] / made.tokens["SFT"]
+    assert per_token == pytest.approx(planning.training_flops(parts.reference, read[0], "float32") / read[0].tokens, rel=0.1)
+    assert not without.tuning and made.tuning["activations"] > 0 and "SFT, MB" in str(made) and "SFT" not in str(without)
+    assert replace(made, tuning=made.tuning | {"logits": 10**13}).peak > 10**13
+
+
 def small_plan(**changes):
     numbers = dict.fromkeys(("sample", "score", "train", "evaluate"), 1_000_000)
     parts = {"process": 10**9, "weights": 2 * 10**9}
