@@ -77,13 +77,17 @@ def plan_from(name: str) -> Callable[..., None]:
     """The command `plan`, whose options change the config of this name."""
 
     def plan_command(
-        config: Flat[ExperimentConfig] = CONFIGS[name], out: Path = Path("runs/imdb"), data: Path | None = None
+        config: Flat[ExperimentConfig] = CONFIGS[name],
+        out: Path = Path("runs/imdb"),
+        data: Path | None = None,
+        resume: bool = False,
     ) -> None:
         """What `dpo-lab train` with the same flags will cost: tokens, FLOPs, seconds, memory. Nothing is written.
 
         Args:
             out: the run directory, which decides the precision where it holds a run.
             data: as for `dpo-lab train`.
+            resume: changes nothing; the plan is that of the whole run.
         """
         say(experiment.plan_run(config, out, data=data))
 

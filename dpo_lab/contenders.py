@@ -125,10 +125,9 @@ class Recorded:
 
     def share_bounds(self, reward: float, kl: float) -> tuple[float, float]:
         """Between which shares of the optimal gain a policy lies. Past the estimate's end the optimum is at least what it was
-        there, and at most 1, the highest reward there is."""
-        best, end = float(self.optimal.reward_at(kl)), float(self.optimal.reward[self.optimal.valid].max())
-        highest, lowest = (best, best) if np.isfinite(best) else (1.0, end)
-        return (reward - self.before) / (highest - self.before), (reward - self.before) / (lowest - self.before)
+        there, and at most `OptimalFrontier.most_at`, or 1, the highest reward there is."""
+        lowest = float(self.optimal.reward_at(min(kl, self.optimal.kl[self.optimal.valid].max())))
+        return tuple((reward - self.before) / (best - self.before) for best in (min(self.optimal.most_at(kl), 1.0), lowest))
 
     def share(self, row: Mapping[str, Any]) -> float:
         """The share of the optimal gain that an evaluation reaches at its KL; NaN below 0.1 nats and past the estimate."""

@@ -129,6 +129,15 @@ class OptimalFrontier(NamedTuple):
         order = np.argsort(self.kl[self.valid])
         return np.interp(kl, self.kl[self.valid][order], self.reward[self.valid][order], right=np.nan)
 
+    def most_at(self, kl: float) -> float:
+        """A reward that no policy can exceed at a KL in nats: the estimate, and past its end the chord through its last two
+        points, under which the frontier stays because it is concave in the KL."""
+        order = np.argsort(self.kl[self.valid])
+        kls, rewards = self.kl[self.valid][order], self.reward[self.valid][order]
+        if kl <= kls[-1]:
+            return float(self.reward_at(kl))
+        return float(rewards[-1] + (kl - kls[-1]) * (rewards[-1] - rewards[-2]) / (kls[-1] - kls[-2]))
+
     def share(self, reward: float | np.ndarray, kl: float | np.ndarray, before: float) -> np.ndarray:
         """The share of the optimal gain over the reference's reward `before` that a policy reaches at its KL."""
         return (np.asarray(reward) - before) / (self.reward_at(kl) - before)

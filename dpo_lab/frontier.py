@@ -254,7 +254,7 @@ def baselines(task: TaskConfig, parts: Parts, k: int) -> dict[str, Any]:
                 "tokens": round(n * mean_tokens * len(prompts)),
             }
         )
-    betas, at = np.geomspace(10, 0.01, 80), np.linspace(0, np.log(k), 60)
+    betas, at = np.geomspace(10, 0.001, 100), np.linspace(0, np.log(k), 60)
     optimal, band = optimal_frontier(scores, betas), frontier_band(scores, betas, at)
     low, high = (np.where(np.isfinite(end), end, None).tolist() for end in band)
     found = {name: array.tolist() for name, array in optimal._asdict().items()}

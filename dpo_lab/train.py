@@ -35,7 +35,7 @@ class DPOConfig:
     batch_pairs: int = 128
     """pairs a step, in whole prompts"""
     lora_rank: int = 0
-    """rank of LoRA adapters, which want about ten times the learning rate; 0 trains all weights"""
+    """rank of LoRA adapters, which want about ten times the learning rate (Schulman et al. 2025); 0 trains all weights"""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 

@@ -117,6 +117,17 @@ def test_a_frontier_ends_where_too_few_samples_bear_it():
     assert np.isfinite([low[0], high[0]]).all() and np.isnan([low[1], high[1]]).all()
 
 
+@pytest.mark.parametrize("last", [5, 20, 60])
+def test_no_policy_of_a_bandit_exceeds_the_bound_past_the_estimate_s_end(last):
+    fine = [optimal_policy(REFERENCE, REWARD, float(beta)) for beta in np.geomspace(20, 0.02, 100)]
+    rewards = np.array([float(p @ REWARD) for p in fine])
+    kls = np.array([float(exact_kl(p, REFERENCE)) for p in fine])
+    frontier = OptimalFrontier(rewards, kls, np.where(np.arange(100) < last, 9.0, 1.0))
+    bounds = np.array([frontier.most_at(kl) for kl in kls])
+    assert (bounds[:last] == rewards[:last]).all() and (bounds[last:] >= rewards[last:]).all()
+    assert bounds[last] - rewards[last] < 0.02
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_the_best_of_n_is_the_mean_over_all_subsets(n):
     scores = np.random.default_rng(0).random((3, 5))

@@ -165,7 +165,8 @@ def test_a_share_has_two_ends_past_the_estimate_s_end():
     optimal = OptimalFrontier(np.array([0.5, 0.8, 0.9]), np.array([0.0, 1.0, 2.0]), np.array([64.0, 20.0, 9.0]))
     sweep = Recorded([{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {})
     assert sweep.share_bounds(0.65, 1.0) == pytest.approx((0.5, 0.5))
-    assert sweep.share_bounds(0.85, 3.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
+    assert sweep.share_bounds(0.85, 2.5) == pytest.approx((0.35 / 0.45, 0.35 / 0.4))
+    assert sweep.share_bounds(0.85, 9.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
 
 
 def test_the_shipped_repeats_have_seeds_and_samples():

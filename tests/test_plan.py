@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(tiny, t
     ]
     assert main(["train", *arguments]) == 2
     assert "this run needs about" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    assert main(["plan", *arguments]) == 0
+    assert main(["plan", *arguments, "--resume"]) == 0
     assert "peak" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
