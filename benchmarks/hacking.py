@@ -1,0 +1,107 @@
+"""What PPO makes of rewards that were learned from few pairs: the score that it is given, and the reward that was wanted.
+
+    python benchmarks/hacking.py
+
+Fits a reward model to the pairs of 50 prefixes, several times over, each time of other ones, and lets PPO push each of them
+while its KL costs hardly anything. Writes dpo_lab/assets/hacking.json, which notebook 04 draws. About six minutes on two
+cores.
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from torch import nn
+
+from dpo_lab.evaluate import evaluate_policy
+from dpo_lab.imdb import sample_prefixes
+from dpo_lab.loop import LoopConfig
+from dpo_lab.models import EMBEDDED, ScalarModel, end_tokens, load_model
+from dpo_lab.ppo import PPOConfig, train_ppo
+from dpo_lab.preferences import Preferences
+from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.runs import provenance, write_json
+from dpo_lab.task import Parts, TaskConfig, held_out_prefixes, label, load_parts, measured_precision
+
+RESULTS = EMBEDDED.parent / "hacking.json"
+
+
+@dataclass(frozen=True)
+class HackingConfig:
+    """How much to push what."""
+
+    rewards: int = 4
+    """reward models, each fitted to prefixes of its own"""
+    prefixes: int = 50
+    """of each"""
+    prompts: int = 1_500
+    """prefixes that PPO samples at"""
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(eval_prefixes=64))
+    """the rest of the data"""
+    reward_model: RewardModelConfig = field(
+        default_factory=lambda: RewardModelConfig(epochs=4, loop=LoopConfig(learning_rate=1e-4, warmup_steps=2, eval_every=4))
+    )
+    """of each"""
+    ppo: PPOConfig = field(
+        default_factory=lambda: PPOConfig(steps=24, batch=64, minibatch=32, kl_coefficient=0.005, learning_rate=2e-4)
+    )
+    """a nat of KL costs a two-hundredth of a standard deviation of the reward"""
+    out: Path = RESULTS
+
+
+def main(config: HackingConfig) -> None:
+    origin, task = provenance(), replace(config.task, prefixes=config.rewards * config.prefixes)
+    parts = load_parts(task)
+    task = measured_precision(task, parts)
+    with tempfile.TemporaryDirectory() as folder:
+        preferences = label(task, Path(folder), parts)
+    runs = [push(config, task, parts, preferences, i) for i in range(config.rewards)]
+    write_json(config.out, {**origin, "config": asdict(replace(config, task=task, out=Path(config.out.name))), "runs": runs})
+
+
+def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Preferences, i: int) -> list[dict[str, Any]]:
+    """Evaluations of PPO on the `i`-th reward: `given` is its score, in standard deviations on the reference's completions."""
+    mine = preferences.prompt_of[preferences.chosen] // config.prefixes == i
+    few = replace(preferences, chosen=preferences.chosen[mine], rejected=preferences.rejected[mine])
+    model = ScalarModel(load_model("embedded"))
+    train_reward_model(model, few, config.reward_model, precision=task.precision, seed=i, progress=None)
+    learned, prompts, rows = LearnedReward(model, precision=task.precision), held_out_prefixes(task, parts), []
+    drawn = learned([preferences.prompts[p] for p in preferences.prompt_of], preferences.completions)
+
+    def evaluate(policy: nn.Module, step: int) -> dict[str, float]:
+        found = evaluate_policy(
+            policy,
+            parts.reference,
+            prompts,
+            parts.reward,
+            parts.tokenizer,
+            max_new_tokens=task.max_new_tokens,
+            seed=task.seed,
+            precision=task.precision,
+        )
+        given = float((np.mean(learned(prompts, found.completions)) - drawn.mean()) / drawn.std())
+        row = {"step": step, "given": given, "reward": found.reward, "reward_se": found.reward_se, "kl": found.kl}
+        rows.append({**row, "text": found.texts[0]})
+        return {"given": given, "reward": found.reward, "kl": found.kl}
+
+    train_ppo(
+        load_model("embedded"),
+        parts.reference,
+        ScalarModel(load_model("embedded")),
+        learned,
+        sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prompts, seed=i),
+        replace(config.ppo, max_new_tokens=task.max_new_tokens),
+        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
+        precision=task.precision,
+        seed=i,
+        evaluate=evaluate,
+        progress=f"reward {i}",
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(HackingConfig))
