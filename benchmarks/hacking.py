@@ -24,7 +24,7 @@ from dpo_lab.ppo import PPOConfig, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import provenance, write_json
-from dpo_lab.task import Parts, TaskConfig, held_out_prefixes, label, load_parts, measured_precision
+from dpo_lab.task import LANES, Parts, TaskConfig, held_out_prefixes, label, load_parts, measured_precision
 
 RESULTS = EMBEDDED.parent / "hacking.json"
 
@@ -49,24 +49,24 @@ class HackingConfig:
         default_factory=lambda: PPOConfig(steps=24, batch=64, minibatch=32, kl_coefficient=0.005, learning_rate=2e-4)
     )
     """a nat of KL costs a two-hundredth of a standard deviation of the reward"""
-    out: Path = RESULTS
 
 
-def main(config: HackingConfig) -> None:
+def main(config: HackingConfig, out: Path = RESULTS) -> None:
     origin, task = provenance(), replace(config.task, prefixes=config.rewards * config.prefixes)
     parts = load_parts(task)
     task = measured_precision(task, parts)
     with tempfile.TemporaryDirectory() as folder:
         preferences = label(task, Path(folder), parts)
     runs = [push(config, task, parts, preferences, i) for i in range(config.rewards)]
-    write_json(config.out, {**origin, "config": asdict(replace(config, task=task, out=Path(config.out.name))), "runs": runs})
+    write_json(out, {**origin, "config": asdict(replace(config, task=task)), "runs": runs})
 
 
 def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Preferences, i: int) -> list[dict[str, Any]]:
     """Evaluations of PPO on the `i`-th reward: `given` is its score, in standard deviations on the reference's completions."""
     mine = preferences.prompt_of[preferences.chosen] // config.prefixes == i
     few = replace(preferences, chosen=preferences.chosen[mine], rejected=preferences.rejected[mine])
-    model = ScalarModel(load_model("embedded"))
+    first = task.model or LANES[task.lane]["model"]
+    model = ScalarModel(load_model(first))
     train_reward_model(model, few, config.reward_model, precision=task.precision, seed=i, progress=None)
     learned, prompts, rows = LearnedReward(model, precision=task.precision), held_out_prefixes(task, parts), []
     drawn = learned([preferences.prompts[p] for p in preferences.prompt_of], preferences.completions)
@@ -88,9 +88,9 @@ def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Pre
         return {"given": given, "reward": found.reward, "kl": found.kl}
 
     train_ppo(
-        load_model("embedded"),
+        load_model(first),
         parts.reference,
-        ScalarModel(load_model("embedded")),
+        ScalarModel(load_model(first)),
         learned,
         sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prompts, seed=i),
         replace(config.ppo, max_new_tokens=task.max_new_tokens),
@@ -104,4 +104,4 @@ def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Pre
 
 
 if __name__ == "__main__":
-    main(tyro.cli(HackingConfig))
+    tyro.cli(main)

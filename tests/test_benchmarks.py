@@ -13,8 +13,14 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import contender  # noqa: E402
+import hacking  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
+
+from dpo_lab.loop import LoopConfig  # noqa: E402
+from dpo_lab.ppo import PPOConfig  # noqa: E402
+from dpo_lab.reward_model import RewardModelConfig  # noqa: E402
+from dpo_lab.task import TaskConfig  # noqa: E402
 
 
 def measured(name, precision="float32", job="dpo"):
@@ -87,3 +93,19 @@ def test_the_prediction_is_the_arithmetic_that_its_page_tells():
     assert more["compute"] == pytest.approx(eight["compute"] / 8) and more["traffic"] > 0
     assert eight["hours_at_best"] < eight["hours_at_worst"]
     assert scale.table().count("\n") == 1 + 2 * 3 * 3 + 2
+
+
+@pytest.mark.usefixtures("made_up_reviews")
+def test_each_learned_reward_is_pushed_and_its_run_recorded(tiny, tmp_path):
+    task = TaskConfig(model=str(tiny), eval_prefixes=8, max_new_tokens=6, precision="float32")
+    ppo = PPOConfig(steps=2, batch=8, minibatch=4, eval_every=1)
+    fitting = RewardModelConfig(epochs=4, batch_pairs=12, held_out=0.5, loop=LoopConfig(learning_rate=1e-2, eval_every=1))
+    config = hacking.HackingConfig(rewards=2, prefixes=12, prompts=12, task=task, reward_model=fitting, ppo=ppo)
+    hacking.main(config, tmp_path / "hacking.json")
+    found = json.loads((tmp_path / "hacking.json").read_text())
+    assert [[row["step"] for row in run] for run in found["runs"]] == [[0, 1, 2]] * 2
+    first, second = found["runs"]
+    assert first[0]["reward"] == second[0]["reward"] and first[0]["kl"] == 0  # one policy to begin with
+    assert np.isfinite([row["given"] for run in found["runs"] for row in run]).all()
+    assert first[0]["given"] != second[0]["given"] and first[-1]["kl"] > 0  # two rewards
+    assert found["config"]["task"]["prefixes"] == 24 and found["commit"]
