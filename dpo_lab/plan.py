@@ -6,6 +6,7 @@ Tokens and FLOPs follow from the config; seconds and activations come from a pas
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
@@ -26,6 +27,7 @@ from dpo_lab.logprobs import (
     completion_states,
 )
 from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers
+from dpo_lab.models import lora
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, plan_prompts
 
@@ -252,10 +254,12 @@ def training_bytes(
     """
     head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
     kept = _logits_bytes(model, batch, precision)
+    with lora(model, config.lora_rank) if config.lora_rank else nullcontext(model) as policy:  # adapters save inputs of their own
+        activations = activation_bytes(policy, batch, trial, precision, again=config.loop.gradient_checkpointing)
     parts = {
         "gradients": sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
         "optimizer": optimizer_bytes(module, config.loop),
-        "activations": activation_bytes(model, batch, trial, precision, again=config.loop.gradient_checkpointing),
+        "activations": activations,
         "logits": kept * (kept <= KEPT_LOGITS_BYTES)
         + 3 * 4 * LOGITS_IN_A_CHUNK
         + (not config.lora_rank) * head.numel() * head.element_size(),

@@ -22,6 +22,7 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, lora
 from dpo_lab.plan import Plan, forward_flops, plan, sampling_flops, training_flops
 from dpo_lab.preferences import Preferences
+from dpo_lab.runs import weights_hash
 from dpo_lab.task import TaskConfig
 from dpo_lab.train import DPOConfig
 
@@ -109,6 +110,19 @@ def test_activations_grow_with_the_batch_as_those_of_a_batch_of_its_size(model):
         inputs = planning.saved_bytes(model, batch, "float32")
     again = planning.activation_bytes(model, batch, padded_batch(), "float32", again=True)
     assert again == pytest.approx(inputs + direct / 2, rel=0.05) and inputs < direct / 5
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapters_keep_inputs_of_their_own_and_leave_the_model_as_it_was(model, precision):
+    batch, before = completion_batch(PROMPTS, [[1] * 40 for _ in range(16)], list(range(4)) * 4), weights_hash(model)
+    with lora(model, 4) as adapted:
+        kept = planning.saved_bytes(adapted, batch, precision)
+    made = [
+        planning.training_bytes(model, batch, padded_batch(), DPOConfig(lora_rank=rank), precision)["activations"]
+        for rank in (4, 0)
+    ]
+    assert made[0] == pytest.approx(kept, rel=0.05) and made[0] != made[1]
+    assert weights_hash(model) == before and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.usefixtures("made_up_reviews")
