@@ -2,7 +2,7 @@
 
     python benchmarks/hacking.py
 
-Fits a reward model to the pairs of 50 prefixes, several times over, each time of other ones, and lets PPO push each of them
+Fits a reward model to the pairs of 25 prefixes, several times over, each time of other ones, and lets PPO push each of them
 while its KL costs hardly anything. Writes dpo_lab/assets/hacking.json, which notebook 04 draws. About six minutes on two
 cores.
 """
@@ -35,7 +35,7 @@ class HackingConfig:
 
     rewards: int = 4
     """reward models, each fitted to prefixes of its own"""
-    prefixes: int = 50
+    prefixes: int = 25
     """of each"""
     prompts: int = 1_500
     """prefixes that PPO samples at"""
@@ -46,7 +46,7 @@ class HackingConfig:
     )
     """of each"""
     ppo: PPOConfig = field(
-        default_factory=lambda: PPOConfig(steps=24, batch=64, minibatch=32, kl_coefficient=0.005, learning_rate=2e-4)
+        default_factory=lambda: PPOConfig(steps=20, batch=64, minibatch=32, kl_coefficient=0.005, learning_rate=2e-4)
     )
     """a nat of KL costs a two-hundredth of a standard deviation of the reward"""
 
@@ -70,6 +70,7 @@ def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Pre
     train_reward_model(model, few, config.reward_model, precision=task.precision, seed=i, progress=None)
     learned, prompts, rows = LearnedReward(model, precision=task.precision), held_out_prefixes(task, parts), []
     drawn = learned([preferences.prompts[p] for p in preferences.prompt_of], preferences.completions)
+    deviation = drawn.std() or 1.0  # a reward that never ranked held-out pairs better than chance is kept as it began: constant
 
     def evaluate(policy: nn.Module, step: int) -> dict[str, float]:
         found = evaluate_policy(
@@ -82,7 +83,7 @@ def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Pre
             seed=task.seed,
             precision=task.precision,
         )
-        given = float((np.mean(learned(prompts, found.completions)) - drawn.mean()) / drawn.std())
+        given = float((np.mean(learned(prompts, found.completions)) - drawn.mean()) / deviation)
         row = {"step": step, "given": given, "reward": found.reward, "reward_se": found.reward_se, "kl": found.kl}
         rows.append({**row, "text": found.texts[0]})
         return {"given": given, "reward": found.reward, "kl": found.kl}
