@@ -66,7 +66,7 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) and tuple(table[0]) == COLUMNS
     shipped = json.loads((tmp_path / "frontier.json").read_text())
-    assert shipped["commit"] and shipped["config"]["samples"] == 16 and len(shipped["optimal"]["kl"]) == 80
+    assert shipped["commit"] and shipped["config"]["samples"] == 16 and len(shipped["optimal"]["kl"]) == 100
     assert all(len(shipped["runs"][run.name]["samples"]) == 8 for run in RUNS)
     sweep = recorded(tmp_path)
     assert sweep.rows == rows and set(sweep.runs()) >= set(RUNS) and sweep.provenance["commit"] == shipped["commit"]
