@@ -3,8 +3,8 @@
     python benchmarks/hacking.py
 
 Fits a reward model to the pairs of 25 prefixes, several times over, each time of other ones, and lets PPO push each of them
-while its KL costs hardly anything. Writes dpo_lab/assets/hacking.json, which notebook 04 draws. About six minutes on two
-cores.
+while its KL costs hardly anything. Writes dpo_lab/assets/hacking.json, which notebook 04 draws. About eight minutes of
+one core.
 """
 
 import tempfile
