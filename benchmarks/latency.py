@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def main(config: LatencyConfig) -> None:
         name: {"median": statistics.median(values), "p95": float(np.quantile(values, 0.95)), "milliseconds": values}
         for name, values in milliseconds.items()
     }
-    write_json(RESULTS, {"provenance": provenance(), "pause": config.pause, **result})
+    write_json(RESULTS, {"provenance": provenance(), "ipykernel": version("ipykernel"), "pause": config.pause, **result})
     for name, values in result.items():
         print(f"{config.drags} drags {name}: median {values['median']:.0f} ms, p95 {values['p95']:.0f} ms")
 

@@ -165,7 +165,7 @@ def latency() -> str:
     apart, row = result["apart"], result["in a row"]
     return (
         f"From the move of beta's slider to the new picture in the page, over {len(apart['milliseconds'])} drags {result['pause']} s "
-        f"apart: median {apart['median']:.0f} ms, 95 % within {apart['p95']:.0f} ms. Where the next move follows as soon as the "
+        f"apart, with ipykernel {result['ipykernel']}: median {apart['median']:.0f} ms, 95 % within {apart['p95']:.0f} ms. Where the next move follows as soon as the "
         f"picture is there: {row['median']:.0f} and {row['p95']:.0f} ms." + _origin(result)
     )
 
