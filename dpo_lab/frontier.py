@@ -110,6 +110,7 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         file.parent.name: {k: part[k] for k in ("samples", "scores", "peak_memory_mb")}
         for file, part in zip(files[1:], found[1:])
     }
+    origin |= {"commit": ", ".join(dict.fromkeys(part["commit"] for part in found))}  # runs that were kept have their own
     write_json(out / "frontier.json", {**origin, "config": settings(config), "optimal": found[0]["optimal"], "runs": kept})
     return rows
 

@@ -105,7 +105,10 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     tokens = [row["tokens"] for row in rows if row["method"] == "ppo-gt"]
     assert tokens[0] > 0 and tokens[1] - tokens[0] <= 8 * 6 and tokens == sorted(tokens)
     monkeypatch.setattr(frontier, "load_parts", lambda task: pytest.fail("everything has run already"))
+    finished = tmp_path / RUNS[1].name / "rows.json"
+    finished.write_text(json.dumps({**json.loads(finished.read_text()), "commit": "0123456789ab"}))
     assert frontier.frontier(config(tiny), tmp_path, runs=RUNS) == rows
+    assert recorded(tmp_path).provenance["commit"] == f"{shipped['commit']}, 0123456789ab"
 
 
 def test_a_sweep_that_is_not_there_is_named(tmp_path):
