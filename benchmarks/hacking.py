@@ -16,7 +16,6 @@ import numpy as np
 import tyro
 from torch import nn
 
-from dpo_lab.evaluate import evaluate_policy
 from dpo_lab.imdb import sample_prefixes
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import EMBEDDED, ScalarModel, end_tokens, load_model
@@ -24,7 +23,7 @@ from dpo_lab.ppo import PPOConfig, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import provenance, write_json
-from dpo_lab.task import LANES, Parts, TaskConfig, held_out_prefixes, label, load_parts, measured_precision
+from dpo_lab.task import LANES, Parts, TaskConfig, held_out_prefixes, label, load_parts, measured_precision, task_evaluation
 
 RESULTS = EMBEDDED.parent / "hacking.json"
 
@@ -73,16 +72,7 @@ def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Pre
     deviation = drawn.std() or 1.0  # a reward that never ranked held-out pairs better than chance is kept as it began: constant
 
     def evaluate(policy: nn.Module, step: int) -> dict[str, float]:
-        found = evaluate_policy(
-            policy,
-            parts.reference,
-            prompts,
-            parts.reward,
-            parts.tokenizer,
-            max_new_tokens=task.max_new_tokens,
-            seed=task.seed,
-            precision=task.precision,
-        )
+        found = task_evaluation(task, parts, policy, prompts)
         given = float((np.mean(learned(prompts, found.completions)) - drawn.mean()) / deviation)
         row = {"step": step, "given": given, "reward": found.reward, "reward_se": found.reward_se, "kl": found.kl}
         rows.append({**row, "text": found.texts[0]})

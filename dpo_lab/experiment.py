@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy
+from dpo_lab.evaluate import Evaluation, OptimalFrontier
 from dpo_lab.imdb import sample_prefixes
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
@@ -42,6 +42,7 @@ from dpo_lab.task import (
     reference_frontier,
     save_policy,
     sft,
+    task_evaluation,
 )
 from dpo_lab.train import DPOConfig, check_config, train_dpo
 
@@ -119,17 +120,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
 
     def evaluation(model: torch.nn.Module, n: int, progress: str | None = None) -> Evaluation:
         return_freed_memory()  # else what one phase kept in odd places adds to what the next one needs
-        return evaluate_policy(
-            model,
-            parts.reference,
-            prompts[:n],
-            parts.reward,
-            parts.tokenizer,
-            max_new_tokens=config.task.max_new_tokens,
-            seed=config.task.seed,
-            precision=config.task.precision,
-            progress=progress,
-        )
+        return task_evaluation(config.task, parts, model, prompts[:n], progress)
 
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
         result = evaluation(model, max(8, len(prompts) // 4)) if step else before
@@ -171,17 +162,8 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     join(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     parts = load_parts(replace(task, model=summary["reference"]))
-    result = evaluate_policy(
-        load_model(str(run / "policy"), device=task.device),
-        parts.reference,
-        held_out_prefixes(task, parts),
-        parts.reward,
-        parts.tokenizer,
-        max_new_tokens=task.max_new_tokens,
-        seed=task.seed,
-        precision=task.precision,
-        progress="evaluate",
-    )
+    policy = load_model(str(run / "policy"), device=task.device)
+    result = task_evaluation(task, parts, policy, held_out_prefixes(task, parts), "evaluate")
     summary = {**_summary(result), "prefixes": task.eval_prefixes, **provenance()}
     write_json(run / "evaluation.json", summary)
     return summary

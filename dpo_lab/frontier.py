@@ -20,7 +20,7 @@ from safetensors.torch import save_model as save_weights
 from tqdm.auto import tqdm
 
 from dpo_lab.contenders import COLUMNS, Contender, contenders
-from dpo_lab.evaluate import best_of_n, evaluate_policy, frontier_band, optimal_frontier
+from dpo_lab.evaluate import best_of_n, frontier_band, optimal_frontier
 from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import ScalarModel, end_tokens, load_model
@@ -39,6 +39,7 @@ from dpo_lab.task import (
     measured_precision,
     recorded_precision,
     sft,
+    task_evaluation,
 )
 from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 
@@ -160,16 +161,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         nonlocal spent
         start = time.perf_counter()
-        result = evaluate_policy(
-            model,
-            parts.reference,
-            prompts,
-            parts.reward,
-            parts.tokenizer,
-            max_new_tokens=task.max_new_tokens,
-            seed=task.seed,
-            precision=task.precision,
-        )
+        result = task_evaluation(task, parts, model, prompts)
         row = {"method": run.method, "setting": run.setting, "seed": run.seed, "step": step, "tokens": tokens}
         row |= {"reward": result.reward, "reward_se": result.reward_se, "kl": result.kl, "kl_se": result.kl_se}
         rows.append(row | {"seconds": round(start - began - spent, 1)})

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import DatasetDict
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_lab.evaluate import OptimalFrontier, optimal_frontier
+from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.loop import LoopConfig
@@ -249,6 +250,23 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
 def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
     """Prefixes of held-out reviews, the same for every seed but for `seed` itself."""
     return sample_prefixes(list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed)
+
+
+def task_evaluation(
+    config: TaskConfig, parts: Parts, policy: nn.Module, prompts: list[list[int]], progress: str | None = None
+) -> Evaluation:
+    """`evaluate_policy` on the task: its reference, reward, longest completion, seed and precision."""
+    return evaluate_policy(
+        policy,
+        parts.reference,
+        prompts,
+        parts.reward,
+        parts.tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        precision=config.precision,
+        progress=progress,
+    )
 
 
 def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> OptimalFrontier:

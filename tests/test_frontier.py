@@ -179,13 +179,13 @@ def test_the_shipped_repeats_have_seeds_and_samples():
 
 def test_after_sft_every_contender_starts_from_the_tuned_reference(tiny, tmp_path, monkeypatch):
     tuned = replace(config(tiny), task=replace(config(tiny).task, sft_epochs=1, sft_learning_rate=1e-2))
-    seen, evaluate_policy = [], frontier.evaluate_policy
+    seen, task_evaluation = [], frontier.task_evaluation
 
-    def spy(policy, reference, *rest, **options):
-        seen.append((weights_hash(policy), weights_hash(reference)))
-        return evaluate_policy(policy, reference, *rest, **options)
+    def spy(config, parts, policy, prompts):
+        seen.append((weights_hash(policy), weights_hash(parts.reference)))
+        return task_evaluation(config, parts, policy, prompts)
 
-    monkeypatch.setattr(frontier, "evaluate_policy", spy)
+    monkeypatch.setattr(frontier, "task_evaluation", spy)
     frontier.frontier(tuned, tmp_path, runs=[RUNS[2]])
     expected = weights_hash(load_model(str(tmp_path / "data" / "sft" / "model")))
     assert expected != weights_hash(load_model(str(tiny))) and seen[0] == (expected, expected)
