@@ -197,18 +197,19 @@ def score_completions(
         size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
         batches.append(order[-size:])
         del order[-size:]
-    mine, found = my_share(batches), []
+    mine = my_share(batches)
+    # one tensor for all: kept between them, a small one from each batch would cut the memory that the next could have used
+    logps = torch.empty(len(completions), dtype=torch.float64)
     model.eval()
     bar = tqdm(total=sum(map(len, mine)), desc=progress, disable=not (progress and is_main()), unit="completion")
     try:
         with bar, autocast(device.type, precision):
             for now in mine:
                 batch = completion_batch(prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share)
-                found.append(completion_logps(model, batch.to(device)).cpu().double())
+                logps[now] = completion_logps(model, batch.to(device)).cpu().double()
                 bar.update(len(now))
     finally:
         model.train(training)
-    logps = torch.empty(len(completions), dtype=torch.float64)
-    for now, values in zip(batches, whole(found)):
+    for now, values in zip(batches, whole([logps[now] for now in mine])):
         logps[now] = values
     return logps

@@ -27,7 +27,7 @@ from dpo_lab.logprobs import (
     completion_states,
 )
 from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers
-from dpo_lab.models import lora
+from dpo_lab.models import lora, return_freed_memory
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, plan_prompts
 
@@ -147,6 +147,7 @@ def plan(
         "train": flops["train"] / rate[precision],
         "evaluate": sampled * drawn / drawing + scored * forward / rate["float32"],
     }
+    return_freed_memory()  # what the measured passes held
     weights = sum(p.numel() * p.element_size() for p in reference.parameters())
     always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
     if config.lora_rank:

@@ -1,6 +1,9 @@
 """Completion log-probs against a plain loop over tokens in float64, and what they cost in memory."""
 
 import math
+import os
+import subprocess
+import sys
 import weakref
 from functools import cache
 from types import SimpleNamespace
@@ -418,3 +421,30 @@ def test_a_completion_may_fill_the_context():
 def test_an_unknown_reduction_is_named():
     with pytest.raises(ValueError, match="reduction is 'average'; it must be 'sum' .* or 'none'"):
         completion_logps(shared_model("gpt2"), completion_batch([[0]], [[1]], [0]), reduction="average")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory where Linux keeps it")
+def test_memory_does_not_grow_with_the_batches_scored():
+    """In a process of its own, whose heap nothing has cut into pieces yet."""
+    source = """
+import sys, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from dpo_lab.logprobs import score_completions
+from dpo_lab.models import keep_freed_memory, prepare_model
+
+def score(n):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 9, (n,), generator=generator).tolist()
+    score_completions(model, [[5] * length for length in lengths], [[7] * 48] * (4 * n), [i // 4 for i in range(4 * n)])
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+keep_freed_memory()
+torch.manual_seed(0)
+model = prepare_model(GPT2LMHeadModel(GPT2Config(vocab_size=8192, n_positions=64, n_embd=16, n_layer=1, n_head=2)))
+print(score(200), score(1200))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    few, many = map(float, found.stdout.split())
+    assert many < few + 200, (few, many)
