@@ -80,9 +80,9 @@ def open_notebook(browser: BrowserContext, address: str, notebook: str) -> Itera
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(f"{address}/lab/workspaces/{notebook}/tree/{notebook}.ipynb")
     page.locator(".jp-CodeCell").first.wait_for(timeout=90_000)
-    page.locator(".jp-Toolbar-kernelStatus[data-status=idle], .jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(
-        timeout=90_000
-    )
+    # before there is a kernel it says idle, too
+    page.locator(".jp-KernelName", has_not_text="No Kernel").first.wait_for(timeout=90_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(timeout=90_000)
     yield page, errors
     page.close()
 
