@@ -39,6 +39,20 @@ def test_every_dependency_is_pinned_within_its_bound(requirement):
     assert requirement.specifier.contains(versions[0], prereleases=True)
 
 
+def test_every_pin_installs_on_the_oldest_python_that_is_allowed():
+    oldest = re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])[1] + ".0"  # Debian 12 has 3.11.2
+    refused, seen = [], 0
+    for line in PIN_LINES:
+        try:
+            needs = distribution(line.split("==")[0]).metadata["Requires-Python"]
+        except PackageNotFoundError:  # of another system, or of an extra that is not installed
+            continue
+        seen += 1
+        if needs and oldest not in SpecifierSet(needs):
+            refused.append(f"{line} needs Python {needs}")
+    assert refused == [] and seen > 100
+
+
 def test_everything_the_installed_dependencies_need_is_pinned():
     pins = {canonicalize_name(line.split("==")[0]) for line in PIN_LINES}
     seen, missing = set(), set()
