@@ -79,5 +79,8 @@ def model(tiny):
 
 
 def pytest_collection_modifyitems(items):
-    """The notebooks first: they take longest, and the other worker does everything else meanwhile."""
+    """A file goes to one worker whole, but for the notebooks: they take longest, so they come first and by themselves."""
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
+    for item in items:
+        alone = item.path.stem == "test_notebooks"
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
