@@ -41,6 +41,7 @@ clean-env: ## Remove .venv; the next target sets it up again
 		echo 'No usable Python found: install Python 3.11 or newer with its venv module, or name one: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@echo 'Installing dpo-lab and its dependencies into .venv: 2 to 10 minutes, only the first time or after they change.'
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	$(INSTALL) -U pip  # which resolves the pins in seconds; that of Python 3.11 needs a minute
 	$(INSTALL) -e .
 	@touch $@
 
