@@ -244,7 +244,11 @@ def root_scale(axis: Any, most: float) -> None:
     """A scale of square roots, on which 1 nat and 40 can both be seen."""
     functions = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)
     axis.axes.set(**{f"{axis.axis_name}scale": FuncScale(axis, functions), f"{axis.axis_name}lim": (0, 1.1 * most)})
-    axis.set_major_locator(FixedLocator([tick for tick in (0, 0.5, 2, 5, 10, 20, 40, 80, 160) if tick <= 1.1 * most]))
+    ticks = [0.0]
+    for tick in (0.5, 2, 5, 10, 20, 40, 80, 160):
+        if tick <= 1.1 * most and tick**0.5 - ticks[-1] ** 0.5 >= (1.1 * most) ** 0.5 / 8:
+            ticks.append(tick)
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter("{x:g}")
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.plots import (
@@ -21,6 +22,7 @@ from dpo_lab.plots import (
     plot_race,
     plot_rewards,
     plot_simplex,
+    root_scale,
     token_html,
 )
 
@@ -139,6 +141,16 @@ def test_every_beta_has_a_panel_on_one_scale():
     panels = plot_betas({0.1: points, 5.0: points[:1]}, optimal).axes
     assert [axes.get_title() for axes in panels] == ["beta 0.1", "beta 5"] and len({axes.get_xlim() for axes in panels}) == 1
     assert list(panels[0].get_lines()[1].get_xdata()) == [0, 4]
+
+
+@pytest.mark.parametrize("most", [0.6, 1, 4, 7, 30, 60, 220])
+def test_ticks_of_a_root_scale_do_not_touch(most):
+    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    axes = figure.subplots(1, 2)[0]
+    root_scale(axes.xaxis, most)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 1 and all(right.x0 - left.x1 > 3 for left, right in zip(boxes, boxes[1:]))
 
 
 def test_pairs_are_counted_on_the_side_where_they_stand():
