@@ -28,7 +28,7 @@ bench: .venv/.installed-test ## Measure speed beside TRL and a textbook loop (ab
 bench-gpu: .venv/.installed-test ## The same on a GPU, where there is one
 	.venv/bin/python benchmarks/speed.py --device cuda $(ARGS)
 
-site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (about 7 minutes)
+site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (7 to 20 minutes)
 	$(INSTALL) -e '.[site,trl]'
 	.venv/bin/python -m sphinx -q -W --keep-going -c docs . site
 

@@ -11,7 +11,7 @@ autodoc_member_order = "bysource"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
-nb_execution_timeout = 600
+nb_execution_timeout = 1800  # seconds a cell, for machines that do other work beside
 nb_execution_raise_on_error = True
 nb_mime_priority_overrides = [("html", "image/png", 0)]  # sliders show their first picture; a page has no kernel to move them
 
