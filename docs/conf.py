@@ -2,7 +2,7 @@
 
 project = "DPO Lab"
 author = "The DPO Lab authors"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx-mathjax-offline", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "docs/*.md", "notebooks/*.ipynb"]
 html_theme = "furo"
@@ -13,6 +13,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_timeout = 1800  # seconds a cell, for machines that do other work beside
 nb_execution_raise_on_error = True
+nb_ipywidgets_js = {}  # no page asks another host for anything
 nb_mime_priority_overrides = [("html", "image/png", 0)]  # sliders show their first picture; a page has no kernel to move them
 
 
