@@ -203,6 +203,8 @@ def contender_lines() -> str:
             f"| {row['label']} | {row['reward']:.3f} ± {row['reward_se']:.3f} | {row['kl']:.2f} | {share} | {row['seconds']:.0f} "
             f"| {row['tokens']:,} | {memory} |"
         )
+    if result.seconds:
+        lines += ["", f"All {len(result.peak_memory_mb)} runs took {result.seconds / 60:.0f} minutes of wall clock."]
     return "\n".join(lines) + _origin({"provenance": result.provenance})
 
 

@@ -78,6 +78,8 @@ class Recorded:
     peak_memory_mb: dict[str, int]
     """of each run's process"""
     provenance: dict[str, str]
+    seconds: int | None
+    """wall clock of the sweep, data and reward model included; None where more than one call of `dpo-lab frontier` made it"""
 
     @property
     def before(self) -> float:
@@ -154,4 +156,5 @@ def recorded(folder: Path | None = None) -> Recorded:
         {name: run["scores"] for name, run in found["runs"].items() if run["scores"]},
         {name: run["peak_memory_mb"] for name, run in found["runs"].items()},
         {name: found[name] for name in ("commit", "command", "machine", "versions")},
+        found.get("seconds"),
     )

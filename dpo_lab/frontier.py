@@ -48,13 +48,13 @@ from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 class FrontierConfig:
     """The sweep."""
 
-    task: TaskConfig = field(default_factory=lambda: TaskConfig(prefixes=4_000, eval_prefixes=256))
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(prefixes=3_000, eval_prefixes=256))
     """prefixes, completions, reward; the same preferences for every run"""
     batch_pairs: int = 64
     """pairs a step of DPO, unlikelihood and Preferred-FT; the paper's"""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=128))
     """of DPO, unlikelihood and Preferred-FT"""
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=32, eval_every=8))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=24, eval_every=8))
     """of PPO and PPO-GT"""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """of PPO"""
@@ -72,6 +72,7 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     if launched() > 1:
         raise ValueError(f"frontier was launched {launched()} times; it starts processes of its own (jobs), so launch it once")
     runs = contenders(config.task.seed) if runs is None else runs
+    began = time.perf_counter()
     origin, config = provenance(), replace(config, task=recorded_precision(config.task, out))
     if (out / "config.json").exists():
         open_run(out, settings(config), resume=True)
@@ -112,7 +113,11 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         for file, part in zip(files[1:], found[1:])
     }
     origin |= {"commit": ", ".join(dict.fromkeys(part["commit"] for part in found))}  # runs that were kept have their own
-    write_json(out / "frontier.json", {**origin, "config": settings(config), "optimal": found[0]["optimal"], "runs": kept})
+    seconds = round(time.perf_counter() - began) if len(todo) == len(runs) else None
+    write_json(
+        out / "frontier.json",
+        {**origin, "seconds": seconds, "config": settings(config), "optimal": found[0]["optimal"], "runs": kept},
+    )
     return rows
 
 

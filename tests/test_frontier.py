@@ -58,6 +58,7 @@ def test_the_paper_s_sweep_has_22_runs():
 def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS[:2])
     assert {row["method"] for row in rows} == {"dpo", "ppo", "sft", "best-of-n"}
+    assert isinstance(recorded(tmp_path).seconds, int)  # one call made it all
     ran, original = [], frontier.run_contender
     monkeypatch.setattr(frontier, "run_contender", lambda run, *rest: ran.append(run) or original(run, *rest))
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS)
@@ -69,6 +70,7 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     assert shipped["commit"] and shipped["config"]["samples"] == 16 and len(shipped["optimal"]["kl"]) == 100
     assert all(len(shipped["runs"][run.name]["samples"]) == 8 for run in RUNS)
     sweep = recorded(tmp_path)
+    assert sweep.seconds is None  # two calls
     assert sweep.rows == rows and set(sweep.runs()) >= set(RUNS) and sweep.provenance["commit"] == shipped["commit"]
     assert sweep.before == next(row["reward"] for row in rows if row["method"] == "sft")
     assert {name: len(scores) for name, scores in sweep.scores.items()} == {RUNS[1].name: 2, RUNS[2].name: 2}
@@ -166,7 +168,7 @@ def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch,
 
 def test_a_share_has_two_ends_past_the_estimate_s_end():
     optimal = OptimalFrontier(np.array([0.5, 0.8, 0.9]), np.array([0.0, 1.0, 2.0]), np.array([64.0, 20.0, 9.0]))
-    sweep = Recorded([{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {})
+    sweep = Recorded([{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {}, None)
     assert sweep.share_bounds(0.65, 1.0) == pytest.approx((0.5, 0.5))
     assert sweep.share_bounds(0.85, 2.5) == pytest.approx((0.35 / 0.45, 0.35 / 0.4))
     assert sweep.share_bounds(0.85, 9.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
