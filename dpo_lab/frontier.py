@@ -48,13 +48,13 @@ from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
 class FrontierConfig:
     """The sweep."""
 
-    task: TaskConfig = field(default_factory=lambda: TaskConfig(prefixes=3_000, eval_prefixes=256))
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(prefixes=2_400, eval_prefixes=256))
     """prefixes, completions, reward; the same preferences for every run"""
     batch_pairs: int = 64
     """pairs a step of DPO, unlikelihood and Preferred-FT; the paper's"""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=128))
     """of DPO, unlikelihood and Preferred-FT"""
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=24, eval_every=8))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(steps=20, eval_every=5))
     """of PPO and PPO-GT"""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """of PPO"""

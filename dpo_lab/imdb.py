@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from dpo_lab.logprobs import Precision, autocast
-from dpo_lab.processes import is_main, my_share, whole
+from dpo_lab.processes import is_main, my_share, side_by_side, whole
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
@@ -102,7 +102,6 @@ def sample_prefixes(
     return [[bos, *ids[:length]] for ids, length in zip(encoded, lengths)]
 
 
-@torch.no_grad()
 def sample_completions(
     model: nn.Module,
     prompts: list[list[int]],
@@ -112,7 +111,7 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    rows: int = 512,
+    rows: int = 256,
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> list[list[list[int]]]:
@@ -121,7 +120,7 @@ def sample_completions(
     A completion that ends has its EOS (`eos_token_id`, or one of several: `models.end_tokens`); one that reaches
     `max_new_tokens` has none. Prompts of similar length go together,
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
-    completions on the same machine, however many processes share the batches.
+    completions on the same machine, however many processes and threads share the batches, of up to `rows` completions.
     """
     device = next(model.parameters()).device
     waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
@@ -133,13 +132,19 @@ def sample_completions(
             batches[-1].append(waiting.pop())
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(batches)))]  # a batch's own, whoever takes it
     mine = my_share(list(zip(batches, seeds)))
+
+    def continued(item: tuple[list[int], int]) -> list[list[int]]:
+        now, own = item
+        generator = torch.Generator(device).manual_seed(own)
+        with torch.no_grad(), autocast(device.type, precision):  # which hold in one thread
+            return _sample(model, [prompts[i] for i in now], eos_token_id, max_new_tokens, temperature, generator)
+
     sampled = []
     bar = tqdm(total=sum(len(now) for now, _ in mine), desc=progress, disable=not (progress and is_main()), unit="completion")
-    with bar, autocast(device.type, precision):
-        for now, own in mine:
-            generator = torch.Generator(device).manual_seed(own)
-            sampled.append(_sample(model, [prompts[i] for i in now], eos_token_id, max_new_tokens, temperature, generator))
-            bar.update(len(now))
+    with bar:
+        for found in side_by_side(continued, mine) if device.type == "cpu" else map(continued, mine):
+            sampled.append(found)
+            bar.update(len(found))
     completions: list[list[list[int]]] = [[] for _ in prompts]
     for now, found in zip(batches, whole(sampled)):
         for i, tokens in zip(now, found):

@@ -20,8 +20,8 @@ from dpo_lab.layout import CompletionBatch, Tokens, check_tokens, completion_bat
 from dpo_lab.processes import is_main, my_share, whole
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
-LOGITS_IN_A_CHUNK = 2**23  # 32 MiB of float32 logits: stays in a CPU's cache, and is small beside any model
-KEPT_LOGITS_BYTES = 2**27  # logits up to 128 MiB wait for the backward pass; beyond that it computes them again
+LOGITS_IN_A_CHUNK = 2**24  # 64 MiB of float32 logits: rows enough for matmuls to be fast, and small beside any model
+KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass; beyond that it computes them again
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
 
 
@@ -163,7 +163,9 @@ class _TokenLogps(torch.autograd.Function):
                 g[torch.arange(len(g), device=g.device), targets[rows]] -= 1
                 g.mul_(-grad[rows, None].to(g.dtype))  # d loss / d logits
                 grad_h[rows] = g @ w
-                if grad_w is not None:
+                if grad_w is not None and grad_w.dtype == g.dtype:
+                    torch.addmm(grad_w, g.T, h[rows], out=grad_w)  # without another (V, D) beside it
+                elif grad_w is not None:
                     grad_w += g.T @ h[rows]
                 if grad_b is not None:
                     grad_b += g.sum(0)

@@ -1,18 +1,20 @@
-"""Work shared among the processes that `accelerate launch` starts; alone, a process does all of it and waits for nobody.
+"""Work shared among the processes that `accelerate launch` starts, or among threads; alone, a process does all of it.
 
 What gathers (`gathered`, `whole`, `from_main`, and what calls them) must be called in every process, in the same order.
 """
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-T = TypeVar("T")
+T, S = TypeVar("T"), TypeVar("S")
 SHARD = "DPO_LAB_SHARD"  # environment variable, "true" or "false"
 
 
@@ -70,6 +72,23 @@ def whole(mine: Sequence[T]) -> list[T]:
     """What all processes made of their shares, in the order of the items that were shared."""
     parts = gathered(mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def side_by_side(call: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """`call` of each of the items, in their order, as many at a time as torch has threads, each on one of them.
+
+    Where kernels are small, as many of them as there are cores finish sooner than one after the other on all cores.
+    """
+    threads = torch.get_num_threads()
+    if min(threads, len(items)) < 2:
+        yield from map(call, items)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(call, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads that start later, too
 
 
 def from_main(call: Callable[..., T], *arguments: Any) -> T:

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import make_reviews
 
 from dpo_lab import imdb
 from dpo_lab.imdb import _draw, _first_above, clean, load_imdb, reviews_csv, sample_completions, sample_prefixes, texts_of
+from dpo_lab.processes import side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,40 @@ def test_completions_end_with_eos_or_at_the_limit(model):
     assert any(ids[-1] == 17 for row in samples for ids in row)
     assert samples == sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=1)
     assert samples != sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=2)
+
+
+def test_threads_share_the_batches_and_sample_the_same(model):
+    prompts, found, before = [[0, 5 + i] for i in range(12)], [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(sample_completions(model, prompts, 2, eos_token_id=17, max_new_tokens=9, seed=3, rows=4))
+            assert torch.get_num_threads() == threads and torch.is_grad_enabled()
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+def test_side_by_side_keeps_the_order_raises_and_stops_with_its_reader():
+    begun, before = [], torch.get_num_threads()
+
+    def square(i):
+        begun.append(i)
+        time.sleep(0.01 * (i % 2 == 0))
+        return 1 // (7 - i) * 0 + i * i
+
+    try:
+        torch.set_num_threads(2)
+        assert list(side_by_side(square, range(6))) == [0, 1, 4, 9, 16, 25]
+        with pytest.raises(ZeroDivisionError):
+            list(side_by_side(square, range(100)))
+        begun.clear()
+        results = side_by_side(square, [0] * 100)
+        next(results)
+        results.close()
+        assert len(begun) < 50 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sampling_leaves_the_global_random_state_alone(model):
