@@ -212,16 +212,16 @@ def contender_lines() -> str:
 
 
 def spread_lines() -> str:
-    """What the shipped runs of several seeds end with."""
+    """What the shipped runs of several seeds end with: the repeats, and what the sweep repeats of itself."""
     result = recorded(REPEATS)
     lines = [
         "| at the end of training | seeds | reward | sequence KL (nats) | share of the optimal gain | least gain of a seed |",
         "|---" * 6 + "|",
     ]
-    for row in result.spread():
+    for row in [*result.spread(), *recorded().spread()]:
         share = " to ".join(dict.fromkeys(f"{end:.0%}" for end in row["share"]))
         lines.append(
-            f"| {row['method']}, {row['setting']:g} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
+            f"| {row['name']} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
             f"| {share} | {row['least_gain']:.3f} |"
         )
     return "\n".join(lines) + _origin({"provenance": result.provenance})

@@ -110,8 +110,8 @@ class Recorded:
         return list(found.values())
 
     def spread(self) -> list[dict[str, Any]]:
-        """Of each method and setting that ran with more than one seed: the number of seeds and, of its last evaluations, mean
-        and standard deviation of the reward, mean KL, `share_bounds` at the means, and the least gain over the reference."""
+        """Of each method and setting that ran with more than one seed: its name, the number of seeds and, of its last evaluations,
+        mean and standard deviation of the reward, mean KL, `share_bounds` at the means, and the least gain over the reference."""
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for run, rows in self.runs().items():
             groups.setdefault((run.method, run.setting), []).append(rows[-1])
@@ -120,7 +120,9 @@ class Recorded:
             if len(rows) > 1:
                 rewards = [row["reward"] for row in rows]
                 reward, kl = float(np.mean(rewards)), float(np.mean([row["kl"] for row in rows]))
-                line = {"method": LABELS[method][0], "setting": setting, "seeds": len(rows), "reward": reward, "kl": kl}
+                label, what = LABELS[method]
+                name = label if what == "seed" else f"{label}, {what} {setting:g}"
+                line = {"name": name, "seeds": len(rows), "reward": reward, "kl": kl}
                 line |= {"reward_sd": float(np.std(rewards, ddof=1)), "share": self.share_bounds(reward, kl)}
                 found.append(line | {"least_gain": min(rewards) - self.before})
         return found
