@@ -2,6 +2,9 @@
 
 import errno
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +147,11 @@ def test_the_hash_takes_models_with_a_single_number_as_a_weight():
     before = weights_hash(model)
     model.scale += 1
     assert weights_hash(model) != before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory")
+def test_peak_memory_leaves_out_that_of_the_process_that_started_this_one():
+    held = b"1" * 1_500_000_000
+    code = "from dpo_lab.runs import peak_memory_mb; print(peak_memory_mb())"
+    peak = float(subprocess.check_output([sys.executable, "-c", code]))
+    assert 20 < peak < 1_200 < peak_memory_mb() and len(held)
