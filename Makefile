@@ -13,7 +13,7 @@ lab: .venv/.installed ## Open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks/
 
 test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 demo: .venv/.installed ## Train with dpo-lab; ARGS="--help" goes to dpo-lab train
 	.venv/bin/dpo-lab train $(ARGS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2LMHeadModel, set_seed
+from xdist.scheduler import LoadScopeScheduling
 
 from dpo_lab import task
 from dpo_lab.models import load_model, load_tokenizer
@@ -79,8 +80,20 @@ def model(tiny):
 
 
 def pytest_collection_modifyitems(items):
-    """A file goes to one worker whole, but for the notebooks: they take longest, so they come first and by themselves."""
+    """Notebooks take longest, so they come first."""
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
-    for item in items:
-        alone = item.path.stem == "test_notebooks"
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
+
+
+class FileByFile(LoadScopeScheduling):
+    """A file goes to one worker whole, for its tests share fixtures; each notebook goes by itself.
+
+    xdist's own groups (3.8) are no longer seen by pytest 9.2, and it then deals out single tests.
+    """
+
+    def _split_scope(self, nodeid):
+        return nodeid if "test_notebooks.py" in nodeid else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return FileByFile(config, log)

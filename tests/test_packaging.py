@@ -6,11 +6,13 @@ import stat
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import FileByFile
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -156,3 +158,16 @@ def test_make_help_lists_the_targets(checkout):
     listed = [line.split()[1] for line in make(checkout).stdout.splitlines()]
     assert {"lab", "test", "demo"} <= set(listed)
     assert make(checkout, "help").stdout == make(checkout).stdout
+
+
+def test_a_file_s_tests_share_a_worker_and_notebooks_do_not():
+    split = partial(FileByFile._split_scope, None)
+    assert (
+        split("tests/test_experiment.py::test_a[x::y]")
+        == split("tests/test_experiment.py::test_b")
+        != split("tests/test_cli.py::test_b")
+    )
+    assert split("tests/test_notebooks.py::test_a_notebook_runs[04]") != split(
+        "tests/test_notebooks.py::test_a_notebook_runs[05]"
+    )
+    assert "--dist loadscope --no-loadscope-reorder" in (ROOT / "Makefile").read_text()  # which ask the scheduler of conftest
