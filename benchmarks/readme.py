@@ -120,18 +120,21 @@ def speed() -> str:
     """Every contender on every workload."""
     lines = [
         "| job, workload | contender | precision | pairs/s (least, most) | without the reference | completion tokens/s "
-        "| reference tokens/s | peak memory | share of the limit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| reference tokens/s | peak memory | share of the limit | loss off by |",
+        "|---" * 10 + "|",
     ]
     result = _result("cpu")
+    ours = [row for row in result["table"] if (row["contender"], row["precision"]) == ("dpo_lab", "float32")]
+    exact = {(row["job"], row["workload"]): row["loss"] for row in ours}
     for row in result["table"]:
         least, most = row["spread"]
         apart = f"{row['reference_tokens_per_second']:,.0f}" if row["reference_tokens_per_second"] else ""
+        error = f"{abs(row['loss'] - exact[row['job'], row['workload']]):.0e}" if row not in ours else ""
         lines.append(
             f"| {row['job']}, {row['workload']} | {row['contender']} | {row['precision']} "
             f"| {row['pairs_per_second']:.2f} ({least:.2f}, {most:.2f}) | {row['pairs_per_second_without_reference']:.2f} "
             f"| {row['completion_tokens_per_second']:,.0f} | {apart} "
-            f"| {row['peak_memory_mb'] / 1e3:.1f} GB | {row['share_of_limit']:.0%} |"
+            f"| {row['peak_memory_mb'] / 1e3:.1f} GB | {row['share_of_limit']:.0%} | {error} |"
         )
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in result["matmul_flops_per_second"].items())
     return "\n".join(lines) + _origin(result, f" ({rates}), processes a contender: {_processes(result)}")

@@ -118,11 +118,10 @@ def main(config: SpeedConfig) -> None:
         flops = least_flops(job, name, config.steps, config.seed)
         for contender in taking_part:
             row = summary([r for r in runs if (r["contender"], r["precision"]) == contender], flops, rates)
-            row["loss_error"] = abs(row["loss"] - losses["dpo_lab"])
             table.append(row)
             print(
                 f"{job} {name:<9} {row['contender']:<12} {row['precision']:<9} {row['pairs_per_second']:8.2f} pairs/s "
-                f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit  loss off by {row['loss_error']:.0e}"
+                f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit  loss off by {abs(row['loss'] - losses['dpo_lab']):.0e}"
             )
         rows += runs
     results = RESULTS / ("gpu.json" if config.device == "cuda" else "cpu.json")
