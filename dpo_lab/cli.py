@@ -107,7 +107,7 @@ def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/fron
 
     Args:
         out: where every run has a directory, and `frontier.csv` all their evaluations.
-        repeat: instead of them eleven runs of DPO, PPO and PPO-GT that show the spread between seeds.
+        repeat: instead of them fourteen runs of DPO, PPO, PPO-GT and unlikelihood that show the spread between seeds.
     """
     rows = frontier(config, out, runs=repeats() if repeat else None)
     say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")

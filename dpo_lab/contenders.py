@@ -56,8 +56,9 @@ def contenders(seed: int = 0) -> list[Contender]:
 
 
 def repeats() -> list[Contender]:
-    """Runs that show the spread between seeds, at settings that end under 5 nats: five of PPO-GT, three of DPO and PPO."""
-    settings = {"ppo-gt": (4.8, 5), "dpo": (0.37, 3), "ppo": (4.8, 3)}
+    """Runs that show the spread between seeds, at settings that end within 5 nats: five of PPO-GT, three of each other method but
+    Preferred-FT, of which the sweep has six."""
+    settings = {"ppo-gt": (4.8, 5), "dpo": (0.37, 3), "ppo": (4.8, 3), "unlikelihood": (0.5, 3)}
     return [Contender(method, setting, seed) for seed in range(5) for method, (setting, n) in settings.items() if seed < n]
 
 

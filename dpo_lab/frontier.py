@@ -65,7 +65,7 @@ class FrontierConfig:
 
 
 def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None = None) -> list[dict[str, Any]]:
-    """Run every contender that has not finished yet, and write all their evaluations to `out/frontier.csv`.
+    """Run every contender that has not finished yet, and write the evaluations of all finished runs to `out/frontier.csv`.
 
     Each run has a directory of its own under `out`; a run that was interrupted begins again, a finished one is kept.
     """
@@ -101,22 +101,21 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
                     except BaseException:
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
-    files = [out / "baselines.json", *(out / run.name / "rows.json" for run in runs)]
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-    rows = [row for part in found for row in part["rows"]]
+    reference = json.loads((out / "baselines.json").read_text(encoding="utf-8"))
+    found = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*/rows.json")}
+    finished = sorted(found, key=lambda name: [found[name]["rows"][0][k] for k in ("method", "setting", "seed")])
+    tables = [reference, *(found[name] for name in finished)]
+    rows = [row for table in tables for row in table["rows"]]
     with write_whole(out / "frontier.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    kept = {
-        file.parent.name: {k: part[k] for k in ("samples", "scores", "peak_memory_mb")}
-        for file, part in zip(files[1:], found[1:])
-    }
-    origin |= {"commit": ", ".join(dict.fromkeys(part["commit"] for part in found))}  # runs that were kept have their own
-    seconds = round(time.perf_counter() - began) if len(todo) == len(runs) else None
+    kept = {name: {k: found[name][k] for k in ("samples", "scores", "peak_memory_mb")} for name in finished}
+    origin |= {"commit": ", ".join(dict.fromkeys(table["commit"] for table in tables))}  # runs that were kept have their own
+    seconds = round(time.perf_counter() - began) if len(todo) == len(found) else None
     write_json(
         out / "frontier.json",
-        {**origin, "seconds": seconds, "config": settings(config), "optimal": found[0]["optimal"], "runs": kept},
+        {**origin, "seconds": seconds, "config": settings(config), "optimal": reference["optimal"], "runs": kept},
     )
     return rows
 

@@ -52,7 +52,7 @@ def test_the_paper_s_sweep_has_22_runs():
     by_method = {method: [run.setting for run in runs if run.method == method] for method in {run.method for run in runs}}
     assert by_method["dpo"] == [0.05, 0.1, 1, 5] and by_method["unlikelihood"] == [0.05, 0.1, 0.5, 1]
     assert by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12] and len(by_method["preferred-ft"]) == 6
-    assert len({run.name for run in repeats()} - {run.name for run in runs}) == 11
+    assert len({run.name for run in repeats()} - {run.name for run in runs}) == 13  # unlikelihood's first is the sweep's
 
 
 def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
@@ -63,6 +63,7 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     monkeypatch.setattr(frontier, "run_contender", lambda run, *rest: ran.append(run) or original(run, *rest))
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS)
     assert ran == RUNS[2:]
+    assert frontier.frontier(config(tiny), tmp_path, runs=RUNS[:1]) == rows  # what else has finished there stays in the table
     with open(tmp_path / "frontier.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) and tuple(table[0]) == COLUMNS
