@@ -12,7 +12,7 @@ import transformers
 import tyro
 
 from dpo_lab import experiment, task
-from dpo_lab.contenders import repeats
+from dpo_lab.contenders import Repeated, repeats
 from dpo_lab.doctor import doctor
 from dpo_lab.experiment import CONFIGS, ExperimentConfig
 from dpo_lab.frontier import FrontierConfig, frontier
@@ -102,14 +102,16 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
     )
 
 
-def frontier_command(config: Nested[FrontierConfig], out: Path = Path("runs/frontier"), repeat: bool = False) -> None:
+def frontier_command(
+    config: Nested[FrontierConfig], out: Path = Path("runs/frontier"), repeat: tuple[Repeated, ...] = ()
+) -> None:
     """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT. Call it again after an interruption.
 
     Args:
         out: where every run has a directory, and `frontier.csv` all their evaluations.
-        repeat: instead of them fourteen runs of DPO, PPO, PPO-GT and unlikelihood that show the spread between seeds.
+        repeat: instead of them one setting of each of these methods in three seeds, of PPO-GT in five.
     """
-    rows = frontier(config, out, runs=repeats() if repeat else None)
+    rows = frontier(config, out, runs=repeats(*repeat) if repeat else None)
     say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,14 @@ LABELS = {  # and what is varied of it
     "best-of-n": ("best of N", "N"),
     "sft": ("SFT", ""),
 }
-REPEATS = EMBEDDED.parent / "repeats"  # the shipped runs of several seeds: recorded(REPEATS)
+Repeated = Literal["dpo", "ppo", "ppo-gt", "unlikelihood"]
+REPEATED: dict[Repeated, tuple[float, int]] = {  # a setting that ends within 5 nats, and how many seeds
+    "dpo": (0.37, 3),
+    "ppo": (4.8, 3),
+    "ppo-gt": (4.8, 5),
+    "unlikelihood": (0.5, 3),
+}
+REPEATS = [EMBEDDED.parent / name for name in ("repeats", "repeats-unlikelihood")]  # the shipped runs of several seeds
 COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl_se", "seconds", "tokens")
 
 
@@ -55,11 +62,10 @@ def contenders(seed: int = 0) -> list[Contender]:
     return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
 
 
-def repeats() -> list[Contender]:
-    """Runs that show the spread between seeds, at settings that end within 5 nats: five of PPO-GT, three of each other method but
-    Preferred-FT, of which the sweep has six."""
-    settings = {"ppo-gt": (4.8, 5), "dpo": (0.37, 3), "ppo": (4.8, 3), "unlikelihood": (0.5, 3)}
-    return [Contender(method, setting, seed) for seed in range(5) for method, (setting, n) in settings.items() if seed < n]
+def repeats(*methods: Repeated) -> list[Contender]:
+    """The runs of `REPEATED` for these methods, all methods' first seeds first."""
+    settings = [(method, *REPEATED[method]) for method in methods]
+    return [Contender(method, setting, seed) for seed in range(5) for method, setting, n in settings if seed < n]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,12 @@ def test_the_paper_s_sweep_has_22_runs():
     by_method = {method: [run.setting for run in runs if run.method == method] for method in {run.method for run in runs}}
     assert by_method["dpo"] == [0.05, 0.1, 1, 5] and by_method["unlikelihood"] == [0.05, 0.1, 0.5, 1]
     assert by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12] and len(by_method["preferred-ft"]) == 6
-    assert len({run.name for run in repeats()} - {run.name for run in runs}) == 13  # unlikelihood's first is the sweep's
+
+
+def test_a_repeat_is_one_setting_of_a_method_in_several_seeds():
+    assert repeats("unlikelihood") == [Contender("unlikelihood", 0.5, seed) for seed in (0, 1, 2)]
+    runs = repeats("dpo", "ppo", "ppo-gt")
+    assert len(runs) == len({run.name for run in runs}) == 11 and [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
 def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
@@ -156,11 +161,24 @@ def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
 
 
 def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "repeats", lambda: RUNS[4:])
+    monkeypatch.setattr(cli, "repeats", lambda *methods: RUNS[4:] if methods == ("dpo", "ppo") else pytest.fail(str(methods)))
     options = (
         f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
     )
-    assert main(["frontier", "--out", str(tmp_path / "sweep"), *options.split(), "--task.precision", "float32", "--repeat"]) == 0
+    assert (
+        main(
+            [
+                "frontier",
+                "--out",
+                str(tmp_path / "sweep"),
+                *options.split(),
+                "--task.precision",
+                "float32",
+                *"--repeat dpo ppo".split(),
+            ]
+        )
+        == 0
+    )
     assert f"evaluations in {tmp_path / 'sweep' / 'frontier.csv'}" in capsys.readouterr().out
     assert set(recorded(tmp_path / "sweep").samples) == {run.name for run in RUNS[4:]}
     settings = json.loads((tmp_path / "sweep" / "config.json").read_text())
