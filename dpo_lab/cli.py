@@ -109,7 +109,7 @@ def frontier_command(
 
     Args:
         out: where every run has a directory, and `frontier.csv` all their evaluations.
-        repeat: instead of them one setting of each of these methods in three seeds, of PPO-GT in five.
+        repeat: instead of them one setting of each of these methods in three seeds.
     """
     rows = frontier(config, out, runs=repeats(*repeat) if repeat else None)
     say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")

@@ -26,7 +26,7 @@ Repeated = Literal["dpo", "ppo", "ppo-gt", "unlikelihood"]
 REPEATED: dict[Repeated, tuple[float, int]] = {  # a setting that ends within 5 nats, and how many seeds
     "dpo": (0.37, 3),
     "ppo": (4.8, 3),
-    "ppo-gt": (4.8, 5),
+    "ppo-gt": (5.1, 3),
     "unlikelihood": (0.5, 3),
 }
 REPEATS = [EMBEDDED.parent / name for name in ("repeats", "repeats-unlikelihood")]  # the shipped runs of several seeds
