@@ -216,18 +216,18 @@ def contender_lines() -> str:
 
 def spread_lines() -> str:
     """What the shipped runs of several seeds end with: the repeats, and what the sweep repeats of itself."""
-    result = recorded(REPEATS)
+    results = [recorded(folder) for folder in REPEATS]
     lines = [
         "| at the end of training | seeds | reward | sequence KL (nats) | share of the optimal gain | least gain of a seed |",
         "|---" * 6 + "|",
     ]
-    for row in [*result.spread(), *recorded().spread()]:
+    for row in (row for result in (*results, recorded()) for row in result.spread()):
         share = " to ".join(dict.fromkeys(f"{end:.0%}" for end in row["share"]))
         lines.append(
             f"| {row['name']} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
             f"| {share} | {row['least_gain']:.3f} |"
         )
-    return "\n".join(lines) + _origin({"provenance": result.provenance})
+    return "\n".join(lines) + "".join(_origin({"provenance": result.provenance}) for result in results)
 
 
 BLOCKS = {

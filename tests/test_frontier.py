@@ -54,10 +54,10 @@ def test_the_paper_s_sweep_has_22_runs():
     assert by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12] and len(by_method["preferred-ft"]) == 6
 
 
-def test_a_repeat_is_one_setting_of_a_method_in_several_seeds():
+def test_a_repeat_is_one_setting_of_a_method_in_three_seeds():
     assert repeats("unlikelihood") == [Contender("unlikelihood", 0.5, seed) for seed in (0, 1, 2)]
     runs = repeats("dpo", "ppo", "ppo-gt")
-    assert len(runs) == len({run.name for run in runs}) == 11 and [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert len(runs) == len({run.name for run in runs}) == 9 and [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
 def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
@@ -193,11 +193,19 @@ def test_a_share_has_two_ends_past_the_estimate_s_end():
     assert sweep.share_bounds(0.85, 9.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
 
 
-def test_the_shipped_repeats_improve_in_every_seed_and_dpo_has_85_percent_of_the_optimal_gain_within_5_nats():
-    sweep = recorded(REPEATS)
-    rows = {row["name"].split(",")[0]: row for row in sweep.spread()}
-    assert rows["DPO"]["share"][0] >= 0.85 and rows["DPO"]["kl"] <= 5 and rows["DPO"]["seeds"] == 3
-    assert rows["PPO"]["seeds"] == 5 and all(row["least_gain"] > 0.2 for row in rows.values()) and all(sweep.samples.values())
+def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_percent_of_the_optimal_gain_within_5_nats():
+    rows = {row["name"]: row for folder in REPEATS for row in recorded(folder).spread()}
+    assert {name: row["seeds"] for name, row in rows.items()} == {
+        "DPO, beta 0.37": 3,
+        "PPO, learned reward, target KL 4.8": 3,
+        "PPO, true reward, target KL 4.8": 5,
+        "PPO, true reward, target KL 5.1": 3,
+        "unlikelihood, alpha 0.5": 3,
+    }
+    for name in ("DPO, beta 0.37", "PPO, true reward, target KL 5.1"):
+        assert rows[name]["share"][0] >= 0.85 and rows[name]["kl"] <= 5
+    assert all(row["least_gain"] > (0.1 if "unlikelihood" in name else 0.2) for name, row in rows.items())
+    assert all(samples for folder in REPEATS for samples in recorded(folder).samples.values())
 
 
 def test_after_sft_every_contender_starts_from_the_tuned_reference(tiny, tmp_path, monkeypatch):
