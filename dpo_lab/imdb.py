@@ -122,6 +122,38 @@ def sample_completions(
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
     completions on the same machine, however many processes and threads share the batches, of up to `rows` completions.
     """
+    completions, _ = sample_with_logps(
+        model,
+        prompts,
+        k,
+        eos_token_id=eos_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        rows=rows,
+        precision=precision,
+        progress=progress,
+    )
+    return completions
+
+
+def sample_with_logps(
+    model: nn.Module,
+    prompts: list[list[int]],
+    k: int,
+    *,
+    eos_token_id: int | Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    rows: int = 256,
+    precision: Precision = "float32",
+    progress: str | None = None,
+) -> tuple[list[list[list[int]]], list[list[float]]]:
+    """`sample_completions`, and beside each completion its log-prob in nats, under the distribution that it was drawn from.
+
+    At temperature 1 that is what `score_completions` gives, up to rounding: the cache's batches have other shapes.
+    """
     device = next(model.parameters()).device
     waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
     batches: list[list[int]] = []
@@ -133,7 +165,7 @@ def sample_completions(
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(batches)))]  # a batch's own, whoever takes it
     mine = my_share(list(zip(batches, seeds)))
 
-    def continued(item: tuple[list[int], int]) -> list[list[int]]:
+    def continued(item: tuple[list[int], int]) -> list[tuple[list[int], float]]:
         now, own = item
         generator = torch.Generator(device).manual_seed(own)
         with torch.no_grad(), autocast(device.type, precision):  # which hold in one thread
@@ -146,10 +178,12 @@ def sample_completions(
             sampled.append(found)
             bar.update(len(found))
     completions: list[list[list[int]]] = [[] for _ in prompts]
+    logps: list[list[float]] = [[] for _ in prompts]
     for now, found in zip(batches, whole(sampled)):
-        for i, tokens in zip(now, found):
+        for i, (tokens, logp) in zip(now, found):
             completions[i].append(tokens)
-    return completions
+            logps[i].append(logp)
+    return completions, logps
 
 
 MOST_READ = 16  # tokens by which prompts in one batch may differ: those that are read one by one
@@ -162,8 +196,8 @@ def _sample(
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
-) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens`.
+) -> list[tuple[list[int], float]]:
+    """Continue each prompt by up to `max_new_tokens`: the completion, and its log-prob.
 
     Rows that are done leave the batch when they are an eighth of it.
     """
@@ -173,6 +207,7 @@ def _sample(
     end = longest + max_new_tokens
     text = torch.tensor([prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device)  # (B, end)
     ends = lengths + max_new_tokens  # (B,)
+    logps = torch.zeros(len(prompts), dtype=torch.float64, device=device)
     stops = torch.tensor(eos_token_id, device=device)
     cache, rows, done = DynamicCache(config=model.config), torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
     cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -180,8 +215,10 @@ def _sample(
     for t in range(shortest, end):
         mask = torch.ones(len(step), t, dtype=torch.long, device=device)
         logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        step = _draw(torch.softmax(logits[:, -1] / temperature, 1, dtype=torch.float32), generator)  # (b, 1)
+        probabilities = torch.softmax(logits[:, -1] / temperature, 1, dtype=torch.float32)  # (b, V)
+        step = _draw(probabilities, generator)  # (b, 1)
         read = t < lengths[rows]
+        logps[rows] += probabilities.gather(1, step)[:, 0].double().log().masked_fill(read | done, 0.0)
         step[read, 0] = text[rows[read], t]
         text[rows, t] = step[:, 0]
         done = ~read & (torch.isin(step[:, 0], stops) | (t + 1 == ends[rows]) | done)
@@ -191,7 +228,8 @@ def _sample(
         if done.sum() * 8 >= len(done):
             cache.batch_select_indices((~done).nonzero()[:, 0])
             rows, step, done = rows[~done], step[~done], done[~done]
-    return [row[start:stop] for row, start, stop in zip(text.tolist(), lengths.tolist(), ends.tolist())]
+    ids = [row[start:stop] for row, start, stop in zip(text.tolist(), lengths.tolist(), ends.tolist())]
+    return list(zip(ids, logps.tolist()))
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:

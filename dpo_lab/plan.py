@@ -43,14 +43,14 @@ COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}  # of each parameter's ste
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens, FLOPs and seconds of each phase (SFT where there is one, sample, score, train, evaluate), and memory by part."""
+    """Tokens, FLOPs and seconds of each phase (SFT where there is one, sample, train, evaluate), and memory by part."""
 
     tokens: dict[str, int]
     """completion tokens, if none ends before `max_new_tokens`: an upper bound; of SFT, those that are predicted"""
     flops: dict[str, float]
     """matmuls and attention"""
     seconds: dict[str, float]
-    """on this machine; what is neither sampling, scoring nor training (reviews, labels, figures) is left out"""
+    """on this machine; what is neither sampling nor training nor evaluation (reviews, labels, figures) is left out"""
     sampling: dict[str, int]
     """bytes by part while it samples"""
     training: dict[str, int]
@@ -127,14 +127,13 @@ def plan(
     m, (few, many) = eval_prefixes, FRONTIER
     sampled = 2 * m + evaluations * max(8, m // 4) + min(few, m) * many
     scored = 2 * (m + evaluations * max(8, m // 4)) + (evaluations + 1) * 2 * min(SNAPSHOT_PAIRS, n * comb(k, 2))
-    completed = {"sample": n * k, "score": n * k, "train": config.epochs * n * k, "evaluate": sampled + scored}
+    completed = {"sample": n * k, "train": config.epochs * n * k, "evaluate": sampled + scored}
 
     forward = forward_flops(reference, micro) / micro.n
     trained_on = training_flops(reference, micro, precision, again=again, rank=config.lora_rank) / micro.n
     drawn = sampling_flops(reference, sum(map(len, prompts)) / n, max_new_tokens)
     flops = {
         "sample": n * k * drawn,
-        "score": n * k * forward,
         "train": config.epochs * n * k * trained_on,
         "evaluate": sampled * drawn + scored * forward,
     }
@@ -143,7 +142,6 @@ def plan(
     drawing = sampling_rate(reference, prompts, k, max_new_tokens, precision)
     seconds = {
         "sample": flops["sample"] / drawing,
-        "score": flops["score"] / rate[precision],
         "train": flops["train"] / rate[precision],
         "evaluate": sampled * drawn / drawing + scored * forward / rate["float32"],
     }

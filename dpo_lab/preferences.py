@@ -23,7 +23,7 @@ from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
 
-SAME_LOGPS = {"float32": 1e-2, "bfloat16": 0.25}  # nats a completion by which batches of other shapes may differ
+SAME_LOGPS = {"float32": 1e-2, "bfloat16": 0.75}  # nats a completion by which batches of other shapes may differ
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
 JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat template that adds nothing
 Bad = Literal["error", "drop"]
@@ -91,12 +91,22 @@ class Preferences:
             groups.setdefault(int(p), []).append(pair)
         return list(groups.values())
 
-    def with_reference(self, model: nn.Module, *, precision: Precision = "float32", progress: str | None = None) -> "Preferences":
+    def with_reference(
+        self,
+        model: nn.Module,
+        *,
+        known: np.ndarray | None = None,
+        precision: Precision = "float32",
+        progress: str | None = None,
+    ) -> "Preferences":
         """These preferences with the log-probs of `model` beside the completions; computed once for the same weights.
 
-        When they are there already for these weights and tokens, a few are computed again and compared.
+        When they are there already for these weights and tokens, or `known` (N,) from sampling, a few are computed again and
+        compared.
         """
         key = f"{weights_hash(model)}-{self.tokens_hash()}"
+        if known is not None:
+            self = replace(self, reference_logps=known, reference_key=key, reference_precision=precision)
         if self.reference_logps is not None and (self.reference_key, self.reference_precision) == (key, precision):
             some = np.linspace(0, len(self.completions) - 1, 8).astype(int)
             again = score_completions(

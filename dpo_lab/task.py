@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
-from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
+from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import (
@@ -198,7 +198,10 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
 
 
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
-    """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it."""
+    """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it.
+
+    Their log-probs, which sampling knows, are kept beside them.
+    """
     join(config.device)
     path = data / "samples.json"
     config = recorded_precision(config, data)
@@ -211,7 +214,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     prompts = sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed)
     open_run(data, data_config(config), resume=True)
     parts = sft(config, data, parts)
-    completions = sample_completions(
+    completions, logps = sample_with_logps(
         parts.reference,
         prompts,
         config.completions,
@@ -221,7 +224,8 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
         precision=config.precision,
         progress="sample",
     )
-    samples = {"prompts": prompts, "completions": completions, "texts": texts_of(parts.tokenizer, prompts, completions)}
+    texts = texts_of(parts.tokenizer, prompts, completions)
+    samples = {"prompts": prompts, "completions": completions, "logps": logps, "texts": texts}
     with write_whole(path) as temporary:
         temporary.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
     return samples
@@ -246,7 +250,16 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
         scores,
         parts.tokenizer,
         context=context_of(parts.reference),
-    ).with_reference(parts.reference, precision=config.precision, progress="reference log-probs")
+    )
+    known = {
+        (tuple(prompt), tuple(ids)): logp
+        for prompt, rows, logps in zip(samples["prompts"], samples["completions"], samples["logps"])
+        for ids, logp in zip(rows, logps)
+    }
+    drawn = zip((tuple(preferences.prompts[p]) for p in preferences.prompt_of), map(tuple, preferences.completions))
+    preferences = preferences.with_reference(
+        parts.reference, known=np.array([known[row] for row in drawn]), precision=config.precision
+    )
     preferences.save(data / "preferences")
     return preferences
 

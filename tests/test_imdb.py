@@ -1,5 +1,6 @@
 """The real reviews, their split, and what is sampled from them."""
 
+import copy
 import csv
 import random
 import time
@@ -10,7 +11,17 @@ import torch
 from conftest import make_reviews
 
 from dpo_lab import imdb
-from dpo_lab.imdb import _draw, _first_above, clean, load_imdb, reviews_csv, sample_completions, sample_prefixes, texts_of
+from dpo_lab.imdb import (
+    _draw,
+    _first_above,
+    clean,
+    load_imdb,
+    reviews_csv,
+    sample_completions,
+    sample_prefixes,
+    sample_with_logps,
+    texts_of,
+)
 from dpo_lab.processes import side_by_side
 
 
@@ -140,6 +151,26 @@ def test_completions_end_with_eos_or_at_the_limit(model):
     assert any(ids[-1] == 17 for row in samples for ids in row)
     assert samples == sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=1)
     assert samples != sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_beside_samples_are_those_of_a_plain_loop(model, temperature):
+    """Prompts of several lengths in one batch, rows that leave it at an EOS, and any temperature."""
+    prompts = [[0, 5], [0, 6, 7, 8, 9, 10], [0, 8, 2]]
+    completions, logps = sample_with_logps(
+        model, prompts, 30, eos_token_id=17, max_new_tokens=25, temperature=temperature, seed=1
+    )
+    assert len({len(ids) for row in completions for ids in row}) >= 3
+    exact = copy.deepcopy(model).double()
+    for prompt, rows, found in zip(prompts, completions, logps):
+        for ids, logp in zip(rows, found):
+            with torch.no_grad():
+                logits = exact(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
+            expected = sum(float(row.log_softmax(-1)[token]) for row, token in zip(logits, ids))
+            assert logp == pytest.approx(expected, abs=1e-3)
+    assert completions == sample_completions(
+        model, prompts, 30, eos_token_id=17, max_new_tokens=25, temperature=temperature, seed=1
+    )
 
 
 def test_threads_share_the_batches_and_sample_the_same(model):

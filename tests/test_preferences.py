@@ -463,9 +463,19 @@ def test_other_weights_or_tokens_are_computed_anew(some, model, scored):
     assert np.abs(other.reference_logps - once.reference_logps).min() > 0
 
 
-@pytest.mark.parametrize("precision, alteration", [("float32", 0.1), ("float32", np.nan), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("precision, alteration", [("float32", 0.1), ("float32", np.nan), ("bfloat16", 1.0)])
 def test_stored_values_that_were_altered_are_refused(some, model, precision, alteration):
     once = some.with_reference(model, precision=precision)
     altered = replace(once, reference_logps=once.reference_logps + alteration)
     with pytest.raises(ValueError, match="(?s)stored reference_logps .* not this model's .* altered. Delete it"):
         altered.with_reference(model, precision=precision)
+
+
+def test_log_probs_known_from_sampling_are_taken_and_checked(some, model, scored):
+    computed = some.with_reference(model)
+    known = computed.reference_logps + 1e-4
+    taken = some.with_reference(model, known=known)
+    assert np.array_equal(taken.reference_logps, known) and taken.reference_key == computed.reference_key
+    assert scored == [12, 8]
+    with pytest.raises(ValueError, match="not this model's"):
+        some.with_reference(model, known=known[::-1].copy())
