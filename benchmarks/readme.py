@@ -199,15 +199,14 @@ def contender_lines() -> str:
     """What each contender reaches within 5 nats in the shipped sweep, the most reward first."""
     result = recorded()
     lines = [
-        "| within 5 nats, best of its runs | reward | sequence KL (nats) | share of the optimal gain | seconds | tokens | peak memory |",
-        "|---" * 7 + "|",
+        "| within 5 nats, best of its runs | reward | sequence KL (nats) | share of the optimal gain | seconds | tokens |",
+        "|---" * 6 + "|",
     ]
     for row in sorted(result.summary(at_most=5), key=lambda row: -row["reward"]):
         share = f"{row['share']:.0%}" if math.isfinite(row["share"]) else ""
-        memory = f"{row['peak_memory_mb']:,} MB" if row["peak_memory_mb"] else ""
         lines.append(
             f"| {row['label']} | {row['reward']:.3f} ± {row['reward_se']:.3f} | {row['kl']:.2f} | {share} | {row['seconds']:.0f} "
-            f"| {row['tokens']:,} | {memory} |"
+            f"| {row['tokens']:,} |"
         )
     if result.seconds:
         lines += ["", f"All {len(result.peak_memory_mb)} runs took {result.seconds / 60:.0f} minutes of wall clock."]
@@ -215,17 +214,17 @@ def contender_lines() -> str:
 
 
 def spread_lines() -> str:
-    """What the shipped runs of several seeds end with: the repeats, and what the sweep repeats of itself."""
+    """What the shipped runs of several seeds end with."""
     results = [recorded(folder) for folder in REPEATS]
     lines = [
-        "| at the end of training | seeds | reward | sequence KL (nats) | share of the optimal gain | least gain of a seed |",
-        "|---" * 6 + "|",
+        "| at the end of training | seeds | reward | sequence KL (nats) | share of the optimal gain | least gain of a seed | peak memory |",
+        "|---" * 7 + "|",
     ]
-    for row in (row for result in (*results, recorded()) for row in result.spread()):
+    for row in (row for result in results for row in result.spread()):
         share = " to ".join(dict.fromkeys(f"{end:.0%}" for end in row["share"]))
         lines.append(
             f"| {row['name']} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
-            f"| {share} | {row['least_gain']:.3f} |"
+            f"| {share} | {row['least_gain']:.3f} | {row['peak_memory_mb']:,} MB |"
         )
     return "\n".join(lines) + "".join(_origin({"provenance": result.provenance}) for result in results)
 

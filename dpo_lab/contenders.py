@@ -22,8 +22,14 @@ LABELS = {  # and what is varied of it
     "best-of-n": ("best of N", "N"),
     "sft": ("SFT", ""),
 }
-Repeated = Literal["dpo", "ppo", "ppo-gt", "unlikelihood"]
-REPEATED: dict[Repeated, float] = {"dpo": 0.37, "ppo": 4.8, "ppo-gt": 5.1, "unlikelihood": 0.5}  # settings that end within 5 nats
+Repeated = Literal["dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft"]
+REPEATED: dict[Repeated, float] = {  # settings that end within 5 nats
+    "dpo": 0.37,
+    "ppo": 4.8,
+    "ppo-gt": 5.1,
+    "unlikelihood": 0.5,
+    "preferred-ft": 0.0,
+}
 REPEATS = [EMBEDDED.parent / name for name in ("repeats", "repeats-ppo-gt", "repeats-unlikelihood")]  # shipped
 COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl_se", "seconds", "tokens")
 
@@ -100,22 +106,23 @@ class Recorded:
         return {label: rows for label, rows in found.items() if rows}
 
     def summary(self, at_most: float = 5.0) -> list[dict[str, Any]]:
-        """Of each method the evaluation with the highest reward within `at_most` nats, with its run's label, the share of the
-        optimal gain and its process's peak memory in MB (None where there was no training)."""
+        """Of each method the evaluation with the highest reward within `at_most` nats, with its run's label and the share of
+        the optimal gain."""
         found: dict[str, dict[str, Any]] = {}
         for run, rows in self.runs().items():
             for row in rows:
                 if row["kl"] <= at_most and row["reward"] > found.get(run.method, {"reward": -np.inf})["reward"]:
-                    memory = self.peak_memory_mb.get(run.name)
-                    found[run.method] = {**row, "label": run.label, "share": self.share(row), "peak_memory_mb": memory}
+                    found[run.method] = {**row, "label": run.label, "share": self.share(row)}
         return list(found.values())
 
     def spread(self) -> list[dict[str, Any]]:
         """Of each method and setting that ran with more than one seed: its name, the number of seeds and, of its last evaluations,
-        mean and standard deviation of the reward, mean KL, `share_bounds` at the means, and the least gain over the reference."""
+        mean and standard deviation of the reward, mean KL, `share_bounds` at the means, the least gain over the reference, and
+        the largest peak memory of a run's process in MB."""
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for run, rows in self.runs().items():
-            groups.setdefault((run.method, run.setting), []).append(rows[-1])
+            memory = self.peak_memory_mb.get(run.name)
+            groups.setdefault((run.method, run.setting), []).append({**rows[-1], "peak_memory_mb": memory})
         found = []
         for (method, setting), rows in groups.items():
             if len(rows) > 1:
@@ -125,7 +132,8 @@ class Recorded:
                 name = label if what == "seed" else f"{label}, {what} {setting:g}"
                 line = {"name": name, "seeds": len(rows), "reward": reward, "kl": kl}
                 line |= {"reward_sd": float(np.std(rewards, ddof=1)), "share": self.share_bounds(reward, kl)}
-                found.append(line | {"least_gain": min(rewards) - self.before})
+                memory = max(row["peak_memory_mb"] for row in rows)
+                found.append(line | {"least_gain": min(rewards) - self.before, "peak_memory_mb": memory})
         return found
 
     def share_bounds(self, reward: float, kl: float) -> tuple[float, float]:

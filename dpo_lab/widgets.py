@@ -318,7 +318,7 @@ def frontier_explorer(sweep: Recorded | None = None) -> Explorer:
         gain = f", {share:.0%} of the optimal gain" if np.isfinite(share) else ""
         return (
             f"reward {last['reward']:.2f} at {last['kl']:.1f} nats{gain}; {last['seconds']:.0f} s, "
-            f"{last['tokens'] / 1e3:,.0f}k tokens, {sweep.peak_memory_mb[run.name] / 1e3:.1f} GB"
+            f"{last['tokens'] / 1e3:,.0f}k tokens"
         )
 
     slider = widgets.SelectionSlider(

@@ -82,13 +82,15 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     assert {name: len(scores) for name, scores in sweep.scores.items()} == {RUNS[1].name: 2, RUNS[2].name: 2}
     for best in sweep.summary(at_most=1e9):
         assert best["reward"] == max(row["reward"] for row in rows if row["method"] == best["method"])
-        assert (best["peak_memory_mb"] is None) == (best["method"] in ("sft", "best-of-n"))
     assert all(best["kl"] <= 0 for best in sweep.summary(at_most=0))
     assert sweep.spread() == []
     double = replace(
-        sweep, rows=rows + [{**row, "seed": 9, "reward": row["reward"] + 0.2} for row in rows if row["method"] == "dpo"]
+        sweep,
+        rows=rows + [{**row, "seed": 9, "reward": row["reward"] + 0.2} for row in rows if row["method"] == "dpo"],
+        peak_memory_mb=sweep.peak_memory_mb | {"dpo-0.1-seed9": 10**6},
     )
     (dpo,) = double.spread()
+    assert dpo["peak_memory_mb"] == 10**6 > max(sweep.peak_memory_mb.values()) > 100
     assert (dpo["name"], dpo["seeds"]) == ("DPO, beta 0.1", 2)
     last = sweep.runs()[RUNS[0]][-1]
     assert dpo["reward"] == pytest.approx(last["reward"] + 0.1) and dpo["reward_sd"] == pytest.approx(0.2 / 2**0.5)
@@ -204,7 +206,7 @@ def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_pe
     }
     for name in ("DPO, beta 0.37", "PPO, true reward, target KL 5.1"):
         assert rows[name]["share"][0] >= 0.85 and rows[name]["kl"] <= 5
-    assert all(row["least_gain"] > (0.1 if "unlikelihood" in name else 0.2) for name, row in rows.items())
+    assert all(row["least_gain"] > (0.2 if name.startswith(("DPO", "PPO")) else 0.05) for name, row in rows.items())
     assert all(samples for folder in REPEATS for samples in recorded(folder).samples.values())
 
 
