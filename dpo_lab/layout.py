@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
 SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
+ROUND = 32  # packed tokens are padded to a multiple: oneDNN keeps a kernel for each shape it has met, so let the shapes repeat
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
         mask = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril_()[:, None]  # (R, 1, L, L)
     predicted = torch.tensor(targets), torch.tensor(owners), len(completions)
     if share and real.numel() - len(ids) >= PACK_FROM * real.numel():
-        extra = -len(ids) % 128  # oneDNN keeps a kernel for each shape it has met: let the shapes repeat
+        extra = -len(ids) % ROUND
         flat = [nn.functional.pad(torch.tensor(values), (0, extra)) for values in (ids, positions)]
         unpack, pack = padded(range(len(ids))), nn.functional.pad(pack, (0, extra))
         return CompletionBatch(flat[0][None], flat[1][None], mask, unpack, pack, torch.tensor(sources), *predicted)

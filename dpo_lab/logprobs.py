@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lab.layout import CompletionBatch, Tokens, check_tokens, completion_batch
+from dpo_lab.layout import ROUND, CompletionBatch, Tokens, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
@@ -125,7 +125,7 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     hidden (T, D), weight (V, D), bias (V,) or None, targets (T,). Under autocast the product runs in its dtype; the
     normaliser is float32 (float64 for float64 input).
     """
-    device, n, extra = hidden.device.type, len(targets), -len(targets) % 128  # as in completion_batch, the shapes repeat
+    device, n, extra = hidden.device.type, len(targets), -len(targets) % ROUND
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, targets = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
     return _TokenLogps.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())[:n]
@@ -154,7 +154,8 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, *kept = ctx.saved_tensors
         h, w, b = hidden.to(ctx.dtype), weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         grad_h = torch.empty_like(h)
-        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        direct = ctx.dtype == weight.dtype  # what the first chunk then overwrites
+        grad_w = (torch.empty_like if direct else torch.zeros_like)(weight) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for c, i in enumerate(range(0, len(targets), ctx.chunk)):
@@ -163,8 +164,8 @@ class _TokenLogps(torch.autograd.Function):
                 g[torch.arange(len(g), device=g.device), targets[rows]] -= 1
                 g.mul_(-grad[rows, None].to(g.dtype))  # d loss / d logits
                 grad_h[rows] = g @ w
-                if grad_w is not None and grad_w.dtype == g.dtype:
-                    torch.addmm(grad_w, g.T, h[rows], out=grad_w)  # without another (V, D) beside it
+                if grad_w is not None and direct:
+                    torch.addmm(grad_w, g.T, h[rows], beta=int(c > 0), out=grad_w)  # without another (V, D) beside it
                 elif grad_w is not None:
                     grad_w += g.T @ h[rows]
                 if grad_b is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo_lab.imdb import sample_completions
-from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
 from dpo_lab.logprobs import (
     KEPT_LOGITS_BYTES,
     LOGITS_IN_A_CHUNK,
@@ -373,7 +373,7 @@ def _head_flops(model: nn.Module, batch: CompletionBatch) -> float:
 
 
 def _predicted(batch: CompletionBatch) -> int:
-    return batch.tokens + -batch.tokens % 128  # as `token_logps` pads them
+    return batch.tokens + -batch.tokens % ROUND
 
 
 def _head_width(model: nn.Module) -> int:

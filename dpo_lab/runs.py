@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -275,11 +276,14 @@ def file_hash(path: Path | str) -> str:
 
 def weights_hash(model: torch.nn.Module) -> str:
     """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    named = sorted([*model.named_parameters(), *model.named_buffers()])  # which have a tied tensor once
+
+    def digest(tensor: torch.Tensor) -> bytes:
+        return hashlib.sha256(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()).digest()
+
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(digest, (tensor for _, tensor in named))
+        return hashlib.sha256(b"".join(name.encode() + part for (name, _), part in zip(named, parts))).hexdigest()[:16]
 
 
 @contextmanager

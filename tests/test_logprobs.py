@@ -172,7 +172,7 @@ def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(na
 def test_rows_are_packed_only_where_that_saves_an_eighth():
     lengths = [8, 8, 8, 4]  # 4 of 32 positions are padding
     packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, share=True)
-    assert packed.mask is None and packed.input_ids.shape == (1, 128)  # 28 tokens in a row of 128
+    assert packed.mask is None and packed.input_ids.shape == (1, 32)  # 28 tokens in a row of 32
     assert completion_batch([[0]], [[1] * n for n in [8, 8, 8, 5]], [0] * 4, share=True).unpack is None
     assert completion_batch([[0]], [[1] * n for n in lengths], [0] * 4).unpack is None
 
@@ -299,7 +299,7 @@ def test_memory_does_not_grow_with_prompt_length_times_vocabulary():
     batch = completion_batch([[1] * 200] * 8, [[2, 3, 4, 5]] * 8, range(8))
     with LargestTensor() as largest:
         completion_logps(model, batch).sum().backward()
-    assert largest.numel <= 128 * 20_000  # 32 completion tokens, in rows of 128; full logits are 8 * 204 * 20_000
+    assert largest.numel <= 32 * 20_000  # 32 completion tokens; full logits are 8 * 204 * 20_000
 
 
 def test_memory_does_not_grow_with_the_completions_beyond_a_chunk(monkeypatch):
