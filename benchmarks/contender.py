@@ -3,7 +3,8 @@
     python benchmarks/contender.py --contender dpo_lab --precision float32 --workload short
 
 Every contender trains the same model on the same pairs by its own whole loop: batching, logging and optimizer included.
-The clock is a hook behind `Optimizer.step`, the same for all, and runs from the end of the first step to the end of the last.
+The clock is a hook behind `Optimizer.step`, the same for all; it runs from the end of a short first step, on pairs of its own,
+to the end of the last, so that each contender is timed on all the pairs.
 """
 
 import json
@@ -72,7 +73,7 @@ class ContenderConfig:
     workload: str = "short"
     """one of WORKLOADS"""
     steps: int = 4
-    """optimizer steps; the first one is not timed"""
+    """optimizer steps that are timed, all of the data once; a short one goes before"""
     seed: int = 0
     """of the weights and the pairs"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -104,6 +105,11 @@ def make_preferences(workload: Workload, steps: int, seed: int) -> Preferences:
     )
 
 
+def make_warm_up(workload: Workload, seed: int) -> Preferences:
+    """As many pairs as a step has, of eight tokens: gradients and optimizer state exist after them."""
+    return make_preferences(replace(workload, mean=8, most=8, prompt_tokens=(2, 2)), 1, seed + 1)
+
+
 def gpt2_config(workload: Workload) -> GPT2Config:
     """GPT-2 of the workload's size, with heads of 64 as every GPT-2 has, without dropout."""
     size = {"vocab_size": workload.vocabulary, "n_layer": workload.layers, "n_embd": workload.width}
@@ -121,7 +127,7 @@ def make_models(workload: Workload, seed: int, device: str) -> tuple[GPT2LMHeadM
     return policy.to(device), reference.to(device)
 
 
-def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
+def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
@@ -140,7 +146,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     with torch.no_grad(), autocast(config.device, config.precision):
         logps, reference_logps = (completion_logps(model, batch.to(config.device)) for model in (policy, reference))
     began = time.perf_counter()
-    preferences = preferences.with_reference(reference, precision=config.precision)
+    warm_up, preferences = (p.with_reference(reference, precision=config.precision) for p in (warm_up, preferences))
     seconds = time.perf_counter() - began
     del reference
     first = [i for i, c in enumerate(preferences.rejected) if c < 8]
@@ -148,17 +154,17 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
     per_step = len(preferences.chosen) // config.steps
     loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
-    train_dpo(policy, preferences, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop), progress=None)
+    for data in (warm_up, preferences):
+        train_dpo(policy, data, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop), progress=None)
     return {"loss": loss, "reference_seconds": seconds}
 
 
-def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
+def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
     policy, reference = make_models(workload, config.seed, config.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
-    p = preferences
 
-    def logps(model: GPT2LMHeadModel, side: np.ndarray) -> torch.Tensor:
+    def logps(model: GPT2LMHeadModel, p: Preferences, side: np.ndarray) -> torch.Tensor:
         rows = [(p.prompts[p.prompt_of[i]], p.completions[i]) for i in side]
         length = max(len(prompt) + len(completion) for prompt, completion in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long, device=config.device)
@@ -173,18 +179,19 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
         tokens = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         return (tokens * mask[:, 1:]).sum(1)
 
-    def loss_of(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
+    def loss_of(p: Preferences, some: np.ndarray) -> torch.Tensor:
+        chosen, rejected = p.chosen[some], p.rejected[some]
         with torch.no_grad():
-            reference_margin = logps(reference, chosen) - logps(reference, rejected)
-        return -F.logsigmoid(BETA * (logps(policy, chosen) - logps(policy, rejected) - reference_margin)).mean()
+            reference_margin = logps(reference, p, chosen) - logps(reference, p, rejected)
+        return -F.logsigmoid(BETA * (logps(policy, p, chosen) - logps(policy, p, rejected) - reference_margin)).mean()
 
-    first = np.flatnonzero(p.rejected < 8)
     with torch.no_grad():
-        loss = loss_of(p.chosen[first], p.rejected[first]).item()
-    order = np.random.default_rng(config.seed).permutation(len(p.chosen))
-    for part in np.array_split(order, config.steps):
+        loss = loss_of(preferences, np.flatnonzero(preferences.rejected < 8)).item()
+    order = np.random.default_rng(config.seed).permutation(len(preferences.chosen))
+    parts = [(preferences, part) for part in np.array_split(order, config.steps)]
+    for data, part in [(warm_up, np.arange(len(warm_up.chosen))), *parts]:
         with autocast(config.device, config.precision):
-            batch_loss = loss_of(p.chosen[part], p.rejected[part])
+            batch_loss = loss_of(data, part)
         batch_loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -192,7 +199,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
+def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """`train_sft` on every completion."""
     policy = prepare_model(make_models(workload, config.seed, config.device)[0])
     keep_freed_memory()
@@ -201,9 +208,10 @@ def run_sft(config: ContenderConfig, workload: Workload, preferences: Preference
     first = completion_batch(p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy))
     with torch.no_grad(), autocast(config.device, config.precision):
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
-    batches = sft_batches(p, size, chosen_only=False, share=can_share(policy), seed=config.seed)
     loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
-    train_sft(policy, batches, config.steps, loop, precision=config.precision, progress=None)
+    for data, steps in ((warm_up, 1), (p, config.steps)):
+        batches = sft_batches(data, size, chosen_only=False, share=can_share(policy), seed=config.seed)
+        train_sft(policy, batches, steps, loop, precision=config.precision, progress=None)
     return {"loss": loss, "reference_seconds": 0.0}
 
 
@@ -219,16 +227,25 @@ def text(ids: list[int]) -> str:
     return " ".join(f"t{i}" for i in ids)
 
 
+def trl_order(config: ContenderConfig, lengths: list[int]) -> list[int]:
+    """The order of the rows: by length for TRL's best settings, shuffled for its defaults, which would do it themselves."""
+    rng = np.random.default_rng(config.seed)
+    return (np.argsort(lengths, kind="stable") if config.contender == "trl_best" else rng.permutation(len(lengths))).tolist()
+
+
 def trl_settings(config: ContenderConfig, rows: int) -> dict[str, object]:
-    """What both of TRL's trainers are told: as they come, or the settings that are fastest on a CPU."""
+    """What both of TRL's trainers are told: as they come, or the settings that are fastest on a CPU.
+
+    Rows are read in the order that they have, behind the `rows` of a step that warms up.
+    """
     best = config.contender == "trl_best"
     return {
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": config.device == "cpu",
         "bf16": config.precision == "bfloat16",
         "gradient_checkpointing": not best,
-        "train_sampling_strategy": "sequential" if best else "random",
-        "per_device_train_batch_size": rows // config.steps,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": rows,
         "learning_rate": LEARNING_RATE,
         "num_train_epochs": 1,
         "logging_steps": 1,
@@ -239,7 +256,7 @@ def trl_settings(config: ContenderConfig, rows: int) -> dict[str, object]:
     }
 
 
-def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
+def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import SFTConfig, SFTTrainer
 
@@ -248,19 +265,23 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     if best:
         policy = prepare_model(policy)
         keep_freed_memory()
-    lengths = [len(p.prompts[m]) + len(ids) for ids, m in zip(p.completions, p.prompt_of)]
-    order = np.argsort(lengths, kind="stable") if best else np.arange(len(lengths))
-    rows = [{"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])} for i in order]
-    arguments = SFTConfig(**trl_settings(config, len(rows)))
-    trainer = SFTTrainer(policy, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(workload))
-    examples = [trainer.train_dataset[place] for place, i in enumerate(order.tolist()) if i < 8]
+    order = trl_order(config, [len(p.prompts[m]) + len(ids) for ids, m in zip(p.completions, p.prompt_of)])
+
+    def row(p: Preferences, i: int) -> dict[str, str]:
+        return {"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])}
+
+    warm = [row(warm_up, i) for i in range(len(warm_up.completions))]
+    arguments = SFTConfig(**trl_settings(config, len(warm)))
+    data = Dataset.from_list([*warm, *(row(p, i) for i in order)])
+    trainer = SFTTrainer(policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload))
+    examples = [trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8]
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(examples))))
     trainer.train()
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences) -> dict[str, float]:
+def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer
@@ -271,17 +292,20 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         policy, reference = prepare_model(policy), prepare_model(reference)
         keep_freed_memory()
     p = preferences
-    pairs = list(zip(p.chosen, p.rejected))
-    if best:
-        pairs.sort(key=lambda pair: len(p.prompts[p.prompt_of[pair[0]]]) + max(len(p.completions[i]) for i in pair))
-    rows = [
-        {
+    order = trl_order(
+        config,
+        [len(p.prompts[p.prompt_of[c]]) + max(len(p.completions[i]) for i in (c, r)) for c, r in zip(p.chosen, p.rejected)],
+    )
+
+    def row(p: Preferences, pair: int) -> dict[str, str]:
+        c, r = p.chosen[pair], p.rejected[pair]
+        return {
             "prompt": text(p.prompts[p.prompt_of[c]]),
             "chosen": " " + text(p.completions[c]),  # TRL leaves an EOS that is there already
             "rejected": " " + text(p.completions[r]),
         }
-        for c, r in pairs
-    ]
+
+    warm = [row(warm_up, pair) for pair in range(len(warm_up.chosen))]
     precompute_seconds = 0.0
 
     class Timed(DPOTrainer):
@@ -292,15 +316,15 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             precompute_seconds += time.perf_counter() - start
             return result
 
-    arguments = TRLConfig(**trl_settings(config, len(rows)), precompute_ref_log_probs=best, beta=BETA)
+    arguments = TRLConfig(**trl_settings(config, len(warm)), precompute_ref_log_probs=best, beta=BETA)
     trainer = Timed(
         policy,
         ref_model=reference,
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list([*warm, *(row(p, pair) for pair in order)]),
         processing_class=word_tokenizer(workload),
     )
-    examples = [trainer.train_dataset[i] for i, (_, r) in enumerate(pairs) if r < 8]
+    examples = [trainer.train_dataset[place] for place, pair in enumerate(order, start=len(warm)) if p.rejected[pair] < 8]
     with torch.no_grad():
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
         loss = float(trainer.compute_loss(trainer.model, inputs))
@@ -323,11 +347,8 @@ def main(config: ContenderConfig) -> None:
         "dpo": {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl},
         "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
     }
-    result = runs[config.job][config.contender](config, workload, preferences)
-    assert len(ends) == config.steps, f"{config.contender} made {len(ends)} steps, not {config.steps}"
-    timed = config.steps - 1
-    pairs, tokens = len(preferences.chosen), sum(map(len, preferences.completions))
-    seconds = (ends[-1] - ends[0]) / timed * config.steps  # for all the pairs, once
+    result = runs[config.job][config.contender](config, workload, preferences, make_warm_up(workload, config.seed))
+    assert len(ends) == config.steps + 1, f"{config.contender} made {len(ends)} steps, not {config.steps + 1}"
     print(
         json.dumps(
             {
@@ -338,9 +359,9 @@ def main(config: ContenderConfig) -> None:
                 "change": json.loads(config.change),
                 "without": config.without,
                 "steps": config.steps,
-                "pairs": pairs,
-                "completion_tokens": tokens,
-                "training_seconds": seconds,
+                "pairs": len(preferences.chosen),
+                "completion_tokens": sum(map(len, preferences.completions)),
+                "training_seconds": ends[-1] - ends[0],
                 **result,
                 "device": config.device,
                 "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if config.device == "cuda" else peak_memory_mb(),

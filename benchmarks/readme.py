@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from scale import table
@@ -88,8 +89,9 @@ def _origin(result: dict, more: str = "") -> str:
     )
 
 
-def _processes(result: dict) -> int:
-    return len(result["runs"]) // len(result["table"])
+def _processes(result: dict) -> str:
+    counts = Counter(tuple(run[k] for k in ("job", "workload", "contender", "precision")) for run in result["runs"])
+    return " or ".join(map(str, sorted(set(counts.values()))))
 
 
 def ratios() -> str:

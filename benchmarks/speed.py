@@ -29,9 +29,11 @@ class SpeedConfig:
     workloads: tuple[str, ...] = ("paper", "short", "long", "embedded")
     """names in contender.WORKLOADS; SFT is measured on the last one"""
     repeats: int = 2
-    """processes of each contender on each workload"""
+    """processes of each contender on each workload, in rounds over all of them"""
+    minutes: float = 20.0
+    """no workload is measured again after so many; the first round is always whole"""
     steps: int = 2
-    """optimizer steps a process; the first one is not timed"""
+    """optimizer steps that a process times"""
     seed: int = 0
     """of weights and pairs"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -108,22 +110,30 @@ def main(config: SpeedConfig) -> None:
         print("torch sees no GPU here, so nothing was measured; `make bench` measures on the CPU")
         return
     rates = {name: matmul_rate(getattr(torch, name), config.device) for name in ("float32", "bfloat16")}
-    rows, table = [], []
-    for job, name in [*(("dpo", name) for name in config.workloads), ("sft", config.workloads[-1])]:
-        taking_part = contenders(job, rates["bfloat16"] > rates["float32"])
-        runs = [measure(job, name, *contender, config) for _ in range(config.repeats) for contender in taking_part]
-        losses = {r["contender"]: r["loss"] for r in runs if r["precision"] == "float32"}
-        if max(losses.values()) - min(losses.values()) > 1e-4:
-            raise SystemExit(f"the contenders do not compute the same loss of {job} on {name}: {losses}")
+    jobs = [*(("dpo", name) for name in config.workloads), ("sft", config.workloads[-1])]
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {job: [] for job in jobs}
+    began = time.perf_counter()
+    for i in range(config.repeats):
+        for job, name in jobs:
+            if i and time.perf_counter() - began > 60 * config.minutes:
+                break
+            taking_part = contenders(job, rates["bfloat16"] > rates["float32"])
+            runs[job, name] += [measure(job, name, *contender, config) for contender in taking_part]
+            losses = {r["contender"]: r["loss"] for r in runs[job, name] if r["precision"] == "float32"}
+            if max(losses.values()) - min(losses.values()) > 1e-4:
+                raise SystemExit(f"the contenders do not compute the same loss of {job} on {name}: {losses}")
+    table = []
+    for (job, name), found in runs.items():
         flops = least_flops(job, name, config.steps, config.seed)
-        for contender in taking_part:
-            row = summary([r for r in runs if (r["contender"], r["precision"]) == contender], flops, rates)
+        losses = {r["contender"]: r["loss"] for r in found if r["precision"] == "float32"}
+        for contender in dict.fromkeys((r["contender"], r["precision"]) for r in found):
+            row = summary([r for r in found if (r["contender"], r["precision"]) == contender], flops, rates)
             table.append(row)
             print(
                 f"{job} {name:<9} {row['contender']:<12} {row['precision']:<9} {row['pairs_per_second']:8.2f} pairs/s "
                 f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit  loss off by {abs(row['loss'] - losses['dpo_lab']):.0e}"
             )
-        rows += runs
+    rows = [run for found in runs.values() for run in found]
     results = RESULTS / ("gpu.json" if config.device == "cuda" else "cpu.json")
     write_json(results, {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows})
 
