@@ -30,7 +30,7 @@ REPEATED: dict[Repeated, float] = {  # settings that end within 5 nats
     "unlikelihood": 0.5,
     "preferred-ft": 0.0,
 }
-REPEATS = [EMBEDDED.parent / name for name in ("repeats", "repeats-ppo-gt", "repeats-unlikelihood")]  # shipped
+REPEATS = [EMBEDDED.parent / name for name in ("repeats", "repeats-ppo-gt", "repeats-likelihood")]  # shipped
 COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl_se", "seconds", "tokens")
 
 

@@ -203,6 +203,7 @@ def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_pe
         "PPO, true reward, target KL 4.8": 5,
         "PPO, true reward, target KL 5.1": 3,
         "unlikelihood, alpha 0.5": 3,
+        "Preferred-FT": 3,
     }
     for name in ("DPO, beta 0.37", "PPO, true reward, target KL 5.1"):
         assert rows[name]["share"][0] >= 0.85 and rows[name]["kl"] <= 5
