@@ -57,12 +57,14 @@ def plot(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     for axes, (name, points) in zip(figure.subplots(2, 3).flat, curves.items()):
         x = [float(value) for value in points]
         memory = axes.twinx()
-        axes.plot(x, [p["training_seconds"] / p["steps"] for p in points.values()], "o-", color="#2c5f9e")
-        memory.plot(x, [p["peak_memory_mb"] / 1e3 for p in points.values()], "s--", color="#c0392b")
-        axes.set(xlabel=name, ylim=(0, None), xlim=(0, None))
+        seconds = [p["training_seconds"] / p["steps"] for p in points.values()]
+        gigabytes = [p["peak_memory_mb"] / 1e3 for p in points.values()]
+        axes.plot(x, seconds, "o-", color="#2c5f9e")
+        memory.plot(x, gigabytes, "s--", color="#c0392b")
+        axes.set(xlabel=name, xlim=(0, 1.08 * max(x)), ylim=(0, 1.15 * max(seconds)))
+        memory.set_ylim(0, 1.4 * max(gigabytes))  # apart from the other curve
         axes.set_ylabel("seconds a step (solid)", color="#2c5f9e")
         memory.set_ylabel("peak memory, GB (dashed)", color="#c0392b")
-        memory.set_ylim(0, None)
         axes.spines["top"].set_visible(False)
         memory.spines["top"].set_visible(False)
     return figure
