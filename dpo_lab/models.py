@@ -157,16 +157,9 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_lora(rank: int) -> None:
-    """Raise ValueError for a rank that adapters cannot have, or when peft, which makes them, is not installed."""
+    """Raise ValueError for a rank that adapters cannot have."""
     if rank < 0:
         raise ValueError(f"lora_rank is {rank}; it must be 0 (train all weights) or the rank of the adapters, such as 8")
-    try:
-        if rank:
-            import peft  # noqa: F401  (optional, and slow to import)
-    except ImportError as error:
-        raise ValueError(
-            f"lora_rank is {rank} and the package peft is not installed: pip install peft, or 'dpo-lab[lora]'; or take 0"
-        ) from error
 
 
 @contextmanager
@@ -177,7 +170,7 @@ def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Mod
     zero, so that the model begins unchanged. `seed` decides A.
     """
     check_lora(rank)
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # takes seconds
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     transposed = any(isinstance(module, Conv1D) for module in model.modules())

@@ -273,9 +273,9 @@ def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
 
 def test_the_precision_is_measured_once_and_kept(tiny, tmp_path, monkeypatch, capsys):
     """What a directory was begun in decides, so that a resumed run goes on in it."""
-    speeds, measured = iter([1.0, 2.0, 0.5]), []
+    speeds, measured = iter([1.0, 2.0, 0.4]), []
 
-    def measure(model, batch, beta):
+    def measure(model, batch, beta, repeats):
         measured.append(batch.n)
         return PrecisionTest(next(speeds), 0.1, 0.01)
 
@@ -289,7 +289,7 @@ def test_the_precision_is_measured_once_and_kept(tiny, tmp_path, monkeypatch, ca
     assert main(["train", "--model", str(tiny), "--data", str(data), "--out", str(out), *SMALL]) == 0
     assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "slow"), *SMALL]) == 0
     assert Preferences.load(tmp_path / "slow" / "data" / "preferences").reference_precision == "float32"
-    assert measured == [4, 64, 4], "the whole batch is measured only where a few rows are not slow already"
+    assert measured == [2, 64, 2], "the whole batch is measured only where a few rows are not slow already"
     wrong = ["train", "--model", str(tiny), "--precision=float32", "--data", str(data), "--out", str(tmp_path / "b"), *SMALL]
     assert main(wrong) == 2 and "precision: 'bfloat16' there, 'float32' asked" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

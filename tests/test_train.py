@@ -243,13 +243,6 @@ def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path
         train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, resume=True, progress=None)
 
 
-def test_without_peft_adapters_are_refused_with_the_way_to_get_it(model, preferences, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    train.check_config(CONFIG)
-    with pytest.raises(ValueError, match=r"lora_rank is 2 and the package peft is not installed: .*dpo-lab\[lora\]"):
-        train_dpo(model, preferences, replace(CONFIG, lora_rank=2), progress=None)
-
-
 def test_sft_minimises_nats_per_completion_token(model, preferences):
     batches = sft_batches(preferences, 4)
     assert sum(b.n for b in batches) == len(preferences.chosen)
