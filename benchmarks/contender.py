@@ -30,7 +30,7 @@ from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import autocast, can_share, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
-from dpo_lab.models import keep_freed_memory, prepare_model
+from dpo_lab.models import keep_freed_memory, prepare_model, use_onednn
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft
@@ -80,7 +80,7 @@ class ContenderConfig:
     """where"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
-    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "kept memory"], ...] = ()
+    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "onednn", "kept memory"], ...] = ()
     """what dpo_lab does without, to see what it is worth"""
 
 
@@ -127,6 +127,14 @@ def make_models(workload: Workload, seed: int, device: str) -> tuple[GPT2LMHeadM
     return policy.to(device), reference.to(device)
 
 
+def tuned(model: GPT2LMHeadModel, device: str) -> GPT2LMHeadModel:
+    """The model with our activation function, in a process with our memory settings and matmuls."""
+    if device == "cpu":
+        keep_freed_memory()
+        use_onednn()
+    return prepare_model(model)
+
+
 def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
     policy, reference = make_models(workload, config.seed, config.device)
@@ -134,6 +142,8 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
         policy, reference = prepare_model(policy), prepare_model(reference)
     if "kept memory" not in config.without:
         keep_freed_memory()
+    if "onednn" not in config.without and config.device == "cpu":
+        use_onednn()
     if "sharing" in config.without:
         layout.SHARE_FROM = math.inf
     if "packing" in config.without:
@@ -201,8 +211,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
 
 def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """`train_sft` on every completion."""
-    policy = prepare_model(make_models(workload, config.seed, config.device)[0])
-    keep_freed_memory()
+    policy = tuned(make_models(workload, config.seed, config.device)[0], config.device)
     size = len(preferences.completions) // config.steps
     p = preferences
     first = completion_batch(p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy))
@@ -263,8 +272,7 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     best, p = config.contender == "trl_best", preferences
     policy = make_models(workload, config.seed, config.device)[0]
     if best:
-        policy = prepare_model(policy)
-        keep_freed_memory()
+        policy = tuned(policy, config.device)
     order = trl_order(config, [len(p.prompts[m]) + len(ids) for ids, m in zip(p.completions, p.prompt_of)])
 
     def row(p: Preferences, i: int) -> dict[str, str]:
@@ -289,8 +297,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
     best = config.contender == "trl_best"
     policy, reference = make_models(workload, config.seed, config.device)
     if best:
-        policy, reference = prepare_model(policy), prepare_model(reference)
-        keep_freed_memory()
+        policy, reference = tuned(policy, config.device), tuned(reference, config.device)
     p = preferences
     order = trl_order(
         config,

@@ -1,13 +1,16 @@
 """How completions lie in a batch: a prompt once for all its completions, rows end to end without padding (docs/speed.md)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
 SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
+ALIKE = 2 / 3  # rows of these lengths go through attention together, whose work grows with the square
 ROUND = 32  # packed tokens are padded to a multiple: oneDNN keeps a kernel for each shape it has met, so let the shapes repeat
 
 
@@ -17,14 +20,15 @@ class CompletionBatch:
 
     One row is [prompt, completion], or [prompt, completion 1, ..., completion K] where the prompt is shared: then `mask`
     lets each completion see the prompt and itself, and its positions continue from the prompt's end. Rows are padded, or
-    packed: laid end to end as one row of S tokens, and told apart inside attention alone.
+    packed: laid end to end as one row of S tokens, and told apart inside attention alone, which takes rows of about the same
+    length at a time.
     """
 
     input_ids: Tensor  # (R, L), or (1, S) packed
     position_ids: Tensor  # as input_ids
-    mask: Tensor | None  # (R, 1, L, L) True where attention is allowed; None for plain causal attention
-    unpack: Tensor | None  # (R, L) index into the S packed tokens; None when padded
-    pack: Tensor | None  # (S,) index into R * L; None when padded
+    mask: Tensor | None  # (R, 1, L, L) True where attention is allowed; None for plain causal attention, and when packed
+    rows: tuple[tuple[Tensor, Tensor | None], ...]  # packed: an index (r, l) into the S tokens, and its mask; else empty
+    pack: Tensor | None  # (S,) index into all r * l of the rows; None when padded
     sources: Tensor  # (T,) flat position in input_ids whose hidden state predicts the token
     targets: Tensor  # (T,) completion token ids
     owners: Tensor  # (T,) which of the N completions the token belongs to
@@ -37,7 +41,9 @@ class CompletionBatch:
 
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`."""
-        return CompletionBatch(*(v.to(device) if isinstance(v, Tensor) else v for v in vars(self).values()))
+        rows = tuple((index.to(device), None if mask is None else mask.to(device)) for index, mask in self.rows)
+        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, rows=rows, **moved)
 
 
 def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False) -> CompletionBatch:
@@ -80,41 +86,63 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
             segments += [k] * n
         lengths.append(len(ids) - start)
 
-    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (R, L)
-    pack = real.flatten().nonzero()[:, 0]  # (S,)
+    starts, positions_, segments_ = (torch.tensor(v) for v in (np.cumsum([0, *lengths[:-1]]), positions, segments))
 
-    def padded(values: Sequence[int] | Tensor, fill: int = 0) -> Tensor:
-        return torch.full(real.shape, fill).masked_scatter_(real, torch.as_tensor(values))  # (R, L)
+    def lay(some: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The rows `some`, padded: where their tokens lie end to end (r, l), which of those are there, and the mask."""
+        wide = torch.arange(max(lengths[r] for r in some))  # (l,)
+        there = wide < torch.tensor([lengths[r] for r in some])[:, None]
+        index = (starts[list(some), None] + wide).where(there, 0)
+        if not together:
+            return index, there, None
+        segment = segments_[index].where(there, -1)
+        mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+        return index, there, mask.tril_()[:, None]
 
-    mask = None
-    if together:
-        segment = padded(segments, fill=-1)
-        mask = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril_()[:, None]  # (R, 1, L, L)
-    predicted = torch.tensor(targets), torch.tensor(owners), len(completions)
-    if share and real.numel() - len(ids) >= PACK_FROM * real.numel():
-        extra = -len(ids) % ROUND
-        flat = [nn.functional.pad(torch.tensor(values), (0, extra)) for values in (ids, positions)]
-        unpack, pack = padded(range(len(ids))), nn.functional.pad(pack, (0, extra))
-        return CompletionBatch(flat[0][None], flat[1][None], mask, unpack, pack, torch.tensor(sources), *predicted)
-    return CompletionBatch(padded(ids), padded(positions), mask, None, None, pack[sources], *predicted)
+    tokens, predicted = torch.tensor(ids), (torch.tensor(targets), torch.tensor(owners), len(completions))
+    index, there, mask = lay(range(len(rows)))
+    if not share or there.numel() - len(ids) < PACK_FROM * there.numel():
+        place = there.flatten().nonzero()[:, 0]  # (S,)
+        return CompletionBatch(
+            tokens[index].where(there, 0), positions_[index].where(there, 0), mask, (), None, place[sources], *predicted
+        )
+    laid, pack, before = [], torch.empty(len(ids), dtype=torch.long), 0
+    for some in _alike(lengths):
+        index, there, mask = lay(some)
+        laid.append((index, mask))
+        pack[index[there]] = before + there.flatten().nonzero()[:, 0]
+        before += there.numel()
+    extra = (0, -len(ids) % ROUND)
+    flat = [nn.functional.pad(values, extra) for values in (tokens, positions_, pack)]
+    return CompletionBatch(flat[0][None], flat[1][None], None, tuple(laid), flat[2], torch.tensor(sources), *predicted)
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows by length, the longest first, in parts within which no row is shorter than `ALIKE` of the longest."""
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not parts or lengths[row] < ALIKE * lengths[parts[-1][0]]:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
 
 def split(batch: CompletionBatch, parts: int) -> list[CompletionBatch]:
     """The completions of `batch` in at most `parts` batches of about as many rows each; the batch itself for one part."""
     if parts == 1:
         return [batch]
-    flat = batch.sources if batch.pack is None else batch.pack[batch.sources]  # (T,) into rows * columns
-    ids = batch.input_ids if batch.unpack is None else batch.input_ids[0][batch.unpack]  # (R, L)
-    members: list[list[int]] = [[] for _ in ids]
-    prompts, completions = [[] for _ in ids], []
+    ids, step = batch.input_ids.flatten(), batch.input_ids.shape[1]
+    starts = (batch.position_ids[0] == 0).nonzero()[:, 0] if batch.rows else torch.arange(0, len(ids), step, device=ids.device)
+    prompts, completions, members = {}, [], defaultdict(list)  # by row
     for i in range(batch.n):
         own = batch.owners == i
-        row, column = divmod(int(flat[own][0]), ids.shape[1])  # where the last token of the prompt stands
+        last = batch.sources[own][0]  # token of the prompt
+        row = int(torch.searchsorted(starts, last, right=True)) - 1
+        prompts[row] = ids[starts[row] : last + 1].tolist()
         members[row].append(i)
-        prompts[row] = ids[row, : column + 1].tolist()
         completions.append(batch.targets[own].tolist())
-    rows = torch.arange(len(ids)).tensor_split(min(parts, len(ids)))
-    share = batch.mask is not None or batch.pack is not None
+    rows = np.array_split(list(members), min(parts, len(members)))
+    share = batch.mask is not None or bool(batch.rows)
     return [
         completion_batch(
             prompts,

@@ -5,7 +5,8 @@ Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, ev
 at a time; a prompt is computed once for all its completions, and padding not at all, where that saves work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -20,8 +21,9 @@ from dpo_lab.layout import ROUND, CompletionBatch, Tokens, check_tokens, complet
 from dpo_lab.processes import is_main, my_share, whole
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
-LOGITS_IN_A_CHUNK = 2**24  # 64 MiB of float32 logits: rows enough for matmuls to be fast, and small beside any model
-KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass; beyond that it computes them again
+KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
+CHUNK_BYTES = 2**26  # 64 MiB at a time: rows enough for matmuls to be fast, and small beside any model
+IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
 
 
@@ -78,41 +80,78 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         wrong = int(ids[(ids < 0) | (ids >= vocabulary)][0])
         raise ValueError(f"token id {wrong} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
-    mask = torch.ones_like(batch.input_ids)  # padding is on the right, where causal attention never looks
-    if batch.mask is not None:
-        mask = torch.zeros_like(batch.mask, dtype=model.dtype).masked_fill_(~batch.mask, torch.finfo(model.dtype).min)
+
+    def added(allowed: Tensor | None) -> Tensor | None:
+        lowest = torch.finfo(model.dtype).min
+        return None if allowed is None else torch.zeros_like(allowed, dtype=model.dtype).masked_fill_(~allowed, lowest)
+
+    mask = torch.ones_like(batch.input_ids) if batch.mask is None else added(batch.mask)  # causal: it never sees the padding
     if can_share(model) and model.config._attn_implementation != PACKED:
         model.set_attn_implementation(PACKED)
-    packed = {} if batch.unpack is None else {"unpack": batch.unpack, "pack": batch.pack}
-    if packed and batch.mask is None:
+    packed = {"alone": True} if can_share(model) else {}
+    if batch.rows:
         mask = NO_MASK
+        packed |= {"rows": [(index, added(allowed)) for index, allowed in batch.rows], "pack": batch.pack}
     hidden = model.get_decoder()(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
     ).last_hidden_state  # (R, L, D), or (1, S, D)
     return hidden.flatten(0, 1).index_select(0, batch.sources)
 
 
-def packed_attention(module, query, key, value, attention_mask, *, unpack=None, pack=None, **options) -> tuple[Tensor, None]:
-    """sdpa for transformers' `AttentionInterface`, over rows (R, H, L, D) that packed tokens (1, H, S, D) are laid out in.
+def packed_attention(
+    module, query, key, value, attention_mask, *, alone=False, rows=(), pack=None, **options
+) -> tuple[Tensor, None]:
+    """sdpa for transformers' `AttentionInterface`: of rows (R, H, L, D), or of packed tokens (1, H, S, D), laid out in `rows`.
 
-    All else in a decoder works on one token at a time and never sees padding. Without `unpack` the rows are there already.
-    bfloat16 on a CPU goes through float32: the backward pass of the bfloat16 kernel is the slower one.
+    All else in a decoder works on one token at a time and never sees padding. bfloat16 on a CPU goes through float32: the
+    backward pass of the bfloat16 kernel is the slower one. `alone`: no other thread computes meanwhile (as those that sample
+    do), so that the matmuls may change hands.
     """
-    if unpack is not None:
-        query, key, value = (
-            packed[0].transpose(0, 1).index_select(0, unpack.flatten()).unflatten(0, unpack.shape).transpose(1, 2)
-            for packed in (query, key, value)
-        )
-        attention_mask = attention_mask if attention_mask.numel() > 1 else None
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
-        wide = [x.float() if x is not None and x.dtype != torch.bool else x for x in (query, key, value, attention_mask)]
-        with torch.autocast("cpu", enabled=False):
-            out = sdpa_attention_forward(module, *wide, **options)[0].to(query.dtype)  # (R, L, H, D)
-    else:
-        out = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
-    return (out if pack is None else out.flatten(0, 1).index_select(0, pack)[None]), None
+    dtype, device = value.dtype, query.device.type
+    widened = device == "cpu" and dtype == torch.bfloat16
+    if widened:
+        query, key, value = query.float(), key.float(), value.float()
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask.float()
+    with torch.autocast(device, enabled=False) if widened else nullcontext():
+        if not rows:
+            return _sdpa(alone, module, query, key, value, attention_mask, **options).to(dtype), None  # (R, L, H, D)
+        parts = []
+        for index, mask in rows:
+            laid = (
+                x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+                for x in (query, key, value)
+            )  # (r, H, l, D) each
+            parts.append(_sdpa(alone, module, *laid, mask, **options).flatten(0, 1))
+        return torch.cat(parts).index_select(0, pack)[None].to(dtype), None
 
 
+def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
+    """transformers' sdpa, forward and backward, (R, L, H, D); `alone`, by MKL where the other matmuls are oneDNN's.
+
+    Its many products are so small that oneDNN would take longer to begin them than to compute them.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    if not alone or query.device.type != "cpu" or matmul.fp32_precision != ONEDNN:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+    def hand_to(precision: str) -> Callable[[Tensor], None]:
+        return lambda _: setattr(matmul, "fp32_precision", precision)
+
+    matmul.fp32_precision = "ieee"
+    try:
+        out = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    finally:
+        matmul.fp32_precision = ONEDNN
+    if out.requires_grad:
+        out.register_hook(hand_to("ieee"))
+        for x in (query, key, value):
+            if x.requires_grad:
+                x.register_hook(hand_to(ONEDNN))
+    return out
+
+
+ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls: `models.use_onednn`
 PACKED = "dpo_lab_packed"
 NO_MASK = torch.empty(1, 1, 1, 1)  # four dimensions: transformers hands it on as it is, instead of making a mask
 AttentionInterface.register(PACKED, packed_attention)
@@ -134,42 +173,51 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype, grad_enabled):
-        ctx.chunk, ctx.dtype = max(64, LOGITS_IN_A_CHUNK // len(weight)), dtype
-        keep = grad_enabled and any(ctx.needs_input_grad) and len(targets) * len(weight) * dtype.itemsize <= KEPT_LOGITS_BYTES
+        row = len(weight) * dtype.itemsize  # bytes of a position's logits
+        keep = grad_enabled and any(ctx.needs_input_grad) and len(targets) * row <= KEPT_LOGITS_BYTES
+        ctx.wide = torch.promote_types(dtype, torch.float32)
+        ctx.part = IN_CACHE if hidden.device.type == "cpu" else len(targets)
+        ctx.chunk, ctx.dtype, ctx.kept = len(targets) if keep else max(IN_CACHE, CHUNK_BYTES // row), dtype, None
         h, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        logps, kept = [], []
+        logps = []
         with torch.autocast(hidden.device.type, enabled=False):
             for h_c, y_c in zip(h.split(ctx.chunk), targets.split(ctx.chunk)):
                 logits = nn.functional.linear(h_c, w, b)  # (C, V)
-                wide = torch.log_softmax(logits, 1, dtype=torch.promote_types(dtype, torch.float32))
-                logps.append(wide.gather(1, y_c[:, None])[:, 0])
+                for part, y in zip(logits.split(ctx.part), y_c.split(ctx.part)):
+                    wide = torch.log_softmax(part, 1, dtype=ctx.wide)
+                    logps.append(wide.gather(1, y[:, None])[:, 0])
+                    if keep:
+                        part.copy_(wide.exp_())
                 if keep:
-                    kept.append(logits)
-        ctx.save_for_backward(hidden, weight, bias, targets, *kept)
+                    ctx.kept = logits  # probabilities by now
+        ctx.save_for_backward(hidden, weight, bias, targets)
         return torch.cat(logps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # which is overwritten; a second backward pass computes it again
         h, w, b = hidden.to(ctx.dtype), weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        grad_h = torch.empty_like(h)
-        direct = ctx.dtype == weight.dtype  # what the first chunk then overwrites
-        grad_w = (torch.empty_like if direct else torch.zeros_like)(weight) if ctx.needs_input_grad[1] else None
+        grad_h, scale = torch.empty_like(h), -grad[:, None].to(ctx.dtype)
+        grad_w = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for c, i in enumerate(range(0, len(targets), ctx.chunk)):
+            for i in range(0, len(targets), ctx.chunk):
                 rows = slice(i, i + ctx.chunk)
-                g = torch.softmax(kept[c] if kept else nn.functional.linear(h[rows], w, b), 1)  # (C, V)
-                g[torch.arange(len(g), device=g.device), targets[rows]] -= 1
-                g.mul_(-grad[rows, None].to(g.dtype))  # d loss / d logits
-                grad_h[rows] = g @ w
-                if grad_w is not None and direct:
-                    torch.addmm(grad_w, g.T, h[rows], beta=int(c > 0), out=grad_w)  # without another (V, D) beside it
+                g = nn.functional.linear(h[rows], w, b) if kept is None else kept  # (C, V)
+                if kept is None:
+                    for part in g.split(ctx.part):
+                        part.copy_(torch.log_softmax(part, 1, dtype=ctx.wide).exp_())  # as in the forward pass
+                g[torch.arange(len(g), device=g.device), targets[rows]] -= 1  # times scale: d loss / d logits
+                torch.mul(g @ w, scale[rows], out=grad_h[rows])
+                if grad_w is not None and ctx.dtype == weight.dtype:
+                    torch.addmm(grad_w, g.T, h[rows] * scale[rows], beta=int(i > 0), out=grad_w)  # without another (V, D)
                 elif grad_w is not None:
-                    grad_w += g.T @ h[rows]
+                    product = g.T @ (h[rows] * scale[rows])
+                    grad_w = grad_w.copy_(product) if i == 0 else grad_w.add_(product)
                 if grad_b is not None:
-                    grad_b += g.sum(0)
+                    grad_b += g.T @ scale[rows, 0]
         return grad_h.to(hidden.dtype), grad_w, grad_b, None, None, None
 
 

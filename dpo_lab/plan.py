@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
 from dpo_lab.logprobs import (
+    CHUNK_BYTES,
+    IN_CACHE,
     KEPT_LOGITS_BYTES,
-    LOGITS_IN_A_CHUNK,
     Precision,
     autocast,
     can_share,
@@ -171,9 +172,9 @@ def plan(
 
 def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     """FLOPs of `completion_logps` without gradients."""
-    rows, length = (batch.input_ids if batch.unpack is None else batch.unpack).shape
+    squares = sum(index.numel() * index.shape[1] for index, _ in batch.rows) or batch.input_ids.numel() * batch.input_ids.shape[1]
     blocks = 2 * block_weights(model) * batch.input_ids.numel()
-    return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * rows * length**2
+    return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * squares
 
 
 def training_flops(
@@ -249,7 +250,7 @@ def training_bytes(
     """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits, slack.
 
     Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it. Logits are those that
-    wait for the backward pass, three float32 chunks, and the gradient of the head before it is added to the others.
+    wait for the backward pass, a chunk of them, a few rows that are normalised, and the gradient of the head before it is added to the others.
     """
     head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
     kept = _logits_bytes(model, batch, precision)
@@ -260,7 +261,8 @@ def training_bytes(
         "optimizer": optimizer_bytes(module, config.loop),
         "activations": activations,
         "logits": kept * (kept <= KEPT_LOGITS_BYTES)
-        + 3 * 4 * LOGITS_IN_A_CHUNK
+        + CHUNK_BYTES
+        + 3 * 4 * IN_CACHE * len(head)
         + (not config.lora_rank) * head.numel() * head.element_size(),
     }
     if trial.sources.device.type == "cpu":

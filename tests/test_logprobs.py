@@ -130,7 +130,7 @@ def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, membe
 def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
     model = make_model(name)
     apart, together = (completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share) for share in (False, True))
-    assert apart.input_ids.shape[0] == 6 and together.unpack.shape[0] == 3
+    assert apart.input_ids.shape[0] == 6 and sum(len(index) for index, _ in together.rows) == 3 and len(together.rows) > 1
     close(completion_logps(model, together), completion_logps(model, apart))
     expected = gradients(model, completion_logps(model, apart))
     for parameter, gradient in gradients(model, completion_logps(model, together)).items():
@@ -158,7 +158,7 @@ def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(na
     model, prompts = make_model(name), [PROMPTS[i % 3] for i in range(6)]
     completions = [c * (i + 1) for i, c in enumerate(COMPLETIONS)]
     packed, padded = (completion_batch(prompts, completions, prompt_of, share=share) for share in (True, False))
-    assert packed.unpack is not None and padded.unpack is None
+    assert packed.rows and not padded.rows
     expected_values, expected = completion_logps(model, padded), gradients(model, completion_logps(model, padded))
     model.train()  # or transformers does not checkpoint; there is no dropout in these models
     for checkpointing in (False, True):
@@ -173,8 +173,8 @@ def test_rows_are_packed_only_where_that_saves_an_eighth():
     lengths = [8, 8, 8, 4]  # 4 of 32 positions are padding
     packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, share=True)
     assert packed.mask is None and packed.input_ids.shape == (1, 32)  # 28 tokens in a row of 32
-    assert completion_batch([[0]], [[1] * n for n in [8, 8, 8, 5]], [0] * 4, share=True).unpack is None
-    assert completion_batch([[0]], [[1] * n for n in lengths], [0] * 4).unpack is None
+    assert completion_batch([[0]], [[1] * n for n in [8, 8, 8, 5]], [0] * 4, share=True).rows == ()
+    assert completion_batch([[0]], [[1] * n for n in lengths], [0] * 4).rows == ()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
@@ -238,7 +238,7 @@ def test_float32_is_exact_to_a_ten_thousandth_near_minus_700():
 @pytest.mark.parametrize("chunk", [2**23, 1], ids=["one chunk", "many chunks"])
 def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, kept, chunk):
     monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", kept)
-    monkeypatch.setattr(logprobs, "LOGITS_IN_A_CHUNK", chunk)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk)
     model = make_model(name)
     generator = torch.Generator().manual_seed(0)
     completions = [torch.randint(40, (n,), generator=generator).tolist() for n in (40, 3, 30, 39, 1, 20)]  # 133 tokens
@@ -303,7 +303,7 @@ def test_memory_does_not_grow_with_prompt_length_times_vocabulary():
 
 
 def test_memory_does_not_grow_with_the_completions_beyond_a_chunk(monkeypatch):
-    monkeypatch.setattr(logprobs, "LOGITS_IN_A_CHUNK", 64 * 20_000)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * 64 * 20_000)
     monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", 0)
     model = make_model("gpt2", vocabulary=20_000, context=101).float()
     with LargestTensor() as largest:
@@ -320,7 +320,7 @@ def test_scoring_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
         return original(logits, *arguments, **options)
 
     monkeypatch.setattr(torch, "log_softmax", recorded)
-    monkeypatch.setattr(logprobs, "LOGITS_IN_A_CHUNK", 1)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 1)
     score_completions(shared_model("gpt2"), [[0]], [[1] * 40] * 10, [0] * 10)
     assert len(alive) > 4 and set(alive) == {1}
 
