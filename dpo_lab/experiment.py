@@ -133,6 +133,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
         policy, preferences, config.dpo, seed=config.task.seed, run=out, resume=resume, evaluate=during, progress="train"
     )
     after = evaluation(policy, len(prompts), "evaluate after")
+    return_freed_memory()
     save_policy(policy, parts.tokenizer, out / "policy")
     save_samples(out, before, after)
     save_figures(out, metrics, after, reference_frontier(config.task, parts, prompts))
