@@ -3,8 +3,8 @@
     python benchmarks/contender.py --contender dpo_lab --precision float32 --workload short
 
 Every contender trains the same model on the same pairs by its own whole loop: batching, logging and optimizer included.
-The clock is a hook behind `Optimizer.step`, the same for all; it runs from the end of a short first step, on pairs of its own,
-to the end of the last, so that each contender is timed on all the pairs.
+The clock is a hook behind `Optimizer.step`, the same for all; it runs from the end of a first step, on as many pairs of its
+own, to the end of the last, so that each contender is timed on all the pairs, and none on its first use of the memory.
 """
 
 import json
@@ -40,7 +40,10 @@ BETA, LEARNING_RATE = 0.1, 1e-6
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on: `prompts` a step, each with `completions`, every two of which make a pair."""
+    """What is trained on: `prompts` a step, each with `completions`, every two of which make a pair.
+
+    A step takes `passes` forward and backward passes, for all contenders; `steps` are timed.
+    """
 
     prompts: int
     completions: int
@@ -50,13 +53,15 @@ class Workload:
     vocabulary: int = 50_257
     layers: int = 12
     width: int = 768
+    passes: int = 1
+    steps: int = 2
 
 
 WORKLOADS = {
-    "paper": Workload(prompts=2, completions=4, prompt_tokens=(2, 8)),
+    "paper": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), passes=6, steps=1),  # batches of 64 pairs there
     "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
     "long": Workload(prompts=8, completions=2, prompt_tokens=(64, 192)),
-    "embedded": Workload(11, 4, prompt_tokens=(2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256),
+    "embedded": Workload(11, 4, (2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256, steps=4),
 }
 
 
@@ -72,8 +77,6 @@ class ContenderConfig:
     """of the computation"""
     workload: str = "short"
     """one of WORKLOADS"""
-    steps: int = 4
-    """optimizer steps that are timed, all of the data once; a short one goes before"""
     seed: int = 0
     """of the weights and the pairs"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -89,10 +92,10 @@ def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(rng.lognormal(np.log(workload.mean) - 0.25, 0.75, n).astype(int), 8, workload.most)
 
 
-def make_preferences(workload: Workload, steps: int, seed: int) -> Preferences:
+def make_preferences(workload: Workload, seed: int) -> Preferences:
     """Random token ids; id 0 is BOS and EOS. The completion with the lower index is the better one."""
     rng, k, vocabulary = np.random.default_rng(seed), workload.completions, workload.vocabulary
-    n = steps * workload.prompts
+    n = workload.steps * workload.prompts
     prompts = [[0, *rng.integers(1, vocabulary, rng.integers(*workload.prompt_tokens, endpoint=True))] for _ in range(n)]
     completions = [[*rng.integers(1, vocabulary, length - 1), 0] for length in lengths(workload, n * k, rng)]
     better, worse = np.triu_indices(k, 1)
@@ -106,8 +109,10 @@ def make_preferences(workload: Workload, steps: int, seed: int) -> Preferences:
 
 
 def make_warm_up(workload: Workload, seed: int) -> Preferences:
-    """As many pairs as a step has, of eight tokens: gradients and optimizer state exist after them."""
-    return make_preferences(replace(workload, mean=8, most=8, prompt_tokens=(2, 2)), 1, seed + 1)
+    """The pairs of a step before the clock starts: those of its first pass as all others, the rest cut to eight tokens."""
+    p = make_preferences(replace(workload, steps=1), seed + 1)
+    whole = -(-workload.prompts // workload.passes) * workload.completions
+    return replace(p, completions=[ids if i < whole else [*ids[:7], 0] for i, ids in enumerate(p.completions)])
 
 
 def gpt2_config(workload: Workload) -> GPT2Config:
@@ -155,15 +160,16 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     )
     with torch.no_grad(), autocast(config.device, config.precision):
         logps, reference_logps = (completion_logps(model, batch.to(config.device)) for model in (policy, reference))
+    warm_up = warm_up.with_reference(reference, precision=config.precision)
     began = time.perf_counter()
-    warm_up, preferences = (p.with_reference(reference, precision=config.precision) for p in (warm_up, preferences))
+    preferences = preferences.with_reference(reference, precision=config.precision)
     seconds = time.perf_counter() - began
     del reference
     first = [i for i, c in enumerate(preferences.rejected) if c < 8]
     pairs = [torch.tensor(side[first], device=config.device) for side in (preferences.chosen, preferences.rejected)]
     loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
-    per_step = len(preferences.chosen) // config.steps
-    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
+    per_step = len(preferences.chosen) // workload.steps
+    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
     for data in (warm_up, preferences):
         train_dpo(policy, data, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop), progress=None)
     return {"loss": loss, "reference_seconds": seconds}
@@ -198,11 +204,12 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
     with torch.no_grad():
         loss = loss_of(preferences, np.flatnonzero(preferences.rejected < 8)).item()
     order = np.random.default_rng(config.seed).permutation(len(preferences.chosen))
-    parts = [(preferences, part) for part in np.array_split(order, config.steps)]
-    for data, part in [(warm_up, np.arange(len(warm_up.chosen))), *parts]:
-        with autocast(config.device, config.precision):
-            batch_loss = loss_of(data, part)
-        batch_loss.backward()
+    steps = [(preferences, step) for step in np.array_split(order, workload.steps)]
+    for data, step in [(warm_up, np.arange(len(warm_up.chosen))), *steps]:
+        for part in np.array_split(step, workload.passes):
+            with autocast(config.device, config.precision):
+                part_loss = loss_of(data, part) * len(part) / len(step)
+            part_loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -212,13 +219,13 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
 def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
     """`train_sft` on every completion."""
     policy = tuned(make_models(workload, config.seed, config.device)[0], config.device)
-    size = len(preferences.completions) // config.steps
+    size = len(preferences.completions) // workload.steps
     p = preferences
     first = completion_batch(p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy))
     with torch.no_grad(), autocast(config.device, config.precision):
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
-    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0)
-    for data, steps in ((warm_up, 1), (p, config.steps)):
+    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
+    for data, steps in ((warm_up, 1), (p, workload.steps)):
         batches = sft_batches(data, size, chosen_only=False, share=can_share(policy), seed=config.seed)
         train_sft(policy, batches, steps, loop, precision=config.precision, progress=None)
     return {"loss": loss, "reference_seconds": 0.0}
@@ -242,10 +249,10 @@ def trl_order(config: ContenderConfig, lengths: list[int]) -> list[int]:
     return (np.argsort(lengths, kind="stable") if config.contender == "trl_best" else rng.permutation(len(lengths))).tolist()
 
 
-def trl_settings(config: ContenderConfig, rows: int) -> dict[str, object]:
+def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, object]:
     """What both of TRL's trainers are told: as they come, or the settings that are fastest on a CPU.
 
-    Rows are read in the order that they have, behind the `rows` of a step that warms up.
+    Rows are read in the order that they have, behind the `rows` of a step that warms up; a step takes `passes`.
     """
     best = config.contender == "trl_best"
     return {
@@ -254,7 +261,8 @@ def trl_settings(config: ContenderConfig, rows: int) -> dict[str, object]:
         "bf16": config.precision == "bfloat16",
         "gradient_checkpointing": not best,
         "train_sampling_strategy": "sequential",
-        "per_device_train_batch_size": rows,
+        "per_device_train_batch_size": rows // passes,
+        "gradient_accumulation_steps": passes,
         "learning_rate": LEARNING_RATE,
         "num_train_epochs": 1,
         "logging_steps": 1,
@@ -279,7 +287,7 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
         return {"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])}
 
     warm = [row(warm_up, i) for i in range(len(warm_up.completions))]
-    arguments = SFTConfig(**trl_settings(config, len(warm)))
+    arguments = SFTConfig(**trl_settings(config, len(warm), workload.passes))
     data = Dataset.from_list([*warm, *(row(p, i) for i in order)])
     trainer = SFTTrainer(policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload))
     examples = [trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8]
@@ -323,7 +331,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             precompute_seconds += time.perf_counter() - start
             return result
 
-    arguments = TRLConfig(**trl_settings(config, len(warm)), precompute_ref_log_probs=best, beta=BETA)
+    arguments = TRLConfig(**trl_settings(config, len(warm), workload.passes), precompute_ref_log_probs=best, beta=BETA)
     trainer = Timed(
         policy,
         ref_model=reference,
@@ -336,12 +344,13 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
         loss = float(trainer.compute_loss(trainer.model, inputs))
     trainer.train()
-    return {"loss": loss, "reference_seconds": precompute_seconds}
+    timed = len(p.chosen) / (len(p.chosen) + len(warm))  # of the pairs that the reference was asked about
+    return {"loss": loss, "reference_seconds": precompute_seconds * timed}
 
 
 def main(config: ContenderConfig) -> None:
     workload = replace(WORKLOADS[config.workload], **json.loads(config.change))
-    preferences = make_preferences(workload, config.steps, config.seed)
+    preferences = make_preferences(workload, config.seed)
     ends: list[float] = []
 
     def note_end(*_: object) -> None:
@@ -355,7 +364,7 @@ def main(config: ContenderConfig) -> None:
         "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
     }
     result = runs[config.job][config.contender](config, workload, preferences, make_warm_up(workload, config.seed))
-    assert len(ends) == config.steps + 1, f"{config.contender} made {len(ends)} steps, not {config.steps + 1}"
+    assert len(ends) == workload.steps + 1, f"{config.contender} made {len(ends)} steps, not {workload.steps + 1}"
     print(
         json.dumps(
             {
@@ -365,10 +374,11 @@ def main(config: ContenderConfig) -> None:
                 "workload": config.workload,
                 "change": json.loads(config.change),
                 "without": config.without,
-                "steps": config.steps,
+                "steps": workload.steps,
                 "pairs": len(preferences.chosen),
                 "completion_tokens": sum(map(len, preferences.completions)),
                 "training_seconds": ends[-1] - ends[0],
+                "step_seconds": np.diff(ends).tolist(),
                 **result,
                 "device": config.device,
                 "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if config.device == "cuda" else peak_memory_mb(),

@@ -43,7 +43,7 @@ class CostConfig:
 def measure(workload: str, steps: int, change: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """One run of dpo_lab in float32."""
     script = Path(__file__).with_name("contender.py")
-    arguments = [f"--workload={workload}", f"--steps={steps}", f"--change={json.dumps(change or {})}"]
+    arguments = [f"--workload={workload}", f"--change={json.dumps({'steps': steps} | (change or {}))}"]
     arguments += ["--without", *without] if without else []
     output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
     result = json.loads(output.strip().splitlines()[-1])

@@ -32,8 +32,6 @@ class SpeedConfig:
     """processes of each contender on each workload, in rounds over all of them"""
     minutes: float = 20.0
     """no workload is measured again after so many; the first round is always whole"""
-    steps: int = 2
-    """optimizer steps that a process times"""
     seed: int = 0
     """of weights and pairs"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -62,14 +60,14 @@ def contenders(job: str, fast_bfloat16: bool) -> list[tuple[str, str]]:
     return found if job == "sft" else [*found, ("textbook", "float32")]
 
 
-def least_flops(job: str, name: str, steps: int, seed: int) -> float:
+def least_flops(job: str, name: str, seed: int) -> float:
     """FLOPs that one pass over the data cannot do without: each prompt and completion once, forward and backward.
 
     DPO adds the reference's forward pass. Matmuls of the blocks for every token that predicts or is seen, of the LM head for
     completion tokens; attention's own products are left out.
     """
     workload = WORKLOADS[name]
-    preferences = make_preferences(workload, steps, seed)
+    preferences = make_preferences(workload, seed)
     predicted = sum(map(len, preferences.completions))
     seen = sum(map(len, preferences.prompts)) + predicted - len(preferences.completions)
     blocks, head = 12 * workload.layers * workload.width**2, workload.width * workload.vocabulary
@@ -79,7 +77,7 @@ def least_flops(job: str, name: str, steps: int, seed: int) -> float:
 def measure(job: str, name: str, contender: str, precision: str, config: SpeedConfig) -> dict[str, Any]:
     """What `benchmarks/contender.py` prints."""
     arguments = [f"--job={job}", f"--contender={contender}", f"--precision={precision}", f"--workload={name}"]
-    arguments += [f"--steps={config.steps}", f"--seed={config.seed}", f"--device={config.device}"]
+    arguments += [f"--seed={config.seed}", f"--device={config.device}"]
     script = Path(__file__).with_name("contender.py")
     output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
     result = json.loads(output.strip().splitlines()[-1])
@@ -90,13 +88,13 @@ def measure(job: str, name: str, contender: str, precision: str, config: SpeedCo
 def summary(runs: list[dict[str, Any]], flops: float, rates: dict[str, float]) -> dict[str, Any]:
     """A row of the table, from the runs of one contender."""
     first = runs[0]
-    speeds = [r["pairs"] / (r["training_seconds"] + r["reference_seconds"]) for r in runs]
-    rate = statistics.median(speeds)
+    rate = statistics.median(r["pairs"] / (r["training_seconds"] + r["reference_seconds"]) for r in runs)
+    steps = [r["pairs"] / (r["steps"] * seconds + r["reference_seconds"]) for r in runs for seconds in r["step_seconds"]]
     apart = [r["completion_tokens"] / r["reference_seconds"] if r["reference_seconds"] else None for r in runs]
     return {
         **{name: first[name] for name in ("job", "workload", "contender", "precision", "loss")},
         "pairs_per_second": rate,
-        "spread": [min(speeds), max(speeds)],
+        "spread": [min(steps), max(steps)],
         "pairs_per_second_without_reference": statistics.median(r["pairs"] / r["training_seconds"] for r in runs),
         "completion_tokens_per_second": rate * first["completion_tokens"] / first["pairs"],
         "reference_tokens_per_second": None if None in apart else statistics.median(apart),
@@ -124,7 +122,7 @@ def main(config: SpeedConfig) -> None:
                 raise SystemExit(f"the contenders do not compute the same loss of {job} on {name}: {losses}")
     table = []
     for (job, name), found in runs.items():
-        flops = least_flops(job, name, config.steps, config.seed)
+        flops = least_flops(job, name, config.seed)
         losses = {r["contender"]: r["loss"] for r in found if r["precision"] == "float32"}
         for contender in dict.fromkeys((r["contender"], r["precision"]) for r in found):
             row = summary([r for r in found if (r["contender"], r["precision"]) == contender], flops, rates)

@@ -14,6 +14,17 @@ from dpo_lab import task
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.pretrain import PretrainConfig, gpt2_config, train_tokenizer
 
+
+@pytest.fixture
+def matmul():
+    """torch's setting of who computes float32 matmuls on a CPU; what it was comes back."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "none"
+    yield setting
+    setting.fp32_precision = before
+
+
 WORDS = "this film was truly a joy dull bore and the acting plot of great terrible lovely awful story I loved hated it".split()
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,7 @@ def measured(name, precision="float32", job="dpo"):
         f"--job={job}",
         f"--precision={precision}",
         "--workload=embedded",
-        "--steps=2",
-        '--change={"prompts": 2}',
+        '--change={"prompts": 2, "steps": 2, "passes": 2}',
     ]
     output = subprocess.check_output([sys.executable, str(BENCHMARKS / "contender.py"), *arguments], text=True)
     return json.loads(output.strip().splitlines()[-1])
@@ -54,7 +54,7 @@ def test_all_contenders_of_sft_compute_the_same_loss():
 @pytest.mark.parametrize("name", contender.WORKLOADS)
 def test_a_workload_is_what_it_says(name):
     workload = contender.WORKLOADS[name]
-    preferences = contender.make_preferences(workload, 50, seed=0)
+    preferences = contender.make_preferences(replace(workload, steps=50), seed=0)
     lengths = [len(ids) for ids in preferences.completions]
     assert 8 <= min(lengths) and max(lengths) <= workload.most and abs(np.mean(lengths) / workload.mean - 1) < 0.15
     k = workload.completions
@@ -66,12 +66,12 @@ def test_a_workload_is_what_it_says(name):
 
 def test_the_least_flops_are_those_of_the_matmuls():
     workload = contender.WORKLOADS["short"]
-    preferences = contender.make_preferences(workload, 1, seed=0)
+    preferences = contender.make_preferences(workload, seed=0)
     predicted = sum(map(len, preferences.completions))
-    seen = sum(map(len, preferences.prompts)) + predicted - 16
+    seen = sum(map(len, preferences.prompts)) + predicted - 2 * 16
     block = 768 * (3 * 768 + 768 + 4 * 768 + 4 * 768)  # query, key and value; out; up; down
     forward = 2 * (12 * block * seen + 768 * 50_257 * predicted)
-    assert speed.least_flops("dpo", "short", 1, 0) == 4 * forward and speed.least_flops("sft", "short", 1, 0) == 3 * forward
+    assert speed.least_flops("dpo", "short", 0) == 4 * forward and speed.least_flops("sft", "short", 0) == 3 * forward
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

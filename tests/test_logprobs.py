@@ -177,6 +177,49 @@ def test_rows_are_packed_only_where_that_saves_an_eighth():
     assert completion_batch([[0]], [[1] * n for n in lengths], [0] * 4).rows == ()
 
 
+def test_rows_of_like_length_go_through_attention_together():
+    lengths = [30, 2, 29, 10, 9, 20, 1]
+    rows = completion_batch([[0]], [[1] * n for n in lengths], [0] * 7, share=True).rows
+    assert [index.shape for index, _ in rows] == [(3, 30), (2, 10), (1, 2), (1, 1)]
+    assert sorted(torch.cat([index.flatten() for index, _ in rows]).unique().tolist()) == list(range(sum(lengths)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(monkeypatch, matmul, name, share, precision):
+    """In the forward and in the backward pass, and then the setting is back; a model that is called directly changes none."""
+    matmul.fp32_precision, seen = logprobs.ONEDNN, []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(matmul.fp32_precision)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(matmul.fp32_precision)
+            return grad
+
+    def watched(*arguments, **options):
+        out, weights = logprobs_sdpa(*arguments, **options)
+        return Watched.apply(out), weights
+
+    logprobs_sdpa = logprobs.sdpa_attention_forward
+    monkeypatch.setattr(logprobs, "sdpa_attention_forward", watched)
+    model, batch = make_model(name).float(), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
+    with logprobs.autocast("cpu", precision):
+        logps = completion_logps(model, batch)
+        assert set(seen) == {"ieee"} and matmul.fp32_precision == logprobs.ONEDNN
+        calls = len(seen)
+        logps.sum().backward()
+    assert seen == ["ieee"] * 2 * calls and matmul.fp32_precision == logprobs.ONEDNN
+    seen.clear()
+    model(torch.tensor([[0, 1, 2]]), attention_mask=torch.ones(1, 3)).logits.sum().backward()
+    assert set(seen) == {logprobs.ONEDNN}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
 def test_a_model_that_has_scored_packed_rows_generates_as_before(name):
     model, fresh = make_model(name), make_model(name)
@@ -271,6 +314,13 @@ def test_a_frozen_head_gets_no_gradient_and_the_rest_does():
     completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF)).sum().backward()
     assert model.lm_head.weight.grad is None
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.model.layers.parameters())
+
+
+def test_a_second_backward_pass_over_logits_that_the_first_has_used_gives_the_same():
+    model = shared_model("gpt2")
+    loss = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF)).sum()
+    first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second))
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():

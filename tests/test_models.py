@@ -30,7 +30,7 @@ from transformers import (
 from dpo_lab import models
 from dpo_lab.cli import main
 from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import PACKED, can_share, completion_logps
+from dpo_lab.logprobs import ONEDNN, PACKED, can_share, completion_logps
 from dpo_lab.models import (
     PrecisionTest,
     check_same_vocabulary,
@@ -39,6 +39,7 @@ from dpo_lab.models import (
     lora,
     measure_precision,
     prepare_model,
+    use_onednn,
 )
 
 GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -206,6 +207,32 @@ print(counts[2], counts[-1])
 """
     before, after = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
     assert before > 10_000 and after < 100  # 64 MiB are 16,384 pages
+
+
+def product_error():
+    a, b = torch.randn(300, 700), torch.randn(700, 200)
+    exact = a.double() @ b.double()
+    return float((a.matmul(b) - exact).norm() / exact.norm())
+
+
+def test_float32_matmuls_stay_exact_whoever_computes_them(matmul):
+    use_onednn()
+    assert product_error() < 1e-6
+
+
+def test_onednn_is_not_taken_where_it_would_compute_in_bfloat16(monkeypatch, matmul):
+    original = torch.Tensor.__matmul__
+
+    def rounded(a, b):
+        return original(a, b) if a.dtype == torch.float64 else original(a.bfloat16(), b.bfloat16()).float()
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    use_onednn()
+    assert matmul.fp32_precision == "none"
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: original(a.double(), b.double()))
+    use_onednn()
+    assert matmul.fp32_precision == ONEDNN
 
 
 def test_a_prepared_gpt2_computes_the_same_with_the_fused_gelu():
