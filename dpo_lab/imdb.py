@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dpo_lab.logprobs import Precision, autocast
+from dpo_lab.logprobs import IN_CACHE, Precision, autocast, use_packed_attention
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
@@ -155,6 +155,7 @@ def sample_with_logps(
     At temperature 1 that is what `score_completions` gives, up to rounding: the cache's batches have other shapes.
     """
     device = next(model.parameters()).device
+    use_packed_attention(model)
     waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
     batches: list[list[int]] = []
     while waiting:
@@ -215,10 +216,11 @@ def _sample(
     for t in range(shortest, end):
         mask = torch.ones(len(step), t, dtype=torch.long, device=device)
         logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        probabilities = torch.softmax(logits[:, -1] / temperature, 1, dtype=torch.float32)  # (b, V)
-        step = _draw(probabilities, generator)  # (b, 1)
+        part = IN_CACHE if device.type == "cpu" else len(logits)
+        drawn = [_draw(some, temperature, generator) for some in logits[:, -1].split(part)]
+        step, chance = (torch.cat(parts) for parts in zip(*drawn))  # (b, 1) each
         read = t < lengths[rows]
-        logps[rows] += probabilities.gather(1, step)[:, 0].double().log().masked_fill(read | done, 0.0)
+        logps[rows] += chance[:, 0].double().log().masked_fill(read | done, 0.0)
         step[read, 0] = text[rows[read], t]
         text[rows, t] = step[:, 0]
         done = ~read & (torch.isin(step[:, 0], stops) | (t + 1 == ends[rows]) | done)
@@ -232,19 +234,22 @@ def _sample(
     return list(zip(ids, logps.tolist()))
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row (b, 1) of probabilities (b, V), by the inverse of the cumulative distribution: first a block, then in it.
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One index a row and its probability, (b, 1) each, for logits (b, V).
 
-    On CPUs a cumulative sum of all V costs several times as much as the sums of the blocks, and `torch.multinomial` more.
+    By the inverse of the cumulative distribution: first a block, then in it. On CPUs a cumulative sum of all V costs several
+    times as much as the sums of the blocks, and `torch.multinomial` more.
     """
-    padded = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % BLOCK))
+    probabilities = torch.softmax(logits / temperature, 1, dtype=torch.float32)  # (b, V)
+    padded = nn.functional.pad(probabilities, (0, extra)) if (extra := -logits.shape[1] % BLOCK) else probabilities
     blocks = padded.unflatten(1, (-1, BLOCK))  # (b, V / BLOCK, BLOCK)
     upper = blocks.sum(2).cumsum(1)  # (b, V / BLOCK)
     uniform = torch.rand(len(blocks), 1, generator=generator, device=generator.device) * upper[:, -1:]
     block = _first_above(upper, uniform)
     below = torch.where(block > 0, upper.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(1)  # (b, BLOCK)
-    return block * BLOCK + _first_above(inside, uniform - below)
+    index = block * BLOCK + _first_above(inside, uniform - below)
+    return index, probabilities.gather(1, index)
 
 
 def _first_above(cumulative: Tensor, level: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
     probabilities = torch.zeros(n).index_fill(0, torch.tensor([0, n // 3, n - 1]), 1.0)
     probabilities[n // 3] *= 3
     probabilities /= probabilities.sum()
-    drawn = _draw(probabilities.expand(30_000, n), torch.Generator().manual_seed(0))[:, 0]
+    drawn, chances = (x[:, 0] for x in _draw(probabilities.log().expand(30_000, n), 1.0, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(chances, probabilities[drawn])
     counts = torch.bincount(drawn, minlength=n)
     assert len(counts) == n and not counts[probabilities == 0].any()
     assert ((counts - 30_000 * probabilities).abs() < 5 * (30_000 * probabilities).sqrt() + 1e-9).all()

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dpo_lab import logprobs
 from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import can_share, completion_logps, score_completions, token_logps
+from dpo_lab.logprobs import can_share, completion_logps, score_completions, token_logps, use_packed_attention
 
 MODELS = ["gpt2", "gpt2-bias", "llama-tied", "llama-grouped"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -230,6 +230,22 @@ def test_a_model_that_has_scored_packed_rows_generates_as_before(name):
     assert model.generate(ids, **options).tolist() == fresh.generate(ids, **options).tolist()
     scores = [m.bfloat16()(ids, attention_mask=options["attention_mask"]).logits for m in (model, fresh)]
     torch.testing.assert_close(*scores, rtol=0, atol=0.1)  # logits are near 3; without the mask they differ by more than 1
+
+
+@every_model
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_a_token_after_the_cache_sees_what_it_sees_in_the_whole_text(name, precision):
+    model, ids = make_model(name), torch.randint(40, (3, 20), generator=torch.Generator().manual_seed(0))
+    model = model if precision == "float64" else model.float()
+    cache, steps = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        expected = model(ids).logits[:, 11:]
+        assert use_packed_attention(model)
+        for t, step in enumerate(ids.split([12, *[1] * 8], dim=1), start=12):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                steps.append(model(step, attention_mask=torch.ones(3, t), past_key_values=cache, use_cache=True).logits[:, -1])
+    error = (torch.stack(steps, 1) - expected).abs().max() / expected.abs().max()
+    assert error < (1e-12 if precision == "float64" else 0.03)
 
 
 def test_prompts_are_shared_only_by_models_that_allow_it():
