@@ -258,13 +258,14 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors free, for the rest of the process, instead of returning it to the system at once.
 
     A training step frees and allocates the same hundreds of megabytes as the one before, and otherwise fetches them from
-    the kernel anew, page by page. Does nothing where the C library is another.
+    the kernel anew, page by page. Threads share one heap: each with its own would keep as much again. Does nothing where
+    the C library is another.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_ARENA_MAX, 1)):
             mallopt(parameter, value)
 
 
@@ -292,7 +293,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
