@@ -83,7 +83,7 @@ class ContenderConfig:
     """where"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
-    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "onednn", "kept memory"], ...] = ()
+    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"], ...] = ()
     """what dpo_lab does without, to see what it is worth"""
 
 
@@ -147,7 +147,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
         policy, reference = prepare_model(policy), prepare_model(reference)
     if "kept memory" not in config.without:
         keep_freed_memory()
-    if "onednn" not in config.without and config.device == "cpu":
+    if "oneDNN" not in config.without and config.device == "cpu":
         use_onednn()
     if "sharing" in config.without:
         layout.SHARE_FROM = math.inf

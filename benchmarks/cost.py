@@ -29,7 +29,7 @@ CURVES: dict[str, dict[float, dict[str, Any]]] = {
     },
 }
 MEDIUM = {"layers": 6, "width": 512}  # of all but the curve over the size, GPT-2's vocabulary with it
-SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "onednn", "kept memory")
+SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory")
 
 
 @dataclass(frozen=True)
