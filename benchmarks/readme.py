@@ -56,11 +56,11 @@ def embedded_model() -> str:
 def sweep() -> str:
     """The grid of `benchmarks/sweep.py`, best reward within 4 nats first."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "sweep.json").read_text())["rows"]
-    lines = ["| beta | learning rate | epochs | reward | sequence KL (nats) |", "|---|---|---|---|---|"]
+    lines = ["| beta | learning rate | reward | sequence KL (nats) |", "|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (row["after"]["kl"] > 4, -row["after"]["reward"])):
         after = row["after"]
         lines.append(
-            f"| {row['beta']} | {row['learning_rate']} | {row['epochs']} | {after['reward']:.3f} ± {after['reward_se']:.3f} "
+            f"| {row['beta']} | {row['learning_rate']} | {after['reward']:.3f} ± {after['reward_se']:.3f} "
             f"| {after['kl']:.2f} ± {after['kl_se']:.2f} |"
         )
     return "\n".join(lines)

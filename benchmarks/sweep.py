@@ -6,7 +6,6 @@ Every run is `dpo-lab train` in a process of its own. Rows go to benchmarks/resu
 is there already is not run again.
 """
 
-import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import tyro
 
+from dpo_lab.experiment import CONFIGS
 from dpo_lab.runs import provenance, read_metrics, write_json
 
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
@@ -24,12 +24,10 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.3, 0.35, 0.37, 0.4)
-    """values of beta"""
-    rates: tuple[float, ...] = (3.5e-5,)
-    """peak learning rates"""
-    epochs: tuple[int, ...] = (1,)
-    """passes over the prompts"""
+    betas: tuple[float, ...] = (0.29, 0.31, 0.33, 0.35)
+    """values of beta, at the default learning rate"""
+    rates: tuple[float, ...] = (1.5e-4, 6e-4)
+    """peak learning rates, at the default beta"""
     seed: int = 0
     """seed of every run"""
     fresh: bool = False
@@ -41,12 +39,14 @@ class SweepConfig:
 def main(config: SweepConfig) -> None:
     origin = provenance()  # before the results file changes
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not config.fresh else []
-    for beta, rate, epochs in itertools.product(config.betas, config.rates, config.epochs):
-        key = {"beta": beta, "learning_rate": rate, "epochs": epochs, "seed": config.seed}
+    default = CONFIGS["laptop"].dpo
+    grid = [(beta, default.loop.learning_rate) for beta in config.betas] + [(default.beta, rate) for rate in config.rates]
+    for beta, rate in grid:
+        key = {"beta": beta, "learning_rate": rate, "seed": config.seed}
         if any(key.items() <= row.items() for row in rows):
             continue
-        run = config.out / f"beta{beta}-lr{rate}-epochs{epochs}-seed{config.seed}"
-        options = [f"--beta={beta}", f"--learning-rate={rate}", f"--epochs={epochs}", f"--seed={config.seed}"]
+        run = config.out / f"beta{beta}-lr{rate}-seed{config.seed}"
+        options = [f"--beta={beta}", f"--learning-rate={rate}", f"--seed={config.seed}"]
         data = config.out / f"data-seed{config.seed}"
         command = [sys.executable, "-m", "dpo_lab.cli", "train", *options, "--out", str(run), "--data", str(data)]
         subprocess.run([*command, *(["--resume"] if run.exists() else [])], check=True)
@@ -58,13 +58,10 @@ def main(config: SweepConfig) -> None:
         ]
         rows.append(key | {k: summary[k] for k in ("before", "after", "steps", "pairs", "seconds")} | {"curve": curve})
         write_json(RESULTS, {"provenance": origin, "rows": rows})
-    print(f"{'beta':>6} {'rate':>8} {'epochs':>6} {'reward':>7} {'KL':>6} {'seconds':>8}")
+    print(f"{'beta':>6} {'rate':>8} {'reward':>7} {'KL':>6} {'seconds':>8}")
     for row in sorted(rows, key=lambda row: -row["after"]["reward"]):
         after = row["after"]
-        print(
-            f"{row['beta']:>6} {row['learning_rate']:>8} {row['epochs']:>6} {after['reward']:>7.3f} {after['kl']:>6.2f} "
-            f"{row['seconds']:>8.0f}"
-        )
+        print(f"{row['beta']:>6} {row['learning_rate']:>8} {after['reward']:>7.3f} {after['kl']:>6.2f} {row['seconds']:>8.0f}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -89,6 +91,17 @@ class Preferences:
         groups: dict[int, list[int]] = {}
         for pair, p in enumerate(self.prompt_of[self.chosen]):
             groups.setdefault(int(p), []).append(pair)
+        return list(groups.values())
+
+    def linked_pairs(self) -> list[list[int]]:
+        """The indices of the pairs, those in one list that share completions: a ranking, or what was sampled at a time.
+
+        A short prompt may come many times, each time with completions of its own.
+        """
+        links = coo_array((np.ones(len(self.chosen)), (self.chosen, self.rejected)), shape=2 * (len(self.completions),))
+        groups: dict[int, list[int]] = {}
+        for pair, group in enumerate(connected_components(links, directed=False)[1][self.chosen]):
+            groups.setdefault(int(group), []).append(pair)
         return list(groups.values())
 
     def with_reference(

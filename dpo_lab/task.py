@@ -51,13 +51,13 @@ class TaskConfig:
     """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
     imdb: Literal["package", "hub"] = "package"
     """where the reviews come from"""
-    prefixes: int = 2_600
+    prefixes: int = 6_000
     """training reviews whose first 2 to 8 tokens are prompts"""
     completions: int = 4
     """completions sampled a prefix; 4 give 6 pairs"""
     max_new_tokens: int = 48
     """longest completion"""
-    eval_prefixes: int = 512
+    eval_prefixes: int = 1_024
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""
     sft_epochs: int = 0
     """epochs of SFT on the training reviews, before anything else, that make the reference; the embedded model has had them"""

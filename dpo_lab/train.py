@@ -31,9 +31,9 @@ class DPOConfig:
     label_smoothing: float = 0.0
     """assumed share of flipped labels, in [0, 0.5)"""
     epochs: int = 1
-    """passes over the prompts"""
+    """passes over the pairs"""
     batch_pairs: int = 128
-    """pairs a step, in whole prompts"""
+    """pairs a step; those that share completions stay together"""
     lora_rank: int = 0
     """rank of LoRA adapters, which want about ten times the learning rate (Schulman et al. 2025); 0 trains all weights"""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -173,8 +173,8 @@ def _fit_pairs(
     evaluate: Evaluate | None,
     progress: str | None,
 ) -> list[dict[str, Any]]:
-    """`fit` on the mean over pairs, prompts kept whole, in the precision of the reference log-probs."""
-    groups, share = preferences.pairs_by_prompt(), can_share(policy)
+    """`fit` on the mean over pairs, those that share completions kept together, in the precision of the reference log-probs."""
+    groups, share = preferences.linked_pairs(), can_share(policy)
     plan = plan_prompts(groups, epochs, batch_pairs, seed)
 
     def micro_batches(step: int, accumulate: int) -> list[PairBatch]:
@@ -254,7 +254,7 @@ def sft_batches(
 
 
 def plan_prompts(groups: list[list[int]], epochs: int, batch_pairs: int, seed: int) -> list[list[int]]:
-    """Which prompts each step takes: every epoch shuffled by (seed, epoch), prompts kept whole, about `batch_pairs` pairs."""
+    """Which groups of pairs each step takes: every epoch shuffled by (seed, epoch), groups kept whole, about `batch_pairs` pairs."""
     plan: list[list[int]] = []
     for epoch in range(epochs):
         step, pairs = [], 0

@@ -106,7 +106,16 @@ def test_a_prompt_and_a_completion_that_come_again_are_stored_once(tokenizer):
     found = from_rows([ROW, row(rejected=" was dull"), row(prompt="A film")], tokenizer, context=64)
     assert (len(found.prompts), len(found.completions)) == (2, 5)
     assert [found.chosen.tolist(), found.rejected.tolist()] == [[0, 0, 3], [1, 2, 4]]
-    assert found.pairs_by_prompt() == [[0, 1], [2]]
+    assert found.pairs_by_prompt() == found.linked_pairs() == [[0, 1], [2]]
+
+
+def test_a_prompt_that_is_sampled_twice_keeps_its_pairs_apart(tokenizer):
+    """They would make one step of all the pairs of a short prompt, however many."""
+    prompts = [ids(tokenizer, "I"), ids(tokenizer, "A film"), ids(tokenizer, "I")]
+    completions = [[[p, k, 0] for k in (1, 2, 3)] for p in (5, 6, 7)]
+    found = from_scores(prompts, completions, [[0.1, 0.2, 0.3]] * 3, tokenizer, context=64)
+    assert len(found.prompts) == 2 and len(found.pairs_by_prompt()) == 2
+    assert found.linked_pairs() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 def test_messages_are_rendered_by_the_chat_template(chat_tokenizer):

@@ -63,7 +63,7 @@ def textbook_dpo(policy, preferences, config, seed):
     """AdamW on full logits, a live reference, and one forward pass a side of a pair; everything in float64."""
     reference = load_model(policy.name_or_path).double()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.loop.learning_rate, weight_decay=0.0)
-    groups = preferences.pairs_by_prompt()
+    groups = preferences.linked_pairs()
     losses = []
     plan = train.plan_prompts(groups, config.epochs, config.batch_pairs, seed)
     for step, members in enumerate(plan, start=1):
@@ -147,7 +147,7 @@ def test_accumulated_gradients_equal_the_large_batch(tiny, preferences, kind):
 
 
 def test_every_epoch_takes_every_pair_once_in_another_order(preferences):
-    groups = preferences.pairs_by_prompt()
+    groups = preferences.linked_pairs()
     plan = train.plan_prompts(groups, CONFIG.epochs, CONFIG.batch_pairs, 0)
     per_epoch = len(plan) // 2
     for epoch in (plan[:per_epoch], plan[per_epoch:]):
@@ -178,7 +178,7 @@ def test_optimizers_are_the_asked_ones(model):
 def test_evaluation_comes_first_every_n_steps_and_last(model, preferences):
     seen = []
     train_dpo(model, preferences, CONFIG, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
-    steps = len(train.plan_prompts(preferences.pairs_by_prompt(), CONFIG.epochs, CONFIG.batch_pairs, 0))
+    steps = len(train.plan_prompts(preferences.linked_pairs(), CONFIG.epochs, CONFIG.batch_pairs, 0))
     assert seen == sorted({0, *range(3, steps, 3), steps})
     seen.clear()
     config = replace(CONFIG, loop=replace(LOOP, eval_every=4))  # halved to 2 and 1

@@ -184,7 +184,7 @@ def test_a_run_of_trl_logs_what_ours_does(preferences, tiny, tokenizer, referenc
     ours = train_dpo(
         load_model(str(tiny)), preferences.with_reference(reference), DPOConfig(0.1, batch_pairs=6, loop=loop), progress=None
     )
-    groups = preferences.pairs_by_prompt()
+    groups = preferences.linked_pairs()
     order = [pair for step in plan_prompts(groups, 1, 6, seed=0) for group in step for pair in groups[group]]
     in_order = replace(preferences, chosen=preferences.chosen[order], rejected=preferences.rejected[order])
     settings = {"per_device_train_batch_size": 6, "train_sampling_strategy": "sequential", "num_train_epochs": 1}
