@@ -250,7 +250,7 @@ def score_completions(
     completions: Tokens,
     prompt_of: Sequence[int],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> Tensor:
