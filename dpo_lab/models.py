@@ -1,6 +1,7 @@
 """Loading a policy, its tokenizer and its reference: the embedded GPT-2, or any Hugging Face causal LM."""
 
 import ctypes
+import os
 import sys
 import time
 import warnings
@@ -273,8 +274,10 @@ def use_onednn() -> None:
     """Let oneDNN compute the float32 matmuls of this process on a CPU with AVX-512, where it keeps float32's exactness.
 
     torch's default is MKL, which leaves half of the width of processors other than Intel's unused. What torch allows here is
-    also bfloat16, which oneDNN takes on some processors; there everything stays as it was.
+    also bfloat16, which oneDNN takes on some processors; there everything stays as it was. oneDNN keeps a kernel for each shape
+    that it has met, in all some 200 MB unless it is told before the first: here, that 128 are enough.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return
     generator = torch.Generator().manual_seed(0)

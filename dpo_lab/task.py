@@ -51,7 +51,7 @@ class TaskConfig:
     """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
     imdb: Literal["package", "hub"] = "package"
     """where the reviews come from"""
-    prefixes: int = 6_000
+    prefixes: int = 7_500
     """training reviews whose first 2 to 8 tokens are prompts"""
     completions: int = 4
     """completions sampled a prefix; 4 give 6 pairs"""
