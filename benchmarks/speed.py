@@ -52,11 +52,12 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def contenders(job: str, fast_bfloat16: bool) -> list[tuple[str, str]]:
-    """Who takes part, each in its precision. bfloat16 only where the machine is fast in it: elsewhere it would flatter us, for
-    TRL's defaults ask for it everywhere, so they get float32 there."""
-    found = [("dpo_lab", "float32"), ("trl_default", "bfloat16" if fast_bfloat16 else "float32"), ("trl_best", "float32")]
+    """Who takes part, each in its precision: TRL in bfloat16, as its defaults ask, where the machine is fast in it; elsewhere
+    that would flatter us."""
+    theirs = "bfloat16" if fast_bfloat16 else "float32"
+    found = [("dpo_lab", "float32"), ("trl_default", theirs), ("trl_best", theirs)]
     if fast_bfloat16:
-        found += [("dpo_lab", "bfloat16"), ("trl_best", "bfloat16")]
+        found.append(("dpo_lab", "bfloat16"))
     return found if job == "sft" else [*found, ("textbook", "float32")]
 
 

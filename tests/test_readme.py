@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from dpo_lab.experiment import CONFIGS
 from dpo_lab.logprobs import score_completions
-from dpo_lab.train import DPOConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def test_the_figures_are_those_of_the_recorded_results(monkeypatch):
 def test_the_default_beta_has_the_most_reward_within_4_nats():
     rows = json.loads((ROOT / "benchmarks" / "results" / "sweep.json").read_text())["rows"]
     best = max((row for row in rows if row["after"]["kl"] <= 4), key=lambda row: row["after"]["reward"])
-    config = DPOConfig()
+    config = CONFIGS["laptop"].dpo
     assert len({row["beta"] for row in rows}) > 1
     assert (best["beta"], best["learning_rate"]) == (config.beta, config.loop.learning_rate)
 
