@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.3, 0.32, 0.34)
+    betas: tuple[float, ...] = (0.31, 0.33, 0.35)
     """values of beta, at the default learning rate"""
     rates: tuple[float, ...] = (1.5e-4, 6e-4)
     """peak learning rates, at the default beta"""

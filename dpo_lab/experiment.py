@@ -57,7 +57,7 @@ class ExperimentConfig:
 
 CONFIGS = {
     "laptop": ExperimentConfig(  # benchmarks/sweep.py
-        dpo=DPOConfig(beta=0.32, batch_pairs=64, lora_rank=8, loop=LoopConfig(learning_rate=3e-4))
+        dpo=DPOConfig(beta=0.33, batch_pairs=64, lora_rank=8, loop=LoopConfig(learning_rate=3e-4))
     ),
     "paper": ExperimentConfig(  # Section 6.1 and Appendices B and C.1
         TaskConfig(lane="gpu", imdb="hub", prefixes=25_000, sft_epochs=1),
