@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dpo_lab.logprobs import IN_CACHE, Precision, autocast, use_packed_attention
+from dpo_lab.logprobs import IN_CACHE, Precision, autocast, matmuls_by_mkl, use_packed_attention
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
@@ -174,7 +174,7 @@ def sample_with_logps(
 
     sampled = []
     bar = tqdm(total=sum(len(now) for now, _ in mine), desc=progress, disable=not (progress and is_main()), unit="completion")
-    with bar:
+    with bar, matmuls_by_mkl():  # oneDNN's of so few rows leave gaps in the heap that came to 2 GB
         for found in side_by_side(continued, mine) if device.type == "cpu" else map(continued, mine):
             sampled.append(found)
             bar.update(len(found))

@@ -5,8 +5,8 @@ Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, ev
 at a time; a prompt is computed once for all its completions, and padding not at all, where that saves work.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -113,9 +113,9 @@ def packed_attention(
     do), so that the matmuls may change hands.
     """
     dtype, device = value.dtype, query.device.type
-    if query.shape[2] == 1 and device == "cpu" and attention_mask is None and not torch.is_grad_enabled():
-        return _next(query, key, value, options["scaling"]), None
     widened = device == "cpu" and dtype == torch.bfloat16
+    if widened and query.shape[2] == 1 and attention_mask is None and not torch.is_grad_enabled():
+        return _next(query.to(dtype), key.to(dtype), value, options["scaling"]), None
     if widened:
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -145,11 +145,8 @@ def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: 
     def hand_to(precision: str) -> Callable[[Tensor], None]:
         return lambda _: setattr(matmul, "fp32_precision", precision)
 
-    matmul.fp32_precision = "ieee"
-    try:
+    with matmuls_by_mkl():
         out = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    finally:
-        matmul.fp32_precision = ONEDNN
     if out.requires_grad:
         out.register_hook(hand_to("ieee"))
         for x in (query, key, value):
@@ -158,19 +155,22 @@ def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: 
     return out
 
 
-def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention of one query a row (R, H, 1, D) to L keys (R, G, L, D), as (R, 1, H, D): sdpa is slow at it on a CPU.
+@contextmanager
+def matmuls_by_mkl() -> Iterator[None]:
+    """Float32 matmuls by MKL meanwhile, in all threads, whatever `models.use_onednn` chose."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
-    A product a row and head is the fastest in bfloat16; float32's would be as small as those of `_sdpa`.
-    """
+
+def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of one query a row (R, H, 1, D) to L keys (R, G, L, D), as (R, 1, H, D): in bfloat16 sdpa is slow at it."""
     grouped = query.unflatten(1, (key.shape[1], -1))[..., 0, :] * scaling  # (R, G, H / G, D)
-    if query.dtype == torch.bfloat16:
-        weights = (grouped @ key.mT).softmax(-1, dtype=torch.float32).to(query.dtype)  # (R, G, H / G, L)
-        out = weights @ value
-    else:
-        weights = (grouped[..., None, :] * key[:, :, None]).sum(-1).softmax(-1)
-        out = (weights[..., None] * value[:, :, None]).sum(-2)  # (R, G, H / G, D)
-    return out.flatten(1, 2)[:, None]
+    weights = (grouped @ key.mT).softmax(-1, dtype=torch.float32).to(query.dtype)  # (R, G, H / G, L)
+    return (weights @ value).flatten(1, 2)[:, None]
 
 
 ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls: `models.use_onednn`

@@ -223,7 +223,7 @@ class PrecisionTest:
     @property
     def choice(self) -> Precision:
         """bfloat16 where it is fast: some processors compute it in hardware, others by detours."""
-        return "bfloat16" if self.speedup > 1.5 else "float32"
+        return "bfloat16" if self.speedup > 1.2 else "float32"
 
     def __str__(self) -> str:
         return (
