@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.imdb import sample_completions, texts_of
 from dpo_lab.logprobs import Precision, score_completions
-from dpo_lab.models import end_tokens
+from dpo_lab.models import end_tokens, return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def evaluate_policy(
         precision=precision,
         progress=progress,
     )
+    return_freed_memory()  # what sampling needed, before scoring needs other sizes
     texts = [row[0] for row in texts_of(tokenizer, prompts, completions)]
     flat, owners = [row[0] for row in completions], range(len(prompts))
     log_ratios = np.zeros(len(flat))

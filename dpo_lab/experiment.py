@@ -127,6 +127,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
         result = evaluation(model, max(8, len(prompts) // 4)) if step else before
         save_snapshot(out, step, model, preferences, result)
+        return_freed_memory()
         return {"reward": result.reward, "reward_se": result.reward_se, "kl/sequence": result.kl, "kl/sequence_se": result.kl_se}
 
     before = evaluation(parts.reference, len(prompts), "evaluate before")
