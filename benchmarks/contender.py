@@ -3,14 +3,15 @@
     python benchmarks/contender.py --contender dpo_lab --precision float32 --workload short
 
 Every contender trains the same model on the same pairs by its own whole loop: batching, logging and optimizer included.
-The clock is a hook behind `Optimizer.step`, the same for all; it runs from the end of a first step, on as many pairs of its
-own, to the end of the last, so that each contender is timed on all the pairs, and none on its first use of the memory.
+The clock is a hook behind `Optimizer.step`, the same for all. Two steps go before it: a short one, behind which there is an
+optimizer state, and one of full size, behind which memory has been used as in all steps that follow.
 """
 
 import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,7 +26,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from dpo_lab import layout, logprobs
+from dpo_lab import layout, logprobs, loop
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import autocast, can_share, completion_logps
 from dpo_lab.loop import LoopConfig
@@ -54,11 +55,11 @@ class Workload:
     layers: int = 12
     width: int = 768
     passes: int = 1
-    steps: int = 2
+    steps: int = 1
 
 
 WORKLOADS = {
-    "paper": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), passes=6, steps=1),  # batches of 64 pairs there
+    "paper": Workload(prompts=6, completions=4, prompt_tokens=(2, 8), passes=3),
     "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
     "long": Workload(prompts=8, completions=2, prompt_tokens=(64, 192)),
     "embedded": Workload(11, 4, (2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256, steps=4),
@@ -108,11 +109,18 @@ def make_preferences(workload: Workload, seed: int) -> Preferences:
     )
 
 
-def make_warm_up(workload: Workload, seed: int) -> Preferences:
-    """The pairs of a step before the clock starts: those of its first pass as all others, the rest cut to eight tokens."""
-    p = make_preferences(replace(workload, steps=1), seed + 1)
-    whole = -(-workload.prompts // workload.passes) * workload.completions
-    return replace(p, completions=[ids if i < whole else [*ids[:7], 0] for i, ids in enumerate(p.completions)])
+def make_warm_ups(workload: Workload, seed: int) -> tuple[Preferences, Preferences]:
+    """The pairs of two steps before the clock starts: short ones, then the longest; of several passes one has full length."""
+    p, k = make_preferences(workload, seed), workload.completions
+    size = [sum(map(len, p.completions[i * k : i * k + k])) for i in range(len(p.prompts))]
+    longest = np.argsort(size)[::-1][: workload.prompts]
+    whole = -(-workload.prompts // workload.passes)
+    short = make_preferences(replace(workload, steps=1, prompt_tokens=(2, 8), most=8), seed)
+    return short, replace(
+        short,
+        prompts=[p.prompts[i] for i in longest],
+        completions=[ids if n < whole else [*ids[:7], 0] for n, i in enumerate(longest) for ids in p.completions[i * k : i * k + k]],
+    )
 
 
 def gpt2_config(workload: Workload) -> GPT2Config:
@@ -140,7 +148,13 @@ def tuned(model: GPT2LMHeadModel, device: str) -> GPT2LMHeadModel:
     return prepare_model(model)
 
 
-def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
+def one_optimizer(model: GPT2LMHeadModel, config: LoopConfig) -> None:
+    """Let all runs of our loop update `model` by one optimizer, whose state is there when the clock starts, as others' is."""
+    optimizers = loop.make_optimizers(model, config)
+    loop.make_optimizers = lambda *_: optimizers
+
+
+def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
@@ -160,7 +174,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     )
     with torch.no_grad(), autocast(config.device, config.precision):
         logps, reference_logps = (completion_logps(model, batch.to(config.device)) for model in (policy, reference))
-    warm_up = warm_up.with_reference(reference, precision=config.precision)
+    warm_ups = [data.with_reference(reference, precision=config.precision) for data in warm_ups]
     began = time.perf_counter()
     preferences = preferences.with_reference(reference, precision=config.precision)
     seconds = time.perf_counter() - began
@@ -169,13 +183,14 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     pairs = [torch.tensor(side[first], device=config.device) for side in (preferences.chosen, preferences.rejected)]
     loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
     per_step = len(preferences.chosen) // workload.steps
-    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
-    for data in (warm_up, preferences):
-        train_dpo(policy, data, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop), progress=None)
+    loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
+    one_optimizer(policy, loop_config)
+    for data in (*warm_ups, preferences):
+        train_dpo(policy, data, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop_config), progress=None)
     return {"loss": loss, "reference_seconds": seconds}
 
 
-def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
+def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
     """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
     policy, reference = make_models(workload, config.seed, config.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
@@ -205,7 +220,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
         loss = loss_of(preferences, np.flatnonzero(preferences.rejected < 8)).item()
     order = np.random.default_rng(config.seed).permutation(len(preferences.chosen))
     steps = [(preferences, step) for step in np.array_split(order, workload.steps)]
-    for data, step in [(warm_up, np.arange(len(warm_up.chosen))), *steps]:
+    for data, step in [*((data, np.arange(len(data.chosen))) for data in warm_ups), *steps]:
         for part in np.array_split(step, workload.passes):
             with autocast(config.device, config.precision):
                 part_loss = loss_of(data, part) * len(part) / len(step)
@@ -216,7 +231,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
+def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
     """`train_sft` on every completion."""
     policy = tuned(make_models(workload, config.seed, config.device)[0], config.device)
     size = len(preferences.completions) // workload.steps
@@ -224,10 +239,11 @@ def run_sft(config: ContenderConfig, workload: Workload, preferences: Preference
     first = completion_batch(p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy))
     with torch.no_grad(), autocast(config.device, config.precision):
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
-    loop = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
-    for data, steps in ((warm_up, 1), (p, workload.steps)):
+    loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
+    one_optimizer(policy, loop_config)
+    for data, steps in (*((data, 1) for data in warm_ups), (p, workload.steps)):
         batches = sft_batches(data, size, chosen_only=False, share=can_share(policy), seed=config.seed)
-        train_sft(policy, batches, steps, loop, precision=config.precision, progress=None)
+        train_sft(policy, batches, steps, loop_config, precision=config.precision, progress=None)
     return {"loss": loss, "reference_seconds": 0.0}
 
 
@@ -252,7 +268,7 @@ def trl_order(config: ContenderConfig, lengths: list[int]) -> list[int]:
 def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, object]:
     """What both of TRL's trainers are told: as they come, or the settings that are fastest on a CPU.
 
-    Rows are read in the order that they have, behind the `rows` of a step that warms up; a step takes `passes`.
+    Rows are read in the order that they have, behind those of the steps that warm up; a step of `rows` takes `passes`.
     """
     best = config.contender == "trl_best"
     return {
@@ -273,7 +289,7 @@ def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, o
     }
 
 
-def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
+def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
     """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import SFTConfig, SFTTrainer
 
@@ -286,8 +302,8 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     def row(p: Preferences, i: int) -> dict[str, str]:
         return {"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])}
 
-    warm = [row(warm_up, i) for i in range(len(warm_up.completions))]
-    arguments = SFTConfig(**trl_settings(config, len(warm), workload.passes))
+    warm = [row(data, i) for data in warm_ups for i in range(len(data.completions))]
+    arguments = SFTConfig(**trl_settings(config, len(warm) // 2, workload.passes))
     data = Dataset.from_list([*warm, *(row(p, i) for i in order)])
     trainer = SFTTrainer(policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload))
     examples = [trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8]
@@ -297,7 +313,7 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_up: Preferences) -> dict[str, float]:
+def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
     """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer
@@ -320,7 +336,8 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             "rejected": " " + text(p.completions[r]),
         }
 
-    warm = [row(warm_up, pair) for pair in range(len(warm_up.chosen))]
+    warm = [row(data, pair) for data in warm_ups for pair in range(len(data.chosen))]
+    rows = [row(p, pair) for pair in order]
     precompute_seconds = 0.0
 
     class Timed(DPOTrainer):
@@ -331,12 +348,12 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             precompute_seconds += time.perf_counter() - start
             return result
 
-    arguments = TRLConfig(**trl_settings(config, len(warm), workload.passes), precompute_ref_log_probs=best, beta=BETA)
+    arguments = TRLConfig(**trl_settings(config, len(warm) // 2, workload.passes), precompute_ref_log_probs=best, beta=BETA)
     trainer = Timed(
         policy,
         ref_model=reference,
         args=arguments,
-        train_dataset=Dataset.from_list([*warm, *(row(p, pair) for pair in order)]),
+        train_dataset=Dataset.from_list([*warm, *rows]),
         processing_class=word_tokenizer(workload),
     )
     examples = [trainer.train_dataset[place] for place, pair in enumerate(order, start=len(warm)) if p.rejected[pair] < 8]
@@ -344,7 +361,8 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
         loss = float(trainer.compute_loss(trainer.model, inputs))
     trainer.train()
-    timed = len(p.chosen) / (len(p.chosen) + len(warm))  # of the pairs that the reference was asked about
+    words = [sum(text.count("t") for text in pair.values()) for pair in (*warm, *rows)]
+    timed = sum(words[len(warm) :]) / sum(words)  # of the tokens that the reference was asked about
     return {"loss": loss, "reference_seconds": precompute_seconds * timed}
 
 
@@ -363,8 +381,9 @@ def main(config: ContenderConfig) -> None:
         "dpo": {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl},
         "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
     }
-    result = runs[config.job][config.contender](config, workload, preferences, make_warm_up(workload, config.seed))
-    assert len(ends) == workload.steps + 1, f"{config.contender} made {len(ends)} steps, not {workload.steps + 1}"
+    result = runs[config.job][config.contender](config, workload, preferences, make_warm_ups(workload, config.seed))
+    assert len(ends) == workload.steps + 2, f"{config.contender} made {len(ends)} steps, not {workload.steps + 2}"
+    ends = ends[1:]
     print(
         json.dumps(
             {

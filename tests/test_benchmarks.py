@@ -68,7 +68,7 @@ def test_the_least_flops_are_those_of_the_matmuls():
     workload = contender.WORKLOADS["short"]
     preferences = contender.make_preferences(workload, seed=0)
     predicted = sum(map(len, preferences.completions))
-    seen = sum(map(len, preferences.prompts)) + predicted - 2 * 16
+    seen = sum(map(len, preferences.prompts)) + predicted - len(preferences.completions)
     block = 768 * (3 * 768 + 768 + 4 * 768 + 4 * 768)  # query, key and value; out; up; down
     forward = 2 * (12 * block * seen + 768 * 50_257 * predicted)
     assert speed.least_flops("dpo", "short", 0) == 4 * forward and speed.least_flops("sft", "short", 0) == 3 * forward
