@@ -119,7 +119,9 @@ def make_warm_ups(workload: Workload, seed: int) -> tuple[Preferences, Preferenc
     return short, replace(
         short,
         prompts=[p.prompts[i] for i in longest],
-        completions=[ids if n < whole else [*ids[:7], 0] for n, i in enumerate(longest) for ids in p.completions[i * k : i * k + k]],
+        completions=[
+            ids if n < whole else [*ids[:7], 0] for n, i in enumerate(longest) for ids in p.completions[i * k : i * k + k]
+        ],
     )
 
 
@@ -154,7 +156,9 @@ def one_optimizer(model: GPT2LMHeadModel, config: LoopConfig) -> None:
     loop.make_optimizers = lambda *_: optimizers
 
 
-def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
+def run_dpo_lab(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
+) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
@@ -190,7 +194,9 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     return {"loss": loss, "reference_seconds": seconds}
 
 
-def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
+def run_textbook(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
+) -> dict[str, float]:
     """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
     policy, reference = make_models(workload, config.seed, config.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
@@ -231,7 +237,9 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
+def run_sft(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
+) -> dict[str, float]:
     """`train_sft` on every completion."""
     policy = tuned(make_models(workload, config.seed, config.device)[0], config.device)
     size = len(preferences.completions) // workload.steps
@@ -289,7 +297,9 @@ def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, o
     }
 
 
-def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
+def run_trl_sft(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
+) -> dict[str, float]:
     """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import SFTConfig, SFTTrainer
 
@@ -313,7 +323,9 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]) -> dict[str, float]:
+def run_trl(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
+) -> dict[str, float]:
     """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer

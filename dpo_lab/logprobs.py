@@ -196,10 +196,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden @ weight.T + bias (C, V), and columns of -inf up to a multiple of 64: MKL is half as slow again without them."""
     n, logits = len(weight), hidden.new_empty(len(hidden), -(-len(weight) // 64) * 64)
     torch.mm(hidden, weight.T, out=logits[:, :n])
-    if bias is not None:
-        logits[:, :n] += bias
     logits[:, n:] = -torch.inf
-    return logits
+    return logits if bias is None else logits.add_(nn.functional.pad(bias, (0, logits.shape[1] - n)))
 
 
 class _TokenLogps(torch.autograd.Function):
