@@ -59,7 +59,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "paper": Workload(prompts=6, completions=4, prompt_tokens=(2, 8), passes=3),
+    "paper": Workload(prompts=4, completions=4, prompt_tokens=(2, 8), passes=2),
     "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
     "long": Workload(prompts=8, completions=2, prompt_tokens=(64, 192)),
     "embedded": Workload(11, 4, (2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256, steps=4),

@@ -36,7 +36,7 @@ SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept 
 class CostConfig:
     """How long to measure."""
 
-    steps: int = 2
+    steps: int = 1
     """optimizer steps a point that are timed"""
 
 
