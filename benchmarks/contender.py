@@ -94,11 +94,15 @@ def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_preferences(workload: Workload, seed: int) -> Preferences:
-    """Random token ids; id 0 is BOS and EOS. The completion with the lower index is the better one."""
+    """Random token ids; id 0 is BOS and EOS. The completion with the lower index is the better one.
+
+    Completions have the same lengths whatever the prompts and the vocabulary.
+    """
     rng, k, vocabulary = np.random.default_rng(seed), workload.completions, workload.vocabulary
     n = workload.steps * workload.prompts
+    sizes = lengths(workload, n * k, rng)
     prompts = [[0, *rng.integers(1, vocabulary, rng.integers(*workload.prompt_tokens, endpoint=True))] for _ in range(n)]
-    completions = [[*rng.integers(1, vocabulary, length - 1), 0] for length in lengths(workload, n * k, rng)]
+    completions = [[*rng.integers(1, vocabulary, length - 1), 0] for length in sizes]
     better, worse = np.triu_indices(k, 1)
     return Preferences(
         prompts=[[int(i) for i in ids] for ids in prompts],

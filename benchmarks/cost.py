@@ -6,11 +6,14 @@ Every point is a process of its own (`benchmarks/contender.py`). Writes benchmar
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
+from contender import WORKLOADS
 from matplotlib.figure import Figure
 
 from dpo_lab.runs import provenance, write_json, write_whole
@@ -40,15 +43,20 @@ class CostConfig:
     """optimizer steps a point that are timed"""
 
 
-def measure(workload: str, steps: int, change: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One run of dpo_lab in float32."""
-    script = Path(__file__).with_name("contender.py")
-    arguments = [f"--workload={workload}", f"--change={json.dumps({'steps': steps} | (change or {}))}"]
-    arguments += ["--without", *without] if without else []
-    output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
+@cache
+def run(workload: str, change: str, without: tuple[str, ...]) -> dict[str, Any]:
+    """What `benchmarks/contender.py` prints, of dpo_lab in float32; the same point of two curves is one run."""
+    arguments = [f"--workload={workload}", f"--change={change}", *(["--without", *without] if without else [])]
+    output = subprocess.check_output([sys.executable, str(Path(__file__).with_name("contender.py")), *arguments], text=True)
     result = json.loads(output.strip().splitlines()[-1])
     print(result, flush=True)
     return result
+
+
+def measure(workload: str, steps: int, change: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One run, in `steps`."""
+    whole = asdict(replace(WORKLOADS[workload], steps=steps, **(MEDIUM | change)))
+    return run(workload, json.dumps(whole), without)
 
 
 def plot(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
@@ -72,18 +80,18 @@ def plot(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
 
 def main(config: CostConfig) -> None:
     curves = {
-        name: {str(x): measure("short", config.steps, MEDIUM | change) for x, change in points.items()}
-        for name, points in CURVES.items()
+        name: {str(x): measure("short", config.steps, change) for x, change in points.items()} for name, points in CURVES.items()
     }
-    savings = {
+    savings = tuple(name for name in SAVINGS if name != "oneDNN" or torch.backends.cpu.get_cpu_capability() == "AVX512")
+    saved = {
         workload: {
-            "all": measure(workload, config.steps, MEDIUM),
-            **{name: measure(workload, config.steps, MEDIUM, (name,)) for name in SAVINGS},
-            "none": measure(workload, config.steps, MEDIUM, SAVINGS),
+            "all": measure(workload, config.steps, {}),
+            **{name: measure(workload, config.steps, {}, (name,)) for name in savings},
+            "none": measure(workload, config.steps, {}, savings),
         }
         for workload in ("paper", "long")
     }
-    write_json(RESULTS, {"provenance": provenance(), "curves": curves, "savings": savings})
+    write_json(RESULTS, {"provenance": provenance(), "curves": curves, "savings": saved})
     with write_whole(ROOT / "docs" / "cost.png") as temporary:
         plot(curves).savefig(temporary, format="png")
 
