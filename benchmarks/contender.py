@@ -3,16 +3,16 @@
     python benchmarks/contender.py --contender dpo_lab --precision float32 --workload short
 
 Every contender trains the same model on the same pairs by its own whole loop: batching, logging and optimizer included.
-The clock is a hook behind `Optimizer.step`, the same for all. Two steps go before it: a short one, behind which there is an
-optimizer state, and one of full size, behind which memory has been used as in all steps that follow.
+The clock is a hook behind `Optimizer.step`, the same for all. Before it go a short step, which makes the optimizer's state, and
+the very steps that are timed, so that in those memory has been used before and kernels are there, as in the middle of a run.
 """
 
 import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -27,11 +27,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
 from dpo_lab import layout, logprobs, loop
+from dpo_lab import preferences as data_format
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import autocast, can_share, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
-from dpo_lab.models import keep_freed_memory, prepare_model, use_onednn
+from dpo_lab.machine import keep_freed_memory, use_onednn
+from dpo_lab.models import prepare_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft
@@ -43,7 +45,7 @@ BETA, LEARNING_RATE = 0.1, 1e-6
 class Workload:
     """What is trained on: `prompts` a step, each with `completions`, every two of which make a pair.
 
-    A step takes `passes` forward and backward passes, for all contenders; `steps` are timed.
+    A step takes `passes` forward and backward passes, for all contenders; `steps` are timed, after the same ones untimed.
     """
 
     prompts: int
@@ -62,7 +64,7 @@ WORKLOADS = {
     "paper": Workload(prompts=4, completions=4, prompt_tokens=(2, 8), passes=2),
     "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
     "long": Workload(prompts=8, completions=2, prompt_tokens=(64, 192)),
-    "embedded": Workload(11, 4, (2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256, steps=4),
+    "embedded": Workload(11, 4, (2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256, steps=2),
 }
 
 
@@ -84,8 +86,8 @@ class ContenderConfig:
     """where"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
-    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"], ...] = ()
-    """what dpo_lab does without, to see what it is worth"""
+    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory", "huge pages"], ...] = ()
+    """what dpo_lab does without, to see what it is worth; huge pages by the environment of the process (`speed.HUGE_PAGES`)"""
 
 
 def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -113,20 +115,9 @@ def make_preferences(workload: Workload, seed: int) -> Preferences:
     )
 
 
-def make_warm_ups(workload: Workload, seed: int) -> tuple[Preferences, Preferences]:
-    """The pairs of two steps before the clock starts: short ones, then the longest; of several passes one has full length."""
-    p, k = make_preferences(workload, seed), workload.completions
-    size = [sum(map(len, p.completions[i * k : i * k + k])) for i in range(len(p.prompts))]
-    longest = np.argsort(size)[::-1][: workload.prompts]
-    whole = -(-workload.prompts // workload.passes)
-    short = make_preferences(replace(workload, steps=1, prompt_tokens=(2, 8), most=8), seed)
-    return short, replace(
-        short,
-        prompts=[p.prompts[i] for i in longest],
-        completions=[
-            ids if n < whole else [*ids[:7], 0] for n, i in enumerate(longest) for ids in p.completions[i * k : i * k + k]
-        ],
-    )
+def short_step(workload: Workload, seed: int) -> Preferences:
+    """As many pairs as in a step of the workload, the shortest that there are."""
+    return make_preferences(replace(workload, steps=1, prompt_tokens=(2, 8), most=8), seed)
 
 
 def gpt2_config(workload: Workload) -> GPT2Config:
@@ -160,9 +151,7 @@ def one_optimizer(model: GPT2LMHeadModel, config: LoopConfig) -> None:
     loop.make_optimizers = lambda *_: optimizers
 
 
-def run_dpo_lab(
-    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
-) -> dict[str, float]:
+def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
@@ -171,6 +160,7 @@ def run_dpo_lab(
         keep_freed_memory()
     if "oneDNN" not in config.without and config.device == "cpu":
         use_onednn()
+    data_format.weights_hash = cache(data_format.weights_hash)  # once a run: TRL's own hash is not in its time either
     if "sharing" in config.without:
         layout.SHARE_FROM = math.inf
     if "packing" in config.without:
@@ -182,7 +172,7 @@ def run_dpo_lab(
     )
     with torch.no_grad(), autocast(config.device, config.precision):
         logps, reference_logps = (completion_logps(model, batch.to(config.device)) for model in (policy, reference))
-    warm_ups = [data.with_reference(reference, precision=config.precision) for data in warm_ups]
+    short, _ = (data.with_reference(reference, precision=config.precision) for data in (short, preferences))
     began = time.perf_counter()
     preferences = preferences.with_reference(reference, precision=config.precision)
     seconds = time.perf_counter() - began
@@ -193,14 +183,12 @@ def run_dpo_lab(
     per_step = len(preferences.chosen) // workload.steps
     loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
     one_optimizer(policy, loop_config)
-    for data in (*warm_ups, preferences):
+    for data in (short, preferences, preferences):
         train_dpo(policy, data, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop_config), progress=None)
     return {"loss": loss, "reference_seconds": seconds}
 
 
-def run_textbook(
-    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
-) -> dict[str, float]:
+def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
     """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
     policy, reference = make_models(workload, config.seed, config.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
@@ -230,7 +218,7 @@ def run_textbook(
         loss = loss_of(preferences, np.flatnonzero(preferences.rejected < 8)).item()
     order = np.random.default_rng(config.seed).permutation(len(preferences.chosen))
     steps = [(preferences, step) for step in np.array_split(order, workload.steps)]
-    for data, step in [*((data, np.arange(len(data.chosen))) for data in warm_ups), *steps]:
+    for data, step in [(short, np.arange(len(short.chosen))), *steps, *steps]:
         for part in np.array_split(step, workload.passes):
             with autocast(config.device, config.precision):
                 part_loss = loss_of(data, part) * len(part) / len(step)
@@ -241,9 +229,7 @@ def run_textbook(
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_sft(
-    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
-) -> dict[str, float]:
+def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
     """`train_sft` on every completion."""
     policy = tuned(make_models(workload, config.seed, config.device)[0], config.device)
     size = len(preferences.completions) // workload.steps
@@ -253,7 +239,7 @@ def run_sft(
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
     loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
     one_optimizer(policy, loop_config)
-    for data, steps in (*((data, 1) for data in warm_ups), (p, workload.steps)):
+    for data, steps in ((short, 1), (p, workload.steps), (p, workload.steps)):
         batches = sft_batches(data, size, chosen_only=False, share=can_share(policy), seed=config.seed)
         train_sft(policy, batches, steps, loop_config, precision=config.precision, progress=None)
     return {"loss": loss, "reference_seconds": 0.0}
@@ -280,7 +266,7 @@ def trl_order(config: ContenderConfig, lengths: list[int]) -> list[int]:
 def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, object]:
     """What both of TRL's trainers are told: as they come, or the settings that are fastest on a CPU.
 
-    Rows are read in the order that they have, behind those of the steps that warm up; a step of `rows` takes `passes`.
+    Rows are read in the order that they have; a step of `rows` takes `passes`.
     """
     best = config.contender == "trl_best"
     return {
@@ -301,9 +287,7 @@ def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, o
     }
 
 
-def run_trl_sft(
-    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
-) -> dict[str, float]:
+def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
     """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import SFTConfig, SFTTrainer
 
@@ -316,9 +300,9 @@ def run_trl_sft(
     def row(p: Preferences, i: int) -> dict[str, str]:
         return {"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])}
 
-    warm = [row(data, i) for data in warm_ups for i in range(len(data.completions))]
-    arguments = SFTConfig(**trl_settings(config, len(warm) // 2, workload.passes))
-    data = Dataset.from_list([*warm, *(row(p, i) for i in order)])
+    warm, rows = [row(short, i) for i in range(len(short.completions))], [row(p, i) for i in order]
+    arguments = SFTConfig(**trl_settings(config, len(warm), workload.passes))
+    data = Dataset.from_list([*warm, *rows, *rows])
     trainer = SFTTrainer(policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload))
     examples = [trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8]
     with torch.no_grad():
@@ -327,9 +311,7 @@ def run_trl_sft(
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_trl(
-    config: ContenderConfig, workload: Workload, preferences: Preferences, warm_ups: Sequence[Preferences]
-) -> dict[str, float]:
+def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
     """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer
@@ -352,24 +334,22 @@ def run_trl(
             "rejected": " " + text(p.completions[r]),
         }
 
-    warm = [row(data, pair) for data in warm_ups for pair in range(len(data.chosen))]
-    rows = [row(p, pair) for pair in order]
-    precompute_seconds = 0.0
+    warm, rows = [row(short, pair) for pair in range(len(short.chosen))], [row(p, pair) for pair in order]
+    reference_seconds = []
 
     class Timed(DPOTrainer):
-        def _precompute_ref_logps(self, *arguments: object) -> Dataset:
-            nonlocal precompute_seconds
+        def compute_ref_log_probs(self, *arguments: object) -> object:
             start = time.perf_counter()
-            result = super()._precompute_ref_logps(*arguments)
-            precompute_seconds += time.perf_counter() - start
+            result = super().compute_ref_log_probs(*arguments)
+            reference_seconds.append(time.perf_counter() - start)
             return result
 
-    arguments = TRLConfig(**trl_settings(config, len(warm) // 2, workload.passes), precompute_ref_log_probs=best, beta=BETA)
+    arguments = TRLConfig(**trl_settings(config, len(warm), workload.passes), precompute_ref_log_probs=best, beta=BETA)
     trainer = Timed(
         policy,
         ref_model=reference,
         args=arguments,
-        train_dataset=Dataset.from_list([*warm, *rows]),
+        train_dataset=Dataset.from_list([*warm, *rows, *rows]),
         processing_class=word_tokenizer(workload),
     )
     examples = [trainer.train_dataset[place] for place, pair in enumerate(order, start=len(warm)) if p.rejected[pair] < 8]
@@ -377,9 +357,7 @@ def run_trl(
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
         loss = float(trainer.compute_loss(trainer.model, inputs))
     trainer.train()
-    words = [sum(text.count("t") for text in pair.values()) for pair in (*warm, *rows)]
-    timed = sum(words[len(warm) :]) / sum(words)  # of the tokens that the reference was asked about
-    return {"loss": loss, "reference_seconds": precompute_seconds * timed}
+    return {"loss": loss, "reference_seconds": sum(reference_seconds[-workload.steps * workload.passes :]) if best else 0.0}
 
 
 def main(config: ContenderConfig) -> None:
@@ -397,9 +375,9 @@ def main(config: ContenderConfig) -> None:
         "dpo": {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl},
         "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
     }
-    result = runs[config.job][config.contender](config, workload, preferences, make_warm_ups(workload, config.seed))
-    assert len(ends) == workload.steps + 2, f"{config.contender} made {len(ends)} steps, not {workload.steps + 2}"
-    ends = ends[1:]
+    result = runs[config.job][config.contender](config, workload, preferences, short_step(workload, config.seed))
+    assert len(ends) == 1 + 2 * workload.steps, f"{config.contender} made {len(ends)} steps, not {1 + 2 * workload.steps}"
+    ends = ends[workload.steps :]
     print(
         json.dumps(
             {

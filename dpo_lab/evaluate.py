@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.imdb import sample_completions, texts_of
 from dpo_lab.logprobs import Precision, score_completions
-from dpo_lab.models import end_tokens, return_freed_memory
+from dpo_lab.machine import return_freed_memory
+from dpo_lab.models import end_tokens
 
 
 @dataclass(frozen=True)

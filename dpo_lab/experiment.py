@@ -13,7 +13,8 @@ from dpo_lab.evaluate import Evaluation, OptimalFrontier
 from dpo_lab.imdb import sample_prefixes
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import load_model, return_freed_memory
+from dpo_lab.machine import return_freed_memory
+from dpo_lab.models import load_model
 from dpo_lab.plan import Plan, plan
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences

@@ -27,8 +27,9 @@ class CompletionBatch:
     input_ids: Tensor  # (R, L), or (1, S) packed
     position_ids: Tensor  # as input_ids
     mask: Tensor | None  # (R, 1, L, L) True where attention is allowed; None for plain causal attention, and when packed
-    rows: tuple[tuple[Tensor, Tensor | None], ...]  # packed: an index (r, l) into the S tokens, and its mask; else empty
-    pack: Tensor | None  # (S,) index into all r * l of the rows; None when padded
+    rows: tuple[tuple[tuple[int, int], Tensor | None], ...]  # packed: (r, l) of the rows of like length, and their mask
+    spread: Tensor | None  # (all r * l,) index into the S tokens: those rows one after another; None when padded
+    pack: Tensor | None  # (S,) index into all r * l: the way back
     sources: Tensor  # (T,) flat position in input_ids whose hidden state predicts the token
     targets: Tensor  # (T,) completion token ids
     owners: Tensor  # (T,) which of the N completions the token belongs to
@@ -41,7 +42,7 @@ class CompletionBatch:
 
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`."""
-        rows = tuple((index.to(device), None if mask is None else mask.to(device)) for index, mask in self.rows)
+        rows = tuple((shape, None if mask is None else mask.to(device)) for shape, mask in self.rows)
         moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, rows=rows, **moved)
 
@@ -104,17 +105,16 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     if not share or there.numel() - len(ids) < PACK_FROM * there.numel():
         place = there.flatten().nonzero()[:, 0]  # (S,)
         return CompletionBatch(
-            tokens[index].where(there, 0), positions_[index].where(there, 0), mask, (), None, place[sources], *predicted
+            tokens[index].where(there, 0), positions_[index].where(there, 0), mask, (), None, None, place[sources], *predicted
         )
-    laid, pack, before = [], torch.empty(len(ids), dtype=torch.long), 0
-    for some in _alike(lengths):
-        index, there, mask = lay(some)
-        laid.append((index, mask))
-        pack[index[there]] = before + there.flatten().nonzero()[:, 0]
-        before += there.numel()
+    laid = [lay(some) for some in _alike(lengths)]
+    spread, there = (torch.cat([part[i].flatten() for part in laid]) for i in (0, 1))
+    pack = torch.empty(len(ids), dtype=torch.long)
+    pack[spread[there]] = there.nonzero()[:, 0]
+    parts = tuple((tuple(index.shape), mask) for index, _, mask in laid)
     extra = (0, -len(ids) % ROUND)
     flat = [nn.functional.pad(values, extra) for values in (tokens, positions_, pack)]
-    return CompletionBatch(flat[0][None], flat[1][None], None, tuple(laid), flat[2], torch.tensor(sources), *predicted)
+    return CompletionBatch(flat[0][None], flat[1][None], None, parts, spread, flat[2], torch.tensor(sources), *predicted)
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

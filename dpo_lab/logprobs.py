@@ -96,7 +96,7 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     packed = {"alone": True} if use_packed_attention(model) else {}
     if batch.rows:
         mask = NO_MASK
-        packed |= {"rows": [(index, added(allowed)) for index, allowed in batch.rows], "pack": batch.pack}
+        packed |= {"rows": [(shape, added(allowed)) for shape, allowed in batch.rows], "spread": batch.spread, "pack": batch.pack}
     hidden = model.get_decoder()(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
     ).last_hidden_state  # (R, L, D), or (1, S, D)
@@ -104,7 +104,7 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, *, alone=False, rows=(), pack=None, **options
+    module, query, key, value, attention_mask, *, alone=False, rows=(), spread=None, pack=None, **options
 ) -> tuple[Tensor, None]:
     """sdpa for transformers' `AttentionInterface`: of rows (R, H, L, D), or of packed tokens (1, H, S, D), laid out in `rows`.
 
@@ -116,6 +116,8 @@ def packed_attention(
     widened = device == "cpu" and dtype == torch.bfloat16
     if widened and query.shape[2] == 1 and attention_mask is None and not torch.is_grad_enabled():
         return _next(query.to(dtype), key.to(dtype), value, options["scaling"]), None
+    if rows:
+        query, key, value = (x[0].transpose(0, 1).index_select(0, spread) for x in (query, key, value))  # (all r * l, H, D)
     if widened:
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -123,14 +125,11 @@ def packed_attention(
     with torch.autocast(device, enabled=False) if widened else nullcontext():
         if not rows:
             return _sdpa(alone, module, query, key, value, attention_mask, **options).to(dtype), None  # (R, L, H, D)
-        parts = []
-        for index, mask in rows:
-            laid = (
-                x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-                for x in (query, key, value)
-            )  # (r, H, l, D) each
+        parts, sizes = [], [r * length for (r, length), _ in rows]
+        for (shape, mask), *laid in zip(rows, *(x.split(sizes) for x in (query, key, value))):
+            laid = (x.unflatten(0, shape).transpose(1, 2) for x in laid)  # (r, H, l, D) each
             parts.append(_sdpa(alone, module, *laid, mask, **options).flatten(0, 1))
-        return torch.cat(parts).index_select(0, pack)[None].to(dtype), None
+        return torch.cat(parts).to(dtype).index_select(0, pack)[None], None
 
 
 def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
@@ -157,7 +156,7 @@ def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: 
 
 @contextmanager
 def matmuls_by_mkl() -> Iterator[None]:
-    """Float32 matmuls by MKL meanwhile, in all threads, whatever `models.use_onednn` chose."""
+    """Float32 matmuls by MKL meanwhile, in all threads, whatever `machine.use_onednn` chose."""
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
@@ -173,7 +172,7 @@ def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return (weights @ value).flatten(1, 2)[:, None]
 
 
-ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls: `models.use_onednn`
+ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls: `machine.use_onednn`
 PACKED = "dpo_lab_packed"
 NO_MASK = torch.empty(1, 1, 1, 1)  # four dimensions: transformers hands it on as it is, instead of making a mask
 AttentionInterface.register(PACKED, packed_attention)
@@ -221,15 +220,15 @@ class _TokenLogps(torch.autograd.Function):
                         part.copy_(wide.exp_())
                 if keep:
                     ctx.kept = logits  # probabilities by now
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, w)
         return torch.cat(logps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, w = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # which is overwritten; a second backward pass computes it again
-        h, w, b = hidden.to(ctx.dtype), weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        h, b = hidden.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         grad_h, scale = torch.empty_like(h), -grad[:, None].to(ctx.dtype)
         grad_w = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None

@@ -28,7 +28,8 @@ from dpo_lab.logprobs import (
     completion_states,
 )
 from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers
-from dpo_lab.models import lora, return_freed_memory
+from dpo_lab.machine import return_freed_memory
+from dpo_lab.models import lora
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, plan_prompts
 
@@ -172,7 +173,7 @@ def plan(
 
 def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     """FLOPs of `completion_logps` without gradients."""
-    squares = sum(index.numel() * index.shape[1] for index, _ in batch.rows) or batch.input_ids.numel() * batch.input_ids.shape[1]
+    squares = sum(r * length**2 for (r, length), _ in batch.rows) or batch.input_ids.numel() * batch.input_ids.shape[1]
     blocks = 2 * block_weights(model) * batch.input_ids.numel()
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * squares
 

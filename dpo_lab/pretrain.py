@@ -15,7 +15,7 @@ from dpo_lab.imdb import load_imdb, sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import keep_freed_memory
+from dpo_lab.machine import keep_freed_memory
 from dpo_lab.processes import join
 from dpo_lab.runs import open_run, provenance, read_metrics, write_whole
 from dpo_lab.train import train_sft

@@ -15,15 +15,8 @@ from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optim
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import (
-    check_sampling,
-    context_of,
-    end_tokens,
-    load_model,
-    load_tokenizer,
-    measure_precision,
-    return_freed_memory,
-)
+from dpo_lab.machine import measure_precision, return_freed_memory
+from dpo_lab.models import check_sampling, context_of, end_tokens, load_model, load_tokenizer
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
 from dpo_lab.processes import from_main, join, say

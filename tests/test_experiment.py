@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lab import experiment, task
 from dpo_lab.cli import main, named_config
-from dpo_lab.models import PrecisionTest, load_model
+from dpo_lab.machine import PrecisionTest
+from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import read_metrics, read_snapshots
 from dpo_lab.task import TaskConfig, data_config

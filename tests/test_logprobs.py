@@ -130,7 +130,7 @@ def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, membe
 def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
     model = make_model(name)
     apart, together = (completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share) for share in (False, True))
-    assert apart.input_ids.shape[0] == 6 and sum(len(index) for index, _ in together.rows) == 3 and len(together.rows) > 1
+    assert apart.input_ids.shape[0] == 6 and sum(r for (r, _), _ in together.rows) == 3 and len(together.rows) > 1
     close(completion_logps(model, together), completion_logps(model, apart))
     expected = gradients(model, completion_logps(model, apart))
     for parameter, gradient in gradients(model, completion_logps(model, together)).items():
@@ -179,9 +179,9 @@ def test_rows_are_packed_only_where_that_saves_an_eighth():
 
 def test_rows_of_like_length_go_through_attention_together():
     lengths = [30, 2, 29, 10, 9, 20, 1]
-    rows = completion_batch([[0]], [[1] * n for n in lengths], [0] * 7, share=True).rows
-    assert [index.shape for index, _ in rows] == [(3, 30), (2, 10), (1, 2), (1, 1)]
-    assert sorted(torch.cat([index.flatten() for index, _ in rows]).unique().tolist()) == list(range(sum(lengths)))
+    batch = completion_batch([[0]], [[1] * n for n in lengths], [0] * 7, share=True)
+    assert [shape for shape, _ in batch.rows] == [(3, 30), (2, 10), (1, 2), (1, 1)]
+    assert batch.spread[batch.pack[: sum(lengths)]].tolist() == list(range(sum(lengths)))  # there and back
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
@@ -496,7 +496,8 @@ def test_memory_does_not_grow_with_the_batches_scored():
 import sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from dpo_lab.logprobs import score_completions
-from dpo_lab.models import keep_freed_memory, prepare_model
+from dpo_lab.machine import keep_freed_memory
+from dpo_lab.models import prepare_model
 
 def score(n):
     generator = torch.Generator().manual_seed(0)
