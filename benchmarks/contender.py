@@ -86,8 +86,8 @@ class ContenderConfig:
     """where"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
-    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory", "huge pages"], ...] = ()
-    """what dpo_lab does without, to see what it is worth; huge pages by the environment of the process (`speed.HUGE_PAGES`)"""
+    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"], ...] = ()
+    """what dpo_lab does without, to see what it is worth"""
 
 
 def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,7 +4,6 @@ Every point is a process of its own (`benchmarks/contender.py`). Writes benchmar
 """
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,6 @@ import torch
 import tyro
 from contender import WORKLOADS
 from matplotlib.figure import Figure
-from speed import HUGE_PAGES
 
 from dpo_lab.runs import provenance, write_json, write_whole
 
@@ -34,7 +32,7 @@ CURVES: dict[str, dict[float, dict[str, Any]]] = {
     },
 }
 MEDIUM = {"layers": 6, "width": 512}  # of all but the curve over the size, GPT-2's vocabulary with it
-SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory", "huge pages")
+SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory")
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ class CostConfig:
 def run(workload: str, change: str, without: tuple[str, ...]) -> dict[str, Any]:
     """What `benchmarks/contender.py` prints, of dpo_lab in float32; the same point of two curves is one run."""
     arguments = [f"--workload={workload}", f"--change={change}", *(["--without", *without] if without else [])]
-    environment = os.environ | {HUGE_PAGES: str(int("huge pages" not in without))}
-    script = str(Path(__file__).with_name("contender.py"))
-    output = subprocess.check_output([sys.executable, script, *arguments], text=True, env=environment)
+    output = subprocess.check_output([sys.executable, str(Path(__file__).with_name("contender.py")), *arguments], text=True)
     result = json.loads(output.strip().splitlines()[-1])
     print(result, flush=True)
     return result

@@ -5,7 +5,6 @@ benchmarks/results/cpu.json, or gpu.json.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from contender import WORKLOADS, make_preferences
 from dpo_lab.runs import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it once, before any line of contender.py
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,11 @@ def least_flops(job: str, name: str, seed: int) -> float:
 
 
 def measure(job: str, name: str, contender: str, precision: str, config: SpeedConfig) -> dict[str, Any]:
-    """What `benchmarks/contender.py` prints. Huge pages are dpo_lab's, and of TRL's best settings."""
-    environment = os.environ | {HUGE_PAGES: str(int(contender in ("dpo_lab", "trl_best")))}
+    """What `benchmarks/contender.py` prints."""
     arguments = [f"--job={job}", f"--contender={contender}", f"--precision={precision}", f"--workload={name}"]
     arguments += [f"--seed={config.seed}", f"--device={config.device}"]
     script = Path(__file__).with_name("contender.py")
-    output = subprocess.check_output([sys.executable, str(script), *arguments], text=True, env=environment)
+    output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
     result = json.loads(output.strip().splitlines()[-1])
     print(result, flush=True)
     return result
