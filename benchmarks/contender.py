@@ -4,7 +4,8 @@
 
 Every contender trains the same model on the same pairs by its own whole loop: batching, logging and optimizer included.
 The clock is a hook behind `Optimizer.step`, the same for all. Before it go a short step, which makes the optimizer's state, and
-the very steps that are timed, so that in those memory has been used before and kernels are there, as in the middle of a run.
+the very steps that are timed, `untimed` times, so that memory has been used before and kernels are there, as in the middle of
+a run.
 """
 
 import json
@@ -12,7 +13,6 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -45,7 +45,7 @@ BETA, LEARNING_RATE = 0.1, 1e-6
 class Workload:
     """What is trained on: `prompts` a step, each with `completions`, every two of which make a pair.
 
-    A step takes `passes` forward and backward passes, for all contenders; `steps` are timed, after the same ones untimed.
+    A step takes `passes` forward and backward passes, for all contenders; `steps` are timed.
     """
 
     prompts: int
@@ -84,6 +84,8 @@ class ContenderConfig:
     """of the weights and the pairs"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where"""
+    untimed: int = 2
+    """how often the steps are taken before they are timed; the memory of most contenders has settled after two"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
     without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"], ...] = ()
@@ -160,7 +162,8 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
         keep_freed_memory()
     if "oneDNN" not in config.without and config.device == "cpu":
         use_onednn()
-    data_format.weights_hash = cache(data_format.weights_hash)  # once a run: TRL's own hash is not in its time either
+    known = data_format.weights_hash(reference)  # once a run, and before the clock as TRL's own
+    data_format.weights_hash = lambda _: known
     if "sharing" in config.without:
         layout.SHARE_FROM = math.inf
     if "packing" in config.without:
@@ -183,7 +186,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     per_step = len(preferences.chosen) // workload.steps
     loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
     one_optimizer(policy, loop_config)
-    for data in (short, preferences, preferences):
+    for data in (short, *[preferences] * (config.untimed + 1)):
         train_dpo(policy, data, DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop_config), progress=None)
     return {"loss": loss, "reference_seconds": seconds}
 
@@ -218,7 +221,7 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
         loss = loss_of(preferences, np.flatnonzero(preferences.rejected < 8)).item()
     order = np.random.default_rng(config.seed).permutation(len(preferences.chosen))
     steps = [(preferences, step) for step in np.array_split(order, workload.steps)]
-    for data, step in [(short, np.arange(len(short.chosen))), *steps, *steps]:
+    for data, step in [(short, np.arange(len(short.chosen))), *steps * (config.untimed + 1)]:
         for part in np.array_split(step, workload.passes):
             with autocast(config.device, config.precision):
                 part_loss = loss_of(data, part) * len(part) / len(step)
@@ -239,7 +242,7 @@ def run_sft(config: ContenderConfig, workload: Workload, preferences: Preference
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
     loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
     one_optimizer(policy, loop_config)
-    for data, steps in ((short, 1), (p, workload.steps), (p, workload.steps)):
+    for data, steps in ((short, 1), *[(p, workload.steps)] * (config.untimed + 1)):
         batches = sft_batches(data, size, chosen_only=False, share=can_share(policy), seed=config.seed)
         train_sft(policy, batches, steps, loop_config, precision=config.precision, progress=None)
     return {"loss": loss, "reference_seconds": 0.0}
@@ -302,7 +305,7 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
 
     warm, rows = [row(short, i) for i in range(len(short.completions))], [row(p, i) for i in order]
     arguments = SFTConfig(**trl_settings(config, len(warm), workload.passes))
-    data = Dataset.from_list([*warm, *rows, *rows])
+    data = Dataset.from_list([*warm, *rows * (config.untimed + 1)])
     trainer = SFTTrainer(policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload))
     examples = [trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8]
     with torch.no_grad():
@@ -349,7 +352,7 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         policy,
         ref_model=reference,
         args=arguments,
-        train_dataset=Dataset.from_list([*warm, *rows, *rows]),
+        train_dataset=Dataset.from_list([*warm, *rows * (config.untimed + 1)]),
         processing_class=word_tokenizer(workload),
     )
     examples = [trainer.train_dataset[place] for place, pair in enumerate(order, start=len(warm)) if p.rejected[pair] < 8]
@@ -376,8 +379,9 @@ def main(config: ContenderConfig) -> None:
         "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
     }
     result = runs[config.job][config.contender](config, workload, preferences, short_step(workload, config.seed))
-    assert len(ends) == 1 + 2 * workload.steps, f"{config.contender} made {len(ends)} steps, not {1 + 2 * workload.steps}"
-    ends = ends[workload.steps :]
+    expected = 1 + (config.untimed + 1) * workload.steps
+    assert len(ends) == expected, f"{config.contender} made {len(ends)} steps, not {expected}"
+    ends = ends[-workload.steps - 1 :]
     print(
         json.dumps(
             {
