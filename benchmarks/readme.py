@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from scale import table
@@ -78,10 +79,6 @@ def _result(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def _speed(job: str) -> dict[tuple[str, str, str], dict]:
-    return {(row["workload"], row["contender"], row["precision"]): row for row in _result("cpu")["table"] if row["job"] == job}
-
-
 def _origin(result: dict, more: str = "") -> str:
     origin = result["provenance"]
     return (
@@ -94,9 +91,10 @@ def _processes(result: dict) -> str:
     return " or ".join(map(str, sorted(set(counts.values()))))
 
 
-def ratios() -> str:
+def ratios(name: str = "cpu") -> str:
     """Pairs a second and peak memory against TRL, one line a workload."""
-    rows = _speed("dpo")
+    result = _result(name)
+    rows = {(row["workload"], row["contender"], row["precision"]): row for row in result["table"] if row["job"] == "dpo"}
     lines = [
         "| workload | precision | pairs/s | against TRL's defaults | against TRL's best | peak memory against them |",
         "|---|---|---|---|---|---|",
@@ -114,18 +112,17 @@ def ratios() -> str:
                 f"| {NAMES[workload]} | {ours['precision']} | {ours['pairs_per_second']:.2f} | {times[0]:.1f}x | {times[1]:.1f}x "
                 f"| {memory[0]:.2f}x, {memory[1]:.2f}x |"
             )
-    result = _result("cpu")
     return "\n".join(lines) + _origin(result, f", processes a contender: {_processes(result)}")
 
 
-def speed() -> str:
+def speed(name: str = "cpu") -> str:
     """Every contender on every workload."""
     lines = [
         "| job, workload | contender | precision | pairs/s (least, most) | without the reference | completion tokens/s "
         "| reference tokens/s | peak memory | share of the limit | loss off by |",
         "|---" * 10 + "|",
     ]
-    result = _result("cpu")
+    result = _result(name)
     ours = [row for row in result["table"] if (row["contender"], row["precision"]) == ("dpo_lab", "float32")]
     exact = {(row["job"], row["workload"]): row["loss"] for row in ours}
     for row in result["table"]:
@@ -238,7 +235,9 @@ BLOCKS = {
     "sweep": sweep,
     "embedded model": embedded_model,
     "ratios": ratios,
+    "ratios of the second machine": partial(ratios, "cpu-avx2"),
     "speed": speed,
+    "speed of the second machine": partial(speed, "cpu-avx2"),
     "savings": savings,
     "sampling": sampling,
     "latency": latency,

@@ -1,7 +1,7 @@
 """DPO and SFT steps of dpo_lab, TRL and a textbook loop, side by side: `make bench`, or python benchmarks/speed.py
 
 Every measurement is a process of its own (`benchmarks/contender.py`); contenders take turns. Writes
-benchmarks/results/cpu.json, or gpu.json.
+benchmarks/results/cpu.json, or gpu.json, or a file named for another machine.
 """
 
 import json
@@ -36,6 +36,8 @@ class SpeedConfig:
     """of weights and pairs"""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: `make bench-gpu`; says so where there is no GPU, and measures nothing"""
+    name: str | None = None
+    """of the file in benchmarks/results: by default cpu, or gpu; cpu-avx2 for the second machine in README"""
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
@@ -134,7 +136,7 @@ def main(config: SpeedConfig) -> None:
                 f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit  loss off by {abs(row['loss'] - losses['dpo_lab']):.0e}"
             )
     rows = [run for found in runs.values() for run in found]
-    results = RESULTS / ("gpu.json" if config.device == "cuda" else "cpu.json")
+    results = RESULTS / f"{config.name or {'cpu': 'cpu', 'cuda': 'gpu'}[config.device]}.json"
     write_json(results, {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows})
 
 
