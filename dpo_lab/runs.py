@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,19 +92,26 @@ def require_space(path: Path, n_bytes: int) -> None:
 
 
 def provenance() -> dict[str, str]:
-    """Where a result comes from: commit, command, machine and versions."""
+    """Where a result comes from: commit ("-dirty" where code differs from it), command, machine and versions."""
     root = Path(__file__).parent.parent
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    git = subprocess.run(describe, capture_output=True, text=True, check=False) if (root / ".git").exists() else None
     script = Path(sys.argv[0]).absolute()
     shown = script.relative_to(root) if script.is_relative_to(root) else script.name
     program = "dpo-lab" if script.name in ("dpo-lab", "cli.py") else f"python {shown}"
     return {
-        "commit": git.stdout.strip() if git and git.returncode == 0 else "not a git checkout",
+        "commit": _commit(root),
         "command": " ".join([program, *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_processor()}",
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "datasets", "accelerate")),
     }
+
+
+def _commit(root: Path) -> str:
+    """The commit of a checkout. Results and pages that one command after another writes do not make it dirty."""
+    git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
+    if not (root / ".git").exists() or (head := git(["git", "rev-parse", "--short=12", "HEAD"])).returncode:
+        return "not a git checkout"
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", "dpo_lab", "benchmarks", ":!benchmarks/results"]).returncode
+    return head.stdout.strip() + "-dirty" * bool(changed)
 
 
 def _processor() -> str:

@@ -112,6 +112,28 @@ def test_provenance_names_commit_command_machine_and_versions(monkeypatch, scrip
     assert "torch 2" in found["versions"] and "threads" in found["machine"] and found["commit"]
 
 
+def test_a_checkout_is_dirty_where_its_code_changed_and_not_its_results(monkeypatch, tmp_path):
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    code, result = tmp_path / "dpo_lab" / "runs.py", tmp_path / "benchmarks" / "results" / "cpu.json"
+    monkeypatch.setattr(runs, "__file__", str(code))
+    for file in (code, result):
+        file.parent.mkdir(parents=True)
+        file.write_text("1\n")
+    assert provenance()["commit"] == "not a git checkout"
+    git("init", "-q")
+    assert provenance()["commit"] == "not a git checkout"  # nothing is committed yet
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "first")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert provenance()["commit"] == commit
+    result.write_text("2\n")
+    assert provenance()["commit"] == commit
+    code.write_text("2\n")
+    assert provenance()["commit"] == f"{commit}-dirty"
+
+
 def test_peak_memory_grows_with_what_is_held():
     before = peak_memory_mb()
     held = bytearray(b"x" * 10**7) * 30
