@@ -251,7 +251,8 @@ def training_bytes(
     """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits, slack.
 
     Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it. Logits are those that
-    wait for the backward pass, a chunk of them, a few rows that are normalised, and the gradient of the head before it is added to the others.
+    wait for the backward pass, a chunk of them, a few rows that are normalised, the gradient of the head before it is added to
+    the others, and the head in bfloat16 where that is not its own precision.
     """
     head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
     kept = _logits_bytes(model, batch, precision)
@@ -264,7 +265,8 @@ def training_bytes(
         "logits": kept * (kept <= KEPT_LOGITS_BYTES)
         + CHUNK_BYTES
         + 3 * 4 * IN_CACHE * len(head)
-        + (not config.lora_rank) * head.numel() * head.element_size(),
+        + (not config.lora_rank) * head.numel() * head.element_size()
+        + (precision == "bfloat16" and head.dtype != torch.bfloat16) * head.numel() * torch.bfloat16.itemsize,
     }
     if trial.sources.device.type == "cpu":
         parts["slack"] = round(SLACK * (parts["activations"] + parts["logits"]))

@@ -1,8 +1,11 @@
 """The contenders of the speed benchmark train on the same pairs and compute the same loss."""
 
+import gc
 import json
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +80,32 @@ def test_the_first_step_has_as_many_pairs_as_any_and_the_shortest_completions(na
     short, p = contender.short_step(workload, seed=0), contender.make_preferences(workload, seed=0)
     assert len(short.chosen) == len(p.chosen) / workload.steps
     assert max(map(len, short.completions)) == 8
+
+
+def test_the_reference_is_hashed_once_before_the_clock_and_not_kept(monkeypatch):
+    """TRL's own hash of the weights is not in its time either; a cache that held the model added its size to the peak."""
+    hashed = []
+
+    def slow(model):
+        hashed.append(weakref.ref(model))
+        time.sleep(2)
+        return "hash"
+
+    def train(policy, data, *_, **__):
+        gc.collect()
+        assert hashed[0]() is None and data.reference_logps is not None
+        trained.append(len(data.chosen))
+
+    trained = []
+    monkeypatch.setattr(contender.data_format, "weights_hash", slow)
+    monkeypatch.setattr(contender.loop, "make_optimizers", contender.loop.make_optimizers)  # both are set, and put back
+    monkeypatch.setattr(contender, "train_dpo", train)
+    workload = replace(contender.WORKLOADS["embedded"], prompts=1, steps=1)
+    config = contender.ContenderConfig(workload="embedded", without=("oneDNN", "kept memory"))
+    pairs, short = contender.make_preferences(workload, 0), contender.short_step(workload, 0)
+    result = contender.run_dpo_lab(config, workload, pairs, short)
+    assert len(hashed) == 1 and 0 < result["reference_seconds"] < 2
+    assert trained == [6] * 4  # the short step, two untimed ones, and the one that is timed
 
 
 def test_the_least_flops_are_those_of_the_matmuls():

@@ -126,6 +126,28 @@ def test_adapters_keep_inputs_of_their_own_and_leave_the_model_as_it_was(model, 
     assert weights_hash(model) == before and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_that_waits_in_bfloat16_is_counted(tiny, dtype):
+    model, batch = load_model(str(tiny)).to(dtype), padded_batch()
+    head = model.get_output_embeddings().weight
+    copies = []
+
+    def note(tensor):
+        if tensor.shape == head.shape and tensor.data_ptr() != head.data_ptr():
+            copies.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        completion_logps(model, batch)
+    narrow, wide = (
+        planning.training_bytes(model, batch, padded_batch(), DPOConfig(), precision)["logits"]
+        - planning._logits_bytes(model, batch, precision)
+        for precision in ("bfloat16", "float32")
+    )
+    assert narrow - wide == sum(copies)
+    assert len(copies) == (dtype == torch.float32)
+
+
 @pytest.mark.usefixtures("made_up_reviews")
 def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_path, monkeypatch, capsys):
     counts = {"sampled": 0, "scored": 0, "trained": 0}
