@@ -1,0 +1,102 @@
+"""What a caller gave, brought to plain Python, or refused by name: checked before anything is loaded or written.
+
+numpy and torch scalars are taken where a number is due, and `~` where a folder is due. The errors name the argument, the
+value found, and what is allowed.
+"""
+
+import math
+import numbers
+import types
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+T = TypeVar("T")
+
+
+def one_of(name: str, value: Any, literal: Any) -> Any:
+    """`value`, which must be one of the values of `literal` (a `typing.Literal`)."""
+    allowed = get_args(literal)
+    if not any(value is choice or isinstance(value, type(choice)) and value == choice for choice in allowed):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+    return next(choice for choice in allowed if choice == value)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float: a real number of Python, numpy or torch. NaN and infinity pass; ranges are the caller's to check."""
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    return float(value)
+
+
+def integer(name: str, value: Any) -> int:
+    """`value` as an int: an integer of Python, numpy or torch."""
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be an integer")
+    return int(value)
+
+
+def folder(name: str, value: Any) -> Path:
+    """`value`, a string or a path, as a path with `~` expanded."""
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be the path of a folder")
+    return Path(value).expanduser()
+
+
+def settled(config: T) -> T:
+    """A copy of a config dataclass whose fields are plain Python of the types that it declares.
+
+    Raises:
+        ValueError, TypeError: a field holds what its annotation does not allow; the message names it.
+    """
+    hints = get_type_hints(type(config))
+    changed = {field.name: _settled(field.name, getattr(config, field.name), hints[field.name]) for field in fields(config)}
+    return replace(config, **changed)
+
+
+def _settled(name: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` declares it. Hints that are none of these are left to the code that reads the field."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return one_of(name, value, hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in parts:
+            return None
+        real = [part for part in parts if part is not type(None)]
+        return _settled(name, value, real[0]) if len(real) == 1 else value
+    if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise TypeError(f"{name} is {value!r}; it must be a tuple")
+        return tuple(_settled(f"{name}[{i}]", item, parts[0]) for i, item in enumerate(value))
+    if is_dataclass(hint):
+        if not isinstance(value, hint):
+            raise TypeError(f"{name} is {value!r}; it must be a {hint.__name__}")
+        return settled(value)
+    if hint is bool:
+        value = _scalar(value)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be True or False")
+        return value
+    if hint is str and not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a string")
+    known = {float: number, int: integer, Path: folder}
+    return known[hint](name, value) if hint in known else value
+
+
+def _scalar(value: Any) -> Any:
+    """A numpy or torch scalar as Python's, everything else as it is."""
+    of_torch = isinstance(value, torch.Tensor) and value.ndim == 0
+    of_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if of_torch or of_numpy else value
+
+
+def finite_positive(name: str, value: Any) -> float:
+    """`value` as a float that is positive and finite."""
+    found = number(name, value)
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"{name} is {found}; it must be positive and finite")
+    return found
