@@ -111,7 +111,7 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    rows: int = 256,
+    rows: int | None = None,
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> list[list[list[int]]]:
@@ -120,7 +120,8 @@ def sample_completions(
     A completion that ends has its EOS (`eos_token_id`, or one of several: `models.end_tokens`); one that reaches
     `max_new_tokens` has none. Prompts of similar length go together,
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
-    completions on the same machine, however many processes and threads share the batches, of up to `rows` completions.
+    completions on the same machine, however many processes and threads share the batches, of up to `rows` completions (by
+    default `ROWS` of the device's).
     """
     completions, _ = sample_with_logps(
         model,
@@ -146,7 +147,7 @@ def sample_with_logps(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
-    rows: int = 256,
+    rows: int | None = None,
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> tuple[list[list[list[int]]], list[list[float]]]:
@@ -155,6 +156,7 @@ def sample_with_logps(
     At temperature 1 that is what `score_completions` gives, up to rounding: the cache's batches have other shapes.
     """
     device = next(model.parameters()).device
+    rows = rows or ROWS.get(device.type, ROWS["cpu"])
     use_packed_attention(model)
     waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
     batches: list[list[int]] = []
@@ -187,6 +189,7 @@ def sample_with_logps(
     return completions, logps
 
 
+ROWS = {"cpu": 256, "cuda": 1024}  # completions that are sampled at a time
 MOST_READ = 16  # tokens by which prompts in one batch may differ: those that are read one by one
 
 
@@ -200,9 +203,10 @@ def _sample(
 ) -> list[tuple[list[int], float]]:
     """Continue each prompt by up to `max_new_tokens`: the completion, and its log-prob.
 
-    Rows that are done leave the batch when they are an eighth of it.
+    Rows that are done leave the batch when they are an eighth of it. A GPU, which must be waited for to know, is asked at every
+    eighth token.
     """
-    device = generator.device
+    device, every = generator.device, 8 if generator.device.type == "cuda" else 1
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     end = longest + max_new_tokens
@@ -221,10 +225,12 @@ def _sample(
         step, chance = (torch.cat(parts) for parts in zip(*drawn))  # (b, 1) each
         read = t < lengths[rows]
         logps[rows] += chance[:, 0].double().log().masked_fill(read | done, 0.0)
-        step[read, 0] = text[rows[read], t]
+        step[:, 0] = torch.where(read, text[rows, t], step[:, 0])
         text[rows, t] = step[:, 0]
         done = ~read & (torch.isin(step[:, 0], stops) | (t + 1 == ends[rows]) | done)
-        ends[rows[done]] = ends[rows[done]].clamp(max=t + 1)
+        ends[rows] = torch.where(done, ends[rows].clamp(max=t + 1), ends[rows])
+        if (t - shortest) % every:
+            continue
         if done.all():
             break
         if done.sum() * 8 >= len(done):

@@ -15,6 +15,24 @@ ROUND = 32  # packed tokens are padded to a multiple: oneDNN keeps a kernel for 
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Packed tokens as pieces that a variable-length attention kernel takes: a row, or a shared prompt and each completion.
+
+    A piece attends to its keys: to itself, and a completion before that to its prompt.
+    """
+
+    query_ends: Tensor  # (s + 1,) int32: where the pieces begin among the S tokens, and the end
+    key_ends: Tensor  # (s + 1,) int32: where the keys of each begin among all keys, and the end
+    keys: Tensor  # (K,) index into the S tokens: the keys of each piece, one piece after another
+    uses: Tensor  # (S, m) index into the keys: where each token is one; K where it has no further use
+    longest: tuple[int, int]  # tokens and keys of the longest pieces
+
+    def to(self, device: torch.device | str) -> "Pieces":
+        """The same pieces on `device`."""
+        return replace(self, **_moved(self, device))
+
+
+@dataclass(frozen=True)
 class CompletionBatch:
     """N completions with their prompts as R rows of at most L token ids, S tokens and T completion tokens in all.
 
@@ -33,7 +51,12 @@ class CompletionBatch:
     sources: Tensor  # (T,) flat position in input_ids whose hidden state predicts the token
     targets: Tensor  # (T,) completion token ids
     owners: Tensor  # (T,) which of the N completions the token belongs to
+    places: Tensor  # (T,) the token's place in its completion, from 0
     n: int  # completions
+    longest: int  # tokens of the longest prompt with its completion
+    longest_completion: int  # tokens
+    ids: tuple[int, int]  # the lowest and the highest token id
+    pieces: Pieces | None = None  # for attention on a GPU; None when padded
 
     @property
     def tokens(self) -> int:
@@ -41,10 +64,16 @@ class CompletionBatch:
         return len(self.targets)
 
     def to(self, device: torch.device | str) -> "CompletionBatch":
-        """The same batch on `device`."""
-        rows = tuple((shape, None if mask is None else mask.to(device)) for shape, mask in self.rows)
-        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, rows=rows, **moved)
+        """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
+        rows = tuple((shape, None if mask is None else mask.to(device, non_blocking=True)) for shape, mask in self.rows)
+        pieces = None if self.pieces is None else self.pieces.to(device)
+        return replace(self, rows=rows, pieces=pieces, **_moved(self, device))
+
+
+def _moved(parts: Pieces | CompletionBatch, device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors of a dataclass on `device`. To a GPU without waiting: CUDA has read memory that is not pinned by then."""
+    wait = torch.device(device).type == "cpu"
+    return {name: v.to(device, non_blocking=not wait) for name, v in vars(parts).items() if isinstance(v, Tensor)}
 
 
 def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False) -> CompletionBatch:
@@ -71,17 +100,21 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     together = share and saved >= SHARE_FROM * total
     rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
 
-    ids, positions, lengths, segments, sources, targets, owners = ([] for _ in range(7))  # segments: 0 in a prompt, 1.. after it
+    ids, positions, lengths, segments, sources, targets, owners, places = ([] for _ in range(8))
+    spans = []  # of tokens: those of a piece's prompt, and the piece itself, as (start, end) each
     for p, members in rows:
         start, n_prompt = len(ids), len(prompts[p])
         ids += prompts[p]
         positions += range(n_prompt)
-        segments += [0] * n_prompt
+        segments += [0] * n_prompt  # 1.. in its completions
+        spans.append((start, start, start, start + n_prompt))
         for k, i in enumerate(members, start=1):
             n = len(completions[i]) - 1  # nothing is predicted from the last token
             sources += [start + n_prompt - 1, *range(len(ids), len(ids) + n)]
             targets += completions[i]
             owners += [i] * (n + 1)
+            places += range(n + 1)
+            spans.append((start, start + n_prompt, len(ids), len(ids) + n))
             ids += completions[i][:n]
             positions += range(n_prompt, n_prompt + n)
             segments += [k] * n
@@ -100,7 +133,15 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
         mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
         return index, there, mask.tril_()[:, None]
 
-    tokens, predicted = torch.tensor(ids), (torch.tensor(targets), torch.tensor(owners), len(completions))
+    tokens, longest = torch.tensor(ids), max(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
+    bounds = (min(min(ids), min(targets)), max(max(ids), max(targets)))
+    predicted = (
+        *(torch.tensor(values) for values in (targets, owners, places)),
+        len(completions),
+        longest,
+        max(map(len, completions)),
+        bounds,
+    )
     index, there, mask = lay(range(len(rows)))
     if not share or there.numel() - len(ids) < PACK_FROM * there.numel():
         place = there.flatten().nonzero()[:, 0]  # (S,)
@@ -114,7 +155,25 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     parts = tuple((tuple(index.shape), mask) for index, _, mask in laid)
     extra = (0, -len(ids) % ROUND)
     flat = [nn.functional.pad(values, extra) for values in (tokens, positions_, pack)]
-    return CompletionBatch(flat[0][None], flat[1][None], None, parts, spread, flat[2], torch.tensor(sources), *predicted)
+    if not together:
+        spans = [(start, start, start, start + length) for start, length in zip(starts.tolist(), lengths)]
+    pieces = _pieces([*spans, (len(ids), len(ids), len(ids), len(flat[2]))], len(flat[2]))
+    return CompletionBatch(flat[0][None], flat[1][None], None, parts, spread, flat[2], torch.tensor(sources), *predicted, pieces)
+
+
+def _pieces(spans: Sequence[tuple[int, int, int, int]], n: int) -> Pieces:
+    """Pieces of `n` tokens from the spans of each one's prompt (empty where it has none) and of itself, in order of the tokens."""
+    spans = [span for span in spans if span[2] < span[3]]
+    keys = np.concatenate([np.r_[a:b, c:d] for a, b, c, d in spans])
+    sizes = [d - c for _, _, c, d in spans], [b - a + d - c for a, b, c, d in spans]
+    query_ends, key_ends = (torch.tensor(np.cumsum([0, *of]), dtype=torch.int32) for of in sizes)
+
+    # where each token is a key: the ranks of equal tokens, after a stable sort, are the columns
+    order, counts = np.argsort(keys, kind="stable"), np.bincount(keys, minlength=n)
+    column = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
+    uses = np.full((n, counts.max()), len(keys))
+    uses[keys[order], column] = order
+    return Pieces(query_ends, key_ends, torch.from_numpy(keys), torch.from_numpy(uses), tuple(map(max, sizes)))
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

@@ -17,12 +17,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lab.layout import ROUND, CompletionBatch, Tokens, check_tokens, completion_batch
+from dpo_lab.layout import ROUND, CompletionBatch, Pieces, Tokens, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
 CHUNK_BYTES = 2**26  # 64 MiB at a time: rows enough for matmuls to be fast, and small beside any model
+ON_GPU = 4  # times as much of both: a GPU needs more rows to be busy
 IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
 
@@ -74,44 +80,68 @@ def completion_logps(
     wide = tokens.to(torch.float32 if tokens.device.type == "mps" else torch.float64)
     if reduction == "none":
         return wide
-    sums = wide.new_zeros(batch.n).index_add(0, batch.owners, wide)  # (N,)
+    if wide.device.type == "cuda":  # where index_add takes any order
+        sums = wide.new_zeros(batch.n, batch.longest_completion).index_put((batch.owners, batch.places), wide).sum(1)
+    else:
+        sums = wide.new_zeros(batch.n).index_add(0, batch.owners, wide)  # (N,)
     return sums / torch.bincount(batch.owners, minlength=batch.n) if reduction == "mean" else sums
 
 
 def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     """The last hidden state before each completion token, (T, D): what predicts it. Errors are those of `completion_logps`."""
     context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and (longest := int(batch.position_ids.max()) + 2) > context:
-        raise ValueError(f"prompt and completion have {longest} tokens, the model's context is {context}; shorten them")
-    ids, vocabulary = torch.cat([batch.input_ids.flatten(), batch.targets]), len(model.get_input_embeddings().weight)
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        wrong = int(ids[(ids < 0) | (ids >= vocabulary)][0])
+    if context is not None and batch.longest > context:
+        raise ValueError(f"prompt and completion have {batch.longest} tokens, the model's context is {context}; shorten them")
+    vocabulary, (lowest_id, highest_id) = len(model.get_input_embeddings().weight), batch.ids
+    if lowest_id < 0 or highest_id >= vocabulary:
+        wrong = lowest_id if lowest_id < 0 else highest_id
         raise ValueError(f"token id {wrong} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
 
     def added(allowed: Tensor | None) -> Tensor | None:
         lowest = torch.finfo(model.dtype).min
         return None if allowed is None else torch.zeros_like(allowed, dtype=model.dtype).masked_fill_(~allowed, lowest)
 
-    mask = torch.ones_like(batch.input_ids) if batch.mask is None else added(batch.mask)  # causal: it never sees the padding
     packed = {"alone": True} if use_packed_attention(model) else {}
-    if batch.rows:
+    mask = torch.ones_like(batch.input_ids) if batch.mask is None else added(batch.mask)  # causal: it never sees the padding
+    if packed and batch.mask is None:
         mask = NO_MASK
+    if batch.pieces is not None and takes_pieces(model, batch.input_ids.device):
+        packed["pieces"] = batch.pieces
+    elif batch.rows:
         packed |= {"rows": [(shape, added(allowed)) for shape, allowed in batch.rows], "spread": batch.spread, "pack": batch.pack}
     hidden = model.get_decoder()(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
-    ).last_hidden_state  # (R, L, D), or (1, S, D)
-    return hidden.flatten(0, 1).index_select(0, batch.sources)
+    ).last_hidden_state.flatten(0, 1)  # (R * L, D), or (S, D)
+    if hidden.device.type == "cuda":
+        return nn.functional.embedding(batch.sources, hidden)  # whose gradient is added up in a fixed order there
+    return hidden.index_select(0, batch.sources)
+
+
+def takes_pieces(model: nn.Module, device: torch.device) -> bool:
+    """Whether torch's variable-length flash attention computes this model here: on a GPU, in half precision."""
+    if device.type != "cuda" or varlen_attn is None:
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, *, alone=False, rows=(), spread=None, pack=None, **options
+    module, query, key, value, attention_mask, *, alone=False, rows=(), spread=None, pack=None, pieces=None, **options
 ) -> tuple[Tensor, None]:
     """sdpa for transformers' `AttentionInterface`: of rows (R, H, L, D), or of packed tokens (1, H, S, D), laid out in `rows`.
+
+    On a GPU packed tokens go through flash attention instead, as `pieces` of variable length.
 
     All else in a decoder works on one token at a time and never sees padding. bfloat16 on a CPU goes through float32: the
     backward pass of the bfloat16 kernel is the slower one. `alone`: no other thread computes meanwhile (as those that sample
     do), so that the matmuls may change hands.
     """
+    if pieces is not None:
+        return _varlen(query, key, value, pieces, options["scaling"])[None], None
+    if attention_mask is not None and attention_mask.numel() == NO_MASK.numel():
+        attention_mask = None
     dtype, device = value.dtype, query.device.type
     widened = device == "cpu" and dtype == torch.bfloat16
     if widened and query.shape[2] == 1 and attention_mask is None and not torch.is_grad_enabled():
@@ -130,6 +160,32 @@ def packed_attention(
             laid = (x.unflatten(0, shape).transpose(1, 2) for x in laid)  # (r, H, l, D) each
             parts.append(_sdpa(alone, module, *laid, mask, **options).flatten(0, 1))
         return torch.cat(parts).to(dtype).index_select(0, pack)[None], None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float) -> Tensor:
+    """Attention of packed tokens (1, H, S, D), each piece to its keys, (S, H, D)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (_Keys.apply(x[0].transpose(0, 1), pieces.keys, pieces.uses) for x in (key, value))  # (K, G, D)
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    ends, causal = (pieces.query_ends, pieces.key_ends), (-1, 0)  # each query sees the keys up to its own, counted from the end
+    return varlen_attn(query[0].transpose(0, 1).contiguous(), key, value, *ends, *pieces.longest, scale=scale, window_size=causal)
+
+
+class _Keys(torch.autograd.Function):
+    """x[keys]; a token's gradient is the sum over its uses as a key, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, x, keys, uses):
+        ctx.save_for_backward(uses)
+        return x.index_select(0, keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (uses,) = ctx.saved_tensors
+        none = grad.new_zeros(1, *grad.shape[1:])
+        return torch.cat([grad, none])[uses].sum(1), None, None
 
 
 def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
@@ -191,6 +247,12 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     return _TokenLogps.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())[:n]
 
 
+def logits_budget(device: str) -> tuple[int, int]:
+    """Bytes of logits that may wait for the backward pass, and of those that are there at a time beyond that."""
+    times = ON_GPU if device == "cuda" else 1
+    return times * KEPT_LOGITS_BYTES, times * CHUNK_BYTES
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden @ weight.T + bias (C, V), and columns of -inf up to a multiple of 64: MKL is half as slow again without them."""
     n, logits = len(weight), hidden.new_empty(len(hidden), -(-len(weight) // 64) * 64)
@@ -203,10 +265,11 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype, grad_enabled):
         row = len(weight) * dtype.itemsize  # bytes of a position's logits
-        keep = grad_enabled and any(ctx.needs_input_grad) and len(targets) * row <= KEPT_LOGITS_BYTES
+        kept_bytes, chunk_bytes = logits_budget(hidden.device.type)
+        keep = grad_enabled and any(ctx.needs_input_grad) and len(targets) * row <= kept_bytes
         ctx.wide = torch.promote_types(dtype, torch.float32)
         ctx.part = IN_CACHE if hidden.device.type == "cpu" else len(targets)
-        chunks = 1 if keep else -(-len(targets) // max(IN_CACHE, CHUNK_BYTES // row))
+        chunks = 1 if keep else -(-len(targets) // max(IN_CACHE, chunk_bytes // row))
         ctx.chunk, ctx.dtype, ctx.kept = -(-len(targets) // chunks), dtype, None
         h, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         logps = []

@@ -70,7 +70,7 @@ def fit(
     model: nn.Module,
     steps: int,
     micro_batches: Callable[[int, int], list[Any]],
-    loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, float]]],
+    loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, Tensor]]],
     weigh: Callable[[Any], int],
     config: LoopConfig,
     *,
@@ -85,7 +85,7 @@ def fit(
 
     `micro_batches(step, accumulate)` gives the forward passes of a step (0-based), `accumulate` of them where it can split
     the batch: a step that runs out of a GPU's memory is done again with twice as many, and so are all that follow.
-    `loss_of(score, micro_batch)` gives a sum and more sums to log; `score` computes `completion_logps`, or what
+    `loss_of(score, micro_batch)` gives a sum and more sums to log, tensors all, which are read at the end of the step; `score` computes `completion_logps`, or what
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
     """
@@ -267,13 +267,16 @@ def _backward(
     accelerator: Accelerator,
     scoring: nn.Module,
     micros: list[Any],
-    loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, float]]],
+    loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, Tensor]]],
     weigh: Callable[[Any], int],
 ) -> tuple[dict[str, float], int]:
-    """Add up the gradient of a step; its mean loss and logged means, and its tokens, over all processes."""
+    """Add up the gradient of a step; its mean loss and logged means, and its tokens, over all processes.
+
+    A GPU is waited for once, after the last backward pass.
+    """
     weights = gathered([weigh(micro) for micro in micros])
     total, passes = sum(map(sum, weights)), max(map(len, weights))
-    line, tokens = {"loss": 0.0}, 0
+    line, tokens, logged = {"loss": 0.0}, 0, []
     for k in range(passes):
         with accelerator.no_sync(scoring) if k < passes - 1 else nullcontext():
             if k >= len(micros):  # the others wait for this process's part in the gradient
@@ -283,8 +286,10 @@ def _backward(
             loss, sums = loss_of(scoring, micro)
             accelerator.backward(loss * count() / total)  # for the gradients are averaged over processes
         tokens += getattr(micro, "batch", micro).tokens
-        for name, value in {"loss": loss.item(), **sums}.items():
-            line[name] = line.get(name, 0.0) + value / total
+        logged.append({"loss": loss.detach(), **sums})
+    values = torch.stack([value.to(torch.float64) for sums in logged for value in sums.values()]).tolist() if logged else []
+    for name, value in zip((name for sums in logged for name in sums), values):
+        line[name] = line.get(name, 0.0) + value / total
     return _added(gathered(line)), sum(gathered(tokens))
 
 

@@ -33,6 +33,7 @@ def dpo_loss(
     *,
     kind: Kind = "sigmoid",
     label_smoothing: float = 0.0,
+    check_values: bool = True,
 ) -> DPOLoss:
     """The DPO loss of each preference pair (Eq. 7 of Rafailov et al. 2023) and its relatives.
 
@@ -56,6 +57,7 @@ def dpo_loss(
         rejected: (P,) integer indices into the N completions.
         beta: strength of the KL constraint, positive.
         label_smoothing: in [0, 0.5), for sigmoid and robust only.
+        check_values: whether to look for indices out of range and for log-probs that are not finite, which waits for a GPU.
 
     Raises:
         ValueError, TypeError: naming the argument, what was found and what is allowed.
@@ -69,9 +71,10 @@ def dpo_loss(
             f"policy_logps has shape {tuple(policy_logps.shape)} and reference_logps {tuple(reference_logps.shape)}; "
             "both must be (N,), one value for each completion in the same order"
         )
-    check_pairs(chosen, rejected, len(policy_logps))
-    for name, logps in (("policy_logps", policy_logps), ("reference_logps", reference_logps)):
-        _check_finite(name, logps, chosen, rejected)
+    if check_values:
+        check_pairs(chosen, rejected, len(policy_logps))
+        for name, logps in (("policy_logps", policy_logps), ("reference_logps", reference_logps)):
+            _check_finite(name, logps, chosen, rejected)
 
     rewards = beta * (policy_logps - reference_logps)  # (N,)
     margins = rewards[chosen] - rewards[rejected]  # (P,)

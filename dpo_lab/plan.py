@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_lab.imdb import sample_completions
+from dpo_lab.imdb import ROWS, sample_completions
 from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
 from dpo_lab.logprobs import (
-    CHUNK_BYTES,
     IN_CACHE,
-    KEPT_LOGITS_BYTES,
     Precision,
     autocast,
     can_share,
     completion_logps,
     completion_states,
+    logits_budget,
 )
 from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers
 from dpo_lab.machine import return_freed_memory
@@ -36,7 +35,6 @@ from dpo_lab.train import DPOConfig, plan_prompts
 TRIAL_FLOPS = 3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
 TRIAL_TOKENS = 6  # sampled to measure how fast that goes
 SLACK = 0.3  # of activations and logits, as bytes that a CPU's allocator holds in gaps too small for the next tensor: measured
-SAMPLED_AT_ONCE = 512  # rows, the default of `sample_completions`
 FRONTIER = (32, 64)  # prompts and completions of each, from which the optimal frontier is estimated
 SNAPSHOT_PAIRS = 128  # scored at every evaluation
 MOMENTS = {"AdamW": 2, "RMSprop": 1, "Muon": 1}  # tensors of the parameter's size that an optimizer keeps
@@ -152,7 +150,7 @@ def plan(
     always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
     if config.lora_rank:
         always["adapters"] = sum(p.numel() * p.element_size() for p in trained(reference, config.lora_rank).parameters())
-    rows, longest = min(SAMPLED_AT_ONCE, max(n * k, m)), max(map(len, prompts)) + max_new_tokens
+    rows, longest = min(ROWS[device.type], max(n * k, m)), max(map(len, prompts)) + max_new_tokens
     tokens, tuning = {name: count * max_new_tokens for name, count in completed.items()}, {}
     if sft is not None:
         tuned = sft_batches * training_flops(reference, sft, precision)
@@ -187,7 +185,7 @@ def training_flops(
     """
     forward, head, positions = forward_flops(model, batch), _head_flops(model, batch), batch.input_ids.numel()
     total = 3 * forward + again * (forward - head)
-    if _logits_bytes(model, batch, precision) > KEPT_LOGITS_BYTES:
+    if _logits_bytes(model, batch, precision) > logits_budget(model.device.type)[0]:
         total += head
     if rank:
         total -= head + 2 * block_weights(model) * positions
@@ -236,7 +234,7 @@ def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, ma
     device, new = next(model.parameters()).device.type, min(max_new_tokens, TRIAL_TOKENS)
     shortest = min(map(len, prompts))
     some = [
-        list(ids[:shortest]) for ids in prompts[: max(1, _rows(model, new, device, min(SAMPLED_AT_ONCE, len(prompts) * k)) // k)]
+        list(ids[:shortest]) for ids in prompts[: max(1, _rows(model, new, device, min(ROWS[device], len(prompts) * k)) // k)]
     ]
     for _ in range(2):
         began = time.perf_counter()
@@ -255,15 +253,15 @@ def training_bytes(
     the others, and the head in bfloat16 where that is not its own precision.
     """
     head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
-    kept = _logits_bytes(model, batch, precision)
+    kept, (most_kept, chunk) = _logits_bytes(model, batch, precision), logits_budget(trial.sources.device.type)
     with lora(model, config.lora_rank) if config.lora_rank else nullcontext(model) as policy:  # adapters save inputs of their own
         activations = activation_bytes(policy, batch, trial, precision, again=config.loop.gradient_checkpointing)
     parts = {
         "gradients": sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
         "optimizer": optimizer_bytes(module, config.loop),
         "activations": activations,
-        "logits": kept * (kept <= KEPT_LOGITS_BYTES)
-        + CHUNK_BYTES
+        "logits": kept * (kept <= most_kept)
+        + chunk
         + 3 * 4 * IN_CACHE * len(head)
         + (not config.lora_rank) * head.numel() * head.element_size()
         + (precision == "bfloat16" and head.dtype != torch.bfloat16) * head.numel() * torch.bfloat16.itemsize,
@@ -364,7 +362,7 @@ def _batch(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, tokens: i
 def _rows(model: nn.Module, tokens: int, device: str, most: int) -> int:
     """Rows of a measured pass: as many as its FLOPs allow, 4 to 512."""
     flops_a_row = 6 * tokens * (block_weights(model) + model.get_output_embeddings().weight.numel())
-    return int(min(most, SAMPLED_AT_ONCE, max(4, (1000 if device == "cuda" else 1) * TRIAL_FLOPS / flops_a_row)))
+    return int(min(most, 512, max(4, (1000 if device == "cuda" else 1) * TRIAL_FLOPS / flops_a_row)))
 
 
 def _logits_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:

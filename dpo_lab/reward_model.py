@@ -117,11 +117,11 @@ def train_reward_model(
         weights = torch.tensor([1 / len(group) for group in some for _ in group])
         return _RankedBatch(batch, chosen, rejected, weights)
 
-    def loss_of(score: Any, micro: _RankedBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(score: Any, micro: _RankedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         rewards = score(micro.batch)
         losses = micro.weights * bradley_terry_nll(rewards, micro.chosen, micro.rejected)
         right = micro.weights * (rewards[micro.chosen] > rewards[micro.rejected])
-        return losses.sum(), {"accuracy": float(right.sum())}
+        return losses.sum(), {"accuracy": right.sum()}
 
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
         pairs = np.concatenate(held)

@@ -103,7 +103,7 @@ def train_dpo(
     if preferences.reference_logps is None:
         raise ValueError("preferences has no reference_logps; call preferences.with_reference(model) with the reference model")
 
-    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(micro.batch)
         result = dpo_loss(
             logps,
@@ -113,6 +113,7 @@ def train_dpo(
             config.beta,
             kind=config.kind,
             label_smoothing=config.label_smoothing,
+            check_values=logps.device.type == "cpu",
         )
         wins = (result.margins > 0).double() + (result.margins == 0).double() / 2
         per_pair = {
@@ -124,7 +125,7 @@ def train_dpo(
             "logps/rejected": logps.detach()[micro.rejected],
             "gradient_weight/mean": result.gradient_weights,
         }
-        return result.losses.sum(), {name: float(values.sum()) for name, values in per_pair.items()}
+        return result.losses.sum(), {name: values.sum() for name, values in per_pair.items()}
 
     options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
     with lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy) as trained:
@@ -148,10 +149,10 @@ def train_unlikelihood(
     The rest is as in `train_dpo`; no reference is needed.
     """
 
-    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(micro.batch)
         sums = {
-            f"logps/{side}": float(logps.detach()[index].sum())
+            f"logps/{side}": logps.detach()[index].sum()
             for side, index in (("chosen", micro.chosen), ("rejected", micro.rejected))
         }
         return unlikelihood_loss(logps, micro.chosen, micro.rejected, alpha).sum(), sums
@@ -162,7 +163,7 @@ def train_unlikelihood(
 def _fit_pairs(
     policy: nn.Module,
     preferences: Preferences,
-    loss_of: Callable[[Callable, PairBatch], tuple[Tensor, dict[str, float]]],
+    loss_of: Callable[[Callable, PairBatch], tuple[Tensor, dict[str, Tensor]]],
     epochs: int,
     batch_pairs: int,
     loop: LoopConfig,
@@ -215,7 +216,7 @@ def train_sft(
     def micro_batches(step: int, accumulate: int) -> list[CompletionBatch]:
         return my_share([part for batch in batches(step) for part in split(batch, accumulate * count())])
 
-    def loss_of(score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(batch)
         return -logps.sum(), {}
 

@@ -169,6 +169,47 @@ def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(na
             close(gradient, expected[parameter])
 
 
+def attention_of_pieces(query, key, value, query_ends, key_ends, max_q, max_k, *, scale, window_size):
+    """What torch's `varlen_attn` promises, piece by piece: each query sees the keys up to its own, counted from the end."""
+    assert window_size == (-1, 0) and query.shape[1] == key.shape[1] and query_ends.dtype == key_ends.dtype == torch.int32
+    ends = list(zip(query_ends.tolist(), key_ends.tolist()))
+    assert (max_q, max_k) == tuple(max(b[i] - a[i] for a, b in zip(ends, ends[1:])) for i in (0, 1)) and ends[-1][0] == len(query)
+    out = torch.full_like(query, float("nan"))  # the kernel leaves what belongs to no piece as it was
+    for (q0, k0), (q1, k1) in zip(ends, ends[1:]):
+        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1]) * scale
+        unseen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0)).logical_not()
+        out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value[k0:k1])
+    return out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+@pytest.mark.parametrize("prompt_of", [[0, 1, 0, 2, 0, 2], range(6)], ids=["shared", "apart"])
+def test_pieces_of_variable_length_change_neither_values_nor_gradients(monkeypatch, name, prompt_of):
+    """As attention on a GPU takes packed tokens, with a kernel that this test knows."""
+    model = make_model(name)
+    shared, prompt_of = len(set(prompt_of)) == 3, list(prompt_of)
+    prompts = PROMPTS if shared else [[0, *range(1, n)] for n in (9, 1, 3, 1, 6, 2)]
+    completions = [[6, 6, 1] * 4, *COMPLETIONS[1:]]
+    batch = completion_batch(prompts, completions, prompt_of, share=True)
+    assert batch.rows and batch.pieces.uses.shape[1] == (3 if shared else 1)  # by itself, and by two completions of many tokens
+    monkeypatch.setattr(logprobs, "varlen_attn", attention_of_pieces)
+    monkeypatch.setattr(logprobs, "takes_pieces", lambda model, device: True)
+    plain = completion_batch(prompts, completions, prompt_of)
+    assert plain.pieces is None
+    close(completion_logps(model, batch), loops(model, prompts, completions, prompt_of))
+    close(gradients(model, completion_logps(model, batch)), gradients(model, completion_logps(model, plain)))
+
+
+def test_only_a_gpu_in_half_precision_takes_pieces(monkeypatch):
+    model, cuda = shared_model("gpt2"), torch.device("cuda")  # float64, heads of 8
+    assert not logprobs.takes_pieces(model, torch.device("cpu")) and not logprobs.takes_pieces(model, cuda)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert logprobs.takes_pieces(model, cuda) and not logprobs.takes_pieces(make_model("gpt2", width=10), cuda)
+    monkeypatch.setattr(logprobs, "varlen_attn", None)
+    assert not logprobs.takes_pieces(model, cuda)
+
+
 def test_rows_are_packed_only_where_that_saves_an_eighth():
     lengths = [8, 8, 8, 4]  # 4 of 32 positions are padding
     packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, share=True)
