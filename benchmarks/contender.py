@@ -132,11 +132,12 @@ def gpt2_config(workload: Workload) -> GPT2Config:
 def make_models(workload: Workload, seed: int, device: str) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
     """Policy and reference, near each other but not equal, so that losses differ from log 2."""
     set_seed(seed)
-    policy, reference = (GPT2LMHeadModel(gpt2_config(workload)).eval() for _ in range(2))
+    with torch.device(device):
+        policy, reference = (GPT2LMHeadModel(gpt2_config(workload)).eval() for _ in range(2))
     state = policy.state_dict()
     reference.load_state_dict({name: tensor * (1 + 0.5 * torch.randn_like(tensor)) for name, tensor in state.items()})
     reference.tie_weights()
-    return policy.to(device), reference.to(device)
+    return policy, reference
 
 
 def tuned(model: GPT2LMHeadModel, device: str) -> GPT2LMHeadModel:
@@ -158,7 +159,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
         policy, reference = prepare_model(policy), prepare_model(reference)
-    if "kept memory" not in config.without:
+    if "kept memory" not in config.without and config.device == "cpu":
         keep_freed_memory()
     if "oneDNN" not in config.without and config.device == "cpu":
         use_onednn()
@@ -177,7 +178,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
         logps, reference_logps = (completion_logps(model, batch.to(config.device)) for model in (policy, reference))
     short, _ = (data.with_reference(reference, precision=config.precision) for data in (short, preferences))
     began = time.perf_counter()
-    preferences = preferences.with_reference(reference, precision=config.precision)
+    preferences = preferences.with_reference(reference, precision=config.precision)  # whose log-probs are on the CPU then
     seconds = time.perf_counter() - began
     del reference
     first = [i for i, c in enumerate(preferences.rejected) if c < 8]
@@ -344,6 +345,8 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         def compute_ref_log_probs(self, *arguments: object) -> object:
             start = time.perf_counter()
             result = super().compute_ref_log_probs(*arguments)
+            if config.device == "cuda":
+                torch.cuda.synchronize()
             reference_seconds.append(time.perf_counter() - start)
             return result
 

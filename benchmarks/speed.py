@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from contender import WORKLOADS, make_preferences
+from contender import WORKLOADS, Workload, make_preferences
 
 from dpo_lab.runs import provenance, write_json
 
@@ -63,13 +63,12 @@ def contenders(job: str, fast_bfloat16: bool) -> list[tuple[str, str]]:
     return found if job == "sft" else [*found, ("textbook", "float32")]
 
 
-def least_flops(job: str, name: str, seed: int) -> float:
+def least_flops(job: str, workload: Workload, seed: int) -> float:
     """FLOPs that one pass over the data cannot do without: each prompt and completion once, forward and backward.
 
     DPO adds the reference's forward pass. Matmuls of the blocks for every token that predicts or is seen, of the LM head for
     completion tokens; attention's own products are left out.
     """
-    workload = WORKLOADS[name]
     preferences = make_preferences(workload, seed)
     predicted = sum(map(len, preferences.completions))
     seen = sum(map(len, preferences.prompts)) + predicted - len(preferences.completions)
@@ -126,7 +125,7 @@ def main(config: SpeedConfig) -> None:
                 raise SystemExit(f"the contenders do not compute the same loss of {job} on {name}: {losses}")
     table = []
     for (job, name), found in runs.items():
-        flops = least_flops(job, name, config.seed)
+        flops = least_flops(job, WORKLOADS[name], config.seed)
         losses = {r["contender"]: r["loss"] for r in found if r["precision"] == "float32"}
         for contender in dict.fromkeys((r["contender"], r["precision"]) for r in found):
             row = summary([r for r in found if (r["contender"], r["precision"]) == contender], flops, rates)
