@@ -54,13 +54,13 @@ class Report:
     """Results of a stage, written whole after each one."""
 
     def __init__(self, path: Path):
-        self.path, self.results = path, {}
+        self.path, self.results, self.began = path, {}, time.time()
 
     def add(self, name: str, value: Any) -> None:
         """Keep a result, by the name that it has in gpu.json."""
         self.results[name] = value
         write_json(self.path, self.results)
-        print(name, json.dumps(value)[:2_000], flush=True)
+        print(f"{time.time() - self.began:6.1f} s  {name} {json.dumps(value)[:2_000]}", flush=True)
 
     def attempt(self, name: str, measure: Callable[[], Any]) -> Any:
         """Keep what `measure` returns, or how it failed; None after a failure."""

@@ -6,7 +6,7 @@ tests/test_gpu.py holds the same figures to bounds, on the CPU in every run and 
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -214,15 +214,35 @@ def same_bytes(device: str, precision: Precision, longest: int, work: Path) -> d
     return {"twice": first == trained(), "resumed": first == trained(run, resume=True)}
 
 
-def gpu_tests(settings: Settings) -> dict[str, Any]:
-    """The tests that are marked `gpu`, which skip elsewhere."""
+@contextmanager
+def gpu_tests(settings: Settings) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Run the tests that are marked `gpu`, which skip elsewhere, meanwhile; give what waits for them and says how they ended."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
     command += [f"--basetemp={settings.work / 'tests'}"]
-    ran = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=settings.left)
-    return {"status": ran.returncode, "end": ran.stdout[-1_500:]}
+    process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def ended() -> dict[str, Any]:
+        text, _ = process.communicate(timeout=max(1, settings.left - 2))
+        return {"status": process.returncode, "end": text[-1_500:]}
+
+    try:
+        yield ended
+    finally:
+        process.kill()
 
 
 def run(settings: Settings, report: Report) -> None:
+    if settings.device == "cpu":
+        measure(settings, report)
+        return
+    with gpu_tests(settings) as ended:
+        measure(settings, report)
+        report.attempt("out of memory", lambda: out_of_memory(make_preferences(prompts=64, longest=400)))
+        report.attempt("tests", ended)
+
+
+def measure(settings: Settings, report: Report) -> None:
+    """All but what needs a GPU."""
     device, shapes = settings.device, SHAPES[:1] if settings.tiny else SHAPES
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     for shape in shapes:
@@ -235,6 +255,3 @@ def run(settings: Settings, report: Report) -> None:
         for longest in (40,) if settings.tiny else (60, 400):
             name = f"same bytes/{precision}/up to {longest} tokens"
             report.attempt(name, lambda p=precision, n=longest: same_bytes(device, p, n, settings.work))
-    if device == "cuda":
-        report.attempt("out of memory", lambda: out_of_memory(make_preferences(prompts=64, longest=400)))
-        report.attempt("tests", lambda: gpu_tests(settings))

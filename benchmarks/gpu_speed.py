@@ -1,8 +1,8 @@
 """Stage `speed` of benchmarks/gpu.py: steps of DPO by dpo_lab, TRL and a textbook loop on GPT-2's shapes, in bfloat16.
 
 Every contender trains random weights on the same pairs by its own whole loop, as in benchmarks/contender.py; one process
-for all, since a GPU's time is short. The clock is a CUDA event behind each `Optimizer.step`: two steps of warm-up, then
-the median of three. A contender takes as few forward passes per step as fit into memory.
+for all, since a GPU's time is short. The clock is a CUDA event behind each `Optimizer.step`: one pass over the pairs for
+warm-up, then the median of three. A contender takes as few forward passes per step as fit into memory.
 """
 
 import gc
@@ -30,11 +30,11 @@ from dpo_lab.models import prepare_model
 from dpo_lab.train import DPOConfig, train_dpo
 
 SIZES = {"large": (36, 1280), "small": (12, 768), "medium": (24, 1024)}  # layers and width of GPT-2's; heads of 64
-WARM, TIMED = 2, 3
-WORKLOADS = {  # those of benchmarks/contender.py, a step of which fills a GPU: 66 pairs, or 64
-    "paper": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), steps=WARM + TIMED),
-    "long": Workload(prompts=64, completions=2, prompt_tokens=(64, 192), steps=WARM + TIMED),
-    "short": Workload(prompts=64, completions=2, prompt_tokens=(4, 16), steps=WARM + TIMED),
+STEPS, TIMED = 2, 3  # in a pass over the pairs, and passes
+WORKLOADS = {  # those of benchmarks/contender.py, with more pairs per step: 66, or 64
+    "paper": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), steps=STEPS),
+    "long": Workload(prompts=64, completions=2, prompt_tokens=(64, 192), steps=STEPS),
+    "short": Workload(prompts=64, completions=2, prompt_tokens=(4, 16), steps=STEPS),
 }
 CONTENDERS = ("dpo_lab", "trl_best", "trl_default", "textbook")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -55,9 +55,9 @@ class Clock:
         else:
             self.marks.append(time.perf_counter())
 
-    def steps(self) -> list[float]:
-        """Seconds of the timed steps."""
-        marks = self.marks[-TIMED - 1 :]
+    def passes(self) -> list[float]:
+        """Seconds of each of the timed passes over the pairs, the last ones."""
+        marks = self.marks[-STEPS * TIMED - 1 :: STEPS]
         if self.device == "cuda":
             torch.cuda.synchronize()
             return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:])]
@@ -103,31 +103,34 @@ def matmul_rate(device: str, n: int) -> float:
 
 def run_contender(name: str, workload: Workload, device: str) -> dict[str, Any]:
     """Steps of one contender, in as few forward passes as fit."""
+    began = time.perf_counter()
     runs: dict[str, Callable] = {"dpo_lab": contender.run_dpo_lab, "textbook": contender.run_textbook}
     for passes in (1, 2, 4, 8):
         shape = replace(workload, passes=passes)
-        config = ContenderConfig(contender=name, precision="bfloat16", device=device, untimed=0)
+        config = ContenderConfig(contender=name, precision="bfloat16", device=device, untimed=TIMED)
         preferences, short = make_preferences(shape, 0), contender.short_step(shape, 0)
         with clean(device) as clock:
             try:
                 result = runs.get(name, contender.run_trl)(config, shape, preferences, short)
-                seconds = clock.steps()
+                assert len(clock.marks) == 1 + STEPS * (TIMED + 1), f"{name} made {len(clock.marks)} steps"
+                seconds = clock.passes()
                 break
             except torch.OutOfMemoryError:
                 if passes == 8:
                     raise
         gc.collect()
     gc.collect()
-    pairs = len(preferences.chosen) / workload.steps
-    step = statistics.median(seconds) + result["reference_seconds"] / workload.steps
+    pairs, reference = len(preferences.chosen), result["reference_seconds"]
     return {
         "contender": name,
-        "pairs_per_second": pairs / step,
-        "step_seconds": seconds,
-        "reference_seconds_per_step": result["reference_seconds"] / workload.steps,
+        "pairs_per_second": pairs / (statistics.median(seconds) + reference),
+        "pairs_per_second_without_reference": pairs / statistics.median(seconds),
+        "step_seconds": [each / STEPS for each in seconds],
+        "reference_seconds_per_step": reference / STEPS,
         "passes": passes,
         "loss": result["loss"],
         "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6) if device == "cuda" else None,
+        "seconds": round(time.perf_counter() - began, 1),
     }
 
 
@@ -168,25 +171,21 @@ def run(settings: Settings, report: Report) -> None:
     if settings.tiny:
         sizes = {"small": (2, 64)}
         workloads = {"paper": replace(WORKLOADS["paper"], prompts=2, vocabulary=512, most=16)}
-    jobs = [(size, name) for name in workloads for size in sizes]
-    jobs.sort(key=lambda job: (job[1] != "paper", job[0] != "large"))  # of the most worth first
-    first, longest = True, 0.0
-    for size, name in jobs:
-        layers, width = sizes[size]
-        workload = replace(workloads[name], layers=layers, width=width)
-        flops = least_flops("dpo", workload, 0) / len(make_preferences(workload, 0).chosen)
-        for who in CONTENDERS:
-            key = f"{name}/{size}/{who}"
-            if settings.left < 1.5 * longest + 3:
-                report.add(key, {"error": "not begun: the time was over"})
-                continue
-            began = time.perf_counter()
-            found = report.attempt(key, lambda who=who, workload=workload: run_contender(who, workload, device))
-            longest = max(longest, time.perf_counter() - began)
-            if found and rate:
-                found["fraction_of_matmul_rate"] = found["pairs_per_second"] * flops / rate
-                report.add(key, found)
-        if first:
+    # of the most worth first: the paper's protocol at GPT-2 large, then the two that matter most on every workload
+    first, *others = [(name, size) for name in workloads for size in sizes]
+    jobs = [(*first, who) for who in CONTENDERS]
+    jobs += [(*job, who) for group in (CONTENDERS[:2], CONTENDERS[2:]) for job in others for who in group]
+    for number, (name, size, who) in enumerate(jobs):
+        if number == len(CONTENDERS):
+            workload = replace(workloads[first[0]], layers=sizes[first[1]][0], width=sizes[first[1]][1])
             report.attempt("profile", lambda workload=workload: profiled(workload, device))
             gc.collect()
-            first = False
+        if settings.left < 5:
+            report.add("not begun", ["/".join(job) for job in jobs[number:]])
+            break
+        layers, width = sizes[size]
+        workload = replace(workloads[name], layers=layers, width=width)
+        found = report.attempt(f"{name}/{size}/{who}", lambda who=who, w=workload: run_contender(who, w, device))
+        if found and rate:
+            flops = least_flops("dpo", workload, 0) / len(make_preferences(workload, 0).chosen)
+            report.add(f"{name}/{size}/{who}", found | {"fraction_of_matmul_rate": found["pairs_per_second"] * flops / rate})

@@ -16,9 +16,10 @@ ROUND = 32  # packed tokens are padded to a multiple: oneDNN keeps a kernel for 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Packed tokens as pieces that a variable-length attention kernel takes: a row, or a shared prompt and each completion.
+    """The S tokens of a batch, padding included, as pieces that a variable-length attention kernel takes.
 
-    A piece attends to its keys: to itself, and a completion before that to its prompt.
+    A piece is a row, or a shared prompt, or one of its completions, or padding, which would else be left undefined.
+    It attends to its keys: to itself, and a completion before that to its prompt.
     """
 
     query_ends: Tensor  # (s + 1,) int32: where the pieces begin among the S tokens, and the end
@@ -56,7 +57,7 @@ class CompletionBatch:
     longest: int  # tokens of the longest prompt with its completion
     longest_completion: int  # tokens
     ids: tuple[int, int]  # the lowest and the highest token id
-    pieces: Pieces | None = None  # for attention on a GPU; None when padded
+    pieces: Pieces  # for attention on a GPU
 
     @property
     def tokens(self) -> int:
@@ -66,8 +67,7 @@ class CompletionBatch:
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
         rows = tuple((shape, None if mask is None else mask.to(device, non_blocking=True)) for shape, mask in self.rows)
-        pieces = None if self.pieces is None else self.pieces.to(device)
-        return replace(self, rows=rows, pieces=pieces, **_moved(self, device))
+        return replace(self, rows=rows, pieces=self.pieces.to(device), **_moved(self, device))
 
 
 def _moved(parts: Pieces | CompletionBatch, device: torch.device | str) -> dict[str, Tensor]:
@@ -101,24 +101,26 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
 
     ids, positions, lengths, segments, sources, targets, owners, places = ([] for _ in range(8))
-    spans = []  # of tokens: those of a piece's prompt, and the piece itself, as (start, end) each
+    spans = []  # of each row's pieces: (start, end) of its prompt, and of itself, from the beginning of the row
     for p, members in rows:
         start, n_prompt = len(ids), len(prompts[p])
         ids += prompts[p]
         positions += range(n_prompt)
         segments += [0] * n_prompt  # 1.. in its completions
-        spans.append((start, start, start, start + n_prompt))
+        spans.append([(0, 0, 0, n_prompt)])
         for k, i in enumerate(members, start=1):
             n = len(completions[i]) - 1  # nothing is predicted from the last token
             sources += [start + n_prompt - 1, *range(len(ids), len(ids) + n)]
             targets += completions[i]
             owners += [i] * (n + 1)
             places += range(n + 1)
-            spans.append((start, start + n_prompt, len(ids), len(ids) + n))
+            spans[-1].append((0, n_prompt, len(ids) - start, len(ids) - start + n))
             ids += completions[i][:n]
             positions += range(n_prompt, n_prompt + n)
             segments += [k] * n
         lengths.append(len(ids) - start)
+        if not together:
+            spans[-1] = [(0, 0, 0, lengths[-1])]
 
     starts, positions_, segments_ = (torch.tensor(v) for v in (np.cumsum([0, *lengths[:-1]]), positions, segments))
 
@@ -144,10 +146,10 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     )
     index, there, mask = lay(range(len(rows)))
     if not share or there.numel() - len(ids) < PACK_FROM * there.numel():
-        place = there.flatten().nonzero()[:, 0]  # (S,)
-        return CompletionBatch(
-            tokens[index].where(there, 0), positions_[index].where(there, 0), mask, (), None, None, place[sources], *predicted
-        )
+        place = there.flatten().nonzero()[:, 0]  # of the tokens that are there
+        pieces = _pieces(spans, range(0, there.numel(), there.shape[1]), there.numel())
+        padded = [values[index].where(there, 0) for values in (tokens, positions_)]
+        return CompletionBatch(*padded, mask, (), None, None, place[sources], *predicted, pieces)
     laid = [lay(some) for some in _alike(lengths)]
     spread, there = (torch.cat([part[i].flatten() for part in laid]) for i in (0, 1))
     pack = torch.empty(len(ids), dtype=torch.long)
@@ -155,17 +157,18 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     parts = tuple((tuple(index.shape), mask) for index, _, mask in laid)
     extra = (0, -len(ids) % ROUND)
     flat = [nn.functional.pad(values, extra) for values in (tokens, positions_, pack)]
-    if not together:
-        spans = [(start, start, start, start + length) for start, length in zip(starts.tolist(), lengths)]
-    pieces = _pieces([*spans, (len(ids), len(ids), len(ids), len(flat[2]))], len(flat[2]))
+    pieces = _pieces(spans, starts.tolist(), len(flat[2]))
     return CompletionBatch(flat[0][None], flat[1][None], None, parts, spread, flat[2], torch.tensor(sources), *predicted, pieces)
 
 
-def _pieces(spans: Sequence[tuple[int, int, int, int]], n: int) -> Pieces:
-    """Pieces of `n` tokens from the spans of each one's prompt (empty where it has none) and of itself, in order of the tokens."""
-    spans = [span for span in spans if span[2] < span[3]]
-    keys = np.concatenate([np.r_[a:b, c:d] for a, b, c, d in spans])
-    sizes = [d - c for _, _, c, d in spans], [b - a + d - c for a, b, c, d in spans]
+def _pieces(spans: Sequence[Sequence[tuple[int, int, int, int]]], starts: Sequence[int], n: int) -> Pieces:
+    """The pieces of rows that begin at `starts` among `n` tokens, from the spans of each row's; what lies between is padding."""
+    found = []
+    for row, start, end in zip(spans, starts, [*starts[1:], n]):
+        found += [(start + a, start + b, start + c, start + d) for a, b, c, d in row if c < d]
+        found += [(last, last, last, end) for last in [found[-1][3]] if last < end]
+    keys = np.concatenate([np.r_[a:b, c:d] for a, b, c, d in found])
+    sizes = [d - c for _, _, c, d in found], [b - a + d - c for a, b, c, d in found]
     query_ends, key_ends = (torch.tensor(np.cumsum([0, *of]), dtype=torch.int32) for of in sizes)
 
     # where each token is a key: the ranks of equal tokens, after a stable sort, are the columns

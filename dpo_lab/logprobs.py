@@ -20,14 +20,10 @@ from transformers.masking_utils import sdpa_mask
 from dpo_lab.layout import ROUND, CompletionBatch, Pieces, Tokens, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
 CHUNK_BYTES = 2**26  # 64 MiB at a time: rows enough for matmuls to be fast, and small beside any model
+PADS_HEAD = ("cuda",)  # devices whose kernels are several times slower where a size is odd, as GPT-2's vocabulary is
 ON_GPU = 4  # times as much of both: a GPU needs more rows to be busy
 IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
@@ -105,8 +101,8 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     mask = torch.ones_like(batch.input_ids) if batch.mask is None else added(batch.mask)  # causal: it never sees the padding
     if packed and batch.mask is None:
         mask = NO_MASK
-    if batch.pieces is not None and takes_pieces(model, batch.input_ids.device):
-        packed["pieces"] = batch.pieces
+    if packed and takes_pieces(model, batch.input_ids.device):
+        packed["pieces"], mask = batch.pieces, NO_MASK
     elif batch.rows:
         packed |= {"rows": [(shape, added(allowed)) for shape, allowed in batch.rows], "spread": batch.spread, "pack": batch.pack}
     hidden = model.get_decoder()(
@@ -119,7 +115,7 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
 
 def takes_pieces(model: nn.Module, device: torch.device) -> bool:
     """Whether torch's variable-length flash attention computes this model here: on a GPU, in half precision."""
-    if device.type != "cuda" or varlen_attn is None:
+    if device.type != "cuda":
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
     config = model.config
@@ -132,14 +128,14 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """sdpa for transformers' `AttentionInterface`: of rows (R, H, L, D), or of packed tokens (1, H, S, D), laid out in `rows`.
 
-    On a GPU packed tokens go through flash attention instead, as `pieces` of variable length.
+    On a GPU in half precision both go through flash attention instead, as `pieces` of variable length.
 
     All else in a decoder works on one token at a time and never sees padding. bfloat16 on a CPU goes through float32: the
     backward pass of the bfloat16 kernel is the slower one. `alone`: no other thread computes meanwhile (as those that sample
     do), so that the matmuls may change hands.
     """
     if pieces is not None:
-        return _varlen(query, key, value, pieces, options["scaling"])[None], None
+        return attention_of_pieces(query, key, value, pieces, options["scaling"]), None
     if attention_mask is not None and attention_mask.numel() == NO_MASK.numel():
         attention_mask = None
     dtype, device = value.dtype, query.device.type
@@ -162,14 +158,16 @@ def packed_attention(
         return torch.cat(parts).to(dtype).index_select(0, pack)[None], None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float) -> Tensor:
-    """Attention of packed tokens (1, H, S, D), each piece to its keys, (S, H, D)."""
+def attention_of_pieces(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float) -> Tensor:
+    """Attention of the tokens of a batch (R, H, L, D), each piece to its keys, (R, L, H, D)."""
+    shape = query.shape[0], query.shape[2]
+    # (R * L, H, D) each; rotary positions leave float32 under autocast
+    query, key, value = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
-    key, value = (_Keys.apply(x[0].transpose(0, 1), pieces.keys, pieces.uses) for x in (key, value))  # (K, G, D)
+    key, value = (_Keys.apply(x, pieces.keys, pieces.uses) for x in (key, value))
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    ends, causal = (pieces.query_ends, pieces.key_ends), (-1, 0)  # each query sees the keys up to its own, counted from the end
-    return varlen_attn(query[0].transpose(0, 1).contiguous(), key, value, *ends, *pieces.longest, scale=scale, window_size=causal)
+    return _Flash.apply(query, key, value, pieces.query_ends, pieces.key_ends, pieces.longest, scale).unflatten(0, shape)
 
 
 class _Keys(torch.autograd.Function):
@@ -186,6 +184,47 @@ class _Keys(torch.autograd.Function):
         (uses,) = ctx.saved_tensors
         none = grad.new_zeros(1, *grad.shape[1:])
         return torch.cat([grad, none])[uses].sum(1), None, None
+
+
+class _Flash(torch.autograd.Function):
+    """Flash attention of pieces: each query sees the keys of its piece up to its own, counted from the end.
+
+    torch's `varlen_attn`, with a backward pass that adds up in a fixed order where it would else take any: beyond two blocks of
+    keys. That is a switch of the whole process, which is turned for this one kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, query_ends, key_ends, longest, scale):
+        flash = torch.ops.aten._flash_attention_forward
+        out, normalizer, *_ = flash(query, key, value, query_ends, key_ends, *longest, 0.0, True, False, scale=scale)
+        ctx.save_for_backward(query, key, value, out, query_ends, key_ends, normalizer)
+        ctx.longest, ctx.scale = longest, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, out, query_ends, key_ends, normalizer = ctx.saved_tensors
+        of_dropout = torch.empty(2, dtype=torch.uint64, device=grad.device), torch.empty(0, device=grad.device)
+        with fixed_order() if ctx.longest[1] > 128 else nullcontext():
+            flash = torch.ops.aten._flash_attention_backward
+            sizes = (query_ends, key_ends, *ctx.longest, 0.0, True, *of_dropout)
+            grads = flash(grad.contiguous(), query, key, value, out, normalizer, *sizes, scale=ctx.scale)
+        return *grads, None, None, None, None
+
+
+@contextmanager
+def fixed_order() -> Iterator[None]:
+    """Only kernels that add up in a fixed order meanwhile, in all threads; what the process had comes back."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
@@ -253,10 +292,13 @@ def logits_budget(device: str) -> tuple[int, int]:
     return times * KEPT_LOGITS_BYTES, times * CHUNK_BYTES
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden @ weight.T + bias (C, V), and columns of -inf up to a multiple of 64: MKL is half as slow again without them."""
-    n, logits = len(weight), hidden.new_empty(len(hidden), -(-len(weight) // 64) * 64)
-    torch.mm(hidden, weight.T, out=logits[:, :n])
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """hidden @ weight.T + bias (C, n), and columns of -inf up to a multiple of 64: MKL is half as slow again without them.
+
+    `weight` has n rows, or more that do not count.
+    """
+    logits = hidden.new_empty(len(hidden), -(-n // 64) * 64)
+    torch.mm(hidden, weight.T, out=logits[:, : len(weight)])
     logits[:, n:] = -torch.inf
     return logits if bias is None else logits.add_(nn.functional.pad(bias, (0, logits.shape[1] - n)))
 
@@ -272,10 +314,12 @@ class _TokenLogps(torch.autograd.Function):
         chunks = 1 if keep else -(-len(targets) // max(IN_CACHE, chunk_bytes // row))
         ctx.chunk, ctx.dtype, ctx.kept = -(-len(targets) // chunks), dtype, None
         h, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if hidden.device.type in PADS_HEAD:
+            w = nn.functional.pad(w, (0, 0, 0, -len(w) % 64))
         logps = []
         with torch.autocast(hidden.device.type, enabled=False):
             for h_c, y_c in zip(h.split(ctx.chunk), targets.split(ctx.chunk)):
-                logits = _logits(h_c, w, b)  # (C, V and a little)
+                logits = _logits(h_c, w, b, len(weight))  # (C, V and a little)
                 for part, y in zip(logits.split(ctx.part), y_c.split(ctx.part)):
                     wide = torch.log_softmax(part, 1, dtype=ctx.wide)
                     logps.append(wide.gather(1, y[:, None])[:, 0])
@@ -298,20 +342,20 @@ class _TokenLogps(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for i in range(0, len(targets), ctx.chunk):
                 rows = slice(i, i + ctx.chunk)
-                g = _logits(h[rows], w, b) if kept is None else kept
+                g = _logits(h[rows], w, b, len(weight)) if kept is None else kept
                 if kept is None:
                     for part in g.split(ctx.part):
                         part.copy_(torch.log_softmax(part, 1, dtype=ctx.wide).exp_())  # as in the forward pass
-                g = g[:, : len(w)]  # (C, V)
+                g = g[:, : len(w)]  # (C, V), or with columns of zeros where the head has rows that do not count
                 g[torch.arange(len(g), device=g.device), targets[rows]] -= 1  # times scale: d loss / d logits
                 torch.mul(g @ w, scale[rows], out=grad_h[rows])
-                if grad_w is not None and ctx.dtype == weight.dtype:
+                if grad_w is not None and ctx.dtype == weight.dtype and len(w) == len(weight):
                     torch.addmm(grad_w, g.T, h[rows] * scale[rows], beta=int(i > 0), out=grad_w)  # without another (V, D)
                 elif grad_w is not None:
-                    product = g.T @ (h[rows] * scale[rows])
+                    product = (g.T @ (h[rows] * scale[rows]))[: len(weight)]
                     grad_w = grad_w.copy_(product) if i == 0 else grad_w.add_(product)
                 if grad_b is not None:
-                    grad_b += g.T @ scale[rows, 0]
+                    grad_b += (g.T @ scale[rows, 0])[: len(weight)]
         return grad_h.to(hidden.dtype), grad_w, grad_b, None, None, None
 
 
@@ -322,17 +366,18 @@ def score_completions(
     completions: Tokens,
     prompt_of: Sequence[int],
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int | None = None,
     precision: Precision = "float32",
     progress: str | None = None,
 ) -> Tensor:
     """`completion_logps` of any number of completions, (N,) on the CPU, in batches of about `batch_tokens` tokens.
 
-    Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
+    By default 2,048, and 16,384 on a GPU. Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
     Several processes share the batches, and each gets all the log-probs.
     """
     check_tokens(prompts, completions, prompt_of)
     device, training, share = next(model.parameters()).device, model.training, can_share(model)
+    batch_tokens = batch_tokens or (16_384 if device.type == "cuda" else 2_048)
     lengths = [len(prompt) for prompt in prompts]  # with the longest completion, so that a prompt's completions stay together
     for completion, p in zip(completions, prompt_of):
         lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))

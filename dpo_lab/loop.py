@@ -305,4 +305,10 @@ def _added(parts: list[dict[str, float]]) -> dict[str, float]:
 def _to(micro: Any, device: torch.device) -> Any:
     if isinstance(micro, CompletionBatch):
         return micro.to(device)
-    return type(micro)(*(part.to(device) for part in vars(micro).values()))
+    wait = device.type == "cpu"
+    return type(micro)(
+        *(
+            part.to(device) if isinstance(part, CompletionBatch) else part.to(device, non_blocking=not wait)
+            for part in vars(micro).values()
+        )
+    )

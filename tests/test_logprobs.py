@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dpo_lab import logprobs
+from dpo_lab import layout, logprobs
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import can_share, completion_logps, score_completions, token_logps, use_packed_attention
 
@@ -169,35 +169,42 @@ def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(na
             close(gradient, expected[parameter])
 
 
-def attention_of_pieces(query, key, value, query_ends, key_ends, max_q, max_k, *, scale, window_size):
-    """What torch's `varlen_attn` promises, piece by piece: each query sees the keys up to its own, counted from the end."""
-    assert window_size == (-1, 0) and query.shape[1] == key.shape[1] and query_ends.dtype == key_ends.dtype == torch.int32
-    ends = list(zip(query_ends.tolist(), key_ends.tolist()))
-    assert (max_q, max_k) == tuple(max(b[i] - a[i] for a, b in zip(ends, ends[1:])) for i in (0, 1)) and ends[-1][0] == len(query)
-    out = torch.full_like(query, float("nan"))  # the kernel leaves what belongs to no piece as it was
-    for (q0, k0), (q1, k1) in zip(ends, ends[1:]):
-        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1]) * scale
-        unseen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0)).logical_not()
-        out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value[k0:k1])
-    return out
+class PlainFlash:
+    """What the flash kernel promises, piece by piece: each query sees the keys up to its own, counted from the end."""
+
+    @staticmethod
+    def apply(query, key, value, query_ends, key_ends, longest, scale):
+        assert query.shape[1:] == key.shape[1:] == value.shape[1:] and query_ends.dtype == key_ends.dtype == torch.int32
+        ends = list(zip(query_ends.tolist(), key_ends.tolist()))
+        assert longest == tuple(max(b[i] - a[i] for a, b in zip(ends, ends[1:])) for i in (0, 1))
+        out = torch.full_like(query, float("nan"))  # the kernel leaves what belongs to no piece as it was
+        for (q0, k0), (q1, k1) in zip(ends, ends[1:]):
+            scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1]) * scale
+            unseen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0)).logical_not()
+            out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value[k0:k1])
+        return out
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
 @pytest.mark.parametrize("prompt_of", [[0, 1, 0, 2, 0, 2], range(6)], ids=["shared", "apart"])
-def test_pieces_of_variable_length_change_neither_values_nor_gradients(monkeypatch, name, prompt_of):
-    """As attention on a GPU takes packed tokens, with a kernel that this test knows."""
-    model = make_model(name)
-    shared, prompt_of = len(set(prompt_of)) == 3, list(prompt_of)
-    prompts = PROMPTS if shared else [[0, *range(1, n)] for n in (9, 1, 3, 1, 6, 2)]
+@pytest.mark.parametrize("share", [-1, 2], ids=["prompts once", "rows"])
+@pytest.mark.parametrize("pack", [-1, 2], ids=["packed", "padded"])
+def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of, share, pack):
+    """As a GPU takes attention, with a kernel that this test knows."""
+    monkeypatch.setattr(layout, "SHARE_FROM", share)
+    monkeypatch.setattr(layout, "PACK_FROM", pack)
+    model, prompt_of = make_model(name), list(prompt_of)
+    prompts = PROMPTS if len(set(prompt_of)) == 3 else [[0, *range(1, n)] for n in (9, 1, 3, 1, 6, 2)]
     completions = [[6, 6, 1] * 4, *COMPLETIONS[1:]]
     batch = completion_batch(prompts, completions, prompt_of, share=True)
-    assert batch.rows and batch.pieces.uses.shape[1] == (3 if shared else 1)  # by itself, and by two completions of many tokens
-    monkeypatch.setattr(logprobs, "varlen_attn", attention_of_pieces)
+    assert bool(batch.rows) == (pack < 0) and int(batch.pieces.query_ends[-1]) == batch.input_ids.numel()
+    # by itself, and by two completions of more than a token, which attend to their prompt
+    assert batch.pieces.uses.shape[1] == (1 if share > 1 else 3 if len(prompts) == 3 else 2)
+    plain = gradients(model, completion_logps(model, completion_batch(prompts, completions, prompt_of)))
     monkeypatch.setattr(logprobs, "takes_pieces", lambda model, device: True)
-    plain = completion_batch(prompts, completions, prompt_of)
-    assert plain.pieces is None
+    monkeypatch.setattr(logprobs, "_Flash", PlainFlash)
     close(completion_logps(model, batch), loops(model, prompts, completions, prompt_of))
-    close(gradients(model, completion_logps(model, batch)), gradients(model, completion_logps(model, plain)))
+    close(gradients(model, completion_logps(model, batch)), plain)
 
 
 def test_only_a_gpu_in_half_precision_takes_pieces(monkeypatch):
@@ -206,8 +213,21 @@ def test_only_a_gpu_in_half_precision_takes_pieces(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     assert logprobs.takes_pieces(model, cuda) and not logprobs.takes_pieces(make_model("gpt2", width=10), cuda)
-    monkeypatch.setattr(logprobs, "varlen_attn", None)
-    assert not logprobs.takes_pieces(model, cuda)
+
+
+def test_a_fixed_order_is_asked_for_meanwhile_and_what_was_set_comes_back():
+    def settings():
+        switches = torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled
+        return [switch() for switch in switches] + [torch.utils.deterministic.fill_uninitialized_memory]
+
+    for mine in (False, True):
+        torch.use_deterministic_algorithms(mine, warn_only=mine)
+        before = settings()
+        with pytest.raises(ZeroDivisionError), logprobs.fixed_order():
+            assert settings() == [True, False, False]
+            raise ZeroDivisionError
+        assert settings() == before
+    torch.use_deterministic_algorithms(False)
 
 
 def test_rows_are_packed_only_where_that_saves_an_eighth():
@@ -336,7 +356,9 @@ def test_float32_is_exact_to_a_ten_thousandth_near_minus_700():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kept", [2**27, 0], ids=["logits kept", "logits computed again"])
 @pytest.mark.parametrize("chunk", [2**23, 1], ids=["one chunk", "many chunks"])
-def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, kept, chunk):
+@pytest.mark.parametrize("pads", [(), ("cpu",)], ids=["head as it is", "head padded"])
+def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, kept, chunk, pads):
+    monkeypatch.setattr(logprobs, "PADS_HEAD", pads)
     monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", kept)
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk)
     model = make_model(name)
