@@ -25,8 +25,9 @@ bench: .venv/.installed-test ## Measure speed beside TRL and a textbook loop (ab
 	.venv/bin/python benchmarks/latency.py
 	.venv/bin/python benchmarks/readme.py
 
-bench-gpu: .venv/.installed-test ## The same on a GPU, where there is one
-	.venv/bin/python benchmarks/speed.py --device cuda $(ARGS)
+bench-gpu: .venv/.installed-test ## Exactness, real DPO and speed on a GPU, where there is one (8 minutes)
+	.venv/bin/python benchmarks/gpu.py --out runs/gpu $(ARGS)
+	@test ! -f runs/gpu/gpu.json || echo 'Copy runs/gpu/gpu.json to benchmarks/results/ and run benchmarks/readme.py to put it into the pages.'
 
 site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (7 to 20 minutes)
 	$(INSTALL) -e '.[site,trl]'

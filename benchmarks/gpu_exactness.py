@@ -6,7 +6,7 @@ tests/test_gpu.py holds the same figures to bounds, on the CPU in every run and 
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -214,31 +214,19 @@ def same_bytes(device: str, precision: Precision, longest: int, work: Path) -> d
     return {"twice": first == trained(), "resumed": first == trained(run, resume=True)}
 
 
-@contextmanager
-def gpu_tests(settings: Settings) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Run the tests that are marked `gpu`, which skip elsewhere, meanwhile; give what waits for them and says how they ended."""
+def gpu_tests(settings: Settings) -> dict[str, Any]:
+    """How the tests ended that are marked `gpu`, which skip elsewhere."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
     command += [f"--basetemp={settings.work / 'tests'}"]
-    process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def ended() -> dict[str, Any]:
-        text, _ = process.communicate(timeout=max(1, settings.left - 2))
-        return {"status": process.returncode, "end": text[-1_500:]}
-
-    try:
-        yield ended
-    finally:
-        process.kill()
+    ran = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=max(1, settings.left - 2))
+    return {"status": ran.returncode, "last line": ran.stdout.strip().splitlines()[-1]}
 
 
 def run(settings: Settings, report: Report) -> None:
-    if settings.device == "cpu":
-        measure(settings, report)
-        return
-    with gpu_tests(settings) as ended:
-        measure(settings, report)
+    measure(settings, report)
+    if settings.device == "cuda":
         report.attempt("out of memory", lambda: out_of_memory(make_preferences(prompts=64, longest=400)))
-        report.attempt("tests", ended)
+        report.attempt("tests", lambda: gpu_tests(settings))
 
 
 def measure(settings: Settings, report: Report) -> None:

@@ -139,6 +139,135 @@ def speed(name: str = "cpu") -> str:
     return "\n".join(lines) + _origin(result, f" ({rates}), processes a contender: {_processes(result)}")
 
 
+def _gpu() -> dict | None:
+    """What `benchmarks/gpu.py` measured, where it has."""
+    return _result("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").exists() else None
+
+
+UNMEASURED = "Not measured yet: no GPU was at hand. `make bench-gpu` fills this in."
+
+
+def _on_card(result: dict) -> str:
+    card = result["card"]
+    return _origin(result, f", {card['name']}, driver {card['driver']}, CUDA {card['cuda']}")
+
+
+def gpu_exactness() -> str:
+    """Differences from the float64 loop, and what else the first stage looks at, from the newest run that measured each."""
+    if not _gpu():
+        return UNMEASURED
+    runs = [_gpu(), _result("gpu-exactness")]
+    found: dict[str, tuple[dict, str]] = {}
+    for result in runs:
+        for name, value in result["stages"]["exactness"]["results"].items():
+            if name != "tests" and (name not in found or "error" in found[name][0]):
+                found[name] = value, result["provenance"]["commit"]
+    lines = ["| model, precision, layout | log-prob, off by (nats) | gradient, off by | commit |", "|---|---|---|---|"]
+    rest = ["| what | found | commit |", "|---|---|---|"]
+    for name, (value, commit) in found.items():
+        kind, _, what = name.partition("/")
+        if "error" in value:
+            cells = f"failed: {value['error']}"
+        elif kind == "errors":
+            lines.append(f"| {what.replace('/', ', ')} | {value['logps_nats']:.1e} | {value['gradient']:.1e} | {commit} |")
+            continue
+        else:
+            cells = ", ".join(f"{key.replace('_', ' ')}: {_short(x)}" for key, x in value.items())
+        (lines if kind == "errors" else rest).append(
+            f"| {what.replace('/', ', ')} | {cells} | | {commit} |"
+            if kind == "errors"
+            else f"| {name.replace('/', ', ')} | {cells} | {commit} |"
+        )
+    return "\n".join([*lines, "", *rest]) + _on_card(runs[0])
+
+
+def _short(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def gpu_dpo() -> str:
+    """The paper's protocol, for each reference."""
+    result = _gpu()
+    if not result:
+        return UNMEASURED
+    found = result["stages"]["dpo"]["results"]
+    lines = [
+        "| reference | prefixes | pairs | steps | reward before | reward after | sequence KL (nats) | sampling (s) | training (s) "
+        "| seconds per step | peak memory |",
+        "|---" * 11 + "|",
+    ]
+    for name, label in (("protocol", "trained here"), ("protocol, embedded", "embedded")):
+        run = found[name]
+        before, after, seconds = run["before"], run["after"], run["seconds"]
+        lines.append(
+            f"| {label} | {run['config']['prefixes']:,} | {run['pairs']:,} | {run['steps']} "
+            f"| {before['reward']:.3f} ± {before['reward_se']:.3f} | {after['reward']:.3f} ± {after['reward_se']:.3f} "
+            f"| {after['kl']:.2f} ± {after['kl_se']:.2f} | {seconds['sample']:.0f} | {seconds['train']:.0f} "
+            f"| {run['seconds_per_step']:.3f} | {run['peak_memory_mb']:,} MB |"
+        )
+    made = found["from scratch"]
+    return (
+        f"GPT-2 small's shape with the tokenizer of 8,192 tokens ({made['parameters'] / 1e6:.0f}M parameters), trained from scratch "
+        f"for {made['seconds']['train']:.0f} seconds ({made['steps']:,} steps, {made['tokens'] / 1e6:.0f}M tokens), needs "
+        f"{made['held_out']['bits_per_byte']:.3f} bits per byte on {made['held_out']['reviews']:,} held-out reviews. On it, and on the "
+        "embedded model, DPO by the paper's settings, on as many prefixes as the time allowed:\n\n"
+        + "\n".join(lines)
+        + _on_card(result)
+    )
+
+
+def gpu_speed() -> str:
+    """Steps of DPO beside TRL and a textbook loop."""
+    result = _gpu()
+    if not result:
+        return UNMEASURED
+    found = result["stages"]["speed"]["results"]
+    runs = {tuple(name.split("/")): run for name, run in found.items() if name.count("/") == 2 and "error" not in run}
+    lines = [
+        "| workload | GPT-2 | contender | pairs/s | against TRL's best | seconds per step | of the reference | peak memory "
+        "| against TRL's best | fraction of the matmul rate | forward passes | loss |",
+        "|---" * 12 + "|",
+    ]
+    for (workload, size, who), run in sorted(runs.items(), key=lambda item: (item[0][:2], item[0][2] != "dpo_lab")):
+        best = runs.get((workload, size, "trl_best"))
+        times = f"{run['pairs_per_second'] / best['pairs_per_second']:.2f}x" if best else ""
+        memory = f"{run['peak_memory_mb'] / best['peak_memory_mb']:.2f}x" if best else ""
+        lines.append(
+            f"| {workload} | {size} | {who} | {run['pairs_per_second']:,.0f} | {times} | {statistics.median(run['step_seconds']):.3f} "
+            f"| {run['reference_seconds_per_step']:.3f} | {run['peak_memory_mb'] / 1e3:.1f} GB | {memory} "
+            f"| {run['fraction_of_matmul_rate']:.1%} | {run['passes']} | {run['loss']:.4f} |"
+        )
+    profile = found["profile"]
+    waits = sum(n for key, n in profile["waits_per_step"].items() if key == "cudaStreamSynchronize")
+    return (
+        "\n".join(lines)
+        + f"\n\nThe matmul rate, {found['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s, is that of a product of two 8,192 x 8,192 "
+        f"matrices. Under the profiler a step of the paper's protocol on GPT-2 large launches {profile['launches_per_step']:,.0f} kernels "
+        f"and waits for the GPU {waits:.0f} times, at its end."
+        + _on_card(result)
+    )
+
+
+def gpu_summary() -> str:
+    """A sentence for the README."""
+    result = _gpu()
+    if not result:
+        return UNMEASURED
+    found = result["stages"]["speed"]["results"]
+    ours, best = (found[f"paper/large/{who}"] for who in ("dpo_lab", "trl_best"))
+    run = result["stages"]["dpo"]["results"]["protocol"]
+    return (
+        f"On one {result['card']['name']}, the paper's protocol on GPT-2 large's shape in bfloat16: {ours['pairs_per_second']:,.0f} pairs/s, "
+        f"{ours['pairs_per_second'] / best['pairs_per_second']:.1f} times TRL's best, in {ours['peak_memory_mb'] / best['peak_memory_mb']:.2f}x "
+        f"of its memory, reference log-probs included; on smaller models the two are about as fast. DPO on a model of GPT-2 small's shape, "
+        f"{run['pairs']:,} pairs in {run['seconds']['train']:.0f} seconds, moves the reward of held-out completions from "
+        f"{run['before']['reward']:.3f} to {run['after']['reward']:.3f} at a sequence KL of {run['after']['kl']:.2f} nats. "
+        "[All of it](docs/gpu.md)." + _on_card(result)
+    )
+
+
 def savings() -> str:
     """Each saving left out alone, and all of them."""
     result = _result("cost")
@@ -238,6 +367,10 @@ BLOCKS = {
     "ratios of the second machine": partial(ratios, "cpu-avx2"),
     "speed": speed,
     "speed of the second machine": partial(speed, "cpu-avx2"),
+    "gpu": gpu_summary,
+    "gpu exactness": gpu_exactness,
+    "gpu dpo": gpu_dpo,
+    "gpu speed": gpu_speed,
     "savings": savings,
     "sampling": sampling,
     "latency": latency,

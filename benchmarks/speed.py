@@ -1,7 +1,7 @@
 """DPO and SFT steps of dpo_lab, TRL and a textbook loop, side by side: `make bench`, or python benchmarks/speed.py
 
 Every measurement is a process of its own (`benchmarks/contender.py`); contenders take turns. Writes
-benchmarks/results/cpu.json, or gpu.json, or a file named for another machine.
+benchmarks/results/cpu.json, or a file named for another machine. On a GPU: benchmarks/gpu.py.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -34,21 +34,17 @@ class SpeedConfig:
     """no workload is measured again after so many; the first round is always whole"""
     seed: int = 0
     """of weights and pairs"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: `make bench-gpu`; says so where there is no GPU, and measures nothing"""
-    name: str | None = None
-    """of the file in benchmarks/results: by default cpu, or gpu; cpu-avx2 for the second machine in README"""
+    name: str = "cpu"
+    """of the file in benchmarks/results; cpu-avx2 for the second machine in README"""
 
 
-def matmul_rate(dtype: torch.dtype, device: str) -> float:
+def matmul_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a matmul of the MLP's shape at 124M, median of 20; of fewer where they take more than five seconds."""
-    a, b = (torch.randn(shape, dtype=dtype, device=device) for shape in ((1024, 768), (768, 3072)))
+    a, b = (torch.randn(shape, dtype=dtype) for shape in ((1024, 768), (768, 3072)))
     seconds = []
     while len(seconds) < 2 or len(seconds) < 23 and sum(seconds) < 5:
         began = time.perf_counter()
         a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return 2 * a.numel() * b.shape[1] / statistics.median(seconds[min(3, len(seconds) - 1) :])
 
@@ -79,7 +75,7 @@ def least_flops(job: str, workload: Workload, seed: int) -> float:
 def measure(job: str, name: str, contender: str, precision: str, untimed: int, config: SpeedConfig) -> dict[str, Any]:
     """What `benchmarks/contender.py` prints."""
     arguments = [f"--job={job}", f"--contender={contender}", f"--precision={precision}", f"--workload={name}"]
-    arguments += [f"--seed={config.seed}", f"--device={config.device}", f"--untimed={untimed}"]
+    arguments += [f"--seed={config.seed}", f"--untimed={untimed}"]
     script = Path(__file__).with_name("contender.py")
     output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
     result = json.loads(output.strip().splitlines()[-1])
@@ -106,10 +102,7 @@ def summary(runs: list[dict[str, Any]], flops: float, rates: dict[str, float]) -
 
 
 def main(config: SpeedConfig) -> None:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no GPU here, so nothing was measured; `make bench` measures on the CPU")
-        return
-    rates = {name: matmul_rate(getattr(torch, name), config.device) for name in ("float32", "bfloat16")}
+    rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     jobs = [*(("dpo", name) for name in config.workloads), ("sft", config.workloads[-1])]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {job: [] for job in jobs}
     began = time.perf_counter()
@@ -135,8 +128,10 @@ def main(config: SpeedConfig) -> None:
                 f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit  loss off by {abs(row['loss'] - losses['dpo_lab']):.0e}"
             )
     rows = [run for found in runs.values() for run in found]
-    results = RESULTS / f"{config.name or {'cpu': 'cpu', 'cuda': 'gpu'}[config.device]}.json"
-    write_json(results, {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows})
+    write_json(
+        RESULTS / f"{config.name}.json",
+        {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows},
+    )
 
 
 if __name__ == "__main__":
