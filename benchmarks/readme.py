@@ -245,8 +245,7 @@ def gpu_speed() -> str:
         "\n".join(lines)
         + f"\n\nThe matmul rate, {found['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s, is that of a product of two 8,192 x 8,192 "
         f"matrices. Under the profiler a step of the paper's protocol on GPT-2 large launches {profile['launches_per_step']:,.0f} kernels "
-        f"and waits for the GPU {waits:.0f} times, at its end."
-        + _on_card(result)
+        f"and waits for the GPU {waits:.0f} times, at its end." + _on_card(result)
     )
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dpo_lab.logprobs import IN_CACHE, Precision, autocast, matmuls_by_mkl, use_packed_attention
+from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, matmuls_by_mkl, use_packed_attention
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
@@ -207,6 +207,7 @@ def _sample(
     eighth token.
     """
     device, every = generator.device, 8 if generator.device.type == "cuda" else 1
+    packed = device.type == "cuda" and can_share(model)  # whose attention needs no mask, which transformers would look at
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     end = longest + max_new_tokens
@@ -218,7 +219,7 @@ def _sample(
     cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = text[:, :shortest]
     for t in range(shortest, end):
-        mask = torch.ones(len(step), t, dtype=torch.long, device=device)
+        mask = NO_MASK if packed else torch.ones(len(step), t, dtype=torch.long, device=device)
         logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         part = IN_CACHE if device.type == "cpu" else len(logits)
         drawn = [_draw(some, temperature, generator) for some in logits[:, -1].split(part)]

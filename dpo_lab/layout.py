@@ -37,16 +37,17 @@ class Pieces:
 class CompletionBatch:
     """N completions with their prompts as R rows of at most L token ids, S tokens and T completion tokens in all.
 
-    One row is [prompt, completion], or [prompt, completion 1, ..., completion K] where the prompt is shared: then `mask`
-    lets each completion see the prompt and itself, and its positions continue from the prompt's end. Rows are padded, or
+    One row is [prompt, completion], or [prompt, completion 1, ..., completion K] where the prompt is shared: then `segments`
+    tells them apart, so that each completion sees the prompt and itself (`allowed`), and its positions continue from the
+    prompt's end. Rows are padded, or
     packed: laid end to end as one row of S tokens, and told apart inside attention alone, which takes rows of about the same
     length at a time.
     """
 
     input_ids: Tensor  # (R, L), or (1, S) packed
     position_ids: Tensor  # as input_ids
-    mask: Tensor | None  # (R, 1, L, L) True where attention is allowed; None for plain causal attention, and when packed
-    rows: tuple[tuple[tuple[int, int], Tensor | None], ...]  # packed: (r, l) of the rows of like length, and their mask
+    segments: Tensor | None  # (R, L) 0 in a prompt, k in its k-th completion, -1 in padding; None where no prompt is shared
+    rows: tuple[tuple[tuple[int, int], Tensor | None], ...]  # packed: (r, l) of the rows of like length, and their segments
     spread: Tensor | None  # (all r * l,) index into the S tokens: those rows one after another; None when padded
     pack: Tensor | None  # (S,) index into all r * l: the way back
     sources: Tensor  # (T,) flat position in input_ids whose hidden state predicts the token
@@ -66,8 +67,15 @@ class CompletionBatch:
 
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
-        rows = tuple((shape, None if mask is None else mask.to(device, non_blocking=True)) for shape, mask in self.rows)
+        wait = torch.device(device).type == "cpu"
+        rows = tuple((shape, None if part is None else part.to(device, non_blocking=not wait)) for shape, part in self.rows)
         return replace(self, rows=rows, pieces=self.pieces.to(device), **_moved(self, device))
+
+
+def allowed(segments: Tensor) -> Tensor:
+    """Where attention is allowed, (R, 1, L, L): to the prompt and to the same segment, up to the token itself."""
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    return ((keys == 0) | (keys == queries)).tril_()[:, None]
 
 
 def _moved(parts: Pieces | CompletionBatch, device: torch.device | str) -> dict[str, Tensor]:
@@ -125,15 +133,13 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     starts, positions_, segments_ = (torch.tensor(v) for v in (np.cumsum([0, *lengths[:-1]]), positions, segments))
 
     def lay(some: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The rows `some`, padded: where their tokens lie end to end (r, l), which of those are there, and the mask."""
+        """The rows `some`, padded: where their tokens lie end to end (r, l), which of those are there, and the segments."""
         wide = torch.arange(max(lengths[r] for r in some))  # (l,)
         there = wide < torch.tensor([lengths[r] for r in some])[:, None]
         index = (starts[list(some), None] + wide).where(there, 0)
         if not together:
             return index, there, None
-        segment = segments_[index].where(there, -1)
-        mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-        return index, there, mask.tril_()[:, None]
+        return index, there, segments_[index].where(there, -1)
 
     tokens, longest = torch.tensor(ids), max(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
     bounds = (min(min(ids), min(targets)), max(max(ids), max(targets)))
@@ -144,17 +150,17 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
         max(map(len, completions)),
         bounds,
     )
-    index, there, mask = lay(range(len(rows)))
+    index, there, segment = lay(range(len(rows)))
     if not share or there.numel() - len(ids) < PACK_FROM * there.numel():
         place = there.flatten().nonzero()[:, 0]  # of the tokens that are there
         pieces = _pieces(spans, range(0, there.numel(), there.shape[1]), there.numel())
         padded = [values[index].where(there, 0) for values in (tokens, positions_)]
-        return CompletionBatch(*padded, mask, (), None, None, place[sources], *predicted, pieces)
+        return CompletionBatch(*padded, segment, (), None, None, place[sources], *predicted, pieces)
     laid = [lay(some) for some in _alike(lengths)]
     spread, there = (torch.cat([part[i].flatten() for part in laid]) for i in (0, 1))
     pack = torch.empty(len(ids), dtype=torch.long)
     pack[spread[there]] = there.nonzero()[:, 0]
-    parts = tuple((tuple(index.shape), mask) for index, _, mask in laid)
+    parts = tuple((tuple(index.shape), segment) for index, _, segment in laid)
     extra = (0, -len(ids) % ROUND)
     flat = [nn.functional.pad(values, extra) for values in (tokens, positions_, pack)]
     pieces = _pieces(spans, starts.tolist(), len(flat[2]))
@@ -204,7 +210,7 @@ def split(batch: CompletionBatch, parts: int) -> list[CompletionBatch]:
         members[row].append(i)
         completions.append(batch.targets[own].tolist())
     rows = np.array_split(list(members), min(parts, len(members)))
-    share = batch.mask is not None or bool(batch.rows)
+    share = batch.segments is not None or bool(batch.rows)
     return [
         completion_batch(
             prompts,

@@ -7,17 +7,18 @@ at a time; a prompt is computed once for all its completions, and padding not at
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lab.layout import ROUND, CompletionBatch, Pieces, Tokens, check_tokens, completion_batch
+from dpo_lab.layout import ROUND, CompletionBatch, Pieces, Tokens, allowed, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
@@ -93,18 +94,20 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
         wrong = lowest_id if lowest_id < 0 else highest_id
         raise ValueError(f"token id {wrong} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
 
-    def added(allowed: Tensor | None) -> Tensor | None:
-        lowest = torch.finfo(model.dtype).min
-        return None if allowed is None else torch.zeros_like(allowed, dtype=model.dtype).masked_fill_(~allowed, lowest)
+    def added(segments: Tensor | None) -> Tensor | None:
+        if segments is None:
+            return None
+        may, lowest = allowed(segments), torch.finfo(model.dtype).min
+        return torch.zeros_like(may, dtype=model.dtype).masked_fill_(~may, lowest)
 
-    packed = {"alone": True} if use_packed_attention(model) else {}
-    mask = torch.ones_like(batch.input_ids) if batch.mask is None else added(batch.mask)  # causal: it never sees the padding
-    if packed and batch.mask is None:
-        mask = NO_MASK
+    packed: dict[str, Any] = {"alone": True} if use_packed_attention(model) else {}
+    mask = NO_MASK if packed else torch.ones_like(batch.input_ids)  # causal: it never sees the padding
     if packed and takes_pieces(model, batch.input_ids.device):
-        packed["pieces"], mask = batch.pieces, NO_MASK
+        packed["pieces"] = batch.pieces
     elif batch.rows:
-        packed |= {"rows": [(shape, added(allowed)) for shape, allowed in batch.rows], "spread": batch.spread, "pack": batch.pack}
+        packed |= {"rows": [(shape, added(part)) for shape, part in batch.rows], "spread": batch.spread, "pack": batch.pack}
+    elif batch.segments is not None:
+        mask = added(batch.segments)
     hidden = model.get_decoder()(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
     ).last_hidden_state.flatten(0, 1)  # (R * L, D), or (S, D)
@@ -140,7 +143,8 @@ def packed_attention(
         attention_mask = None
     dtype, device = value.dtype, query.device.type
     widened = device == "cpu" and dtype == torch.bfloat16
-    if widened and query.shape[2] == 1 and attention_mask is None and not torch.is_grad_enabled():
+    one = query.shape[2] == 1 and attention_mask is None and not torch.is_grad_enabled()
+    if one and (widened or device == "cuda"):  # there cuDNN would make a plan for each number of rows and keys
         return _next(query.to(dtype), key.to(dtype), value, options["scaling"]), None
     if rows:
         query, key, value = (x[0].transpose(0, 1).index_select(0, spread) for x in (query, key, value))  # (all r * l, H, D)
@@ -233,7 +237,10 @@ def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: 
     Its many products are so small that oneDNN would take longer to begin them than to compute them.
     """
     matmul = torch.backends.mkldnn.matmul
-    if not alone or query.device.type != "cpu" or matmul.fp32_precision != ONEDNN:
+    if query.device.type == "cuda":  # without cuDNN, which makes a plan for each shape, and the shapes of batches are many
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    if not alone or matmul.fp32_precision != ONEDNN:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
     def hand_to(precision: str) -> Callable[[Tensor], None]:
@@ -261,7 +268,7 @@ def matmuls_by_mkl() -> Iterator[None]:
 
 
 def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention of one query a row (R, H, 1, D) to L keys (R, G, L, D), as (R, 1, H, D): in bfloat16 sdpa is slow at it."""
+    """Attention of one query per row (R, H, 1, D) to L keys (R, G, L, D), as (R, 1, H, D): sdpa is slow at it."""
     grouped = query.unflatten(1, (key.shape[1], -1))[..., 0, :] * scaling  # (R, G, H / G, D)
     weights = (grouped @ key.mT).softmax(-1, dtype=torch.float32).to(query.dtype)  # (R, G, H / G, L)
     return (weights @ value).flatten(1, 2)[:, None]

@@ -125,7 +125,7 @@ def test_a_split_batch_scores_each_completion_as_the_whole_does(tiny, share, lon
     owners = [0, 1, 0, 2, 2, 1, 0]
     completions = [list(map(int, rng.integers(1, 512, 2 + longer * (i % 2)))) for i in range(7)]
     batch, model = completion_batch(prompts, completions, owners, share=share), load_model(str(tiny)).double()
-    assert (batch.mask is not None) == (share and not longer) or longer
+    assert (batch.segments is not None) == (share and not longer) or longer
     with torch.no_grad():
         expected = completion_logps(model, batch).sort().values
         for n in (1, 2, 3, 9):

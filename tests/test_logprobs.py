@@ -233,7 +233,7 @@ def test_a_fixed_order_is_asked_for_meanwhile_and_what_was_set_comes_back():
 def test_rows_are_packed_only_where_that_saves_an_eighth():
     lengths = [8, 8, 8, 4]  # 4 of 32 positions are padding
     packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, share=True)
-    assert packed.mask is None and packed.input_ids.shape == (1, 32)  # 28 tokens in a row of 32
+    assert packed.segments is None and packed.input_ids.shape == (1, 32)  # 28 tokens in a row of 32
     assert completion_batch([[0]], [[1] * n for n in [8, 8, 8, 5]], [0] * 4, share=True).rows == ()
     assert completion_batch([[0]], [[1] * n for n in lengths], [0] * 4).rows == ()
 

@@ -200,7 +200,7 @@ def test_the_merged_model_is_the_one_with_adapters(tiny, tmp_path, family, share
         completion_batch([list(range(1, 10))], [[i + 4] * 9 for i in range(6)], [0] * 6, share=share),
         completion_batch([[1], [2, 3], [9]], [[4] * 20, [5] * 2, [6] * 3], [0, 1, 2], share=share),
     ]
-    assert not share or (batches[0].mask is not None and batches[1].rows)
+    assert not share or (batches[0].segments is not None and batches[1].rows)
     plain, before = model(ids).logits.detach(), {name: p.clone() for name, p in model.state_dict().items()}
     with lora(model, 3, seed=1) as adapted:
         torch.testing.assert_close(adapted(input_ids=ids).logits.detach(), plain, rtol=0, atol=0)
