@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.layout import CompletionBatch, completion_batch
-from dpo_lab.logprobs import Precision, completion_logps
+from dpo_lab.logprobs import Precision, completion_logps, logit_path
 from dpo_lab.processes import collect, count, from_main, full, gathered, join, shard, sharding
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
+from dpo_lab.structure import check_trainable, unwrapped
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
@@ -89,6 +90,10 @@ def fit(
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
     """
+    model = unwrapped(model)
+    check_trainable(model)
+    if scorer is None:
+        logit_path(model)  # or an error, before anything is written
     join(next(model.parameters()).device.type)
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
