@@ -24,7 +24,7 @@ from dpo_lab.layout import Tokens
 from dpo_lab.logprobs import IN_CACHE, Precision, autocast, logit_path, matmuls_by_mkl, use_packed_attention
 from dpo_lab.models import check_cache
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
-from dpo_lab.structure import check_fits, check_vocabulary, unwrapped
+from dpo_lab.structure import check_fits, check_vocabulary, unwrapped, widest
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
@@ -256,7 +256,7 @@ def _sample(
     end = longest + max_new_tokens
     text = torch.tensor([prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device)  # (B, end)
     ends = lengths + max_new_tokens  # (B,)
-    logps = torch.zeros(len(prompts), dtype=torch.float64, device=device)
+    logps = torch.zeros(len(prompts), dtype=widest(device), device=device)
     stops = torch.tensor(eos_token_id, device=device)
     cache, rows, done = DynamicCache(config=model.config), torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
     cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -268,7 +268,7 @@ def _sample(
         drawn = [_draw(some, temperature, generator) for some in logits[:, -1].split(part)]
         step, chance = (torch.cat(parts) for parts in zip(*drawn))  # (b, 1) each
         read = t < lengths[rows]
-        logps[rows] += chance[:, 0].double().log().masked_fill(read | done, 0.0)
+        logps[rows] += chance[:, 0].to(logps.dtype).log().masked_fill(read | done, 0.0)
         step[read, 0] = text[rows[read], t]
         text[rows, t] = step[:, 0]
         done = ~read & (torch.isin(step[:, 0], stops) | (t + 1 == ends[rows]) | done)

@@ -20,7 +20,17 @@ from transformers.masking_utils import sdpa_mask
 from dpo_lab.arguments import finite_positive
 from dpo_lab.layout import ROUND, CompletionBatch, Tokens, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
-from dpo_lab.structure import after_head, beside_modules, check_fits, check_vocabulary, name_of, structure, touched, unwrapped
+from dpo_lab.structure import (
+    after_head,
+    beside_modules,
+    check_fits,
+    check_vocabulary,
+    name_of,
+    structure,
+    touched,
+    unwrapped,
+    widest,
+)
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
@@ -151,7 +161,7 @@ def completion_logps(
     model, temperature = unwrapped(model), finite_positive("temperature", temperature)
     _check_batch(model, batch, unread=1)
     tokens = _path_logps(model, batch, logit_path(model), temperature)  # (T,)
-    wide = tokens.to(torch.float32 if tokens.device.type == "mps" else torch.float64)
+    wide = tokens.to(widest(tokens.device))
     if reduction == "none":
         return wide
     sums = wide.new_zeros(batch.n).index_add(0, batch.owners, wide)  # (N,)

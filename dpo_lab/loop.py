@@ -24,7 +24,7 @@ from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, completion_logps, logit_path
 from dpo_lab.processes import collect, count, from_main, full, gathered, join, shard, sharding
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
-from dpo_lab.structure import check_trainable, unwrapped
+from dpo_lab.structure import check_trainable, unwrapped, widest
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
@@ -305,4 +305,5 @@ def _added(parts: list[dict[str, float]]) -> dict[str, float]:
 def _to(micro: Any, device: torch.device) -> Any:
     if isinstance(micro, CompletionBatch):
         return micro.to(device)
-    return type(micro)(*(part.to(device) for part in vars(micro).values()))
+    parts = (part.to(widest(device)) if getattr(part, "dtype", None) == torch.float64 else part for part in vars(micro).values())
+    return type(micro)(*(part.to(device) for part in parts))

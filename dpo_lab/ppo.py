@@ -26,7 +26,7 @@ from dpo_lab.loop import Evaluate
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel, context_of
 from dpo_lab.runs import append_metrics
-from dpo_lab.structure import check_trainable, unwrapped
+from dpo_lab.structure import check_trainable, unwrapped, widest
 
 Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prompts and N completions to N rewards
 
@@ -291,11 +291,12 @@ def minibatch_losses(
     """Policy loss and value loss, means over the tokens of a minibatch, and statistics of the ratio pi / pi_old."""
     inside, device = rollout.mask[part], roles.policy.device
     old, values, advantages, returns = (
-        array[part][inside].to(device) for array in (rollout.logps, rollout.values, rollout.advantages, rollout.returns)
+        array[part][inside].to(widest(device)).to(device)
+        for array in (rollout.logps, rollout.values, rollout.advantages, rollout.returns)
     )  # (T,) each
     with autocast(device.type, precision):
         logps = completion_logps(roles.policy, batch, reduction="none", temperature=config.temperature)
-        new_values = roles.value(batch).double()
+        new_values = roles.value(batch).to(widest(device))
     policy_loss = ppo_clip_loss(logps, old, advantages, config.clip).mean()
     value_loss = clipped_value_loss(new_values, values, returns, config.value_clip).mean()
     moved = logps.detach() - old
@@ -307,7 +308,7 @@ def minibatch_losses(
         "policy/ratio": float(moved.exp().mean()),
         "policy/ratio_off": float(off.max()),
         "policy/approx_kl": float((moved**2).mean() / 2),
-        "policy/clip_fraction": float((off > config.clip).double().mean()),
+        "policy/clip_fraction": float((off > config.clip).to(off.dtype).mean()),
     }
     return policy_loss, value_loss, stats
 

@@ -32,6 +32,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, in which log-probs are summed; float32 where the device has none (Apple's mps)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def name_of(model: nn.Module) -> str:
     """How errors call a model: by its class, and where it came from if it says so."""
     path = getattr(model, "name_or_path", "")
@@ -91,7 +96,8 @@ def _longrope(config: Any) -> int:
     """Up to how many tokens longrope, in any layer, leaves the frequencies alone; `sys.maxsize` without it."""
     rope = vars(config).get("rope_parameters") or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
-    return min((kind["original_max_position_embeddings"] for kind in kinds), default=sys.maxsize)
+    name = "original_max_position_embeddings"
+    return min((kind.get(name) or getattr(config, name) for kind in kinds), default=sys.maxsize)
 
 
 def check_fits(model: nn.Module, tokens: int) -> None:

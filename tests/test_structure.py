@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -45,6 +47,7 @@ from dpo_lab.models import ScalarModel, check_cache, context_of, load_model, loa
 from dpo_lab.ppo import PPOConfig, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.structure import widest
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 PROMPTS, COMPLETIONS, PROMPT_OF = [[1, 5, 7, 9, 2, 11], [3, 8]], [[6, 2], [4, 4, 9, 2], [5, 2, 7], [10, 2]], [0, 0, 1, 1]
@@ -482,6 +485,31 @@ def test_every_dtype_takes_every_layout_with_and_without_autocast(name, dtype, l
     flat, owners = [ids for row in completions for ids in row], [p for p in range(len(prompts)) for _ in range(2)]
     again = score_completions(model, prompts, flat, owners, precision=precision)
     assert (again - torch.tensor(logps).flatten()).abs().max() < 4 * tolerance
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where an operation gives float64, as a device without it does; what comes from numpy is not there yet."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        dtypes = {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        assert torch.float64 not in dtypes or function is torch.ops.aten.lift_fresh.default, function
+        return result
+
+
+def test_a_device_without_float64_samples_scores_and_trains(monkeypatch):
+    assert (widest(torch.device("mps")), widest(torch.device("cpu"))) == (torch.float32, torch.float64)
+    model, exact = llama(), llama()
+    preferences = pairs(model)
+    expected = train_dpo(exact, preferences, DPOConfig(loop=LOOP), progress=None)
+    for module in ("logprobs", "imdb", "loop"):
+        monkeypatch.setattr(f"dpo_lab.{module}.widest", lambda device: torch.float32)
+    with NoFloat64():
+        found = sample_with_logps(model, PROMPTS, 2, eos_token_id=2, max_new_tokens=4)
+        scores = completion_logps(model, laid_out(model))
+        lines = train_dpo(model, preferences, DPOConfig(loop=LOOP), progress=None)
+    assert found[0] == sample_with_logps(llama(), PROMPTS, 2, eos_token_id=2, max_new_tokens=4)[0]
+    assert scores.dtype == torch.float32 and lines[0]["loss"] == pytest.approx(expected[0]["loss"], abs=1e-5)
 
 
 HALF = [torch.float16, torch.bfloat16]
