@@ -197,7 +197,17 @@ def fit(
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformers model. Raises ValueError when it does not say which of its modules they are."""
+    """The blocks of a transformers model, for `checkpointed`.
+
+    Raises:
+        ValueError: it does not say which of its modules they are, or its virtual tokens lie in a cache (PEFT's prefix tuning),
+            which blocks that are computed again would fill again.
+    """
+    adapters = [one for module in model.modules() for one in (getattr(module, "peft_config", None) or {}).values()]
+    if any(one.peft_type in ("PREFIX_TUNING", "CARTRIDGE") for one in adapters):
+        raise ValueError(
+            "gradient_checkpointing is on, and prefix tuning does not allow it; switch it off, or take prompt tuning"
+        )
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError(f"gradient_checkpointing is on, and {type(model).__name__} has no blocks that allow it; switch it off")

@@ -108,13 +108,14 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 
     Chat models have several: Llama 3 has one for the end of a turn and one for the end of a text.
     """
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [tokenizer.eos_token_id, *(int(i) for i in np.ravel(named) if i in special - {tokenizer.eos_token_id})]
 
 
 def check_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless the tokenizer is the model's, and the model goes on from its cache as from the whole text."""
+    model = unwrapped(model)
     known = len(model.get_input_embeddings().weight)
     if max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
         raise ValueError(
@@ -234,7 +235,7 @@ class ScalarModel(nn.Module):
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     """Raise ValueError unless both models give log-probs to the same token ids."""
-    found = [m.get_output_embeddings().weight.shape[0] for m in (policy, reference)]
+    found = [len(unwrapped(m).get_input_embeddings().weight) for m in (policy, reference)]
     if found[0] != found[1]:
         raise ValueError(
             f"policy has a vocabulary of {found[0]} tokens and reference one of {found[1]}; a log-ratio needs the same tokens "

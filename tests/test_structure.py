@@ -43,11 +43,11 @@ from dpo_lab.imdb import sample_completions, sample_with_logps
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import can_share, completion_logps, logit_path, score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import ScalarModel, check_cache, context_of, load_model, load_tokenizer, lora
+from dpo_lab.models import ScalarModel, check_cache, context_of, end_tokens, load_model, load_tokenizer, lora
 from dpo_lab.ppo import PPOConfig, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.structure import widest
+from dpo_lab.structure import unwrapped, widest
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 PROMPTS, COMPLETIONS, PROMPT_OF = [[1, 5, 7, 9, 2, 11], [3, 8]], [[6, 2], [4, 4, 9, 2], [5, 2, 7], [10, 2]], [0, 0, 1, 1]
@@ -219,6 +219,20 @@ def test_samples_are_those_of_plain_forward_passes_or_are_refused(name):
     completions, logps = sample_with_logps(model, PROMPTS, 3, eos_token_id=2, max_new_tokens=6)
     flat = [ids for row in completions for ids in row]
     close(score_completions(model, PROMPTS, flat, [0, 0, 0, 1, 1, 1]), torch.tensor(logps).flatten(), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ODD | PLAIN)
+def test_gradient_checkpointing_changes_no_step_or_is_refused(name):
+    made = (ODD | PLAIN)[name][0]()
+    preferences, ends = pairs(made), []
+    for again in (False, True):
+        model, config = copy.deepcopy(made), DPOConfig(beta=0.5, epochs=2, loop=replace(LOOP, gradient_checkpointing=again))
+        if again and name == "prefix tuning":
+            with pytest.raises(ValueError, match="gradient_checkpointing is on, and prefix tuning does not allow it"):
+                train_dpo(model, preferences, config, progress=None)
+            return
+        ends.append([line["loss"] for line in train_dpo(model, preferences, config, progress=None)])
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6) and ends[0][-1] < ends[0][0]
 
 
 @pytest.mark.parametrize("name", ["LoRA on the head", "Granite"])
@@ -646,10 +660,13 @@ def test_prompts_that_are_no_token_ids_are_named(prompts, model):
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
-def test_a_wrapped_model_is_the_model_inside_it(wrap, tmp_path):
+def test_a_wrapped_model_is_the_model_inside_it(wrap, tmp_path, tokenizer):
     """What torch.compile and DataParallel wrap is scored, sampled from and trained as if it came alone."""
     model = llama()
     wrapped, preferences = wrap(model), pairs(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<turn>")
+    assert end_tokens(wrapped, tokenizer) == end_tokens(model, tokenizer) and len(end_tokens(model, tokenizer)) == 2
     assert context_of(wrapped) == 64 and can_share(wrapped)
     close(completion_logps(wrapped, laid_out(wrapped)).detach(), own_sums(model))
     close(score_completions(wrapped, PROMPTS, COMPLETIONS, PROMPT_OF), own_sums(model))
@@ -665,6 +682,20 @@ def test_a_wrapped_model_is_the_model_inside_it(wrap, tmp_path):
         ]
         assert lines[0][0]["loss"] == lines[1][0]["loss"]
         assert runs.weights_hash(alone) == runs.weights_hash(inside) != runs.weights_hash(model)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_value_or_reward_model_is_the_model_inside_it(wrap):
+    alone, inside, config = ScalarModel(llama()), ScalarModel(wrap(llama())), RewardModelConfig(held_out=0.5, loop=LOOP)
+    losses = []
+    for model in (alone, wrap(inside)):
+        nn.init.constant_(unwrapped(model).head.weight, 0.3)
+        losses.append(
+            [line["loss"] for line in train_reward_model(model, pairs(llama()), config, progress=None) if "loss" in line]
+        )
+    assert losses[0] == losses[1] and losses[0]
+    rewards = [LearnedReward(model)(PROMPTS, COMPLETIONS[:2]) for model in (alone, wrap(inside))]
+    assert np.array_equal(*rewards) and rewards[0].any()
 
 
 def test_whisper_s_decoder_is_half_a_model(tmp_path):
