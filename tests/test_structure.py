@@ -18,6 +18,8 @@ from transformers import (
     BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
@@ -247,6 +249,15 @@ def test_ppo_starts_at_ratio_one_and_trains_what_the_forward_uses(name):
     assert lines[-1]["policy/ratio_off"] == 0 == lines[-1]["objective/kl"]
     moved = {n for n, p in policy.named_parameters() if n in before and not torch.equal(p, before[n])}
     assert any("lm_head" in n for n in moved)
+
+
+def test_a_cache_whose_rows_cannot_leave_is_refused_before_the_first_token():
+    """Falcon H1 keeps convolutions beside keys and values, and not all of it is selected when a row is done."""
+    sizes = {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
+    model = family(FalconH1ForCausalLM, FalconH1Config, lm_head_multiplier=0.5, **sizes)
+    close(score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF), own_sums(model))
+    with pytest.raises(ValueError, match="FalconH1ForCausalLM does not continue from transformers' key-value cache"):
+        sample_completions(model, PROMPTS, 1, eos_token_id=2, max_new_tokens=6)
 
 
 def test_adapters_that_are_zero_as_yet_are_seen_and_trained():
