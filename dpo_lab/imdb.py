@@ -3,6 +3,8 @@
 import hashlib
 import html
 import importlib.resources
+import math
+import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +19,12 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, matmuls_by_mkl, use_packed_attention
+from dpo_lab.arguments import integer, number
+from dpo_lab.layout import Tokens
+from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, logit_path, matmuls_by_mkl, use_packed_attention
+from dpo_lab.models import check_cache
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
+from dpo_lab.structure import check_fits, check_vocabulary, unwrapped, widest
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
@@ -104,7 +110,7 @@ def sample_prefixes(
 
 def sample_completions(
     model: nn.Module,
-    prompts: list[list[int]],
+    prompts: Tokens,
     k: int,
     *,
     eos_token_id: int | Sequence[int],
@@ -122,6 +128,12 @@ def sample_completions(
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
     completions on the same machine, however many processes and threads share the batches, of up to `rows` completions (by
     default `ROWS` of the device's).
+    `temperature` divides the logits; 0 takes the likeliest token each time (greedy search).
+
+    Raises:
+        ValueError: a prompt without tokens, or one that with `max_new_tokens` exceeds the model's context; a token id outside
+            its vocabulary; a temperature that is negative or not finite; `k`, `max_new_tokens` or `rows` below 1; a model that
+            does not continue from its cache (`models.check_cache`).
     """
     completions, _ = sample_with_logps(
         model,
@@ -140,7 +152,7 @@ def sample_completions(
 
 def sample_with_logps(
     model: nn.Module,
-    prompts: list[list[int]],
+    prompts: Tokens,
     k: int,
     *,
     eos_token_id: int | Sequence[int],
@@ -153,10 +165,13 @@ def sample_with_logps(
 ) -> tuple[list[list[list[int]]], list[list[float]]]:
     """`sample_completions`, and beside each completion its log-prob in nats, under the distribution that it was drawn from.
 
-    At temperature 1 that is what `score_completions` gives, up to rounding: the cache's batches have other shapes.
+    At temperature 1 that is what `score_completions` gives, up to rounding: the cache's batches have other shapes. At
+    temperature 0 it is 0, for greedy search leaves nothing to chance.
     """
+    model, prompts = unwrapped(model), _plain(prompts)
     device = next(model.parameters()).device
-    rows = rows or ROWS.get(device.type, ROWS["cpu"])
+    rows = ROWS.get(device.type, ROWS["cpu"]) if rows is None else rows
+    k, max_new_tokens, rows, temperature = _checked(model, prompts, k, max_new_tokens, rows, temperature)
     use_packed_attention(model)
     waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
     batches: list[list[int]] = []
@@ -190,6 +205,41 @@ def sample_with_logps(
 
 
 ROWS = {"cpu": 256, "cuda": 1024}  # completions that are sampled at a time
+
+
+def _plain(prompts: Tokens) -> list[list[int]]:
+    """Prompts of lists, tuples, arrays or tensors of token ids as lists of ints."""
+    try:
+        return [list(map(operator.index, prompt)) for prompt in prompts]
+    except TypeError as error:
+        raise TypeError(
+            f"prompts must be a list of lists of token ids, as tokenizer(texts)['input_ids'] gives: {error}"
+        ) from error
+
+
+def _checked(
+    model: nn.Module, prompts: list[list[int]], k: int, max_new_tokens: int, rows: int, temperature: float
+) -> tuple[int, int, int, float]:
+    """The numbers of `sample_with_logps` in plain Python. Raises ValueError for what cannot be sampled."""
+    counts = {"k": k, "max_new_tokens": max_new_tokens, "rows": rows}
+    for name, value in counts.items():
+        counts[name] = integer(name, value)
+        if counts[name] < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    temperature = number("temperature", temperature)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite, or 0 for the likeliest token each time")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} has no tokens; start it with the BOS token so that its first token has a context")
+    if prompts:
+        check_fits(model, max(map(len, prompts)) + counts["max_new_tokens"])
+        check_vocabulary(model, torch.tensor([i for prompt in prompts for i in (min(prompt), max(prompt))]))
+        logit_path(model)  # or an error where a token depends on later ones
+        check_cache(model)
+    return *counts.values(), temperature
+
+
 MOST_READ = 16  # tokens by which prompts in one batch may differ: those that are read one by one
 
 
@@ -213,7 +263,7 @@ def _sample(
     end = longest + max_new_tokens
     text = torch.tensor([prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device)  # (B, end)
     ends = lengths + max_new_tokens  # (B,)
-    logps = torch.zeros(len(prompts), dtype=torch.float64, device=device)
+    logps = torch.zeros(len(prompts), dtype=widest(device), device=device)
     stops = torch.tensor(eos_token_id, device=device)
     cache, rows, done = DynamicCache(config=model.config), torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
     cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -225,7 +275,7 @@ def _sample(
         drawn = [_draw(some, temperature, generator) for some in logits[:, -1].split(part)]
         step, chance = (torch.cat(parts) for parts in zip(*drawn))  # (b, 1) each
         read = t < lengths[rows]
-        logps[rows] += chance[:, 0].double().log().masked_fill(read | done, 0.0)
+        logps[rows] += chance[:, 0].to(logps.dtype).log().masked_fill(read | done, 0.0)
         step[:, 0] = torch.where(read, text[rows, t], step[:, 0])
         text[rows, t] = step[:, 0]
         done = ~read & (torch.isin(step[:, 0], stops) | (t + 1 == ends[rows]) | done)
@@ -242,12 +292,17 @@ def _sample(
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One index a row and its probability, (b, 1) each, for logits (b, V).
+    """One index a row and its probability, (b, 1) each, for logits (b, V); at temperature 0 the likeliest, with probability 1.
 
     By the inverse of the cumulative distribution: first a block, then in it. On CPUs a cumulative sum of all V costs several
     times as much as the sums of the blocks, and `torch.multinomial` more.
     """
-    probabilities = torch.softmax(logits / temperature, 1, dtype=torch.float32)  # (b, V)
+    if temperature == 0:
+        index = logits.argmax(1, keepdim=True)
+        return index, torch.ones_like(index, dtype=torch.float32)
+    if temperature != 1:
+        logits = (logits.float() - logits.amax(1, keepdim=True)) / temperature  # the largest is 0, so that none overflows
+    probabilities = torch.softmax(logits, 1, dtype=torch.float32)  # (b, V)
     padded = nn.functional.pad(probabilities, (0, extra)) if (extra := -logits.shape[1] % BLOCK) else probabilities
     blocks = padded.unflatten(1, (-1, BLOCK))  # (b, V / BLOCK, BLOCK)
     upper = blocks.sum(2).cumsum(1)  # (b, V / BLOCK)

@@ -18,8 +18,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_lab.arguments import finite_positive
 from dpo_lab.layout import ROUND, CompletionBatch, Pieces, Tokens, allowed, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
+from dpo_lab.structure import (
+    after_head,
+    beside_modules,
+    check_fits,
+    check_vocabulary,
+    name_of,
+    structure,
+    touched,
+    unwrapped,
+    widest,
+)
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
@@ -28,6 +40,7 @@ PADS_HEAD = ("cuda",)  # devices whose kernels are several times slower where a 
 ON_GPU = 4  # times as much of both: a GPU needs more rows to be busy
 IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
+LogitPath = Literal["weights", "head", "forward"]  # see `logit_path`
 
 
 def autocast(device: str, precision: Precision) -> torch.autocast:
@@ -37,6 +50,12 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
 
 def can_share(model: nn.Module) -> bool:
     """Whether sharing a prompt among its completions, and packing rows, is exact for this model."""
+    model = unwrapped(model)
+    return _shares(model) and logit_path(model) != "forward"
+
+
+def _shares(model: nn.Module) -> bool:
+    """`can_share` by what a model says of itself."""
     config = model.config
     plain = config.model_type in SHARES_PROMPTS and getattr(config, "sliding_window", None) is None
     return plain and config._attn_implementation in ("sdpa", PACKED)
@@ -44,9 +63,81 @@ def can_share(model: nn.Module) -> bool:
 
 def use_packed_attention(model: nn.Module) -> bool:
     """Give a model `packed_attention` where that is exact; whether it is."""
-    if can_share(model) and model.config._attn_implementation != PACKED:
+    if _shares(model) and model.config._attn_implementation != PACKED:
         model.set_attn_implementation(PACKED)
-    return can_share(model)
+    return _shares(model)
+
+
+def logit_path(model: nn.Module) -> LogitPath:
+    """How `completion_logps` gets from tokens to log-probs: the leanest way that gives what the model's own forward does.
+
+    - "weights": the decoder, then the weights of a linear LM head in chunks, at completion tokens.
+    - "head": the decoder, then the LM head as a module, at completion tokens: where adapters, hooks or quantization change it.
+    - "forward": the model's own forward on plain rows: where logits are capped or scaled after the head (Gemma 2, Cohere,
+      Granite), and where PEFT puts virtual tokens before the text (prompt and prefix tuning).
+
+    A few tokens are computed at the first call, and again when `structure` changes; then it is only looked up.
+
+    Raises:
+        ValueError: there is no LM head, a log-prob depends on later tokens or on other rows of the batch, or it is NaN.
+    """
+    made, known = structure(model), vars(model).get(KNOWN)
+    if known is None or known[0] != made:
+        known = made, _compared(model)
+        setattr(model, KNOWN, known)
+    return known[1]
+
+
+KNOWN = "_dpo_lab_path"  # attribute of a model, which its copies have too: the structure that was compared, and its path
+
+
+@torch.no_grad()
+def _compared(model: nn.Module) -> LogitPath:
+    """The first path whose log-probs of a few tokens are those of the model's own forward on each completion alone."""
+    embedding, training = model.get_input_embeddings().weight, [module for module in model.modules() if module.training]
+    ids = [i % len(embedding) for i in range(13)]
+    prompts, completions, prompt_of = [ids[:5], ids[5:6]], [ids[6:8], [ids[6], *ids[8:10]], ids[10:]], [0, 0, 1]
+    layouts = [completion_batch(prompts, completions, prompt_of, share=share).to(embedding.device) for share in (False, True)]
+    rows = [completion_batch([prompts[p]], [completions[i]], [0]).to(embedding.device) for i, p in enumerate(prompt_of)]
+    precise = all(p.is_floating_point() and torch.finfo(p.dtype).bits >= 32 for p in model.parameters())
+    tolerance = (1e-3 if embedding.device.type == "cpu" else 2e-2) if precise else 0.5  # nats; GPUs may compute in TF32
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        return bool(((found == expected) | ((found - expected).abs() <= tolerance)).all())
+
+    model.eval()
+    try:
+        with torch.autocast(embedding.device.type, enabled=False):
+            alone = torch.cat([_path_logps(model, row, "forward") for row in rows])  # (8,), of completions of 2, 3 and 3 tokens
+            if alone.isnan().any():
+                raise ValueError(
+                    f"the log-probs of {name_of(model)} are NaN; its weights are damaged, or overflow in their dtype"
+                )
+            if not same(alone[0], alone[2]):  # one token after one prompt, with other tokens after it
+                raise ValueError(f"{name_of(model)} looks at later tokens to predict one; a policy must be a causal LM")
+            for way in _paths(model):
+                batches = layouts if way != "forward" and _shares(model) else layouts[:1]
+                if all(same(_path_logps(model, batch, way), alone) for batch in batches):
+                    return way
+    except (AttributeError, TypeError) as error:  # each architecture that is no causal LM fails in its own way
+        raise ValueError(
+            f"{name_of(model)} gives no logits for input_ids alone ({error}); a policy must be a causal LM"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    raise ValueError(
+        f"the log-probs of {name_of(model)} depend on the other rows of a batch, so those of a completion have no meaning; "
+        "give a causal LM such as the GPT-2 and Llama families"
+    )
+
+
+def _paths(model: nn.Module) -> tuple[LogitPath, ...]:
+    """The paths that a model's structure allows, the leanest first: a difference may be invisible as yet, as LoRA's at the start."""
+    head = model.get_output_embeddings()
+    if beside_modules(model) or after_head(model):
+        return ("forward",)
+    return ("head" if touched(head) or type(head) is not nn.Linear else "weights", "forward")
 
 
 def completion_logps(
@@ -55,26 +146,25 @@ def completion_logps(
     """log pi(completion | prompt) of each completion, (N,) nats, float64 (float32 where the device has no float64).
 
     Args:
-        model: a Hugging Face causal LM with a linear LM head. Its mode is yours to set: dropout changes the result.
-        batch: made by `completion_batch`, on the model's device.
+        model: a Hugging Face causal LM. Its mode is yours to set: dropout changes the result.
+        batch: made by `completion_batch`, on the model's device; `share` only where `can_share(model)`.
         reduction: "sum" over tokens, as DPO defines it; "mean" divides by the number of tokens, which removes the length
             from the implicit reward and is another objective (IPO on means, SimPO); "none" gives each token's, (T,).
-        temperature: divides the logits, as in sampling at that temperature.
+        temperature: divides the logits, as in sampling at that temperature; positive, for greedy choices have no log-probs.
 
     Differentiable with respect to the model's parameters. Token log-probabilities are computed in float32 or better and
-    summed in float64: a float32 sum near -700 is off by up to 8e-4.
+    summed in float64: a float32 sum near -700 is off by up to 8e-4. `logit_path` says which way they take.
 
     Raises:
-        ValueError: `reduction` unknown, token ids outside the vocabulary, or a row longer than the model's context.
+        ValueError: `reduction` or `temperature` not allowed, token ids outside the vocabulary, a row longer than the model's
+            context, a batch with `share` for a model that does not allow it, or a model without log-probs (`logit_path`).
     """
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'sum' (DPO), 'mean' (length-normalised) or 'none'")
-    head, states = model.get_output_embeddings(), completion_states(model, batch)
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if temperature != 1:
-        weight, bias = weight / temperature, None if bias is None else bias / temperature
-    tokens = token_logps(states, weight, bias, batch.targets)  # (T,)
-    wide = tokens.to(torch.float32 if tokens.device.type == "mps" else torch.float64)
+    model, temperature = unwrapped(model), finite_positive("temperature", temperature)
+    _check_batch(model, batch, unread=1)
+    tokens = _path_logps(model, batch, logit_path(model), temperature)  # (T,)
+    wide = tokens.to(widest(tokens.device))
     if reduction == "none":
         return wide
     if wide.device.type == "cuda":  # where index_add takes any order
@@ -85,14 +175,55 @@ def completion_logps(
 
 
 def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
-    """The last hidden state before each completion token, (T, D): what predicts it. Errors are those of `completion_logps`."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and batch.longest > context:
-        raise ValueError(f"prompt and completion have {batch.longest} tokens, the model's context is {context}; shorten them")
-    vocabulary, (lowest_id, highest_id) = len(model.get_input_embeddings().weight), batch.ids
-    if lowest_id < 0 or highest_id >= vocabulary:
-        wrong = lowest_id if lowest_id < 0 else highest_id
-        raise ValueError(f"token id {wrong} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
+    """The last hidden state before each completion token, (T, D): what predicts it.
+
+    Raises:
+        ValueError: as `completion_logps`; or the decoder alone is not the model, as with prompt and prefix tuning.
+    """
+    model = unwrapped(model)
+    _check_batch(model, batch, unread=0)
+    logit_path(model)
+    if beside_modules(model):
+        raise ValueError(
+            f"{name_of(model)} puts virtual tokens before the text, or has adapters that tokens invoke, so the states of its "
+            "decoder are not its own; give the model without them, or with LoRA"
+        )
+    return _states(model, batch)
+
+
+def _check_batch(model: nn.Module, batch: CompletionBatch, unread: int) -> None:
+    """Raise ValueError for what the model cannot read; `unread` tokens follow the last position of each row."""
+    check_fits(model, batch.longest - 1 + unread)
+    check_vocabulary(model, torch.tensor(batch.ids))
+
+
+def _path_logps(model: nn.Module, batch: CompletionBatch, way: LogitPath, temperature: float = 1.0) -> Tensor:
+    """The log-prob of each completion token, (T,), float32 or better."""
+    head = model.get_output_embeddings()
+    if way == "weights":
+        weight, bias = head.weight, head.bias
+        if temperature != 1:
+            weight, bias = weight / temperature, None if bias is None else bias / temperature
+        return token_logps(_states(model, batch), weight, bias, batch.targets)
+    logits = head(_states(model, batch)) if way == "head" else _own_logits(model, batch)  # (T, V)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return torch.log_softmax(wide, 1).gather(1, batch.targets[:, None])[:, 0]
+
+
+def _own_logits(model: nn.Module, batch: CompletionBatch) -> Tensor:
+    """The logits before each completion token, (T, V), by the model's own forward."""
+    if batch.segments is not None or batch.rows:
+        raise ValueError(_UNSHARED.format(name_of(model)))
+    found = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), use_cache=False).logits
+    logits = found[:, -batch.input_ids.shape[1] :]  # virtual tokens come first
+    return logits.flatten(0, 1).index_select(0, batch.sources)
+
+
+_UNSHARED = "the batch shares prompts or packs rows, which {} does not allow; make it with share=can_share(model)"
+
+
+def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
+    """The decoder's last hidden state before each completion token, (T, D)."""
 
     def added(segments: Tensor | None) -> Tensor | None:
         if segments is None:
@@ -102,6 +233,8 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
 
     packed: dict[str, Any] = {"alone": True} if use_packed_attention(model) else {}
     mask = NO_MASK if packed else torch.ones_like(batch.input_ids)  # causal: it never sees the padding
+    if not packed and (batch.segments is not None or batch.rows):
+        raise ValueError(_UNSHARED.format(name_of(model)))
     if packed and takes_pieces(model, batch.input_ids.device):
         packed["pieces"] = batch.pieces
     elif batch.rows:
@@ -152,6 +285,7 @@ def packed_attention(
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.dtype != torch.bool:
             attention_mask = attention_mask.float()
+        rows = [(shape, None if mask is None else mask.float()) for shape, mask in rows]
     with torch.autocast(device, enabled=False) if widened else nullcontext():
         if not rows:
             return _sdpa(alone, module, query, key, value, attention_mask, **options).to(dtype), None  # (R, L, H, D)
@@ -383,6 +517,7 @@ def score_completions(
     Several processes share the batches, and each gets all the log-probs.
     """
     check_tokens(prompts, completions, prompt_of)
+    model = unwrapped(model)
     device, training, share = next(model.parameters()).device, model.training, can_share(model)
     batch_tokens = batch_tokens or (16_384 if device.type == "cuda" else 2_048)
     lengths = [len(prompt) for prompt in prompts]  # with the longest completion, so that a prompt's completions stay together

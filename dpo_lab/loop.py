@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.layout import CompletionBatch, completion_batch
-from dpo_lab.logprobs import Precision, completion_logps
+from dpo_lab.logprobs import Precision, completion_logps, logit_path
 from dpo_lab.processes import collect, count, from_main, full, gathered, join, shard, sharding
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
+from dpo_lab.structure import check_trainable, unwrapped, widest
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
@@ -89,6 +90,10 @@ def fit(
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
     """
+    model = unwrapped(model)
+    check_trainable(model)
+    if scorer is None:
+        logit_path(model)  # or an error, before anything is written
     join(next(model.parameters()).device.type)
     AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
     accelerator = Accelerator(
@@ -192,7 +197,17 @@ def fit(
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformers model. Raises ValueError when it does not say which of its modules they are."""
+    """The blocks of a transformers model, for `checkpointed`.
+
+    Raises:
+        ValueError: it does not say which of its modules they are, or its virtual tokens lie in a cache (PEFT's prefix tuning),
+            which blocks that are computed again would fill again.
+    """
+    adapters = [one for module in model.modules() for one in (getattr(module, "peft_config", None) or {}).values()]
+    if any(one.peft_type in ("PREFIX_TUNING", "CARTRIDGE") for one in adapters):
+        raise ValueError(
+            "gradient_checkpointing is on, and prefix tuning does not allow it; switch it off, or take prompt tuning"
+        )
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError(f"gradient_checkpointing is on, and {type(model).__name__} has no blocks that allow it; switch it off")
@@ -305,10 +320,12 @@ def _added(parts: list[dict[str, float]]) -> dict[str, float]:
 def _to(micro: Any, device: torch.device) -> Any:
     if isinstance(micro, CompletionBatch):
         return micro.to(device)
-    wait = device.type == "cpu"
-    return type(micro)(
-        *(
-            part.to(device) if isinstance(part, CompletionBatch) else part.to(device, non_blocking=not wait)
-            for part in vars(micro).values()
-        )
-    )
+    moved = []
+    for part in vars(micro).values():
+        if isinstance(part, CompletionBatch):
+            moved.append(part.to(device))
+            continue
+        if part.dtype == torch.float64:
+            part = part.to(widest(device))
+        moved.append(part.to(device, non_blocking=device.type != "cpu"))
+    return type(micro)(*moved)

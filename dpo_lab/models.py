@@ -1,6 +1,5 @@
 """Loading a policy, its tokenizer and its reference: the embedded GPT-2, or any Hugging Face causal LM."""
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,8 +29,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_gguf_available
 
 from dpo_lab.layout import CompletionBatch
-from dpo_lab.logprobs import completion_states
+from dpo_lab.logprobs import completion_states, logit_path
 from dpo_lab.machine import keep_freed_memory, use_onednn
+from dpo_lab.structure import after_head, beside_modules, check_precision, name_of, structure, unwrapped
+from dpo_lab.structure import context_of as context_of
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
 
@@ -62,9 +65,9 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
 
     Raises:
         FileNotFoundError: not on this machine and the hub cannot be reached, or its weights are not safetensors.
-        ValueError: it is no causal LM, or lacks some of its weights; the model's logits are not its LM head applied to its
-            decoder's output, so `completion_logps` would be wrong (as with Gemma 2, which caps its logits); or device
-            "cuda" without a GPU.
+        ValueError: it is no causal LM, or lacks some of its weights; its logits are not its LM head applied to its decoder's
+            output (as with Gemma 2, which caps them): `completion_logps` follows such a model, and the experiment's plan does
+            not; or device "cuda" without a GPU.
     """
     if device not in ("cpu", "cuda", "mps") and not device.startswith("cuda:"):
         raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
@@ -75,7 +78,8 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
     config = from_pretrained(AutoConfig, name)
     called = ", ".join(config.architectures or [config.model_type])
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    half = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    if encoder or half or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{name!r} is a {called}; a policy must be a causal LM, which predicts each token from those before it. "
             "Give one of the GPT-2 or Llama families, for instance"
@@ -90,15 +94,11 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             f"{missing[0]}, which would be random; give a checkpoint of the causal LM with its head"
         )
     model = prepare_model(model).to(device).eval()
-    ids = torch.arange(min(4, model.config.vocab_size), device=device)[None]
-    with torch.no_grad():
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        hidden = model.get_decoder()(**given).last_hidden_state
-        difference = (model.get_output_embeddings()(hidden) - model(**given).logits).abs().max()
-    if not difference < 1e-2 or getattr(model.config, "final_logit_softcapping", None):
+    if logit_path(model) == "forward":
         raise ValueError(
-            f"{name!r} changes its logits after the LM head (by up to {difference:.3g}), which completion_logps does not follow; "
-            "use a model with a plain linear LM head, such as the GPT-2 and Llama families"
+            f"{name!r} changes its logits after the LM head ({', '.join(after_head(model)) or 'in its forward'}), so all logits of a "
+            "text are needed at once, which the experiment's plan of memory does not count; load it with AutoModelForCausalLM for "
+            "train_dpo, or use a model with a plain linear LM head, such as the GPT-2 and Llama families"
         )
     return model
 
@@ -108,40 +108,59 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 
     Chat models have several: Llama 3 has one for the end of a turn and one for the end of a text.
     """
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [tokenizer.eos_token_id, *(int(i) for i in np.ravel(named) if i in special - {tokenizer.eos_token_id})]
 
 
-def context_of(model: nn.Module) -> int:
-    """How many tokens prompt and completion may have together; without a limit of the model's, `sys.maxsize`."""
-    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((limit for limit in limits if limit is not None), sys.maxsize)
-
-
 def check_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless the tokenizer is the model's, and the model goes on from its cache as from the whole text."""
+    model = unwrapped(model)
     known = len(model.get_input_embeddings().weight)
     if max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) > known:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and {model.name_or_path!r} knows {known}; give the model's own tokenizer"
         )
-    ids, cache = torch.arange(4, device=model.device)[None], DynamicCache(config=model.config)
+    check_cache(model)
+
+
+def check_cache(model: nn.Module) -> None:
+    """Raise ValueError unless the model goes on from its cache as from the whole text; computed once, as `logprobs.logit_path`."""
+    made = structure(model)
+    if vars(model).get(CACHED) == made:
+        return
+    if beside_modules(model):
+        raise ValueError(
+            f"{name_of(model)} puts virtual tokens before the text, or has adapters that tokens invoke, anew at every step of "
+            "sampling; sample with its own generate, or give the model without them, or with LoRA"
+        )
+    device, training = model.get_input_embeddings().weight.device, [module for module in model.modules() if module.training]
+    ids = torch.arange(8, device=device).view(2, 4) % len(model.get_input_embeddings().weight)
+    cache, tolerance = DynamicCache(config=model.config), 1e-2 if torch.finfo(model.dtype).bits >= 32 else 0.1
+    model.eval()
     try:
-        with torch.no_grad():
-            whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
-            for step in ids.split(2, dim=1):
-                mask = torch.ones(1, int(step[0, -1]) + 1, dtype=torch.long, device=model.device)
-                logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0, -1]
-        cache.batch_select_indices(torch.tensor([0], device=model.device))
-        exact = cache.get_seq_length() == 4 and bool((logits - whole).abs().max() < 1e-2)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            whole = model(input_ids=ids[1:], attention_mask=torch.ones_like(ids[1:]), use_cache=False).logits[0, -1]
+            given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}  # as sampling does
+            model(input_ids=ids[:, :2], attention_mask=torch.ones_like(ids[:, :2]), **given)
+            cache.batch_select_indices(torch.tensor([1], device=device))  # the first row is done
+            logits = model(input_ids=ids[1:, 2:], attention_mask=torch.ones_like(ids[1:]), **given).logits[0, -1]
+        apart = (logits.float().softmax(0) - whole.float().softmax(0)).abs().sum()
+        exact = cache.get_seq_length() == 4 and bool(apart < tolerance)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # each architecture without such a cache fails in its own way
         exact = False
+    finally:
+        for module in training:
+            module.training = True
     if not exact:
         raise ValueError(
-            f"{model.name_or_path!r} ({type(model).__name__}) does not continue from transformers' key-value cache, on which "
-            "sampling rests (Mamba and RWKV do not); give a transformer such as the GPT-2 and Llama families"
+            f"{name_of(model)} does not continue from transformers' key-value cache, on which sampling rests (Mamba and RWKV do "
+            "not); give a transformer such as the GPT-2 and Llama families"
         )
+    setattr(model, CACHED, made)
+
+
+CACHED = "_dpo_lab_cached"  # attribute of a model: the structure whose cache was checked
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -165,10 +184,21 @@ def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Mod
 
     Every linear layer of the decoder gets W + 2 B A, of which A (rank, in) and B (out, rank) alone are trained; B begins at
     zero, so that the model begins unchanged. `seed` decides A.
+
+    Raises:
+        ValueError: a negative rank, a model with adapters, or weights in half precision, which would round the adapters away.
     """
     check_lora(rank)
+    model = unwrapped(model)
+    check_precision(dict(model.named_parameters()))
     from peft import LoraConfig, get_peft_model  # takes seconds
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if getattr(model, "peft_config", None) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"{name_of(model)} has adapters already, and lora_rank {rank} would put others on top of them; merge them first, with "
+            "policy = policy.merge_and_unload(), or train them themselves with lora_rank=0"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     config = LoraConfig(
@@ -194,7 +224,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model = model
+        self.model = model = unwrapped(model)
         self.head = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -206,7 +236,7 @@ class ScalarModel(nn.Module):
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     """Raise ValueError unless both models give log-probs to the same token ids."""
-    found = [m.get_output_embeddings().weight.shape[0] for m in (policy, reference)]
+    found = [len(unwrapped(m).get_input_embeddings().weight) for m in (policy, reference)]
     if found[0] != found[1]:
         raise ValueError(
             f"policy has a vocabulary of {found[0]} tokens and reference one of {found[1]}; a log-ratio needs the same tokens "

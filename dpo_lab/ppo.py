@@ -26,6 +26,7 @@ from dpo_lab.loop import Evaluate
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel, context_of
 from dpo_lab.runs import append_metrics
+from dpo_lab.structure import check_trainable, unwrapped, widest
 
 Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prompts and N completions to N rewards
 
@@ -146,6 +147,7 @@ def train_ppo(
         ValueError: before the first step, naming the argument: a bad config, a prompt longer than the context, a value head
             of another size, a reward of the wrong shape or not finite.
     """
+    policy, reference = unwrapped(policy), unwrapped(reference)
     check_ppo(policy, value_model, prompts, config, ptx)
     roles, rng = Roles(policy.eval(), reference.eval(), value_model.eval()), np.random.default_rng(seed)
     stops = set(np.ravel(eos_token_id).tolist())
@@ -245,7 +247,7 @@ def learn(
 
 def batch_of(roles: Roles, prompts: list[list[int]], completions: list[list[int]], part: np.ndarray) -> CompletionBatch:
     """The completions of a minibatch, their tokens in its order."""
-    share = can_share(roles.policy)
+    share = all(map(can_share, (roles.policy, roles.reference, roles.value.model)))
     batch = completion_batch([prompts[i] for i in part], [completions[i] for i in part], range(len(part)), share=share)
     return batch.to(roles.policy.device)
 
@@ -289,11 +291,12 @@ def minibatch_losses(
     """Policy loss and value loss, means over the tokens of a minibatch, and statistics of the ratio pi / pi_old."""
     inside, device = rollout.mask[part], roles.policy.device
     old, values, advantages, returns = (
-        array[part][inside].to(device) for array in (rollout.logps, rollout.values, rollout.advantages, rollout.returns)
+        array[part][inside].to(widest(device)).to(device)
+        for array in (rollout.logps, rollout.values, rollout.advantages, rollout.returns)
     )  # (T,) each
     with autocast(device.type, precision):
         logps = completion_logps(roles.policy, batch, reduction="none", temperature=config.temperature)
-        new_values = roles.value(batch).double()
+        new_values = roles.value(batch).to(widest(device))
     policy_loss = ppo_clip_loss(logps, old, advantages, config.clip).mean()
     value_loss = clipped_value_loss(new_values, values, returns, config.value_clip).mean()
     moved = logps.detach() - old
@@ -305,7 +308,7 @@ def minibatch_losses(
         "policy/ratio": float(moved.exp().mean()),
         "policy/ratio_off": float(off.max()),
         "policy/approx_kl": float((moved**2).mean() / 2),
-        "policy/clip_fraction": float((off > config.clip).double().mean()),
+        "policy/clip_fraction": float((off > config.clip).to(off.dtype).mean()),
     }
     return policy_loss, value_loss, stats
 
@@ -366,6 +369,8 @@ def check_ppo(
         raise ValueError(f"batch is {config.batch} and minibatch {config.minibatch}; a rollout must hold whole minibatches")
     if config.ptx_coefficient and ptx is None:
         raise ValueError(f"ptx_coefficient is {config.ptx_coefficient} without ptx; give a function that returns batches of text")
+    check_trainable(policy)
+    check_trainable(value_model)
     if not prompts:
         raise ValueError("there are no prompts; give at least one, as token ids with BOS")
     context, longest = context_of(policy), max(map(len, prompts))

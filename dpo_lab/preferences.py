@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
+from dpo_lab.structure import unwrapped
 
 SAME_LOGPS = {"float32": 1e-2, "bfloat16": 0.75}  # nats a completion by which batches of other shapes may differ
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
@@ -117,6 +118,7 @@ class Preferences:
         When they are there already for these weights and tokens, or `known` (N,) from sampling, a few are computed again and
         compared.
         """
+        model = unwrapped(model)
         key = f"{weights_hash(model)}-{self.tokens_hash()}"
         if known is not None:
             self = replace(self, reference_logps=known, reference_key=key, reference_precision=precision)

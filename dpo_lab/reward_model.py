@@ -15,6 +15,7 @@ from dpo_lab.losses import bradley_terry_nll
 from dpo_lab.models import ScalarModel
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import count, my_share
+from dpo_lab.structure import unwrapped
 from dpo_lab.train import plan_prompts
 
 
@@ -35,7 +36,7 @@ class LearnedReward:
     """The reward of a model at the last token of each completion: call it with prompts and completions, token ids."""
 
     def __init__(self, model: ScalarModel, *, precision: Precision = "float32", batch_size: int = 128):
-        self.model, self.precision, self.batch_size = model, precision, batch_size
+        self.model, self.precision, self.batch_size = unwrapped(model), precision, batch_size
 
     def batch(self, prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> CompletionBatch:
         """The batch whose last state of each completion has seen all its tokens."""
@@ -95,7 +96,7 @@ def train_reward_model(
     Raises:
         ValueError: `held_out` is not in (0, 1), or leaves no prompt to train on.
     """
-    config, p = config or RewardModelConfig(), preferences
+    model, config, p = unwrapped(model), config or RewardModelConfig(), preferences
     groups = p.pairs_by_prompt()
     if not 0 < config.held_out < 1 or len(groups) < 2:
         raise ValueError(f"held_out is {config.held_out} of {len(groups)} prompts; give a share in (0, 1) of at least 2 prompts")

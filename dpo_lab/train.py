@@ -115,7 +115,7 @@ def train_dpo(
             label_smoothing=config.label_smoothing,
             check_values=logps.device.type == "cpu",
         )
-        wins = (result.margins > 0).double() + (result.margins == 0).double() / 2
+        wins = (torch.sign(result.margins) + 1) / 2
         per_pair = {
             "rewards/chosen": result.rewards[micro.chosen],
             "rewards/rejected": result.rewards[micro.rejected],

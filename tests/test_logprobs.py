@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dpo_lab import layout, logprobs
 from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import can_share, completion_logps, score_completions, token_logps, use_packed_attention
+from dpo_lab.logprobs import can_share, completion_logps, logit_path, score_completions, token_logps, use_packed_attention
 
 MODELS = ["gpt2", "gpt2-bias", "llama-tied", "llama-grouped"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -270,6 +270,8 @@ def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(monkeypa
     logprobs_sdpa = logprobs.sdpa_attention_forward
     monkeypatch.setattr(logprobs, "sdpa_attention_forward", watched)
     model, batch = make_model(name).float(), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
+    logit_path(model)  # which computes a few tokens, once
+    seen.clear()
     with logprobs.autocast("cpu", precision):
         logps = completion_logps(model, batch)
         assert set(seen) == {"ieee"} and matmul.fp32_precision == logprobs.ONEDNN
@@ -418,6 +420,7 @@ def test_the_head_sees_completion_positions_only(monkeypatch, share):
         seen.append(len(hidden))
         return token_logps(hidden, *rest)
 
+    logit_path(shared_model("gpt2"))  # which computes a few tokens, once
     monkeypatch.setattr(logprobs, "token_logps", recorded)
     completion_logps(shared_model("gpt2"), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share))
     assert seen == [sum(map(len, COMPLETIONS))]
