@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from dpo_lab.layout import begun
 from dpo_lab.logprobs import IN_CACHE, Precision, autocast, matmuls_by_mkl, use_packed_attention
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
 
@@ -99,7 +100,8 @@ def sample_prefixes(
     lengths = rng.integers(shortest, longest + 1, n)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)["input_ids"]
-    return [[bos, *ids[:length]] for ids, length in zip(encoded, lengths)]
+    texts_ids = (begun(ids, bos)[1:] for ids in encoded)
+    return [[bos, *ids[:length]] for ids, length in zip(texts_ids, lengths)]
 
 
 def sample_completions(

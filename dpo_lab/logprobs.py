@@ -268,7 +268,7 @@ def score_completions(
     Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
     Several processes share the batches, and each gets all the log-probs.
     """
-    check_tokens(prompts, completions, prompt_of)
+    prompts, completions, prompt_of = check_tokens(prompts, completions, prompt_of)
     device, training, share = next(model.parameters()).device, model.training, can_share(model)
     lengths = [len(prompt) for prompt in prompts]  # with the longest completion, so that a prompt's completions stay together
     for completion, p in zip(completions, prompt_of):

@@ -76,7 +76,8 @@ class SentimentReward:
         def probabilities(texts: Sequence[str]) -> np.ndarray:
             parts = []
             for i in my_share(range(0, len(texts), batch_size)):
-                batch = tokenizer(texts[i : i + batch_size], padding=True, truncation=True, return_tensors="pt").to(device)
+                options = {"padding": True, "truncation": True, "split_special_tokens": True}  # "</s>" in a text is text
+                batch = tokenizer(texts[i : i + batch_size], **options, return_tensors="pt").to(device)
                 parts.append(model(**batch).logits.float().softmax(-1)[:, positive[0]].cpu().numpy())
             return np.concatenate(whole(parts))
 
