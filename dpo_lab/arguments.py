@@ -87,8 +87,10 @@ def _array(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values  # numpy has no bfloat16
         found = wide.detach().cpu().numpy()
+    elif isinstance(values, np.ndarray):
+        found = values
     elif hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict, set)):
-        if any(isinstance(value, (bool, np.bool_)) for value in values) and "b" not in kinds:
+        if "b" not in kinds and any(isinstance(value, (bool, np.bool_)) for value in values):
             raise TypeError(f"{name} holds True or False; it must hold {what}")
         try:
             found = np.asarray(values)
@@ -97,7 +99,10 @@ def _array(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
     else:
         raise TypeError(f"{name} is {values!r} ({type(values).__name__}); it must be a sequence of {what}")
     if found.size and found.dtype.kind not in kinds:
-        raise TypeError(f"{name} holds {found.flat[0]!r} ({found.dtype}); it must hold {what}")
+        kind = numbers.Real if "f" in kinds else numbers.Integral
+        some = map(_scalar, found.flat if isinstance(values, (np.ndarray, torch.Tensor)) else values)
+        wrong = next((value for value in some if isinstance(value, bool) or not isinstance(value, kind)), found.flat[0])
+        raise TypeError(f"{name} holds {wrong!r} ({type(wrong).__name__}); it must hold {what}")
     return found
 
 

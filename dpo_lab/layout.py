@@ -165,10 +165,10 @@ def check_tokens(
     Raises:
         ValueError, TypeError: unless every completion has tokens, and a prompt with tokens among `prompts`.
     """
-    if len(completions) != len(prompt_of):
-        raise ValueError(f"{len(completions)} completions and {len(prompt_of)} values in prompt_of; need one each")
     owners = integers("prompt_of", prompt_of).tolist()
     completions = [token_ids(f"completions[{i}]", ids, signed=True) for i, ids in enumerate(completions)]
+    if len(completions) != len(owners):
+        raise ValueError(f"{len(completions)} completions and {len(owners)} values in prompt_of; need one each")
     used = {}
     for i, (completion, p) in enumerate(zip(completions, owners)):
         if not 0 <= p < len(prompts):
