@@ -9,6 +9,7 @@ import numbers
 import types
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -79,6 +80,12 @@ def token_lists(name: str, rows: Iterable[Any]) -> list[list[int]]:
     """`rows`, a sequence of `token_ids`, as lists of ints."""
     if isinstance(rows, str) or not hasattr(rows, "__len__"):
         raise TypeError(f"{name} is {rows!r} ({type(rows).__name__}); it must be a list of lists of token ids")
+    if (
+        set(map(type, rows)) <= {list}
+        and set(map(type, chain.from_iterable(rows))) <= {int}
+        and min(chain.from_iterable(rows), default=0) >= 0
+    ):
+        return list(rows)
     return [token_ids(f"{name}[{i}]", row) for i, row in enumerate(rows)]
 
 

@@ -14,6 +14,7 @@ Loss = Callable[[Tensor], Tensor]  # from log-probs (n,) to a number
 
 def all_pairs(n: int) -> tuple[Tensor, Tensor]:
     """Every ordered pair of `n` completions, chosen and rejected, (n (n - 1),) each."""
+    n = integer("n", n)
     pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))
     return tuple(pairs[pairs[:, 0] != pairs[:, 1]].T)
 

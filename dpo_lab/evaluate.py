@@ -10,7 +10,7 @@ from scipy.stats import norm
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.arguments import floats, integer
+from dpo_lab.arguments import floats, integer, token_lists
 from dpo_lab.imdb import sample_completions, texts_of
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.machine import return_freed_memory
@@ -46,6 +46,7 @@ def evaluate_policy(
 
     The KL is the mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi, which is unbiased; single values may be negative.
     """
+    prompts = token_lists("prompts", prompts)
     completions = sample_completions(
         policy,
         prompts,
@@ -97,7 +98,9 @@ def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
 
     It falls when completions repeat themselves or each other, and with their number: compare only as many with as many.
     """
-    n = integer("n", n)
+    completions, n = token_lists("completions", completions), integer("n", n)
+    if n < 1:
+        raise ValueError(f"n is {n}; an n-gram has at least 1 token")
     grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
     if not grams:
         raise ValueError(f"no completion has {n} tokens, so there is no {n}-gram; take a smaller n")

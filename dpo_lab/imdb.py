@@ -287,6 +287,6 @@ class _Roomy(DynamicLayer):
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[str]]:
     """Prompt and completion as one text, for each of the completions of each prompt."""
-    flat = [prompt + ids for prompt, row in zip(prompts, completions) for ids in row]
+    flat = [[*prompt, *ids] for prompt, row in zip(prompts, completions) for ids in row]
     decoded = iter(tokenizer.batch_decode(flat, skip_special_tokens=True))
     return [[next(decoded) for _ in row] for row in completions]

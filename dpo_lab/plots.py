@@ -16,7 +16,7 @@ from matplotlib.scale import FuncScale
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from dpo_lab.arguments import floats
+from dpo_lab.arguments import floats, integers
 from dpo_lab.escaping import for_figure, for_html
 
 CONTENDERS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
@@ -81,6 +81,7 @@ def plot_distributions(labels: Sequence[str], distributions: Mapping[str, Sequen
     width, places = 0.8 / len(distributions), np.arange(len(labels))
     own = looks((OPTIMUM, CHOSEN, POLICY, REJECTED), (None, "//", "..", "xx"), beside=False)
     for k, ((name, values), (colour, hatch)) in enumerate(zip(distributions.items(), own)):
+        values = floats(f"distributions[{name!r}]", values)
         shown = check_labels(labels, len(values), f"probabilities in {name!r}")
         left = places + (k - (len(distributions) - 1) / 2) * width
         axes.bar(left, values, width, label=for_figure(name), color=colour, hatch=hatch)
@@ -94,6 +95,7 @@ def plot_beta_path(
     betas: Sequence[float], policies: np.ndarray, labels: Sequence[str], value: Sequence[float], spent: Sequence[float]
 ) -> Figure:
     """How the optimal policy changes with beta: probabilities (B, n), and under them mean reward and KL (B,)."""
+    policies, value, spent = floats("policies", policies), floats("value", value), floats("spent", spent)
     figure, (top, bottom) = _figure("The optimal policy from beta = infinity to 0", "probability", "mean reward", x="beta")
     shown, strokes = check_labels(labels, policies.shape[1], "outcomes"), (*STROKES, (0, (5, 1)), (0, (1, 1)))
     for label, line, (colour, style) in zip(shown, policies.T, looks((OPTIMUM, REJECTED, POLICY, CHOSEN), strokes)):
@@ -114,7 +116,9 @@ def plot_beta_path(
 def plot_lines(title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Figure:
     """Named curves over one axis, told apart by colour and by stroke."""
     figure, axes = _figure(title, y_label, x=x_label)
+    x = floats("x", x)
     for (name, values), (colour, style) in zip(lines.items(), looks(COLOURS, STROKES)):
+        values = floats(f"lines[{name!r}]", values)
         if len(values) != len(x):
             raise ValueError(f"line {name!r} has {len(values)} values and x has {len(x)}; there must be one for each")
         axes.plot(x, values, color=colour, linestyle=style, label=for_figure(name))
@@ -126,11 +130,12 @@ def plot_band(
     title: str, x: Sequence[float], values: np.ndarray, lines: Mapping[str, Sequence[float]], x_label: str, y_label: str
 ) -> Figure:
     """Mean of `values` (len(x), seeds) with the band from the 10th to the 90th percentile, beside theory, both axes in logs."""
+    x, values = floats("x", x), floats("values", values)
     figure, axes = _figure(title, y_label, x=x_label)
     axes.fill_between(x, *np.quantile(values, (0.1, 0.9), axis=1), color=POLICY, alpha=0.2, label="10% to 90% of seeds")
     axes.plot(x, values.mean(1), "o-", color=POLICY, label="mean of seeds")
     for name, line in lines.items():
-        axes.plot(x, line, "--", color=OPTIMUM, label=for_figure(name))
+        axes.plot(x, floats(f"lines[{name!r}]", line), "--", color=OPTIMUM, label=for_figure(name))
     axes.set(xscale="log", yscale="log")
     _legend(axes)
     return figure
@@ -142,7 +147,7 @@ def plot_race(
     """Median and band from the 10th to the 90th percentile of each racer, (x, values (len(x), seeds)), both axes in logs."""
     figure, axes = _figure(title, y_label, x=x_label)
     for (name, (x, values)), (colour, style) in zip(racers.items(), looks(COLOURS, STROKES)):
-        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
+        low, middle, high = np.quantile(floats(f"racers[{name!r}]", values), (0.1, 0.5, 0.9), axis=1)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(x, middle, color=colour, linestyle=style, label=for_figure(name))
     if goal is not None:
@@ -181,6 +186,7 @@ def plot_simplex(
 
 def plot_intervals(labels: Sequence[str], low: Sequence[float], centre: Sequence[float], high: Sequence[float]) -> Figure:
     """Estimates with their intervals, one line each, the first at the top."""
+    low, centre, high = floats("low", low), floats("centre", centre), floats("high", high)
     figure, axes = _figure("Estimates with intervals", "", x="reward (nats)")
     shown, places = check_labels(labels, len(centre), "estimates"), np.arange(len(labels))[::-1]
     axes.hlines(places, low, high, color=POLICY)
@@ -192,7 +198,7 @@ def plot_intervals(labels: Sequence[str], low: Sequence[float], centre: Sequence
 
 def plot_calibration(predicted: Sequence[float], observed: Sequence[float], count: Sequence[float]) -> Figure:
     """Observed share against predicted probability, points as large as they are many, with two binomial standard errors."""
-    predicted, observed, count = map(np.asarray, (predicted, observed, count))
+    predicted, observed, count = floats("predicted", predicted), floats("observed", observed), floats("count", count)
     figure, axes = _figure("Calibration", "observed share", x="predicted probability")
     axes.plot([0, 1], [0, 1], color=OPTIMUM, linestyle="--", label="perfectly calibrated")
     error = 2 * np.sqrt(predicted * (1 - predicted) / count)
@@ -317,6 +323,7 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
 
 def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Figure:
     """What P pairs teach: the rewards of their chosen and rejected completions, out of `scores` (N,), and how far they differ."""
+    scores, chosen, rejected = floats("scores", scores), integers("chosen", chosen), integers("rejected", rejected)
     figure = Figure(figsize=(8.4, 3.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     bins = np.linspace(scores.min(), scores.max(), 25)

@@ -8,7 +8,8 @@ dropped or found twice is counted in a report, never silent.
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence, Sized
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -58,6 +59,8 @@ class Report:
     """pairs dropped by `as_text` because their text has other tokens"""
     inner_eos: int = 0
     """completions with EOS, or BOS, before their end: their text spells it out, or they were padded with it"""
+    prompt_repeated: int = 0
+    """completions that begin with their whole prompt (of three tokens or more), as what `model.generate` returns does"""
     unread: tuple[str, ...] = ()
     """columns of the rows that `from_rows` does not read"""
 
@@ -344,9 +347,13 @@ def from_scores(
         values = floats(f"scores[{i}]", values).tolist()
         if isinstance(texts, str):
             raise ValueError(f"completions[{i}] is one string, {texts!r}; give a list of completions for each prompt")
-        if len(texts) != len(values) or not np.isfinite(values).all():
+        if len(texts) != len(values) or not all(map(math.isfinite, values)):
             raise ValueError(f"prompt {i} has {len(texts)} completions and scores {values}; one finite score each")
-        if any(not len(text) for text in texts if isinstance(text, Sized) and getattr(text, "ndim", 1)):
+        try:
+            empty = 0 in map(len, texts)
+        except TypeError:  # of what has no length, and is refused below
+            empty = False
+        if empty:
             raise ValueError(f"prompt {i} has an empty completion; drop it, or end it with EOS")
         p = builder.prompt(prompt, where=f"prompt {i}")
         places = [f"completions[{i}][{k}]" for k in range(len(texts))]
@@ -368,20 +375,24 @@ class _Builder:
         if limit < 1:
             raise ValueError(f"max_completion_tokens is {limit}; it must be at least 1, or None for no limit")
         self.limit = limit
-        self.starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.bos, self.eos, self.bos_text = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.bos_token or ""
+        self.starts_with_bos = tokenizer("")["input_ids"][:1] == [self.bos]
         doubled = tokenizer.decode(2 * self.encoded("a"))
         self.newline = self.encoded("\n") if doubled == "a a" else []  # SentencePiece puts a space before every text
         self.prompts: dict[tuple[int, ...], int] = {}
         self.room: list[int] = []  # tokens left for a completion of each prompt
+        self.asked: list[str | tuple[int, ...]] = []  # prompts of two tokens or more as they were given, without BOS
         self.completions: dict[tuple[int, tuple[int, ...]], int] = {}
         self.scores: list[float | None] = []
         self.pairs: list[tuple[int, int]] = []
         self.cut: set[tuple[int, tuple[int, ...]]] = set()  # distinct completions that did not fit, whole
-        self.counts = dict.fromkeys(("without_eos", "dropped", "identical", "duplicated", "ties", "inner_eos"), 0)
+        self.counts = dict.fromkeys(
+            ("without_eos", "dropped", "identical", "duplicated", "ties", "inner_eos", "prompt_repeated"), 0
+        )
         self.unread: dict[str, None] = {}  # columns, in order
 
     def encoded(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def continued(self, text: str) -> list[int]:
         """Token ids of a text that follows another, without a space that it does not have."""
@@ -395,8 +406,7 @@ class _Builder:
         else:
             ids = token_ids(where, prompt)
         if isinstance(prompt, str) and not chat and (self.starts_with_bos or not ids):
-            bos = self.tokenizer.bos_token_id
-            ids = begun(ids, self.eos(where) if bos is None else bos)
+            ids = begun(ids, self.needed_eos(where) if self.bos is None else self.bos)
         if len(ids) >= self.context:
             raise ValueError(
                 f"{where}: the prompt has {len(ids)} tokens and the model's context is {self.context}, which leaves no room for "
@@ -405,6 +415,8 @@ class _Builder:
         if tuple(ids) not in self.prompts:
             self.prompts[tuple(ids)] = len(self.prompts)
             self.room.append(min(self.limit, self.context - len(ids)))
+            asked = prompt.removeprefix(self.bos_text) if isinstance(prompt, str) else self.without_bos(tuple(ids))
+            self.asked.append(asked if len(ids) > 2 and not chat else "")
         return self.prompts[tuple(ids)]
 
     def completion(
@@ -421,7 +433,7 @@ class _Builder:
         if isinstance(completion, str):
             _check_text(where, completion)
             ids = self.encoded(head + completion)[len(self.encoded(head)) :] if head else self.continued(completion)
-            ids = ids if chat else ended(ids, self.eos(where))
+            ids = ids if chat else ended(ids, self.needed_eos(where))
         else:
             ids = token_ids(where, completion)
         key = (p, tuple(ids[: self.room[p]]))
@@ -430,16 +442,24 @@ class _Builder:
         if key not in self.completions:
             self.completions[key] = len(self.completions)
             self.scores.append(score)
-            kept, markers = key[1], {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
-            self.counts["without_eos"] += self.tokenizer.eos_token_id not in kept[-2:]
-            turn = chat and kept[-1] != self.tokenizer.eos_token_id  # templates write a line break after it
-            self.counts["inner_eos"] += not markers.isdisjoint(kept[: -2 if turn else -1])
+            kept, asked = key[1], self.asked[p]
+            self.counts["without_eos"] += self.eos not in kept[-2:]
+            turn = chat and kept[-1] != self.eos  # templates write a line break after it
+            inside = kept[: -2 if turn else -1]
+            self.counts["inner_eos"] += self.eos in inside or self.bos in inside
+            if isinstance(asked, str):
+                self.counts["prompt_repeated"] += bool(asked) and isinstance(completion, str) and completion.startswith(asked)
+            else:
+                self.counts["prompt_repeated"] += self.without_bos(kept)[: len(asked)] == asked
         return self.completions[key]
 
-    def eos(self, where: str) -> int:
-        if self.tokenizer.eos_token_id is None:
+    def without_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids[1:] if ids[:1] == (self.bos,) else ids
+
+    def needed_eos(self, where: str) -> int:
+        if self.eos is None:
             raise ValueError(f"{where}: the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token")
-        return self.tokenizer.eos_token_id
+        return self.eos
 
     def pair(self, chosen: int, rejected: int) -> None:
         if chosen == rejected:
@@ -560,7 +580,10 @@ def _row(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase)
         return _Row(**values, empty=empty, chat=False, joined=False)
     if not all(isinstance(value, list) for value in values.values()):
         found = ", ".join(f"{name}: {type(value).__name__}" for name, value in values.items())
-        raise ValueError(f"{where} must hold three strings or three lists of messages; found {found}")
+        hint = ""
+        if isinstance(values["prompt"], str) and _messages(values["chosen"]):
+            hint = ". Give the prompt as messages too, and in chosen and rejected the assistant's answer alone"
+        raise ValueError(f"{where} must hold three strings or three lists of messages; found {found}{hint}")
     options = {"tools": options.get("tools"), **options.get("chat_template_kwargs", {})}
     if tokenizer.chat_template is None and not options.get("chat_template"):
         raise ValueError(
@@ -617,14 +640,14 @@ def _check_messages(where: str, values: Mapping[str, list[Any]]) -> None:
         messages, n = values[name], len(values["prompt"])
         if [(m["role"], m["content"]) for m in messages[:n]] == [(m["role"], m["content"]) for m in values["prompt"]]:
             raise ValueError(
-                f"{where}: {name} holds the whole conversation, and begins with the {n} messages of the prompt, so they would be "
-                f"there twice; keep the answer alone, as in row[{name!r}][{n}:]"
+                f"{where}: {name} holds the whole conversation, and begins with the messages of the prompt, which would be there "
+                f"twice; keep the answer alone, as in row[{name!r}][{n}:]"
             )
         for k, message in enumerate(messages):
             if message["role"] in ("user", "system", "developer") or k == 0 and message["role"] != "assistant":
                 raise ValueError(
                     f"{where}: {name}[{k}] has the role {message['role']!r}; a completion holds what the assistant says, so its "
-                    "first message has the role 'assistant', and what comes before belongs into the prompt"
+                    "first message has the role 'assistant', and what comes before belongs in the prompt"
                 )
 
 

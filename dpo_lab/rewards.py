@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dpo_lab.arguments import integers
+from dpo_lab.arguments import integer, integers
 from dpo_lab.losses import check_pairs
 from dpo_lab.models import from_pretrained
 from dpo_lab.processes import my_share, whole
@@ -109,7 +109,7 @@ def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) ->
         ValueError: there is no comparison, an index is wrong, or some items never lost to the others (or were never
             compared with them): then no finite rewards are most likely (Ford 1957).
     """
-    chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
+    chosen, rejected, n = integers("chosen", chosen), integers("rejected", rejected), integer("n", n)
     if not len(chosen):
         raise ValueError("there are no comparisons; give at least one pair of indices for every two groups of items")
     check_pairs(torch.from_numpy(chosen), torch.from_numpy(rejected), n)

@@ -11,6 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import byte_level, sentencepiece_like, sentencepiece_with_bytes
+from transformers import BertForSequenceClassification
 
 from dpo_lab.imdb import sample_prefixes
 from dpo_lab.preferences import JOINED, Preferences, Report, from_rankings, from_rows, from_scores
@@ -83,6 +84,18 @@ def test_ids_that_were_padded_with_eos_are_taken_as_they_are_and_counted(tokeniz
     assert found.completions == [[5, 6, 0], [8, 0, 0]] and found.report == Report(pairs=1, inner_eos=1)
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_completion_that_repeats_its_prompt_is_counted(door, marked):
+    both = [ROW["prompt"] + text for text in (" was a joy", " was a bore")]
+    assert DOORS[door](ROW["prompt"], both, marked).report == Report(pairs=1, prompt_repeated=2)
+    assert DOORS[door]("the plot", both, marked).report == Report(pairs=1)
+
+
+def test_samples_with_their_prompt_as_generate_gives_them_are_counted(tokenizer):
+    found = from_scores([[0, 7, 8]], [[[0, 7, 8, 5, 0], [7, 8, 6, 0]]], [[1, 0]], tokenizer, context=64)
+    assert found.report == Report(pairs=1, prompt_repeated=2, inner_eos=1)
+
+
 def test_turns_that_a_template_ends_are_not_inner(chat):
     assert from_rows([chat_row()], chat, context=64).report == Report(pairs=1)
     chat.chat_template = TURNS.replace("{{ eos_token }}", "{{ eos_token }}\n")
@@ -111,11 +124,18 @@ def test_packing_closes_each_document_once():
     assert sorted(pack([[1, 5, 0], [1, 5], [0]], 3, 0)) == [[0, 0], [1, 5, 0], [1, 5, 0]]
 
 
-def test_a_classifier_reads_special_tokens_of_a_text_as_text(tmp_path):
+def test_a_classifier_reads_special_tokens_of_a_text_as_text(tmp_path, monkeypatch):
     make_classifier(tmp_path, ["negative", "positive"])
-    reward = SentimentReward.hub(str(tmp_path))
-    assert reward(["good [SEP] film"]) == pytest.approx(reward(["good x x x film"]))  # each part of it unknown
-    assert abs(reward(["good film"]) - reward(["good x x x film"])) > 1e-6
+    reward, read, forward = SentimentReward.hub(str(tmp_path)), [], BertForSequenceClassification.forward
+
+    def recorded(model, input_ids, **options):
+        read.append(input_ids.tolist())
+        return forward(model, input_ids, **options)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", recorded)
+    reward(["good [SEP] film"])
+    unknown, start, end, good, film = 1, 2, 3, 5, 7
+    assert read == [[[start, good, unknown, unknown, unknown, film, end]]]
 
 
 # Rows of messages
@@ -158,6 +178,7 @@ def test_a_message_may_call_a_tool_without_saying_anything(chat):
 @pytest.mark.parametrize(
     "changes, words",
     [
+        ({"prompt": "time?"}, ["found prompt: str", "Give the prompt as messages too", "the assistant's answer alone"]),
         ({"rejected": said("user", "five")}, ["rejected[0] has the role 'user'", "'assistant'"]),
         ({"chosen": said("assistant", "a") + said("user", "b")}, ["chosen[1] has the role 'user'"]),
         ({"chosen": said("model", "nine")}, ["chosen[0] has the role 'model'"]),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from dpo_lab import bandit, contenders
+from dpo_lab import bandit, contenders, plots
 from dpo_lab.advantages import adapted_kl_coefficient, gae
 from dpo_lab.evaluate import best_of_n, distinct_n, evaluate_policy, frontier_band, optimal_frontier, win_rate
+from dpo_lab.imdb import texts_of
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import score_completions
 from dpo_lab.losses import bradley_terry_nll, clipped_value_loss, dpo_loss, ppo_clip_loss, unlikelihood_loss
@@ -264,6 +265,8 @@ def test_what_is_no_number_is_refused_by_name(name, value):
 
 
 INTEGERS = {
+    "all_pairs n": lambda n: [index.tolist() for index in bandit.all_pairs(n)],
+    "fit_bradley_terry n": lambda n: fit_bradley_terry([0, 1], [1, 0], n).rewards.tolist(),
     "best_of_n n": lambda n: best_of_n(np.arange(12.0).reshape(3, 4), n).tolist(),
     "distinct_n n": lambda n: distinct_n([[1, 2, 1, 2, 3]], n),
     "sample_pairs n": lambda n: [x.tolist() for x in bandit.sample_pairs(Q, R, n, torch.Generator().manual_seed(0))],
@@ -300,6 +303,38 @@ def test_rewards_of_any_kind_are_evaluated(model, tokenizer):
     assert win_rate(torch.tensor([1.0, 0.0]), (0.0, 1.0)) == win_rate([1.0, 0.0], [0.0, 1.0])
     scores = torch.rand(4, 3)
     assert optimal_frontier(scores, torch.tensor([1.0])).kl.tolist() == optimal_frontier(scores.numpy(), [1.0]).kl.tolist()
+
+
+@as_sequence
+def test_completions_of_any_kind_are_counted_and_read(of, model, tokenizer):
+    completions, prompts = [[1, 2, 1, 2], [1, 2]], [[0, 5], [0, 6]]
+    assert distinct_n([of(ids) for ids in completions], 2) == distinct_n(completions, 2) == 0.5
+    plain = texts_of(tokenizer, prompts, [[ids] for ids in completions])
+    assert texts_of(tokenizer, [of(ids) for ids in prompts], [[of(ids)] for ids in completions]) == plain
+    found = [
+        evaluate_policy(model, model, given, lambda texts: np.ones(2), tokenizer, max_new_tokens=2)
+        for given in (prompts, [of(ids) for ids in prompts])
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("of", [list, np.array, torch.tensor, lambda values: torch.tensor(values, requires_grad=True)])
+def test_figures_take_arrays_of_any_kind(of):
+    two, table = of([0.25, 0.75]), of([[1.0, 2.0], [3.0, 4.0]])
+    figures = [
+        plots.plot_distributions(["a", "b"], {"one": two}),
+        plots.plot_beta_path([1.0, 2.0], table, ["a", "b"], two, two),
+        plots.plot_lines("t", two, {"one": two}, "x", "y"),
+        plots.plot_band("t", two, table, {"one": two}, "x", "y"),
+        plots.plot_race("t", {"one": ([1, 2], table)}, "x", "y"),
+        plots.plot_intervals(["a", "b"], two, two, two),
+        plots.plot_calibration(two, two, of([4.0, 9.0])),
+        plots.plot_pairs(two, [1], [0]),
+    ]
+    for figure in figures:
+        figure.draw_without_rendering()
+    assert figures[2].axes[0].get_lines()[0].get_xydata().tolist() == [[0.25, 0.25], [0.75, 0.75]]
+    assert [bar.get_height() for bar in figures[0].axes[0].patches] == [0.25, 0.75]
 
 
 def test_comparisons_of_any_kind_are_fitted():
