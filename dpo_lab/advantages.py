@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_lab.arguments import number
+
 
 def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
     """Rewards (N, L) of tokens: each pays its penalty (N, L), and the last one of a completion gets the score (N,)."""
@@ -17,6 +19,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t; behind a row's last token V and A are zero. `mask`
     (N, L) is True from the first token of a row to its last. Returns are advantages plus values.
     """
+    gamma, lam = number("gamma", gamma), number("lam", lam)
     advantages, after, next_value = torch.zeros_like(rewards), rewards.new_zeros(len(rewards)), rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         surprise = rewards[:, t] + gamma * next_value - values[:, t]
@@ -38,4 +41,7 @@ def adapted_kl_coefficient(coefficient: float, kl: float, target: float, gain: f
 
     beta (1 + gain e) with e = clip(kl / target - 1, -0.2, 0.2) (Section 2.2 of Ziegler et al. 2019).
     """
+    coefficient, gain, kl, target = (
+        number(name, value) for name, value in (("coefficient", coefficient), ("gain", gain), ("kl", kl), ("target", target))
+    )
     return coefficient * (1 + gain * float(np.clip(kl / target - 1, -0.2, 0.2)))

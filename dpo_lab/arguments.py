@@ -7,10 +7,13 @@ value found, and what is allowed.
 import math
 import numbers
 import types
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 T = TypeVar("T")
@@ -45,6 +48,69 @@ def folder(name: str, value: Any) -> Path:
     if not isinstance(value, (str, Path)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be the path of a folder")
     return Path(value).expanduser()
+
+
+def integers(name: str, values: Any) -> np.ndarray:
+    """`values`, a sequence, array or tensor of N integers, as int64 (N,)."""
+    found = _array(name, values, "iu", "integers")
+    if found.ndim != 1:
+        raise ValueError(f"{name} has shape {found.shape}; it must be (N,), a sequence of integers")
+    return found.astype(np.int64, copy=False)
+
+
+def floats(name: str, values: Any) -> np.ndarray:
+    """`values`, a sequence, array or tensor of numbers, as float64 of the same shape. NaN and infinity pass."""
+    return _array(name, values, "iufb", "numbers").astype(np.float64, copy=False)
+
+
+def token_ids(name: str, ids: Any, *, signed: bool = False) -> list[int]:
+    """`ids`, a sequence, array or tensor of token ids, as a list of ints; a list of ints is returned as it is.
+
+    Negative ones are refused, unless `signed` leaves that to who knows the vocabulary.
+    """
+    if not (type(ids) is list and set(map(type, ids)) <= {int}):
+        ids = integers(name, ids).tolist()
+    if not signed and ids and min(ids) < 0:
+        i = next(i for i, token in enumerate(ids) if token < 0)
+        raise ValueError(f"{name}[{i}] is {ids[i]}; a token id is an index into the vocabulary, 0 or more")
+    return ids
+
+
+def token_lists(name: str, rows: Iterable[Any]) -> list[list[int]]:
+    """`rows`, a sequence of `token_ids`, as lists of ints."""
+    if isinstance(rows, str) or not hasattr(rows, "__len__"):
+        raise TypeError(f"{name} is {rows!r} ({type(rows).__name__}); it must be a list of lists of token ids")
+    if (
+        set(map(type, rows)) <= {list}
+        and set(map(type, chain.from_iterable(rows))) <= {int}
+        and min(chain.from_iterable(rows), default=0) >= 0
+    ):
+        return list(rows)
+    return [token_ids(f"{name}[{i}]", row) for i, row in enumerate(rows)]
+
+
+def _array(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
+    """`values` as an array whose dtype is one of numpy's `kinds`; an empty one of any dtype."""
+    if isinstance(values, torch.Tensor):
+        wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values  # numpy has no bfloat16
+        found = wide.detach().cpu().numpy()
+    elif isinstance(values, np.ndarray):
+        found = values
+    elif hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict, set)):
+        if "b" not in kinds and any(isinstance(value, (bool, np.bool_)) for value in values):
+            raise TypeError(f"{name} holds True or False; it must hold {what}")
+        try:
+            found = np.asarray(values)
+        except ValueError:  # rows of unequal length
+            raise TypeError(f"{name} holds sequences of unequal length; it must hold {what}") from None
+    else:
+        raise TypeError(f"{name} is {values!r} ({type(values).__name__}); it must be a sequence of {what}")
+    if found.size and found.dtype.kind not in kinds:
+        kind = numbers.Real if "f" in kinds else numbers.Integral
+        some = map(_scalar, found.flat if isinstance(values, (np.ndarray, torch.Tensor)) else values)
+        wrong = next((value for value in some if isinstance(value, bool) or not isinstance(value, kind)), found.flat[0])
+        raise TypeError(f"{name} holds {wrong!r} ({type(wrong).__name__}); it must hold {what}")
+    return found
 
 
 def settled(config: T) -> T:
@@ -88,8 +154,8 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
 
 
 def _scalar(value: Any) -> Any:
-    """A numpy or torch scalar as Python's, everything else as it is."""
-    of_torch = isinstance(value, torch.Tensor) and value.ndim == 0
+    """A numpy or torch scalar as Python's, everything else as it is: a tensor with a gradient, which a float would lose, too."""
+    of_torch = isinstance(value, torch.Tensor) and value.ndim == 0 and not value.requires_grad
     of_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
     return value.item() if of_torch or of_numpy else value
 

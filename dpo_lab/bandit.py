@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dpo_lab.arguments import integer, number
 from dpo_lab.losses import ppo_clip_loss
 from dpo_lab.objective import objective_value
 
@@ -13,6 +14,7 @@ Loss = Callable[[Tensor], Tensor]  # from log-probs (n,) to a number
 
 def all_pairs(n: int) -> tuple[Tensor, Tensor]:
     """Every ordered pair of `n` completions, chosen and rejected, (n (n - 1),) each."""
+    n = integer("n", n)
     pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))
     return tuple(pairs[pairs[:, 0] != pairs[:, 1]].T)
 
@@ -30,13 +32,14 @@ def pair_weights(reference: Tensor, reward: Tensor) -> Tensor:
 
 def sample_pairs(reference: Tensor, reward: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`n` labelled pairs drawn as `pair_weights` says: chosen and rejected, (n,) each."""
-    drawn = torch.multinomial(pair_weights(reference, reward), n, replacement=True, generator=generator)
+    drawn = torch.multinomial(pair_weights(reference, reward), integer("n", n), replacement=True, generator=generator)
     chosen, rejected = all_pairs(len(reference))
     return chosen[drawn], rejected[drawn]
 
 
 def descend(loss: Loss, reference: Tensor, *, steps: int, learning_rate: float) -> Tensor:
     """Gradient descent on logits from the reference: the policies on the way, (steps + 1, n)."""
+    steps, learning_rate = integer("steps", steps), number("learning_rate", learning_rate)
     logits = reference.log().clone().requires_grad_()
     path = [reference.detach()]
     for _ in range(steps):
@@ -50,7 +53,11 @@ def minimise(loss: Loss, reference: Tensor, *, iterations: int = 500) -> Tensor:
     """The policy (n,) of least loss, by L-BFGS from the reference. Where there is none, it is how far `iterations` came."""
     logits = reference.log().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [logits], max_iter=iterations, tolerance_grad=1e-14, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        [logits],
+        max_iter=integer("iterations", iterations),
+        tolerance_grad=1e-14,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -71,7 +78,7 @@ def exact_gradient(logits: Tensor, reference: Tensor, reward: Tensor, beta: floa
 
 def penalised_rewards(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """r - beta log(pi / pi_ref) of each completion, (n,): what policy gradients maximise the mean of. It has no gradient."""
-    return (reward - beta * (torch.log_softmax(logits, -1) - reference.log())).detach()
+    return (reward - number("beta", beta) * (torch.log_softmax(logits, -1) - reference.log())).detach()
 
 
 def reinforce_gradients(logits: Tensor, actions: Tensor, returns: Tensor, baseline: float | Tensor = 0.0) -> Tensor:
@@ -105,6 +112,8 @@ def policy_gradient(
     the batch's mean return as its baseline if asked; with `clip` it is PPO: `epochs` passes over the same samples, held near
     the policy that drew them by `ppo_clip_loss`.
     """
+    steps, samples, epochs = integer("steps", steps), integer("samples", samples), integer("epochs", epochs)
+    learning_rate = number("learning_rate", learning_rate)
     logits, path = reference.log().clone(), [reference.detach()]
     for _ in range(steps):
         policy = torch.softmax(logits, -1)

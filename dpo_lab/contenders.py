@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_lab import arguments
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.models import EMBEDDED
 
@@ -147,9 +148,9 @@ class Recorded:
         return float(self.optimal.share(row["reward"], row["kl"], self.before)) if row["kl"] >= 0.1 else float("nan")
 
 
-def recorded(folder: Path | None = None) -> Recorded:
+def recorded(folder: Path | str | None = None) -> Recorded:
     """The sweep that `dpo-lab frontier` left in `folder`; by default the one that comes with the package."""
-    folder = EMBEDDED.parent if folder is None else folder
+    folder = EMBEDDED.parent if folder is None else arguments.folder("folder", folder)
     for name in ("frontier.csv", "frontier.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is not there; give the directory of a finished `dpo-lab frontier`")

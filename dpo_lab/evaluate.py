@@ -10,6 +10,7 @@ from scipy.stats import norm
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpo_lab.arguments import floats, integer, token_lists
 from dpo_lab.imdb import sample_completions, texts_of
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.machine import return_freed_memory
@@ -45,6 +46,7 @@ def evaluate_policy(
 
     The KL is the mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi, which is unbiased; single values may be negative.
     """
+    prompts = token_lists("prompts", prompts)
     completions = sample_completions(
         policy,
         prompts,
@@ -62,7 +64,9 @@ def evaluate_policy(
     if policy is not reference:
         scored = [score_completions(model, prompts, flat, owners) for model in (policy, reference)]
         log_ratios = (scored[0] - scored[1]).numpy()
-    rewards = reward(texts)
+    rewards = floats("reward", reward(texts))
+    if rewards.shape != (len(texts),):
+        raise ValueError(f"reward gave the shape {rewards.shape} for {len(texts)} texts; it must be (N,), one number each")
     error = np.sqrt(len(prompts))
     return Evaluation(
         reward=float(rewards.mean()),
@@ -81,7 +85,7 @@ def win_rate(rewards: Sequence[float], baseline: Sequence[float], *, level: floa
     Raises:
         ValueError: not as many rewards as baseline rewards, or none.
     """
-    gap = np.asarray(rewards, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    gap = floats("rewards", rewards) - floats("baseline", baseline)
     if gap.ndim != 1 or not len(gap):
         raise ValueError(f"rewards and baseline give {gap.shape} differences; give two lists of one reward a prompt")
     rate, z = float(np.mean((gap > 0) + (gap == 0) / 2)), norm.ppf(0.5 + level / 2)
@@ -94,6 +98,9 @@ def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
 
     It falls when completions repeat themselves or each other, and with their number: compare only as many with as many.
     """
+    completions, n = token_lists("completions", completions), integer("n", n)
+    if n < 1:
+        raise ValueError(f"n is {n}; an n-gram has at least 1 token")
     grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
     if not grams:
         raise ValueError(f"no completion has {n} tokens, so there is no {n}-gram; take a smaller n")
@@ -106,7 +113,7 @@ def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
     The policy that returns it has a KL to the sampled one of at most log n - (n - 1) / n nats (Beirami et al. 2024,
     https://arxiv.org/abs/2401.01879), with equality where no two completions are the same.
     """
-    scores = np.asarray(scores, dtype=np.float64)
+    scores, n = floats("scores", scores), integer("n", n)
     if scores.ndim != 2 or not 1 <= n <= scores.shape[1]:
         raise ValueError(f"n is {n} with scores of shape {scores.shape}; it must be from 1 to K for scores (M, K)")
     k = scores.shape[1]
@@ -158,7 +165,7 @@ def optimal_frontier(scores: np.ndarray, betas: Sequence[float]) -> OptimalFront
     KL = E*[r] / beta - log Z, by self-normalised importance sampling. Where the effective number of samples nears 1 it is no
     longer valid: the KL cannot exceed log K.
     """
-    scores, betas = np.asarray(scores, dtype=np.float64), np.asarray(betas, dtype=np.float64)
+    scores, betas = floats("scores", scores), floats("betas", betas)
     if scores.ndim != 2 or scores.shape[1] < 2 or not (betas > 0).all():
         raise ValueError(f"scores has shape {scores.shape} and betas {betas}; need (M, K) scores with K >= 2 and positive betas")
     tilt = scores / betas[:, None, None]  # (B, M, K)
@@ -179,12 +186,12 @@ def frontier_band(
     Prompts are drawn again with replacement, and the samples of each; `level` is the share of resamples inside. NaN where
     fewer than half of the resamples are valid.
     """
-    scores, rng = np.asarray(scores), np.random.default_rng(seed)
-    found = np.empty((resamples, len(at)))
+    scores, at, rng = floats("scores", scores), floats("at", at), np.random.default_rng(seed)
+    found = np.empty((integer("resamples", resamples), len(at)))
     for row in found:
         prompts = rng.integers(len(scores), size=len(scores))
         samples = rng.integers(scores.shape[1], size=scores.shape)
-        row[:] = optimal_frontier(np.take_along_axis(scores[prompts], samples, 1), betas).reward_at(np.asarray(at))
+        row[:] = optimal_frontier(np.take_along_axis(scores[prompts], samples, 1), betas).reward_at(at)
     enough = np.isfinite(found).mean(0) >= 0.5
     ends = np.full((2, len(at)), np.nan)
     ends[:, enough] = np.nanquantile(found[:, enough], ((1 - level) / 2, (1 + level) / 2), axis=0)

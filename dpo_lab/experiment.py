@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_lab.arguments import folder
+from dpo_lab.escaping import for_markdown
 from dpo_lab.evaluate import Evaluation, OptimalFrontier
 from dpo_lab.imdb import sample_prefixes
 from dpo_lab.logprobs import score_completions
@@ -174,11 +176,12 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     return summary
 
 
-def save_samples(out: Path, before: Evaluation, after: Evaluation, n: int = 20) -> None:
-    """The first `n` held-out prefixes with their completions before and after, side by side, as `samples.md`."""
+def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int = 20) -> None:
+    """The first `n` held-out prefixes with their completions before and after, side by side, as `samples.md` in `out`."""
+    out = folder("out", out)
     rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
     for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
-        rows.append(f"| {b.replace('|', '/')} | {rb:.2f} | {a.replace('|', '/')} | {ra:.2f} |")
+        rows.append(f"| {for_markdown(b)} | {rb:.2f} | {for_markdown(a)} | {ra:.2f} |")
     with write_whole(out / "samples.md") as temporary:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 

@@ -4,7 +4,6 @@ import hashlib
 import html
 import importlib.resources
 import math
-import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dpo_lab.arguments import integer, number
-from dpo_lab.layout import Tokens
+from dpo_lab.arguments import integer, number, token_lists
+from dpo_lab.layout import begun
 from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, logit_path, matmuls_by_mkl, use_packed_attention
 from dpo_lab.models import check_cache
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
@@ -105,7 +104,8 @@ def sample_prefixes(
     lengths = rng.integers(shortest, longest + 1, n)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)["input_ids"]
-    return [[bos, *ids[:length]] for ids, length in zip(encoded, lengths)]
+    texts_ids = (begun(ids, bos)[1:] for ids in encoded)
+    return [[bos, *ids[:length]] for ids, length in zip(texts_ids, lengths)]
 
 
 def sample_completions(
@@ -168,7 +168,7 @@ def sample_with_logps(
     At temperature 1 that is what `score_completions` gives, up to rounding: the cache's batches have other shapes. At
     temperature 0 it is 0, for greedy search leaves nothing to chance.
     """
-    model, prompts = unwrapped(model), _plain(prompts)
+    model, prompts = unwrapped(model), token_lists("prompts", prompts)
     device = next(model.parameters()).device
     rows = ROWS.get(device.type, ROWS["cpu"]) if rows is None else rows
     k, max_new_tokens, rows, temperature = _checked(model, prompts, k, max_new_tokens, rows, temperature)
@@ -205,16 +205,6 @@ def sample_with_logps(
 
 
 ROWS = {"cpu": 256, "cuda": 1024}  # completions that are sampled at a time
-
-
-def _plain(prompts: Tokens) -> list[list[int]]:
-    """Prompts of lists, tuples, arrays or tensors of token ids as lists of ints."""
-    try:
-        return [list(map(operator.index, prompt)) for prompt in prompts]
-    except TypeError as error:
-        raise TypeError(
-            f"prompts must be a list of lists of token ids, as tokenizer(texts)['input_ids'] gives: {error}"
-        ) from error
 
 
 def _checked(
@@ -347,6 +337,6 @@ class _Roomy(DynamicLayer):
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[str]]:
     """Prompt and completion as one text, for each of the completions of each prompt."""
-    flat = [prompt + ids for prompt, row in zip(prompts, completions) for ids in row]
+    flat = [[*prompt, *ids] for prompt, row in zip(prompts, completions) for ids in row]
     decoded = iter(tokenizer.batch_decode(flat, skip_special_tokens=True))
     return [[next(decoded) for _ in row] for row in completions]

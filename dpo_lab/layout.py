@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_lab.arguments import integers, token_ids
+
 Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
 SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
 ALIKE = 2 / 3  # rows of these lengths go through attention together, whose work grows with the square
@@ -95,11 +97,12 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
             that saves an eighth. Exact for the model families in `logprobs.SHARES_PROMPTS`; `can_share` tells.
 
     Raises:
-        ValueError: an empty prompt or completion, or an index outside `prompts`.
+        ValueError, TypeError: an empty prompt or completion, an index outside `prompts`, or a token id that is no integer.
+            Arrays and tensors of integers are as good as lists.
     """
+    prompts, completions, prompt_of = check_tokens(prompts, completions, prompt_of)
     if not completions:
         raise ValueError("0 completions and 0 values in prompt_of; need one each, at least one")
-    check_tokens(prompts, completions, prompt_of)
     groups: dict[int, list[int]] = {}
     for i, p in enumerate(prompt_of):
         groups.setdefault(p, []).append(i)
@@ -213,7 +216,7 @@ def split(batch: CompletionBatch, parts: int) -> list[CompletionBatch]:
     share = batch.segments is not None or bool(batch.rows)
     return [
         completion_batch(
-            prompts,
+            [prompts[row] for row in range(len(prompts))],
             [completions[i] for row in some for i in members[row]],
             [int(row) for row in some for _ in members[row]],
             share=share,
@@ -222,14 +225,38 @@ def split(batch: CompletionBatch, parts: int) -> list[CompletionBatch]:
     ]
 
 
-def check_tokens(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> None:
-    """Raise ValueError unless every completion has tokens, and a prompt with tokens among `prompts`."""
-    if len(completions) != len(prompt_of):
-        raise ValueError(f"{len(completions)} completions and {len(prompt_of)} values in prompt_of; need one each")
-    for i, (completion, p) in enumerate(zip(completions, prompt_of)):
+def check_tokens(
+    prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]
+) -> tuple[Sequence[list[int]], list[list[int]], list[int]]:
+    """The same as lists of ints, of `prompts` those that `prompt_of` names.
+
+    Raises:
+        ValueError, TypeError: unless every completion has tokens, and a prompt with tokens among `prompts`.
+    """
+    owners = integers("prompt_of", prompt_of).tolist()
+    completions = [token_ids(f"completions[{i}]", ids, signed=True) for i, ids in enumerate(completions)]
+    if len(completions) != len(owners):
+        raise ValueError(f"{len(completions)} completions and {len(owners)} values in prompt_of; need one each")
+    used = {}
+    for i, (completion, p) in enumerate(zip(completions, owners)):
         if not 0 <= p < len(prompts):
             raise ValueError(f"prompt_of[{i}] is {p}; with {len(prompts)} prompts it must be in 0..{len(prompts) - 1}")
-        if not len(prompts[p]):
+        if p not in used:
+            used[p] = token_ids(f"prompts[{p}]", prompts[p], signed=True)
+        if not used[p]:
             raise ValueError(f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context")
-        if not len(completion):
+        if not completion:
             raise ValueError(f"completion {i} has no tokens; drop it, or end it with EOS")
+    if any(used[p] is not prompts[p] for p in used):
+        prompts = [used.get(p, []) for p in range(len(prompts))]
+    return prompts, completions, owners
+
+
+def begun(ids: list[int], start: int) -> list[int]:
+    """`ids` after the token `start`, which is not written twice."""
+    return ids if ids[:1] == [start] else [start, *ids]
+
+
+def ended(ids: list[int], end: int) -> list[int]:
+    """`ids` before the token `end`, which is not written twice."""
+    return ids if ids[-1:] == [end] else [*ids, end]

@@ -513,10 +513,11 @@ def score_completions(
 ) -> Tensor:
     """`completion_logps` of any number of completions, (N,) on the CPU, in batches of about `batch_tokens` tokens.
 
-    By default 2,048, and 16,384 on a GPU. Batches go by length, so little is padded; `progress` names a progress bar. The model is in evaluation mode meanwhile.
+    By default 2,048, and 16,384 on a GPU. Batches go by length, so little is padded; `progress` names a progress bar. The
+    model is in evaluation mode meanwhile.
     Several processes share the batches, and each gets all the log-probs.
     """
-    check_tokens(prompts, completions, prompt_of)
+    prompts, completions, prompt_of = check_tokens(prompts, completions, prompt_of)
     model = unwrapped(model)
     device, training, share = next(model.parameters()).device, model.training, can_share(model)
     batch_tokens = batch_tokens or (16_384 if device.type == "cuda" else 2_048)

@@ -5,12 +5,14 @@ so a prompt with K ranked completions has K(K-1)/2 pairs over K log-probabilitie
 """
 
 import math
-import numbers
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dpo_lab.arguments import number
 
 Kind = Literal["sigmoid", "ipo", "hinge", "robust"]
 
@@ -62,8 +64,7 @@ def dpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what was found and what is allowed.
     """
-    check_kind(kind, label_smoothing)
-    check_beta(beta)
+    e, beta = check_kind(kind, label_smoothing), check_beta(beta)
     _check_logps("policy_logps", policy_logps)
     _check_logps("reference_logps", reference_logps)
     if policy_logps.shape != reference_logps.shape:
@@ -78,7 +79,6 @@ def dpo_loss(
 
     rewards = beta * (policy_logps - reference_logps)  # (N,)
     margins = rewards[chosen] - rewards[rejected]  # (P,)
-    e = label_smoothing
     if kind == "sigmoid":
         losses = -(1 - e) * F.logsigmoid(margins) - e * F.logsigmoid(-margins)
         weights = (1 - e) * torch.sigmoid(-margins) - e * torch.sigmoid(margins)
@@ -131,8 +131,7 @@ def unlikelihood_loss(policy_logps: Tensor, chosen: Tensor, rejected: Tensor, al
     Section 6 of Rafailov et al. 2023, alpha in [0, 1]; alpha = 0 is Preferred-FT. With no sigmoid to weigh the pairs it
     has no lower bound, which is why it degenerates.
     """
-    if not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
-        raise ValueError(f"alpha is {alpha!r}; it must be a number in [0, 1], the weight of the rejected completion")
+    alpha = _number("alpha", alpha, lambda a: 0 <= a <= 1, "a number in [0, 1], the weight of the rejected completion")
     _check_logps("policy_logps", policy_logps)
     check_pairs(chosen, rejected, len(policy_logps))
     _check_finite("policy_logps", policy_logps, chosen, rejected)
@@ -151,7 +150,7 @@ def ppo_clip_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: fl
         advantages: (...) how much better than expected each action was.
         clip: c, positive.
     """
-    _check_clip(clip)
+    clip = _checked_clip(clip)
     _check_shapes(logps=logps, old_logps=old_logps, advantages=advantages)
     ratios = torch.exp(logps - old_logps)
     return torch.maximum(-advantages * ratios, -advantages * ratios.clamp(1 - clip, 1 + clip))
@@ -162,26 +161,25 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
     All are (...), in units of the reward. From OpenAI's implementation of PPO; the paper has it without the clip (Eq. 9).
     """
-    _check_clip(clip)
+    clip = _checked_clip(clip)
     _check_shapes(values=values, old_values=old_values, returns=returns)
     clipped = torch.clamp(values, old_values - clip, old_values + clip)
     return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) / 2
 
 
-def check_beta(beta: float) -> None:
-    """Raise ValueError unless beta is a positive, finite number."""
-    if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta is {beta!r}; it must be a positive, finite number (the paper uses 0.1 to 0.5)")
+def check_beta(beta: float) -> float:
+    """`beta` as a float. Raises ValueError unless it is a positive, finite number."""
+    return _number("beta", beta, lambda b: b > 0, "a positive, finite number (the paper uses 0.1 to 0.5)")
 
 
-def check_kind(kind: str, label_smoothing: float) -> None:
-    """Raise ValueError unless `kind` is known and `label_smoothing` is in [0, 0.5) and defined for it."""
+def check_kind(kind: str, label_smoothing: float) -> float:
+    """`label_smoothing` as a float. Raises ValueError unless `kind` is known and the smoothing in [0, 0.5) and defined for it."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(get_args(Kind))}")
-    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing < 0.5):
-        raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be in [0, 0.5), the share of flipped labels")
-    if label_smoothing and kind in ("ipo", "hinge"):
-        raise ValueError(f"label_smoothing is {label_smoothing!r} with kind={kind!r}; it is defined for sigmoid and robust")
+    e = _number("label_smoothing", label_smoothing, lambda e: 0 <= e < 0.5, "in [0, 0.5), the share of flipped labels")
+    if e and kind in ("ipo", "hinge"):
+        raise ValueError(f"label_smoothing is {e!r} with kind={kind!r}; it is defined for sigmoid and robust")
+    return e
 
 
 def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
@@ -205,9 +203,19 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
         raise ValueError(f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair")
 
 
-def _check_clip(clip: float) -> None:
-    if not (isinstance(clip, (int, float)) and math.isfinite(clip) and clip > 0):
-        raise ValueError(f"clip is {clip!r}; it must be a positive, finite number (0.2 is usual)")
+def _number(name: str, value: Any, allowed: Callable[[float], bool], says: str) -> float:
+    """`value` as a float that is finite and `allowed`, which the error `says` in words."""
+    try:
+        found = number(name, value)
+    except TypeError:
+        found = math.nan
+    if not (math.isfinite(found) and allowed(found)):
+        raise ValueError(f"{name} is {value!r}; it must be {says}")
+    return found
+
+
+def _checked_clip(clip: float) -> float:
+    return _number("clip", clip, lambda c: c > 0, "a positive, finite number (0.2 is usual)")
 
 
 def _check_shapes(**tensors: Tensor) -> None:

@@ -8,7 +8,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dpo_lab.plots import CHOSEN, OPTIMUM, POLICY, REJECTED, root_scale
+from dpo_lab.plots import CHOSEN, OPTIMUM, POLICY, REJECTED, check_labels, root_scale
 
 
 class Moving(NamedTuple):
@@ -28,15 +28,37 @@ def _wide(panels: int) -> tuple[Figure, list[Any]]:
     return figure, axes
 
 
+def holding(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
+    """Limits that hold the finite `values`: `low` <= 0 and `high` > 0, each doubled as often as it takes.
+
+    So a picture is drawn anew only where a value passes a limit, and not at each move.
+    """
+    finite = np.asarray(values, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    if len(finite) and finite.min() < low == 0:
+        low = -high / 16
+    while len(finite) and finite.max() > high * (1 + 1e-9):
+        high *= 2
+    while len(finite) and finite.min() < low * (1 + 1e-9):
+        low *= 2
+    return low, high
+
+
+def _hold(panel: Any, values: Sequence[float], low: float, high: float) -> None:
+    """Set the limits of y to `holding`, and a little room."""
+    low, high = holding(values, low, high)
+    panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
 def moving_optimum(reference: Tensor, labels: Sequence[str], kls: Sequence[float], rewards: Sequence[float]) -> Moving:
     """Reference and optimum as bars, and the optimum's place on the frontier; a state has `policy`, `kl` and `reward`."""
     figure, (left, right) = _wide(2)
-    places = np.arange(len(labels))
+    shown, places = check_labels(labels, len(reference), "outcomes"), np.arange(len(labels))
     left.bar(places - 0.2, np.asarray(reference), 0.4, color=OPTIMUM, label="reference")
     bars = left.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
-    left.set_xticks(places, labels)
+    left.set_xticks(places, shown)
     left.set(ylim=(0, 1), ylabel="probability")
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # where no bar reaches
     right.plot(kls, rewards, color=OPTIMUM, label="optimum for every beta")
     (point,) = right.plot([], [], "o", color=CHOSEN, markersize=9)
     right.set(xlabel="KL to the reference (nats)", ylabel="mean reward")
@@ -56,9 +78,9 @@ def moving_bandit(labels: Sequence[str]) -> Moving:
     places = np.arange(len(labels))
     before = axes.bar(places - 0.2, np.zeros(len(labels)), 0.4, color=OPTIMUM, label="reference")
     after = axes.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
-    axes.set_xticks(places, labels)
+    axes.set_xticks(places, check_labels(labels, len(labels), "outcomes"))
     axes.set(ylim=(0, 1), ylabel="probability")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # where no bar reaches
 
     def update(state: Mapping[str, Any]) -> None:
         for bars, heights in ((before, state["reference"]), (after, state["policy"])):
@@ -68,14 +90,17 @@ def moving_bandit(labels: Sequence[str]) -> Moving:
     return Moving(figure, [*before, *after], update)
 
 
-def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float]) -> Moving:
-    """Rewards as bars beside the likeliest ones, and predicted shares beside `observed`; a state has `rewards`, `predicted`."""
+def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float], most: float = 4.0) -> Moving:
+    """Rewards as bars beside the likeliest ones, and predicted shares beside `observed`; a state has `rewards`, `predicted`.
+
+    Rewards are from -`most` to `most`, in nats.
+    """
     figure, (left, right) = _wide(2)
     places = np.arange(len(labels))
     bars = left.bar(places, np.zeros(len(labels)), 0.6, color=POLICY, label="your rewards")
     marks = left.plot(places, likeliest, "_", color=REJECTED, markersize=30, markeredgewidth=2, label="likeliest rewards")
-    left.set_xticks(places, labels)
-    left.set(ylim=(-4, 5.5), ylabel="reward (nats)")
+    left.set_xticks(places, check_labels(labels, len(likeliest), "items"))
+    left.set(ylim=(-most, 1.375 * most), ylabel="reward (nats)")
     left.axhline(0, color=OPTIMUM, linewidth=0.8)
     left.legend(frameon=False, loc="upper left", ncols=2)
     right.plot([0, 1], [0, 1], "--", color=OPTIMUM, label="prediction = observation")
@@ -113,8 +138,11 @@ def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence
     return Moving(figure, [mark, cloud], update)
 
 
-def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any) -> Moving:
-    """One run among all, reward against KL, and its KL as it trains; a state has `kl`, `reward`, `step` and `target`."""
+def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any, targets: Sequence[float] = ()) -> Moving:
+    """One run among all, reward against KL, and its KL as it trains; a state has `kl`, `reward`, `step` and `target`.
+
+    `target` is one of the `targets`, a KL in nats, or None.
+    """
     figure, (left, right) = _wide(2)
     valid = optimal.valid
     left.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy")
@@ -125,36 +153,60 @@ def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any) -> Movi
     (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
     left.set(xlabel="sequence KL (nats)", ylabel="mean reward")
     left.legend(frameon=False, loc="lower right")
-    most = max(row["kl"] for row in rows)
-    root_scale(left.xaxis, most)
-    root_scale(right.yaxis, most)
+    kls = [row["kl"] for row in rows]
+    root_scale(left.xaxis, max(kls), min(kls))
+    root_scale(right.yaxis, max(*kls, *targets), min(kls))
     (meter,) = right.plot([], [], "o-", color=POLICY, markersize=5)
-    target = right.axhline(-1, color=REJECTED, linestyle=":", linewidth=2)
+    target = right.axhline(0, color=REJECTED, linestyle=":", linewidth=2)
     right.set(xlabel="share of its training", ylabel="sequence KL (nats)", xlim=(-0.03, 1.03))
 
     def update(state: Mapping[str, Any]) -> None:
         path.set_data(state["kl"], state["reward"])
         last.set_data(state["kl"][-1:], state["reward"][-1:])
         meter.set_data(np.asarray(state["step"]) / max(state["step"][-1], 1), state["kl"])
-        target.set_ydata([state["target"]] * 2)
+        target.set_visible(state["target"] is not None)
+        target.set_ydata([state["target"] or 0.0] * 2)
 
     return Moving(figure, [path, last, meter, target], update)
 
 
-def moving_pairs(line: Mapping[str, np.ndarray]) -> Moving:
-    """Pairs on the curves of loss and gradient weight; the curves and a state have `margins`, `losses` and `weights`."""
+PAIRS = {"losses": ("loss", POLICY), "weights": ("gradient weight", REJECTED)}  # what a panel shows: its label and colour
+
+
+def moving_pairs(usual: Mapping[str, np.ndarray]) -> Moving:
+    """Pairs on the curves of loss and gradient weight; a state has `margins`, `losses`, `weights`, and those of its `curve`.
+
+    `usual` is the curve whose limits are kept as long as they hold the state.
+    """
     figure, panels = _wide(2)
-    clouds = []
-    for axes, name, label, colour in zip(panels, ("losses", "weights"), ("loss", "gradient weight"), (POLICY, REJECTED)):
-        axes.plot(line["margins"], line[name], color=OPTIMUM)
-        clouds += axes.plot([], [], "o", color=colour, alpha=0.35, markersize=5)
-        axes.set(xlabel="margin (beta x nats)", ylabel=label, xlim=(line["margins"][0], line["margins"][-1]))
+    shown = [_pairs_on_curve(axes, name, usual) for axes, name in zip(panels, PAIRS)]
 
     def update(state: Mapping[str, Any]) -> None:
-        for cloud, name in zip(clouds, ("losses", "weights")):
-            cloud.set_data(state["margins"], state[name])
+        for _, _, move in shown:
+            move(state)
 
-    return Moving(figure, clouds, update)
+    return Moving(figure, [artists[i] for i in (0, 1) for artists in shown], update)
+
+
+def _pairs_on_curve(
+    axes: Any, name: str, usual: Mapping[str, np.ndarray]
+) -> tuple[Artist, Artist, Callable[[Mapping[str, Any]], None]]:
+    """The artists of pairs and of the curve of `name` against the margin, and what moves both."""
+    label, colour = PAIRS[name]
+    (curve,) = axes.plot([], [], color=OPTIMUM, zorder=1.9)
+    (cloud,) = axes.plot([], [], "o", color=colour, alpha=0.35, markersize=5)
+    axes.set(xlabel="margin (beta x nats)", ylabel=label)
+    low, high = min(0.0, usual[name].min()), max(1.0, usual[name].max())
+
+    def move(state: Mapping[str, Any]) -> None:
+        line = state["curve"]
+        curve.set_data(line["margins"], line[name])
+        cloud.set_data(state["margins"], state[name])
+        axes.set_xlim(line["margins"][0], line["margins"][-1])
+        _hold(axes, line[name], low, high)
+
+    move({**usual, "curve": usual})
+    return cloud, curve, move
 
 
 def moving_curves(steps: int) -> Moving:
@@ -172,14 +224,18 @@ def moving_curves(steps: int) -> Moving:
     def update(state: Mapping[str, Any]) -> None:
         loss.set_data(state["step"], state["loss"])
         margin.set_data(state["step"], state["margin"])
+        left.set_ylim(holding(state["loss"], 0, 1))
+        right.set_ylim(holding(state["margin"], -0.5, 4))
+        for axes in (left, right):
+            axes.set_xlim(holding(state["step"], 0, steps))
 
     return Moving(figure, [loss, margin], update)
 
 
-def moving_betas(paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, line: Mapping[str, np.ndarray]) -> Moving:
+def moving_betas(paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, usual: Mapping[str, np.ndarray]) -> Moving:
     """One recorded run among those of other betas: reward against KL, and its pairs on the curve of the gradient weight.
 
-    `paths` have points with `kl` and `reward`; `line` has `margins` and `weights`, and so has a state beside `kl`, `reward`.
+    `paths` have points with `kl` and `reward`; `usual` and a state, beside `kl` and `reward`, are as in `moving_pairs`.
     """
     figure, (left, right) = _wide(2)
     valid = optimal.valid
@@ -190,14 +246,13 @@ def moving_betas(paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, l
     (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
     left.set(xlabel="sequence KL (nats)", ylabel="mean reward")
     left.legend(frameon=False, loc="lower right")
-    root_scale(left.xaxis, max(point["kl"] for points in paths for point in points))
-    right.plot(line["margins"], line["weights"], color=OPTIMUM)
-    (cloud,) = right.plot([], [], "o", color=REJECTED, alpha=0.35, markersize=5)
-    right.set(xlabel="margin (beta x nats)", ylabel="gradient weight", xlim=(line["margins"][0], line["margins"][-1]))
+    kls = [point["kl"] for points in paths for point in points]
+    root_scale(left.xaxis, max(kls), min(kls))
+    cloud, curve, move = _pairs_on_curve(right, "weights", usual)
 
     def update(state: Mapping[str, Any]) -> None:
         path.set_data(state["kl"], state["reward"])
         last.set_data(state["kl"][-1:], state["reward"][-1:])
-        cloud.set_data(np.clip(state["margins"], line["margins"][0], line["margins"][-1]), state["weights"])
+        move(state)
 
-    return Moving(figure, [path, last, cloud], update)
+    return Moving(figure, [path, last, cloud, curve], update)

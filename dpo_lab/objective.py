@@ -21,14 +21,14 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 def objective_value(policy: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """J(pi) = E_pi[r] - beta KL(pi || pi_ref), (...) in units of the reward (Eq. 3)."""
-    check_beta(beta)
+    beta = check_beta(beta)
     _check_reward(reward, policy)
     return (policy * reward).sum(-1) - beta * kl(policy, reference)
 
 
 def log_partition(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """log Z = log sum pi_ref exp(r / beta), (...) (below Eq. 4)."""
-    _check_tilt(reference, reward, beta)
+    beta = _checked_tilt(reference, reward, beta)
     mean = (reference * reward).sum(-1, keepdim=True)
     tilt = (reward - mean) / beta  # (..., n)
     small = torch.log1p((reference * torch.expm1(tilt.clamp(max=1.0))).sum(-1))  # exact where beta is large
@@ -38,7 +38,7 @@ def log_partition(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
 
 def optimal_policy(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """pi* = pi_ref exp(r / beta) / Z, the policy that maximises the objective, (..., n) (Eq. 4)."""
-    _check_tilt(reference, reward, beta)
+    beta = _checked_tilt(reference, reward, beta)
     return torch.softmax(_log(reference) + (reward - reward.amax(-1, keepdim=True)) / beta, -1)
 
 
@@ -48,7 +48,7 @@ def implicit_reward(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     Minus infinity where only the reference gives probability, plus infinity where only the policy does, and 0 where
     neither does, for no data can tell.
     """
-    check_beta(beta)
+    beta = check_beta(beta)
     _check_distribution("policy", policy)
     _check_distribution("reference", reference)
     _check_same("policy", policy, "reference", reference)
@@ -61,7 +61,7 @@ def value_gap(policy: Tensor, reference: Tensor, reward: Tensor, beta: float) ->
     It holds because J(pi) = beta log Z - beta KL(pi || pi*) (Eq. 14, whose printed "+ Z(x)" should read "- log Z(x)").
     """
     _check_distribution("policy", policy)
-    _check_tilt(reference, reward, beta)
+    beta = _checked_tilt(reference, reward, beta)
     _check_same("policy", policy, "reference", reference)
     log_best = _log(reference) + reward / beta - log_partition(reference, reward, beta)[..., None]  # (..., n)
     return beta * _mean_log_ratio(policy, log_best)
@@ -99,7 +99,8 @@ def _check_reward(reward: Tensor, p: Tensor) -> None:
     _check_same("reward", reward, "the distribution", p)
 
 
-def _check_tilt(reference: Tensor, reward: Tensor, beta: float) -> None:
-    check_beta(beta)
+def _checked_tilt(reference: Tensor, reward: Tensor, beta: float) -> float:
+    """`beta` as a float, where reference and reward are good."""
     _check_distribution("reference", reference)
     _check_reward(reward, reference)
+    return check_beta(beta)

@@ -1,7 +1,11 @@
-"""Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone."""
+"""Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone.
 
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+Names and labels are shown letter by letter (`escaping.for_figure`); titles and the names of axes may hold matplotlib's
+mathematics. Everything that is given is drawn, within the axes, or refused.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,8 +16,29 @@ from matplotlib.scale import FuncScale
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
+from dpo_lab.arguments import floats, integers
+from dpo_lab.escaping import for_figure, for_html
+
 CONTENDERS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
 CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
+COLOURS, STROKES = (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")
+
+
+def looks(colours: Sequence[Any], others: Sequence[Any], *, beside: bool = True) -> Iterator[tuple[Any, Any]]:
+    """Colours with strokes, markers or hatches, for any number of things: a colour that comes again has another one.
+
+    The second moves on with the colour, or, unless `beside`, only when the colours are through.
+    """
+    for k in count():
+        turn = k // len(colours)
+        yield colours[k % len(colours)], others[(turn + k * beside) % len(others)]
+
+
+def check_labels(labels: Sequence[str], n: int, what: str) -> list[str]:
+    """The labels as matplotlib shows them letter by letter. Raises ValueError unless there is one for each of `n`."""
+    if len(labels) != n:
+        raise ValueError(f"labels has {len(labels)} entries, {list(labels)}, and there are {n} {what}; give one label for each")
+    return [for_figure(label) for label in labels]
 
 
 def _figure(title: str, *labels: str, x: str = "step") -> tuple[Figure, Any]:
@@ -27,6 +52,15 @@ def _figure(title: str, *labels: str, x: str = "step") -> tuple[Figure, Any]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure, panels if len(labels) > 1 else panels[0]
+
+
+def _legend(axes: Any, **options: Any) -> None:
+    """A legend inside the axes, or under them where it would cover them."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= 8:
+        axes.legend(frameon=False, **options)
+    else:
+        axes.figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=3)
 
 
 def _curve(axes: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, label: str) -> None:
@@ -45,11 +79,15 @@ def plot_distributions(labels: Sequence[str], distributions: Mapping[str, Sequen
     """Named distributions over the same outcomes, as bars side by side."""
     figure, axes = _figure("Probabilities", "probability", x="outcome")
     width, places = 0.8 / len(distributions), np.arange(len(labels))
-    for k, ((name, values), colour) in enumerate(zip(distributions.items(), (OPTIMUM, CHOSEN, POLICY, REJECTED))):
-        axes.bar(places + (k - (len(distributions) - 1) / 2) * width, values, width, label=name, color=colour)
-    axes.set_xticks(places, labels)
+    own = looks((OPTIMUM, CHOSEN, POLICY, REJECTED), (None, "//", "..", "xx"), beside=False)
+    for k, ((name, values), (colour, hatch)) in enumerate(zip(distributions.items(), own)):
+        values = floats(f"distributions[{name!r}]", values)
+        shown = check_labels(labels, len(values), f"probabilities in {name!r}")
+        left = places + (k - (len(distributions) - 1) / 2) * width
+        axes.bar(left, values, width, label=for_figure(name), color=colour, hatch=hatch)
+    axes.set_xticks(places, shown)
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False)
+    _legend(axes)
     return figure
 
 
@@ -57,9 +95,11 @@ def plot_beta_path(
     betas: Sequence[float], policies: np.ndarray, labels: Sequence[str], value: Sequence[float], spent: Sequence[float]
 ) -> Figure:
     """How the optimal policy changes with beta: probabilities (B, n), and under them mean reward and KL (B,)."""
+    policies, value, spent = floats("policies", policies), floats("value", value), floats("spent", spent)
     figure, (top, bottom) = _figure("The optimal policy from beta = infinity to 0", "probability", "mean reward", x="beta")
-    for k, (label, style) in enumerate(zip(labels, ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))))):
-        top.plot(betas, policies[:, k], linestyle=style, color=(OPTIMUM, REJECTED, POLICY, CHOSEN)[k % 4], label=label)
+    shown, strokes = check_labels(labels, policies.shape[1], "outcomes"), (*STROKES, (0, (5, 1)), (0, (1, 1)))
+    for label, line, (colour, style) in zip(shown, policies.T, looks((OPTIMUM, REJECTED, POLICY, CHOSEN), strokes)):
+        top.plot(betas, line, linestyle=style, color=colour, label=label)
     bottom.plot(betas, value, color=CHOSEN, label="mean reward")
     bottom.set_xscale("log")
     bottom.invert_xaxis()
@@ -67,7 +107,7 @@ def plot_beta_path(
     right.plot(betas, spent, color=POLICY, linestyle="--", label="KL to the reference")
     right.set_ylabel("KL (nats)")
     right.spines["top"].set_visible(False)
-    top.legend(frameon=False)
+    _legend(top)
     lines = [*bottom.get_lines(), *right.get_lines()]
     bottom.legend(lines, [line.get_label() for line in lines], frameon=False)
     return figure
@@ -76,9 +116,13 @@ def plot_beta_path(
 def plot_lines(title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Figure:
     """Named curves over one axis, told apart by colour and by stroke."""
     figure, axes = _figure(title, y_label, x=x_label)
-    for (name, values), colour, style in zip(lines.items(), (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")):
-        axes.plot(x, values, color=colour, linestyle=style, label=name)
-    axes.legend(frameon=False)
+    x = floats("x", x)
+    for (name, values), (colour, style) in zip(lines.items(), looks(COLOURS, STROKES)):
+        values = floats(f"lines[{name!r}]", values)
+        if len(values) != len(x):
+            raise ValueError(f"line {name!r} has {len(values)} values and x has {len(x)}; there must be one for each")
+        axes.plot(x, values, color=colour, linestyle=style, label=for_figure(name))
+    _legend(axes)
     return figure
 
 
@@ -86,13 +130,14 @@ def plot_band(
     title: str, x: Sequence[float], values: np.ndarray, lines: Mapping[str, Sequence[float]], x_label: str, y_label: str
 ) -> Figure:
     """Mean of `values` (len(x), seeds) with the band from the 10th to the 90th percentile, beside theory, both axes in logs."""
+    x, values = floats("x", x), floats("values", values)
     figure, axes = _figure(title, y_label, x=x_label)
     axes.fill_between(x, *np.quantile(values, (0.1, 0.9), axis=1), color=POLICY, alpha=0.2, label="10% to 90% of seeds")
     axes.plot(x, values.mean(1), "o-", color=POLICY, label="mean of seeds")
     for name, line in lines.items():
-        axes.plot(x, line, "--", color=OPTIMUM, label=name)
+        axes.plot(x, floats(f"lines[{name!r}]", line), "--", color=OPTIMUM, label=for_figure(name))
     axes.set(xscale="log", yscale="log")
-    axes.legend(frameon=False)
+    _legend(axes)
     return figure
 
 
@@ -101,14 +146,14 @@ def plot_race(
 ) -> Figure:
     """Median and band from the 10th to the 90th percentile of each racer, (x, values (len(x), seeds)), both axes in logs."""
     figure, axes = _figure(title, y_label, x=x_label)
-    for (name, (x, values)), colour, style in zip(racers.items(), (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")):
-        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
+    for (name, (x, values)), (colour, style) in zip(racers.items(), looks(COLOURS, STROKES)):
+        low, middle, high = np.quantile(floats(f"racers[{name!r}]", values), (0.1, 0.5, 0.9), axis=1)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(x, middle, color=colour, linestyle=style, label=name)
+        axes.plot(x, middle, color=colour, linestyle=style, label=for_figure(name))
     if goal is not None:
         axes.axhline(goal, color=OPTIMUM, linewidth=0.8)
     axes.set(xscale="log", yscale="log")
-    axes.legend(frameon=False)
+    _legend(axes)
     return figure
 
 
@@ -120,17 +165,18 @@ def plot_simplex(
     steps: int = 80,
 ) -> Figure:
     """A value over all distributions of three outcomes as contours, with curves (K, 3) and points (3,) among them."""
-    corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]])
+    corners, shown = np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]]), check_labels(labels, 3, "outcomes")
     grid = torch.tensor([(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]).double() / steps
     figure = Figure(figsize=(6.4, 5.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     surface = axes.tricontourf(*(grid.numpy() @ corners).T, value(grid).numpy(), levels=16, cmap="cividis")
     figure.colorbar(surface, ax=axes, label="objective", shrink=0.8)
-    for (name, curve), colour in zip(curves.items(), ("white", REJECTED)):
-        axes.plot(*(np.asarray(curve) @ corners).T, color=colour, linewidth=2, label=name)
-    for (name, point), marker in zip(points.items(), "so^D"):
-        axes.plot(*(np.asarray(point) @ corners), marker, color=REJECTED, markeredgecolor="white", markersize=9, label=name)
-    for label, corner, drop in zip(labels, corners, (-0.07, -0.07, 0.03)):
+    for (name, curve), (colour, style) in zip(curves.items(), looks(("white", REJECTED), STROKES, beside=False)):
+        axes.plot(*(np.asarray(curve) @ corners).T, style, color=colour, linewidth=2, label=for_figure(name))
+    for (name, point), (marker, colour) in zip(points.items(), looks("so^D", (REJECTED, POLICY, CHOSEN), beside=False)):
+        place = np.asarray(point) @ corners
+        axes.plot(*place, marker, color=colour, markeredgecolor="white", markersize=9, label=for_figure(name))
+    for label, corner, drop in zip(shown, corners, (-0.07, -0.07, 0.03)):
         axes.text(corner[0], corner[1] + drop, label, ha="center")
     axes.set(aspect="equal", xlim=(-0.15, 1.15), ylim=(-0.12, 0.95))
     axes.axis("off")
@@ -140,18 +186,19 @@ def plot_simplex(
 
 def plot_intervals(labels: Sequence[str], low: Sequence[float], centre: Sequence[float], high: Sequence[float]) -> Figure:
     """Estimates with their intervals, one line each, the first at the top."""
+    low, centre, high = floats("low", low), floats("centre", centre), floats("high", high)
     figure, axes = _figure("Estimates with intervals", "", x="reward (nats)")
-    places = np.arange(len(labels))[::-1]
+    shown, places = check_labels(labels, len(centre), "estimates"), np.arange(len(labels))[::-1]
     axes.hlines(places, low, high, color=POLICY)
     axes.plot(centre, places, "o", color=POLICY)
     axes.axvline(0, color=OPTIMUM, linewidth=0.8)
-    axes.set_yticks(places, labels)
+    axes.set_yticks(places, shown)
     return figure
 
 
 def plot_calibration(predicted: Sequence[float], observed: Sequence[float], count: Sequence[float]) -> Figure:
     """Observed share against predicted probability, points as large as they are many, with two binomial standard errors."""
-    predicted, observed, count = map(np.asarray, (predicted, observed, count))
+    predicted, observed, count = floats("predicted", predicted), floats("observed", observed), floats("count", count)
     figure, axes = _figure("Calibration", "observed share", x="predicted probability")
     axes.plot([0, 1], [0, 1], color=OPTIMUM, linestyle="--", label="perfectly calibrated")
     error = 2 * np.sqrt(predicted * (1 - predicted) / count)
@@ -211,11 +258,12 @@ def plot_frontier(runs: Mapping[str, Sequence[dict[str, float]]], frontier: Any 
             linestyle="--",
             label="optimal policy, estimated from the reference",
         )
-    for (name, points), colour, marker in zip(runs.items(), (POLICY, REJECTED, CHOSEN, OPTIMUM), "os^D"):
+    for (name, points), (colour, marker) in zip(runs.items(), looks(COLOURS, "os^D")):
         kl, reward, kl_se, reward_se = ([p[k] for p in points] for k in ("kl", "reward", "kl_se", "reward_se"))
-        axes.errorbar(kl, reward, reward_se, kl_se, marker=marker, markersize=4, color=colour, label=name)
-    axes.set(ylim=(0.4, 1.0))
-    axes.legend(frameon=False, loc="lower right")
+        axes.errorbar(kl, reward, reward_se, kl_se, marker=marker, markersize=4, color=colour, label=for_figure(name))
+    low, high = axes.dataLim.intervaly
+    axes.set(ylim=(min(0.4, low - 0.02), max(1.0, high + 0.02 * (high > 1))))
+    _legend(axes, loc="lower right")
     return figure
 
 
@@ -232,18 +280,20 @@ def plot_contenders(runs: Mapping[str, Sequence[Mapping[str, float]]], optimal: 
     axes.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy, with its 90 % band")
     end = np.argmax(np.where(valid, optimal.kl, -1))
     axes.plot(optimal.kl[end], optimal.reward[end], "x", color=OPTIMUM, markersize=9)
-    for (name, points), colour, marker in zip(runs.items(), CONTENDERS, "os^DvP*"):
+    for (name, points), (colour, marker) in zip(runs.items(), looks(CONTENDERS, "os^DvP*")):
         kl, reward = ([p[k] for p in points] for k in ("kl", "reward"))
-        axes.plot(kl, reward, marker, color=colour, markersize=5, alpha=0.75, markeredgewidth=0, label=name)
-    root_scale(axes.xaxis, max(point["kl"] for points in runs.values() for point in points))
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
+        axes.plot(kl, reward, marker, color=colour, markersize=5, alpha=0.75, markeredgewidth=0, label=for_figure(name))
+    kls = [point["kl"] for points in runs.values() for point in points]
+    root_scale(axes.xaxis, max(kls), min(kls))
+    _legend(axes, loc="lower right", fontsize=9)
     return figure
 
 
-def root_scale(axis: Any, most: float) -> None:
-    """A scale of square roots, on which 1 nat and 40 can both be seen."""
-    functions = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)
-    axis.axes.set(**{f"{axis.axis_name}scale": FuncScale(axis, functions), f"{axis.axis_name}lim": (0, 1.1 * most)})
+def root_scale(axis: Any, most: float, least: float = 0.0) -> None:
+    """A scale of square roots, on which 1 nat and 40 can both be seen; `least` is below 0 where an estimate of a KL is."""
+    functions = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
+    limits = (1.1 * min(least, 0.0), 1.1 * most)
+    axis.axes.set(**{f"{axis.axis_name}scale": FuncScale(axis, functions), f"{axis.axis_name}lim": limits})
     ticks = [0.0]
     for tick in (0.5, 2, 5, 10, 20, 40, 80, 160):
         if tick <= 1.1 * most and tick**0.5 - ticks[-1] ** 0.5 >= (1.1 * most) ** 0.5 / 8:
@@ -261,8 +311,8 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
             colour = REJECTED if "trained" in use else POLICY
             axes.barh(y, 0.94 * gigabytes, left=x * gigabytes, height=0.7, color=colour, alpha=0.8)
             place = ((x + 0.47) * gigabytes, y)
-            axes.annotate(f"{role}\n{use}", place, ha="center", va="center", color="white", fontsize=9)
-    axes.set_yticks(range(len(methods)), list(methods))
+            axes.annotate(for_figure(f"{role}\n{use}"), place, ha="center", va="center", color="white", fontsize=9)
+    axes.set_yticks(range(len(methods)), [for_figure(method) for method in methods])
     axes.invert_yaxis()
     axes.set(xlabel="GB of weights")
     axes.set_xticks(np.arange(max(map(len, methods.values())) + 1) * gigabytes)
@@ -273,6 +323,7 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
 
 def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Figure:
     """What P pairs teach: the rewards of their chosen and rejected completions, out of `scores` (N,), and how far they differ."""
+    scores, chosen, rejected = floats("scores", scores), integers("chosen", chosen), integers("rejected", rejected)
     figure = Figure(figsize=(8.4, 3.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     bins = np.linspace(scores.min(), scores.max(), 25)
@@ -293,14 +344,14 @@ def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> 
 def plot_betas(runs: Mapping[float, Sequence[Mapping[str, float]]], optimal: Any) -> Figure:
     """Reward against sequence KL as training goes on, a small panel for each beta, under the optimal frontier."""
     figure = Figure(figsize=(8.4, 2.7), dpi=120, layout="constrained")
-    most = max(point["kl"] for points in runs.values() for point in points)
+    kls = [point["kl"] for points in runs.values() for point in points]
     for axes, (beta, points) in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items()):
         axes.plot(optimal.kl[optimal.valid], optimal.reward[optimal.valid], "--", color=OPTIMUM)
         axes.plot([p["kl"] for p in points], [p["reward"] for p in points], "o-", color=POLICY, markersize=4)
         axes.set_title(f"beta {beta:g}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="x", labelsize=8)
-        root_scale(axes.xaxis, most)
+        root_scale(axes.xaxis, max(kls), min(kls))
     figure.axes[0].set_ylabel("mean reward")
     figure.supxlabel("sequence KL (nats); dashed: the optimal policy", fontsize=10)
     return figure
@@ -311,11 +362,14 @@ def token_html(tokens: Sequence[str], values: Sequence[float], *, limit: float |
 
     `limit` is the value with full colour, by default the largest in size.
     """
+    values = floats("values", values).tolist()
+    if len(tokens) != len(values):
+        raise ValueError(f"there are {len(tokens)} tokens and {len(values)} values; give one value for each token")
     limit = limit or max(map(abs, values), default=0.0) or 1.0
     spans = []
-    for token, value in zip(tokens, values, strict=True):
+    for token, value in zip(tokens, values):
         red, green, blue = (round(255 * part) for part in to_rgb(CHOSEN if value > 0 else REJECTED))
         share = min(abs(value) / limit, 1.0)
         style = f"background:rgba({red},{green},{blue},{share:.2f});color:{'white' if share > 0.6 else 'inherit'}"
-        spans.append(f'<span style="{style}" title="{value:+.2f}">{escape(token)}</span>')
+        spans.append(f'<span style="{style}" title="{value:+.2f}">{for_html(token)}</span>')
     return f'<div style="line-height:1.8;white-space:pre-wrap">{"".join(spans)}</div>'

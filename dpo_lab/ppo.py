@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.advantages import adapted_kl_coefficient, gae, token_rewards, whiten
+from dpo_lab.arguments import folder, settled, token_lists
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
@@ -124,7 +125,7 @@ def train_ppo(
     precision: Precision = "float32",
     seed: int = 0,
     ptx: Callable[[], CompletionBatch] | None = None,
-    run: Path | None = None,
+    run: Path | str | None = None,
     evaluate: Evaluate | None = None,
     progress: str | None = "PPO",
 ) -> list[dict[str, Any]]:
@@ -144,10 +145,12 @@ def train_ppo(
     entropy in nats a token), `policy/*` and `value/*`, means over its updates, `kl_coefficient`, `tokens` sampled so far.
 
     Raises:
-        ValueError: before the first step, naming the argument: a bad config, a prompt longer than the context, a value head
+        ValueError, TypeError: before the first step, naming the argument: a bad config, a prompt longer than the context, a value head
             of another size, a reward of the wrong shape or not finite.
     """
     policy, reference = unwrapped(policy), unwrapped(reference)
+    config, run = settled(config), None if run is None else folder("run", run)
+    prompts = token_lists("prompts", prompts)
     check_ppo(policy, value_model, prompts, config, ptx)
     roles, rng = Roles(policy.eval(), reference.eval(), value_model.eval()), np.random.default_rng(seed)
     stops = set(np.ravel(eos_token_id).tolist())
@@ -349,7 +352,8 @@ def check_ppo(
     config: PPOConfig,
     ptx: Callable[[], CompletionBatch] | None = None,
 ) -> None:
-    """Raise ValueError for what `train_ppo` cannot work with, named with what is allowed."""
+    """Raise ValueError for what `train_ppo` cannot work with, named with what is allowed, or TypeError for another kind of value."""
+    config = settled(config)
     for name in ("steps", "batch", "minibatch", "epochs", "max_new_tokens", "eval_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from dpo_lab.imdb import load_imdb, sample_completions
-from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.layout import CompletionBatch, completion_batch, ended
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
 from dpo_lab.machine import keep_freed_memory
@@ -69,7 +69,7 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     reviews = load_imdb()
     texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
     tokenizer = train_tokenizer(texts, config.vocabulary)
-    rows = pack(tokenizer(texts)["input_ids"], config.context, tokenizer.eos_token_id)
+    rows = pack(whole_documents(tokenizer, texts), config.context, tokenizer.eos_token_id)
     set_seed(config.seed)
     model = GPT2LMHeadModel(gpt2_config(config))
     per_epoch = len(rows) // config.rows
@@ -162,7 +162,8 @@ def pack(documents: list[list[int]], context: int, end: int) -> list[list[int]]:
 
     A document longer than a row is cut into rows of its own and a rest. Nothing is dropped and nothing is repeated.
     """
-    pieces = [(doc + [end])[i : i + context] for doc in documents for i in range(0, len(doc) + 1, context)]
+    closed = [_closed(doc, end) for doc in documents]
+    pieces = [doc[i : i + context] for doc in closed for i in range(0, len(doc), context)]
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for piece in sorted(pieces, key=len, reverse=True):
@@ -176,6 +177,18 @@ def pack(documents: list[list[int]], context: int, end: int) -> list[list[int]]:
     return [row for row in rows if len(row) > 1]
 
 
+def whole_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, from BOS where the tokenizer adds it to EOS; a text that spells them out gets no second ones."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encoded = tokenizer(texts)["input_ids"]
+    return [_closed(ids[1:] if ids[:2] == [bos, bos] else ids, eos) for ids in encoded]
+
+
+def _closed(document: list[int], end: int) -> list[int]:
+    """A document that ends with `end`, once; a lone token may be the same as its BOS, and is closed."""
+    return ended(document, end) if len(document) > 1 else [*document, end]
+
+
 def held_out_loss(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, progress: str | None = None
 ) -> dict[str, float]:
@@ -186,8 +199,7 @@ def held_out_loss(
     context = model.config.max_position_embeddings
     half = context // 2
     prompts, completions = [], []
-    for ids in tokenizer(texts)["input_ids"]:
-        ids = ids + [tokenizer.eos_token_id]
+    for ids in whole_documents(tokenizer, texts):
         prompts.append(ids[:1])
         completions.append(ids[1:context])
         for i in range(context, len(ids), half):

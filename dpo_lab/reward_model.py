@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_lab.arguments import settled
 from dpo_lab.layout import CompletionBatch, Tokens, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share
 from dpo_lab.loop import LoopConfig, fit
@@ -96,7 +97,7 @@ def train_reward_model(
     Raises:
         ValueError: `held_out` is not in (0, 1), or leaves no prompt to train on.
     """
-    model, config, p = unwrapped(model), config or RewardModelConfig(), preferences
+    model, config, p = unwrapped(model), settled(config or RewardModelConfig()), preferences
     groups = p.pairs_by_prompt()
     if not 0 < config.held_out < 1 or len(groups) < 2:
         raise ValueError(f"held_out is {config.held_out} of {len(groups)} prompts; give a share in (0, 1) of at least 2 prompts")

@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from dpo_lab.arguments import integer, integers
 from dpo_lab.losses import check_pairs
 from dpo_lab.models import from_pretrained
 from dpo_lab.processes import my_share, whole
@@ -76,7 +77,8 @@ class SentimentReward:
         def probabilities(texts: Sequence[str]) -> np.ndarray:
             parts = []
             for i in my_share(range(0, len(texts), batch_size)):
-                batch = tokenizer(texts[i : i + batch_size], padding=True, truncation=True, return_tensors="pt").to(device)
+                options = {"padding": True, "truncation": True, "split_special_tokens": True}  # "</s>" in a text is text
+                batch = tokenizer(texts[i : i + batch_size], **options, return_tensors="pt").to(device)
                 parts.append(model(**batch).logits.float().softmax(-1)[:, positive[0]].cpu().numpy())
             return np.concatenate(whole(parts))
 
@@ -107,7 +109,7 @@ def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) ->
         ValueError: there is no comparison, an index is wrong, or some items never lost to the others (or were never
             compared with them): then no finite rewards are most likely (Ford 1957).
     """
-    chosen, rejected = np.asarray(chosen, dtype=np.int64), np.asarray(rejected, dtype=np.int64)
+    chosen, rejected, n = integers("chosen", chosen), integers("rejected", rejected), integer("n", n)
     if not len(chosen):
         raise ValueError("there are no comparisons; give at least one pair of indices for every two groups of items")
     check_pairs(torch.from_numpy(chosen), torch.from_numpy(rejected), n)

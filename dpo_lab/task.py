@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
-from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.layout import CompletionBatch, begun, completion_batch
 from dpo_lab.loop import LoopConfig
 from dpo_lab.machine import measure_precision, return_freed_memory
 from dpo_lab.models import check_sampling, context_of, end_tokens, load_model, load_tokenizer
@@ -160,7 +160,7 @@ def planned_sft(config: TaskConfig, parts: Parts) -> tuple[CompletionBatch | Non
 def _sft_rows(texts: list[str], parts: Parts) -> list[list[int]]:
     start = parts.tokenizer.eos_token_id if parts.tokenizer.bos_token_id is None else parts.tokenizer.bos_token_id
     encoded = parts.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return pack([[start, *ids] for ids in encoded], sft_length(parts.reference), parts.tokenizer.eos_token_id)
+    return pack([begun(ids, start) for ids in encoded], sft_length(parts.reference), parts.tokenizer.eos_token_id)
 
 
 def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:

@@ -5,8 +5,8 @@ arguments (`beta_state`, `bandit_state`, ...), so that it can be called and test
 """
 
 import base64
-import html
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,19 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 from ipywidgets.widgets import widget as widget_protocol
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
+from dpo_lab.arguments import floats, folder, integer, integers
 from dpo_lab.contenders import Contender, Recorded, recorded
+from dpo_lab.escaping import for_html
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
 from dpo_lab.moving import (
     Moving,
+    holding,
     moving_bandit,
     moving_betas,
     moving_comparisons,
@@ -36,6 +40,7 @@ from dpo_lab.moving import (
     moving_run,
 )
 from dpo_lab.objective import kl, log_partition, optimal_policy
+from dpo_lab.plots import check_labels
 from dpo_lab.runs import read_config, read_metrics, read_snapshots
 
 if "JUPYTER_WIDGETS_ECHO" not in os.environ:
@@ -49,19 +54,31 @@ BETAS = np.geomspace(0.01, 100, 81)
 
 
 class Picture:
-    """A figure of which only some artists move: they are drawn over a still background, which takes a few milliseconds."""
+    """A figure of which only some artists move: they are drawn over a still background, which takes a few milliseconds.
+
+    The background is drawn anew where the limits of the axes have changed.
+    """
 
     def __init__(self, moving: Moving):
         self.canvas, self.artists = FigureCanvasAgg(moving.figure), moving.artists
         for artist in self.artists:
             artist.set_animated(True)
+        self._draw_background()
+
+    def _draw_background(self) -> None:
         self.canvas.draw()
-        self.background = self.canvas.copy_from_bbox(moving.figure.bbox)
+        self.background = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
+        self.limits = self._limits()
+
+    def _limits(self) -> list[tuple[float, ...]]:
+        return [(*axes.get_xlim(), *axes.get_ylim()) for axes in self.canvas.figure.axes]
 
     def png(self) -> bytes:
         """The picture as it is now."""
+        if self.limits != self._limits():
+            self._draw_background()
         self.canvas.restore_region(self.background)
-        for artist in self.artists:
+        for artist in sorted(self.artists, key=Artist.get_zorder):
             artist.axes.draw_artist(artist)
         image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
         image = image.quantize(method=Image.Quantize.FASTOCTREE)  # with its PNG, half the time of all colours
@@ -117,6 +134,34 @@ def beta_slider(value: float = 1.0) -> widgets.FloatLogSlider:
     )
 
 
+def _slider(description: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
+    """A slider that can be exactly `value`: its range holds it, and so do its steps."""
+    below, above = (math.ceil(round(max(gap, 0.0) / step, 6)) for gap in (value - low, high - value))
+    off = value - round(value, 9)  # 0 for a value of few digits, whose range ends at such values too
+    lowest, highest = (round(value - off + n * step, 9) + off for n in (-below, above))
+    return widgets.FloatSlider(
+        value,
+        min=min(lowest, value),
+        max=max(highest, value),
+        step=step,
+        description=for_html(description),
+        description_allow_html=True,
+        readout_format=".2f" if round(value, 2) == value else ".12",
+        style={"description_width": "180px"},
+        layout={"width": "450px"},
+    )
+
+
+def _outcomes(reference: Any, reward: Any, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Reference and reward as float64 (n,). Raises ValueError or TypeError unless they are that, of as many outcomes as labels."""
+    reference, reward = (torch.from_numpy(floats(name, v)) for name, v in (("reference", reference), ("reward", reward)))
+    if reference.ndim != 1 or reward.ndim != 1:
+        raise ValueError(f"reference has shape {tuple(reference.shape)} and reward {tuple(reward.shape)}; both must be (n,)")
+    check_labels(labels, len(reference), "outcomes")
+    optimal_policy(reference, reward, 1.0)  # which names what is no distribution, or not finite
+    return reference, reward
+
+
 def beta_state(beta: float, reference: Tensor = REFERENCE, reward: Tensor = REWARD) -> dict[str, Any]:
     """The optimal policy at beta (n,), its mean reward, its KL in nats, and log Z."""
     best = optimal_policy(reference, reward, beta)
@@ -133,7 +178,12 @@ def _optimum_readout(state: Mapping[str, Any]) -> str:
 
 
 def beta_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS) -> Explorer:
-    """Reference, optimum and the point on the reward-KL frontier, as beta moves. Pass your own distribution and rewards."""
+    """Reference, optimum and the point on the reward-KL frontier, as beta moves. Pass your own distribution and rewards.
+
+    Raises:
+        ValueError, TypeError: reference, reward and labels are not of as many outcomes, or the reference is no distribution.
+    """
+    reference, reward = _outcomes(reference, reward, labels)
     path = [beta_state(float(beta), reference, reward) for beta in BETAS]
     moving = moving_optimum(reference, labels, [s["kl"] for s in path], [s["reward"] for s in path])
 
@@ -148,13 +198,14 @@ def beta_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels
 
 def bandit_state(beta: float, reward: Sequence[float], weight: Sequence[float]) -> dict[str, Any]:
     """`beta_state` for a reference proportional to `weight`, with that reference."""
-    reference = torch.tensor(weight, dtype=torch.float64)
+    reference = torch.from_numpy(floats("weight", weight))
     reference = reference / reference.sum()
-    return {"reference": reference, **beta_state(beta, reference, torch.tensor(reward, dtype=torch.float64))}
+    return {"reference": reference, **beta_state(beta, reference, torch.from_numpy(floats("reward", reward)))}
 
 
 def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS) -> Explorer:
-    """Rewards and reference under your hands, and the optimal policy that follows."""
+    """Rewards and reference under your hands, and the optimal policy that follows. Errors are those of `beta_explorer`."""
+    reference, reward = _outcomes(reference, reward, labels)
     n, moving = len(reference), moving_bandit(labels)
 
     def show(beta: float, **values: float) -> str:
@@ -163,25 +214,29 @@ def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labe
         return _optimum_readout(state)
 
     sliders: dict[str, widgets.Widget] = {"beta": beta_slider()}
-    wide = {"style": {"description_width": "180px"}, "layout": {"width": "450px"}}
     for i, label in enumerate(labels):
-        sliders[f"reward_{i}"] = widgets.FloatSlider(
-            float(reward[i]), min=-3, max=3, step=0.1, description=f"reward of {label}", **wide
-        )
+        sliders[f"reward_{i}"] = _slider(f"reward of {label}", float(reward[i]), -3, 3, 0.1)
     for i, label in enumerate(labels):
-        sliders[f"weight_{i}"] = widgets.FloatSlider(
-            float(reference[i]), min=0.01, max=1, step=0.01, description=f"reference: {label}", **wide
-        )
+        sliders[f"weight_{i}"] = _slider(f"reference: {label}", float(reference[i]), 0.01, 1, 0.01)
     caption = "Raise every reward by the same amount: what moves, and what does not?"
     return _explorer(show, Picture(moving), sliders, caption)
 
 
-def gradient_weight_state(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[str, np.ndarray]:
-    """Margins and gradient weights of pairs whose log-ratios differ by `log_ratios` (P,) nats, chosen less rejected."""
+def gradient_weight_state(beta: float, log_ratios: Sequence[float] | Tensor, kind: Kind = "sigmoid") -> dict[str, np.ndarray]:
+    """Margins, losses and gradient weights of pairs whose log-ratios differ by `log_ratios` (P,) nats, chosen less rejected."""
+    log_ratios = torch.from_numpy(floats("log_ratios", log_ratios))
     logps = torch.stack([log_ratios, torch.zeros_like(log_ratios)], 1).flatten()  # (2 P,)
     index = torch.arange(0, 2 * len(log_ratios), 2)
     result = dpo_loss(logps, torch.zeros_like(logps), index, index + 1, beta, kind=kind)
     return {"margins": result.margins.numpy(), "losses": result.losses.numpy(), "weights": result.gradient_weights.numpy()}
+
+
+def _on_curve(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[str, Any]:
+    """`gradient_weight_state`, and as `curve` that of margins on both sides of 0 as far as any of the pairs', which lie on it."""
+    state = gradient_weight_state(beta, log_ratios, kind)
+    _, most = holding(np.abs(state["margins"]), 0, 1.0 if kind == "ipo" else 6.0)
+    line = torch.linspace(-most, most, 241, dtype=torch.float64) / beta
+    return {**state, "curve": gradient_weight_state(beta, torch.cat([line, log_ratios]).sort().values, kind)}
 
 
 def gradient_weight_explorer(
@@ -195,17 +250,17 @@ def gradient_weight_explorer(
     if log_ratios is not None and run is not None:
         raise ValueError("log_ratios and run are both given; the pairs come from one of them")
     if run is not None:
-        last = read_snapshots(run)[-1]
+        last = read_snapshots(folder("run", run))[-1]
         log_ratios = np.subtract(last["chosen"], last["rejected"])
     if log_ratios is None:
         log_ratios = torch.linspace(-12, 20, 60, dtype=torch.float64)
-    pairs = torch.as_tensor(log_ratios, dtype=torch.float64)
+    pairs = torch.from_numpy(floats("log_ratios", log_ratios))
     if pairs.ndim != 1 or not len(pairs) or not torch.isfinite(pairs).all():
         raise ValueError(f"log_ratios has shape {tuple(pairs.shape)}; it must be (P,) finite numbers, one a pair")
-    moving = moving_pairs(gradient_weight_state(1.0, torch.linspace(-6, 6, 241, dtype=torch.float64), kind))
+    moving = moving_pairs(_on_curve(1.0, torch.zeros(1, dtype=torch.float64), kind)["curve"])
 
     def show(beta: float) -> str:
-        state = gradient_weight_state(beta, pairs, kind)
+        state = _on_curve(beta, pairs, kind)
         moving.update(state)
         ranked = np.mean(state["margins"] > 0)
         return f"mean weight {state['weights'].mean():.3f}, mean loss {state['losses'].mean():.3f}, ranked rightly {ranked:.0%}"
@@ -233,7 +288,8 @@ def bradley_terry_state(rewards: Sequence[float], chosen: np.ndarray, rejected: 
 
     `predicted` and `observed` have one value for every two items that were compared, the lower index first.
     """
-    values = torch.as_tensor(np.asarray(rewards, dtype=np.float64))
+    values = torch.from_numpy(floats("rewards", rewards))
+    chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     first, second = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
     pairs, which = np.unique(np.stack([first, second], 1), axis=0, return_inverse=True)
     won = np.bincount(which.ravel(), weights=chosen == first) / np.bincount(which.ravel())
@@ -251,26 +307,27 @@ def bradley_terry_explorer(
     """Find the rewards that make comparisons likeliest by hand. Pass your own: indices into `labels`, one pair a comparison."""
     from dpo_lab.rewards import fit_bradley_terry  # here: scikit-learn takes seconds to import, and no other slider needs it
 
-    chosen, rejected = np.asarray(chosen), np.asarray(rejected)
+    chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     fit = fit_bradley_terry(chosen, rejected, len(labels))
-    moving = moving_comparisons(labels, fit.rewards, bradley_terry_state(fit.rewards, chosen, rejected)["observed"])
+    most = max(4.0, math.ceil(np.abs(fit.rewards).max()) + 1.0)
+    moving = moving_comparisons(labels, fit.rewards, bradley_terry_state(fit.rewards, chosen, rejected)["observed"], most)
 
     def show(**rewards: float) -> str:
         state = bradley_terry_state([rewards[f"reward_{i}"] for i in range(len(labels))], chosen, rejected)
         moving.update(state)
         return f"negative log-likelihood {state['nll']:.4f} nats a comparison; the least there is, {fit.nll:.4f}"
 
-    wide = {"style": {"description_width": "180px"}, "layout": {"width": "450px"}}
-    sliders = {
-        f"reward_{i}": widgets.FloatSlider(0.0, min=-4, max=4, step=0.05, description=f"reward of {label}", **wide)
-        for i, label in enumerate(labels)
-    }
+    sliders = {f"reward_{i}": _slider(f"reward of {label}", 0.0, -most, most, 0.05) for i, label in enumerate(labels)}
     caption = "Reach the least. Then raise every reward by one: why does the likelihood not mind?"
     return _explorer(show, Picture(moving), sliders, caption)
 
 
 def _sample_table(texts: Sequence[str], rewards: Sequence[float]) -> str:
-    rows = (f"<tr><td>{reward:.2f}</td><td>{html.escape(text)}</td></tr>" for text, reward in zip(texts, rewards))
+    whole = "white-space:pre-wrap"  # line breaks of a text are shown
+    rows = [
+        f'<tr><td>{reward:.2f}</td><td style="{whole}">{for_html(text)}</td></tr>'
+        for text, reward in zip(texts, rewards, strict=True)
+    ]
     return f"<table><tr><th>reward</th><th>sample of the policy</th></tr>{''.join(rows)}</table>"
 
 
@@ -280,7 +337,8 @@ def training_explorer(run: Path | str) -> Explorer:
     Raises:
         ValueError: the directory is not that of a run.
     """
-    snapshots, beta = read_snapshots(run), read_config(Path(run))["dpo"]["beta"]
+    run = folder("run", run)
+    snapshots, beta = read_snapshots(run), read_config(run)["dpo"]["beta"]
     lines = [line for line in read_metrics(run) if "rewards/chosen" in line]
     means = [[line[f"rewards/{side}"] / beta for line in lines] for side in ("chosen", "rejected")]
     furthest = max(float(np.abs([s["chosen"], s["rejected"]]).max()) for s in snapshots)
@@ -306,13 +364,14 @@ def frontier_explorer(sweep: Recorded | None = None) -> Explorer:
     """Walk through the runs of a sweep, by default the shipped one: its path under the optimal frontier, KL and samples."""
     sweep = recorded() if sweep is None else sweep
     runs = {run: rows for run, rows in sweep.runs().items() if run.name in sweep.samples}
-    moving = moving_contenders(sweep.rows, sweep.optimal)
+    targets = {run: run.setting for run in runs if run.method.startswith("ppo")}
+    moving = moving_contenders(sweep.rows, sweep.optimal, list(targets.values()))
     samples = widgets.HTML()
 
     def show(run: Contender) -> str:
         rows = runs[run]
         state = {name: [row[name] for row in rows] for name in ("kl", "reward", "step")}
-        moving.update({**state, "target": run.setting if run.method.startswith("ppo") else -1})
+        moving.update({**state, "target": targets.get(run)})
         samples.value = _sample_table(*zip(*sweep.samples[run.name]))
         last, share = rows[-1], sweep.share(rows[-1])
         gain = f", {share:.0%} of the optimal gain" if np.isfinite(share) else ""
@@ -351,10 +410,10 @@ class LiveCurves:
 
 def live_curves(run: Path | str, steps: int) -> LiveCurves:
     """Curves of the `steps` steps that `train_dpo` will write into the directory `run`."""
-    moving = moving_curves(steps)
+    moving = moving_curves(integer("steps", steps))
     picture = Picture(moving)
     image = widgets.Image(value=picture.png(), format="png", layout={"max_width": "100%"})
-    return LiveCurves(Path(run), picture, moving.update, image)
+    return LiveCurves(folder("run", run), picture, moving.update, image)
 
 
 def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -> Explorer:
@@ -367,19 +426,16 @@ def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -
     """
     if not runs:
         raise ValueError("runs is empty; give at least one run directory, as in {0.1: 'runs/imdb'}")
-    snapshots = {beta: read_snapshots(runs[beta]) for beta in sorted(runs)}
+    snapshots = {beta: read_snapshots(folder(f"runs[{beta}]", runs[beta])) for beta in sorted(runs)}
     paths = {
         beta: [{name: snapshot[name] for name in ("kl", "reward")} for snapshot in found] for beta, found in snapshots.items()
     }
-    moving = moving_betas(
-        list(paths.values()), optimal, gradient_weight_state(1.0, torch.linspace(-6, 6, 241, dtype=torch.float64))
-    )
+    moving = moving_betas(list(paths.values()), optimal, _on_curve(1.0, torch.zeros(1, dtype=torch.float64))["curve"])
     samples = widgets.HTML()
 
     def show(beta: float) -> str:
         last = snapshots[beta][-1]
-        pairs = torch.tensor(last["chosen"], dtype=torch.float64) - torch.tensor(last["rejected"], dtype=torch.float64)
-        state = gradient_weight_state(beta, pairs)
+        state = _on_curve(beta, torch.from_numpy(floats("chosen", last["chosen"]) - floats("rejected", last["rejected"])))
         moving.update({**state, **{name: [point[name] for point in paths[beta]] for name in ("kl", "reward")}})
         samples.value = _sample_table(last["texts"], last["rewards"])
         return (

@@ -227,13 +227,14 @@ def test_a_moved_slider_is_not_told_its_own_value(monkeypatch):
 
 def test_the_betas_explorer_shows_each_run_as_its_beta_weighs_it():
     explorer = betas_explorer({5.0: RUN, 0.1: RUN}, OPTIMAL)
-    path, last, cloud = explorer.picture.artists
+    path, last, cloud, curve = explorer.picture.artists
     for beta in (0.1, 5.0):
         says = explorer.show(beta)
         margins = beta * np.array([10.0, -2.0])
         assert list(path.get_xdata()) == [0.0, 2.5] and list(last.get_ydata()) == [0.75]
         assert cloud.get_ydata() == pytest.approx(1 / (1 + np.exp(margins)))
-        assert cloud.get_xdata() == pytest.approx(margins.clip(-6, 6))
+        assert cloud.get_xdata() == pytest.approx(margins)
+        assert np.interp(margins, *curve.get_data()) == pytest.approx(cloud.get_ydata())
         assert "reward 0.750 at 2.50 nats" in says and f"mean margin {margins.mean():.2f}" in says
     with pytest.raises(ValueError, match="runs is empty"):
         betas_explorer({}, OPTIMAL)
