@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from dpo_lab.arguments import integer, number, token_lists
-from dpo_lab.layout import begun
+from dpo_lab.layout import Tokens, begun
 from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, logit_path, matmuls_by_mkl, use_packed_attention
 from dpo_lab.models import check_cache
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
