@@ -40,6 +40,7 @@ PADS_HEAD = ("cuda",)  # devices whose kernels are several times slower where a 
 ON_GPU = 4  # times as much of both: a GPU needs more rows to be busy
 IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
+LEAST_TEMPERATURE = 1e-30  # of a log-prob, in float32
 LogitPath = Literal["weights", "head", "forward"]  # see `logit_path`
 
 
@@ -162,6 +163,10 @@ def completion_logps(
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'sum' (DPO), 'mean' (length-normalised) or 'none'")
     model, temperature = unwrapped(model), finite_positive("temperature", temperature)
+    if temperature < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"temperature is {temperature}; logits that it divides overflow, so it must be at least {LEAST_TEMPERATURE}"
+        )
     _check_batch(model, batch, unread=1)
     tokens = _path_logps(model, batch, logit_path(model), temperature)  # (T,)
     wide = tokens.to(widest(tokens.device))

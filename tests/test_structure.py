@@ -621,6 +621,9 @@ def test_at_temperature_zero_and_near_it_samples_are_greedy_and_certain(temperat
 def test_a_greedy_completion_has_no_log_prob(model):
     with pytest.raises(ValueError, match="temperature is 0.0; it must be positive"):
         completion_logps(model, laid_out(model), temperature=0)
+    with pytest.raises(ValueError, match="temperature is 1e-40; .*overflow, so it must be at least 1e-30"):
+        completion_logps(model, laid_out(model), temperature=1e-40)
+    assert completion_logps(model, laid_out(model), temperature=1e-30).isfinite().all()
 
 
 @pytest.mark.parametrize(
