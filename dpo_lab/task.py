@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import DatasetDict
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
@@ -299,7 +299,19 @@ def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all."""
+    """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all.
+
+    A generation config is written as it is: transformers reads what it refuses to write, such as a temperature without sampling.
+    """
+    own = getattr(policy, "generation_config", None)
     with write_whole(path, directory=True) as temporary:
-        policy.save_pretrained(temporary)
+        if own is not None:
+            policy.generation_config = GenerationConfig()
+        try:
+            policy.save_pretrained(temporary)
+        finally:
+            if own is not None:
+                policy.generation_config = own
+        if own is not None:
+            own.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
         tokenizer.save_pretrained(temporary)
