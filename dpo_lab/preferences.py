@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpo_lab.arguments import folder
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
@@ -182,7 +183,16 @@ class Preferences:
         return digest.hexdigest()[:16]
 
     def save(self, directory: Path | str) -> None:
-        """Write a `datasets` directory with `prompts`, `completions` and `pairs`, whole or not at all."""
+        """Write a `datasets` directory with `prompts`, `completions` and `pairs`, whole or not at all.
+
+        Raises:
+            ValueError: the directory holds something else than preferences, whose place these take.
+        """
+        directory = folder("directory", directory)
+        others = directory.is_dir() and any(directory.iterdir()) and not (directory / "preferences.json").exists()
+        if others or directory.is_file():
+            found = "holds other files" if others else "is a file"
+            raise ValueError(f"{str(directory)!r} {found}; give a folder of its own, such as {str(directory / 'preferences')!r}")
         columns: dict[str, Any] = {"prompt": self.prompt_of, "ids": self.completions}
         columns |= {k: getattr(self, k) for k in ("scores", "reference_logps") if getattr(self, k) is not None}
         parts = DatasetDict(
@@ -199,7 +209,8 @@ class Preferences:
     def load(cls, directory: Path | str) -> "Preferences":
         """Read what `save` wrote. Raises ValueError when the directory does not hold preferences."""
         try:
-            meta = json.loads((Path(directory) / "preferences.json").read_text(encoding="utf-8"))
+            directory = folder("directory", directory)
+            meta = json.loads((directory / "preferences.json").read_text(encoding="utf-8"))
             parts = load_from_disk(str(directory))
             completions, pairs = parts["completions"], parts["pairs"]
             optional = {

@@ -44,7 +44,7 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if directory and Path.cwd().is_relative_to(path.resolve()):
-        raise ValueError(f"{str(path)!r} is the working directory or holds it; give a folder of its own, such as {path / 'new'}")
+        raise ValueError(f"{str(path)!r} is the working directory or holds it; give a folder of its own, such as 'new'")
     if not is_main():
         with tempfile.TemporaryDirectory() as elsewhere:
             inner = Path(elsewhere) / path.name
@@ -162,7 +162,7 @@ def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
     recorded = directory / "config.json"
     if recorded.exists():
         found = read_config(directory)
-        if found != config:
+        if differences(found, config):
             different = "; ".join(differences(found, config))
             raise ValueError(f"{directory} holds a run with another config ({different}). Choose another --out, or delete it")
         if not resume:
@@ -177,15 +177,25 @@ def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
 
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """`name: value there, value asked` of each setting in which two configs differ, names of nested ones joined by dots."""
+    """`name: value there, value asked` of each setting in which two configs differ, names of nested ones joined by dots.
+
+    A path differs from none that is the same place, and from none where nothing is any more: it was moved.
+    """
 
     def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         parts = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in config.items()]
         return {name: value for part in parts for name, value in part.items()}
 
     found, asked = flat(found), flat(asked)
-    names = sorted(name for name in {*found, *asked} if found.get(name) != asked.get(name))
+    changed = [name for name in sorted({*found, *asked}) if found.get(name) != asked.get(name)]
+    names = [name for name in changed if not _same_place(found.get(name), asked.get(name))]
     return [f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked" for name in names]
+
+
+def _same_place(found: Any, asked: Any) -> bool:
+    if not (isinstance(found, str) and isinstance(asked, str) and Path(asked).is_absolute() and Path(asked).exists()):
+        return False
+    return Path(found).absolute() == Path(asked) or Path(found).is_absolute() and not Path(found).exists()
 
 
 def append_metrics(run: Path, line: dict[str, Any]) -> None:
