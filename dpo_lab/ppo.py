@@ -27,6 +27,7 @@ from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
 from dpo_lab.loop import Evaluate
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel, context_of
+from dpo_lab.processes import from_main
 from dpo_lab.records import locked, require_unused
 from dpo_lab.runs import append_metrics
 
@@ -153,7 +154,7 @@ def train_ppo(
     check_ppo(policy, value_model, prompts, config, ptx)
     run = None if run is None else folder("run", run)
     if run:
-        require_unused(run)
+        from_main(require_unused, run)
     roles, rng = Roles(policy.eval(), reference.eval(), value_model.eval()), np.random.default_rng(seed)
     stops = set(np.ravel(eos_token_id).tolist())
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "precision": precision}

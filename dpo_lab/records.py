@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,15 +87,16 @@ def _open_training(
             if logps.shape == began_with.shape and np.allclose(logps, began_with, rtol=0, atol=atol):
                 asked["reference_logps"], logps = found["reference_logps"], began_with
         if different := differences(found, asked):
-            reload = "load the model anew if it was trained since; " if "_weights:" in "".join(different) else ""
+            anew = " (load the model anew if it was trained since)" if "_weights:" in "".join(different) else ""
             raise ValueError(
-                f"{run} holds another run ({'; '.join(different)}). Continue it with what is recorded there; {reload}"
-                "or choose another run directory, or delete this one to begin again"
+                f"{run} holds another run ({'; '.join(different)}). Continue it with what is recorded there{anew}, choose another "
+                "run directory, or delete this one to begin again"
             )
+        if logps is not None and logps is not began_with:
+            _write_logps(run, logps)
         return logps
     if logps is not None:
-        with write_whole(run / REFERENCE) as temporary:
-            save_file({"logps": torch.as_tensor(logps)}, temporary)
+        _write_logps(run, logps)
     write_json(path, asked)
     return logps
 
@@ -119,6 +120,11 @@ def _read_record(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def _write_logps(run: Path, logps: np.ndarray) -> None:
+    with write_whole(run / REFERENCE) as temporary:
+        save_file({"logps": torch.as_tensor(logps)}, temporary)
+
+
 def _read_logps(path: Path) -> np.ndarray | None:
     try:
         return load_file(path)["logps"].numpy()
@@ -131,7 +137,7 @@ def _logps_hash(logps: np.ndarray) -> str:
 
 
 def weights_record(model: nn.Module, *, adapters: bool = False) -> dict[str, str | None]:
-    """Of a record, what says which model is trained: `model` (architecture, and which parameters are trained),
+    """Of a record, what says which model is trained: `model` (config, modules, parameters and which of them are trained),
     `frozen_weights`, which checkpoints do not hold, and `initial_weights`, which they do.
 
     With `adapters` all of the model stays frozen, and what is trained will be added to it.
@@ -140,7 +146,8 @@ def weights_record(model: nn.Module, *, adapters: bool = False) -> dict[str, str
     frozen = {name: tensor for name, tensor in unique_tensors(model).items() if name not in trained}
     parameters = [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     config = getattr(getattr(model, "config", None), "to_diff_dict", dict)()
-    shape = [{name: value for name, value in config.items() if name not in UNSHAPED}, parameters]
+    modules = [(name, type(module).__name__) for name, module in model.named_modules()]
+    shape = [{name: value for name, value in config.items() if name not in UNSHAPED}, parameters, modules]
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return {
         "model": f"{type(model).__name__} {digest}",
@@ -186,13 +193,17 @@ def locked(run: Path, name: str = "training.lock") -> Iterator[None]:
     finally:
         for file in held:
             path = run / name
-            if _is_open(file, path):
-                path.unlink()
+            with suppress(PermissionError):  # Windows removes no open file
+                if _is_open(file, path):
+                    path.unlink()
             file.close()
 
 
 def _lock(run: Path, name: str, held: list[IO[str]]) -> None:
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{run} is a file or lies in one; give the path of a folder as run directory") from error
     path = run / name
     while True:
         file = open(path, "a+", encoding="utf-8")

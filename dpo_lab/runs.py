@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file as save_weights
 from torch.optim import Optimizer
 
 from dpo_lab.processes import count, from_main, full, is_main
@@ -262,7 +263,7 @@ def _write_checkpoint(path: Path, step: int, model: torch.nn.Module, state: dict
         weights[name] = tensor.clone() if owners[tensor.untyped_storage().data_ptr()] > 1 else tensor.contiguous()
     require_space(path, sum(t.numel() * t.element_size() for t in [*weights.values(), *state.values()]))
     with write_whole(path, directory=True) as temporary:
-        save_file(weights, temporary / WEIGHTS)
+        save_weights(weights, temporary / WEIGHTS)
         save_file(state, temporary / OPTIMIZER)
         hashes = {name: file_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
         recorded = {"step": step, "training": _record_hash(path.parents[1]), "data": data, "sha256": hashes}

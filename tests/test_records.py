@@ -326,6 +326,11 @@ def test_a_run_goes_on_with_the_reference_log_probs_that_it_began_with(tmp_path,
     near = replace(P, reference_logps=P.reference_logps.astype(np.float64) + 1e-4)
     monkeypatch.setitem(DATA, "pairs", near)
     assert bytes_of(trained(Job(), run=tmp_path, resume=True)) == expected(Job())
+    monkeypatch.setitem(DATA, "pairs", P)
+    (tmp_path / "reference.safetensors").unlink()
+    assert bytes_of(trained(Job(), run=tmp_path, resume=True)) == expected(Job())
+    assert load_file(tmp_path / "reference.safetensors")["logps"].numpy().tobytes() == P.reference_logps.tobytes()
+    monkeypatch.setitem(DATA, "pairs", near)
     (tmp_path / "reference.safetensors").unlink()
     with pytest.raises(ValueError, match="reference_logps"):
         trained(Job(), run=tmp_path, resume=True)
@@ -402,6 +407,13 @@ def test_a_run_is_a_string_or_a_path_and_may_begin_at_home(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     train(run)
     assert (tmp_path / ("home/a" if "~" in str(run) else "runs/a") / "training.json").exists()
+
+
+def test_a_run_directory_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="is a file or lies in one; give the path of a folder"):
+            trained(Job(), run=run)
 
 
 HOLD = """
