@@ -19,7 +19,7 @@ from dpo_lab.plan import Plan, plan
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import join, say
-from dpo_lab.records import locked
+from dpo_lab.records import locked, require_free
 from dpo_lab.runs import (
     SNAPSHOTS,
     open_run,
@@ -114,6 +114,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
         open_run(out, asdict(config), resume=True)
         return json.loads(finished.read_text(encoding="utf-8"))
     check_config(config.dpo)
+    require_free(out, "run.lock")
     if (data / "config.json").exists():
         open_run(data, data_config(config.task), resume=True)
     origin = provenance()

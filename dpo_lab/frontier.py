@@ -27,7 +27,7 @@ from dpo_lab.models import ScalarModel, end_tokens, load_model
 from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import launched
-from dpo_lab.records import locked
+from dpo_lab.records import locked, require_free
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
 from dpo_lab.task import (
@@ -84,6 +84,7 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         open_run(out, settings(config), resume=True)
     todo = [run for run in runs if not (out / run.name / "rows.json").exists()]
     if todo or not (out / "baselines.json").exists():
+        require_free(out, "frontier.lock")
         parts = load_parts(config.task)
         config = replace(config, task=measured_precision(config.task, parts))
         open_run(out, settings(config), resume=True)

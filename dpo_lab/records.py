@@ -199,6 +199,13 @@ def locked(run: Path, name: str = "training.lock") -> Iterator[None]:
             file.close()
 
 
+def require_free(run: Path, name: str = "training.lock") -> None:
+    """Raise ValueError where another process holds the directory `run`; to be told before anything is loaded."""
+    if run.is_dir():
+        with locked(run, name):
+            pass
+
+
 def _lock(run: Path, name: str, held: list[IO[str]]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
+from dpo_lab import experiment, frontier, pretrain
+from dpo_lab.experiment import ExperimentConfig
+from dpo_lab.frontier import FrontierConfig
 from dpo_lab.layout import completion_batch
 from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.preferences import Preferences
+from dpo_lab.pretrain import PretrainConfig
 from dpo_lab.records import locked
+from dpo_lab.runs import open_run
 from dpo_lab.train import DPOConfig, train_dpo, train_sft
 
 LOOP = LoopConfig(learning_rate=1e-2, warmup_steps=1, schedule="linear", eval_every=1, save_every=2)
@@ -229,7 +234,7 @@ class Runs(RuleBasedStateMachine):
         self.job, self.checkpoints, self.damaged = None, [], False
 
 
-Runs.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
+Runs.TestCase.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
 test_no_history_gives_weights_that_the_record_does_not_explain = Runs.TestCase
 
 
@@ -419,7 +424,9 @@ def test_a_run_directory_that_is_a_file_is_named(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
+from dpo_lab.pretrain import PretrainConfig
 from dpo_lab.records import locked
+from dpo_lab.runs import open_run
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -447,6 +454,23 @@ def test_a_second_process_is_told_who_holds_the_directory(tmp_path, holder):
     holder.wait()
     assert bytes_of(trained(Job(), run=run, resume=True)) == expected(Job())
     assert not (run / "training.lock").exists()
+
+
+def test_a_command_says_so_before_it_loads_anything(tmp_path, monkeypatch):
+    def loads(*arguments):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(experiment, "load_parts", loads)
+    monkeypatch.setattr(frontier, "load_parts", loads)
+    monkeypatch.setattr(pretrain, "load_imdb", loads)
+    open_run(tmp_path / "pretrain", asdict(PretrainConfig()), resume=False)
+    for name, run, command in (
+        ("run.lock", tmp_path, lambda: experiment.train(ExperimentConfig(), tmp_path)),
+        ("frontier.lock", tmp_path, lambda: frontier.frontier(FrontierConfig(), tmp_path)),
+        ("training.lock", tmp_path / "pretrain", lambda: pretrain.pretrain(tmp_path / "pretrain", resume=True)),
+    ):
+        with locked(run, name), pytest.raises(ValueError, match=f"in use by process {os.getpid()} "):
+            command()
 
 
 def test_a_second_run_in_the_same_process_is_refused_too(tmp_path):
