@@ -152,18 +152,19 @@ def test_sft_makes_the_reference_that_everything_else_starts_from(tiny, tmp_path
 
 def test_a_run_names_the_folder_of_its_model_wherever_it_is_called_from(tiny, finished, tmp_path, monkeypatch, capsys):
     """And goes on after the folder was moved, but not with other weights in its place."""
-    home = tmp_path / "one"
+    home, precision = tmp_path / "one", json.loads((finished / "config.json").read_text())["task"]["precision"]
+    options = [*SMALL, "--precision", precision]
     shutil.copytree(tiny, home / "m")
     monkeypatch.chdir(home)
-    assert main(["train", "--model", "m", "--out", "run", *SMALL]) == 0
+    assert main(["train", "--model", "m", "--out", "run", *options]) == 0
     assert json.loads((home / "run" / "config.json").read_text())["task"]["model"] == str(home / "m")
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "--run", "one/run"]) == 0
-    assert main(["train", "--model", "one/m", "--out", "one/run", *SMALL]) == 0
+    assert main(["train", "--model", "one/m", "--out", "one/run", *options]) == 0
 
     home.rename(tmp_path / "two")
     (tmp_path / "two" / "run" / "summary.json").unlink()
-    resume = ["train", "--model", "two/m", "--out", "two/run", *SMALL, "--resume"]
+    resume = ["train", "--model", "two/m", "--out", "two/run", *options, "--resume"]
     assert main(resume) == 0
     weights = [run / "policy" / "model.safetensors" for run in (finished, tmp_path / "two" / "run")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
