@@ -34,7 +34,7 @@ from dpo_lab.runs import (
 
 REFERENCE = "reference.safetensors"
 AGAIN = "Choose another run directory, or delete this one to begin again"
-UNSHAPED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}  # of a model's config
+IGNORED = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}  # of a model's config
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def _open_training(
     if path.exists() and checkpoints and not resume:
         raise ValueError(
             f"{run} holds the checkpoints of an earlier run, the last one {checkpoints[-1].name}. Continue that run with "
-            f"resume=True (--resume), choose another run directory, or delete this one to begin again"
+            "resume=True (--resume), choose another run directory, or delete this one to begin again"
         )
     if not path.exists():
         require_unused(run)
@@ -113,11 +113,9 @@ def require_unused(run: Path) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} was altered: it is not JSON ({error}), so nobody knows whose checkpoints these are. {AGAIN}"
-        ) from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # not JSON, not text, not an object
+        raise ValueError(f"{path} was altered ({error}), so nobody knows whose checkpoints these are. {AGAIN}") from error
 
 
 def _write_logps(run: Path, logps: np.ndarray) -> None:
@@ -147,7 +145,7 @@ def weights_record(model: nn.Module, *, adapters: bool = False) -> dict[str, str
     parameters = [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     config = getattr(getattr(model, "config", None), "to_diff_dict", dict)()
     modules = [(name, type(module).__name__) for name, module in model.named_modules()]
-    shape = [{name: value for name, value in config.items() if name not in UNSHAPED}, parameters, modules]
+    shape = [{name: value for name, value in config.items() if name not in IGNORED}, parameters, modules]
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return {
         "model": f"{type(model).__name__} {digest}",

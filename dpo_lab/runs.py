@@ -313,8 +313,8 @@ def load_checkpoint(
         recorded = json.loads((path / "state.json").read_text())
         if path.name != f"step-{recorded['step']:08d}":
             raise ValueError(f"{path / 'state.json'} was altered: it says step {recorded['step']}. {advice}")
-        for name, expected in recorded["sha256"].items():
-            if not (path / name).exists() or file_hash(path / name) != expected:
+        for name in (WEIGHTS, OPTIMIZER):
+            if not (path / name).exists() or file_hash(path / name) != recorded["sha256"][name]:
                 raise ValueError(f"{path / name} is missing, truncated or altered: its sha256 is not the recorded one. {advice}")
         weights, state = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
         step, training, data = recorded["step"], recorded["training"], recorded["data"]

@@ -145,7 +145,7 @@ def train_dpo(
         training_run(run, describe, resume=resume, logps=logps, atol=atol) as began_with,
         lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy) as trained,
     ):
-        p = replace(preferences, reference_logps=began_with)
+        p = preferences if began_with is logps else replace(preferences, reference_logps=began_with)
         return _fit_pairs(trained, p, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
 
 

@@ -396,6 +396,14 @@ def test_checkpoints_of_an_earlier_version_are_refused_in_plain_words(tmp_path, 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "3", b"\xff"])
+def test_a_record_that_was_altered_is_named(tmp_path, text):
+    trained(Job(), run=tmp_path)
+    (tmp_path / "training.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"training.json was altered .*another run directory"):
+        trained(Job(), run=tmp_path, resume=True)
+
+
 def test_a_checkpoint_from_elsewhere_is_not_this_run_s(tmp_path):
     for name, job in (("one", Job()), ("two", Job("another beta"))):
         trained(job, run=tmp_path / name)
