@@ -54,7 +54,8 @@ class Contender:
     @property
     def name(self) -> str:
         """What its directory is called."""
-        return f"{self.method}-{self.setting:g}-seed{self.seed}"
+        short = format(self.setting, "g")
+        return f"{self.method}-{short if float(short) == self.setting else repr(self.setting)}-seed{self.seed}"
 
 
 def contenders(seed: int = 0) -> list[Contender]:

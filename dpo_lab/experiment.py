@@ -21,6 +21,7 @@ from dpo_lab.plan import Plan, plan
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import join, say
+from dpo_lab.records import locked, require_free
 from dpo_lab.runs import (
     SNAPSHOTS,
     open_run,
@@ -28,17 +29,20 @@ from dpo_lab.runs import (
     provenance,
     read_snapshots,
     require_space,
+    weights_hash,
     write_json,
     write_whole,
 )
 from dpo_lab.task import (
     Parts,
     TaskConfig,
+    check_reference,
     data_config,
     held_out_prefixes,
     initial_policy,
     label,
     load_parts,
+    located,
     measured_precision,
     planned_sft,
     recorded_precision,
@@ -92,22 +96,27 @@ def planned(config: ExperimentConfig, parts: Parts) -> Plan:
 
 def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -> Plan:
     """The plan of `train` with the same arguments; nothing is written."""
-    config = replace(config, task=recorded_precision(config.task, out, data or out / "data"))
+    config = replace(config, task=recorded_precision(located(config.task), out, data or out / "data"))
     check_config(config.dpo)
     parts = load_parts(config.task)
     return planned(replace(config, task=measured_precision(config.task, parts, config.dpo.beta)), parts)
 
 
 def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
-    """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated."""
+    """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated.
+
+    Raises:
+        ValueError: a bad config, a directory with another one, or one in which another process is at work.
+    """
     join(config.task.device)
     began = time.perf_counter()
     finished, data = out / "summary.json", data or out / "data"
-    config = replace(config, task=recorded_precision(config.task, out, data))
+    config = replace(config, task=recorded_precision(located(config.task), out, data))
     if finished.exists():
         open_run(out, asdict(config), resume=True)
         return json.loads(finished.read_text(encoding="utf-8"))
     check_config(config.dpo)
+    require_free(out, "run.lock")
     if (data / "config.json").exists():
         open_run(data, data_config(config.task), resume=True)
     origin = provenance()
@@ -118,8 +127,18 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     say(expected)
     expected.check()
     open_run(out, asdict(config), resume=resume)
+    with locked(out, "run.lock"):
+        found = _trained(config, out, data, parts, resume)
+        summary = {**found, "seconds": round(time.perf_counter() - began, 1), **origin}
+        write_json(finished, summary)
+    return summary
+
+
+def _trained(config: ExperimentConfig, out: Path, data: Path, parts: Parts, resume: bool) -> dict[str, Any]:
+    """Data, training and evaluation of a run whose directory is this process's; what its summary says of them."""
     preferences = label(config.task, data, parts)
     parts = sft(config.task, data, parts)
+    check_reference(preferences, parts, data)
     preferences = preferences.with_reference(parts.reference, precision=config.task.precision)
     prompts = held_out_prefixes(config.task, parts)
 
@@ -143,24 +162,39 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     save_policy(policy, parts.tokenizer, out / "policy")
     save_samples(out, before, after)
     save_figures(out, metrics, after, reference_frontier(config.task, parts, prompts))
-    summary = {
+    return {
         "before": _summary(before),
         "after": _summary(after),
         "pairs": preferences.report.pairs,
         "report": asdict(preferences.report),
         "steps": metrics[-1]["step"],
-        "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_mb": round(peak_memory_mb()),
         "seed": config.task.seed,
-        "reference": initial_policy(config.task, data),
-        **origin,
+        "reference": _from(out, initial_policy(config.task, data)),
+        "reference_weights": weights_hash(parts.reference),
     }
-    write_json(finished, summary)
-    return summary
+
+
+def _from(run: Path, name: str) -> str:
+    """A model's name for the record of `run`: a folder in it by its path from there, so that both can be moved."""
+    inside = Path(name).is_absolute() and Path(name).resolve().is_relative_to(run.resolve())
+    return Path(name).resolve().relative_to(run.resolve()).as_posix() if inside else name
+
+
+def _reference_of(run: Path, recorded: str) -> str:
+    """The model that a run recorded as its reference, by `_from` or by the path that it had when the run was made."""
+    for folder in (run / recorded, run / "data" / "sft" / "model"):
+        if folder.is_dir() and (Path(recorded).parts[-2:] == folder.parts[-2:] or folder == run / recorded):
+            return str(folder.absolute())
+    return recorded
 
 
 def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
-    """Evaluate the trained policy of a run directory again, on as many held-out prefixes as asked, into `evaluation.json`."""
+    """Evaluate the trained policy of a run directory again, on as many held-out prefixes as asked, into `evaluation.json`.
+
+    Raises:
+        ValueError: the run is not finished, or its reference has other weights now.
+    """
     if not (run / "summary.json").exists() or not (run / "policy" / "config.json").exists():
         raise ValueError(f"{run} holds no finished run (summary.json and policy/); make one with `dpo-lab train --out {run}`")
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -168,7 +202,12 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
     join(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    parts = load_parts(replace(task, model=summary["reference"]))
+    parts = load_parts(replace(task, model=_reference_of(run, summary["reference"])))
+    if summary.get("reference_weights") not in (None, weights_hash(parts.reference)):
+        raise ValueError(
+            f"the reference of {run}, {parts.reference.name_or_path!r}, has other weights now than when the run was made, so its KL "
+            "would be from another model; put those back"
+        )
     policy = load_model(str(run / "policy"), device=task.device)
     result = task_evaluation(task, parts, policy, held_out_prefixes(task, parts), "evaluate")
     summary = {**_summary(result), "prefixes": task.eval_prefixes, **provenance()}

@@ -27,15 +27,18 @@ from dpo_lab.models import ScalarModel, end_tokens, load_model
 from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import launched
+from dpo_lab.records import locked, require_free
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
 from dpo_lab.task import (
     Parts,
     TaskConfig,
+    check_reference,
     held_out_prefixes,
     initial_policy,
     label,
     load_parts,
+    located,
     measured_precision,
     recorded_precision,
     sft,
@@ -68,39 +71,25 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     """Run every contender that has not finished yet, and write the evaluations of all finished runs to `out/frontier.csv`.
 
     Each run has a directory of its own under `out`; a run that was interrupted begins again, a finished one is kept.
+
+    Raises:
+        ValueError: a bad config, a directory with another one, or one in which another process is at work.
     """
     if launched() > 1:
         raise ValueError(f"frontier was launched {launched()} times; it starts processes of its own (jobs), so launch it once")
     runs = contenders(config.task.seed) if runs is None else runs
     began = time.perf_counter()
-    origin, config = provenance(), replace(config, task=recorded_precision(config.task, out))
+    origin, config = provenance(), replace(config, task=recorded_precision(located(config.task), out))
     if (out / "config.json").exists():
         open_run(out, settings(config), resume=True)
     todo = [run for run in runs if not (out / run.name / "rows.json").exists()]
     if todo or not (out / "baselines.json").exists():
+        require_free(out, "frontier.lock")
         parts = load_parts(config.task)
         config = replace(config, task=measured_precision(config.task, parts))
         open_run(out, settings(config), resume=True)
-        preferences = label(config.task, out / "data", parts)
-        parts = sft(config.task, out / "data", parts)
-        if any(run.method == "ppo" for run in todo):
-            reward_model(config, preferences, out)
-        jobs = config.jobs or (min(4, torch.get_num_threads()) if config.task.device == "cpu" else 1)
-        with tqdm(desc="frontier", initial=len(runs) - len(todo), total=len(runs), unit="run") as bar:
-            if jobs == 1:
-                for run in [None, *todo]:
-                    bar.update(finish(run, config, parts, preferences, out, origin))
-            else:
-                del parts, preferences
-                threads = max(1, torch.get_num_threads() // jobs)
-                with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-                    tasks = [pool.submit(finish_alone, run, config, out, origin, threads) for run in [None, *todo]]
-                    try:
-                        for task in as_completed(tasks):
-                            bar.update(task.result())
-                    except BaseException:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise
+        with locked(out, "frontier.lock"):
+            _run_all(config, parts, todo, len(runs), out, origin)
     reference = json.loads((out / "baselines.json").read_text(encoding="utf-8"))
     found = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*/rows.json")}
     finished = sorted(found, key=lambda name: [found[name]["rows"][0][k] for k in ("method", "setting", "seed")])
@@ -118,6 +107,31 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         {**origin, "seconds": seconds, "config": settings(config), "optimal": reference["optimal"], "runs": kept},
     )
     return rows
+
+
+def _run_all(config: FrontierConfig, parts: Parts, todo: list[Contender], total: int, out: Path, origin: dict[str, str]) -> None:
+    """The baselines and the runs that have not finished yet, of `total`, as many at a time as there are jobs."""
+    preferences = label(config.task, out / "data", parts)
+    parts = sft(config.task, out / "data", parts)
+    check_reference(preferences, parts, out / "data")
+    if any(run.method == "ppo" for run in todo):
+        reward_model(config, preferences, out)
+    jobs = config.jobs or (min(4, torch.get_num_threads()) if config.task.device == "cpu" else 1)
+    with tqdm(desc="frontier", initial=total - len(todo), total=total, unit="run") as bar:
+        if jobs == 1:
+            for run in [None, *todo]:
+                bar.update(finish(run, config, parts, preferences, out, origin))
+        else:
+            del parts, preferences
+            threads = max(1, torch.get_num_threads() // jobs)
+            with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+                tasks = [pool.submit(finish_alone, run, config, out, origin, threads) for run in [None, *todo]]
+                try:
+                    for task in as_completed(tasks):
+                        bar.update(task.result())
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
 
 
 def settings(config: FrontierConfig) -> dict[str, Any]:

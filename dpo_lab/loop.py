@@ -81,6 +81,7 @@ def fit(
     evaluate: Evaluate | None,
     progress: str | None,
     scorer: Callable[[nn.Module], nn.Module] | None = None,
+    data_of: Callable[[int], str] | None = None,
 ) -> list[dict[str, Any]]:
     """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs, tokens, prompts).
 
@@ -89,6 +90,8 @@ def fit(
     `loss_of(score, micro_batch)` gives a sum and more sums to log, tensors all, which are read at the end of the step; `score` computes `completion_logps`, or what
     `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
+    A caller that gives a `run` holds it by `records.training_run`; `data_of(step)` names the data of the steps up to `step`,
+    where the record does not.
     """
     model = unwrapped(model)
     check_trainable(model)
@@ -105,7 +108,7 @@ def fit(
     )
     model.eval()  # no dropout: the reference was scored without it
     optimizers = make_optimizers(model, config)
-    start = load_checkpoint(run, model, optimizers) if run and resume else 0
+    start = load_checkpoint(run, model, optimizers, data_of=data_of) if run and resume else 0
     scoring = (scorer or _Scorer)(copy.deepcopy(model) if sharding() else model)
     scoring = accelerator.prepare_model(scoring, evaluation_mode=sharding())
     if sharding():
@@ -122,6 +125,9 @@ def fit(
         accelerator.init_trackers("tensorboard", asdict(config))
 
     accumulate = max([config.accumulate, *(line["accumulate"] for line in history if "accumulate" in line)])
+
+    def save(step: int) -> None:
+        save_checkpoint(run, step, model, optimizers, data=data_of and data_of(step))
 
     def log(line: dict[str, Any]) -> None:
         history.append(line)
@@ -157,7 +163,7 @@ def fit(
                 torch.cuda.empty_cache()
                 if count() > 1 or len(micro_batches(step - 1, 2 * accumulate)) == len(micros):
                     if run and step - 1 > start:
-                        save_checkpoint(run, step - 1, model, optimizers)
+                        save(step - 1)
                     raise ValueError(
                         f"step {step} does not fit in memory in {len(micros)} forward passes ({reason}). {NO_MEMORY}"
                     )
@@ -187,9 +193,11 @@ def fit(
             stopping = run is not None and any(gathered(stop.is_set())) and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
                 collect(scoring, model)
-                save_checkpoint(run, step, model, optimizers)
+                save(step)
             if stopping:
-                raise Interrupted(f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume")
+                raise Interrupted(
+                    f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume, or resume=True"
+                )
     collect(scoring, model)
     if config.tensorboard:
         accelerator.end_training()

@@ -8,6 +8,7 @@ https://arxiv.org/abs/1707.06347). `bandit.policy_gradient` is the same loop whe
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
 from dpo_lab.loop import Evaluate
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel, context_of
+from dpo_lab.processes import from_main
+from dpo_lab.records import locked, require_unused
 from dpo_lab.runs import append_metrics
 from dpo_lab.structure import check_trainable, unwrapped, widest
 
@@ -138,7 +141,7 @@ def train_ppo(
             completions of the reference, so that `kl_coefficient` means the same for every reward.
         prompts: token ids, taken in shuffled order.
         ptx: gives a batch of text for each optimizer step, for `ptx_coefficient`.
-        run: directory for `metrics.jsonl`; without it nothing is written.
+        run: directory for `metrics.jsonl`, a new one for each run; without it nothing is written.
         evaluate: called with (policy, rollout), as by `train_dpo`.
 
     Metrics: `objective/*` of the rollout (reward as given; score, normalised; kl in nats a completion; non_score_reward;
@@ -146,12 +149,15 @@ def train_ppo(
 
     Raises:
         ValueError, TypeError: before the first step, naming the argument: a bad config, a prompt longer than the context, a value head
-            of another size, a reward of the wrong shape or not finite.
+            of another size, a reward of the wrong shape or not finite, a `run` that another process holds or that holds an
+            earlier run.
     """
     policy, reference = unwrapped(policy), unwrapped(reference)
     config, run = settled(config), None if run is None else folder("run", run)
     prompts = token_lists("prompts", prompts)
     check_ppo(policy, value_model, prompts, config, ptx)
+    if run:
+        from_main(require_unused, run)
     roles, rng = Roles(policy.eval(), reference.eval(), value_model.eval()), np.random.default_rng(seed)
     stops = set(np.ravel(eos_token_id).tolist())
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "precision": precision}
@@ -176,9 +182,12 @@ def train_ppo(
         if run:
             append_metrics(run, line)
 
-    if evaluate:
-        log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(policy, 0).items()})
-    with tqdm(total=config.steps, desc=progress, disable=progress is None, unit="rollout") as bar:
+    with (
+        locked(run) if run else nullcontext(),
+        tqdm(total=config.steps, desc=progress, disable=progress is None, unit="rollout") as bar,
+    ):
+        if evaluate:
+            log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(policy, 0).items()})
         for step in range(1, config.steps + 1):
             began = time.perf_counter()
             while len(order) < config.batch:

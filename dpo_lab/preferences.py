@@ -209,8 +209,16 @@ class Preferences:
         return digest.hexdigest()[:16]
 
     def save(self, directory: Path | str) -> None:
-        """Write a `datasets` directory with `prompts`, `completions` and `pairs`, whole or not at all."""
+        """Write a `datasets` directory with `prompts`, `completions` and `pairs`, whole or not at all.
+
+        Raises:
+            ValueError: the directory holds something else than preferences, whose place these take.
+        """
         directory = folder("directory", directory)
+        others = directory.is_dir() and any(directory.iterdir()) and not (directory / "preferences.json").exists()
+        if others or directory.is_file():
+            found = "holds other files" if others else "is a file"
+            raise ValueError(f"{str(directory)!r} {found}; give a folder of its own, such as {str(directory / 'preferences')!r}")
         columns: dict[str, Any] = {"prompt": self.prompt_of, "ids": self.completions}
         columns |= {k: getattr(self, k) for k in ("scores", "reference_logps") if getattr(self, k) is not None}
         parts = DatasetDict(

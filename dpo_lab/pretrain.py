@@ -17,6 +17,7 @@ from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
 from dpo_lab.machine import keep_freed_memory
 from dpo_lab.processes import join
+from dpo_lab.records import require_free
 from dpo_lab.runs import open_run, provenance, read_metrics, write_whole
 from dpo_lab.train import train_sft
 
@@ -63,7 +64,8 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     are saved in float16 and measured as saved.
     """
     join("cpu")
-    run = open_run(Path(out), asdict(config), resume=resume)
+    run = open_run(Path(out).expanduser(), asdict(config), resume=resume)
+    require_free(run)
     origin = provenance()
     keep_freed_memory()
     reviews = load_imdb()

@@ -1,7 +1,7 @@
 """Run directories: every file whole or absent, every run resumable to the byte.
 
-A run directory holds `config.json` (what was asked), `metrics.jsonl` (one line an event), `checkpoints/step-N/` while
-it trains, and the results. A checkpoint is a directory of safetensors that appears by one rename.
+A run directory holds `config.json` (what was asked), `metrics.jsonl` (one line an event), `training.json` (records.py) and
+`checkpoints/step-N/` while it trains, and the results. A checkpoint is a directory of safetensors that appears by one rename.
 """
 
 import errno
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -26,12 +27,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file as save_weights
 from torch.optim import Optimizer
 
 from dpo_lab.processes import count, from_main, full, is_main
 
 SNAPSHOTS = "snapshots.jsonl"
-WEIGHTS, ADAPTER = "model.safetensors", ".lora_"  # a file of a checkpoint; what peft's names of adapters have in them
+TRAINING = "training.json"  # records.py
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"  # files of a checkpoint
 
 
 @contextmanager
@@ -41,6 +44,8 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
     Of several processes only the main one's file is kept.
     """
     path = Path(path)
+    if directory and Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError(f"{str(path)!r} is the working directory or holds it; give a folder of its own, such as 'new'")
     if not is_main():
         with tempfile.TemporaryDirectory() as elsewhere:
             inner = Path(elsewhere) / path.name
@@ -158,10 +163,9 @@ def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
     recorded = directory / "config.json"
     if recorded.exists():
         found = read_config(directory)
-        if found != config:
-            keys = sorted(k for k in {*found, *config} if found.get(k) != config.get(k))
-            differences = "; ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked" for k in keys)
-            raise ValueError(f"{directory} holds a run with another config ({differences}). Choose another --out, or delete it")
+        if differences(found, config):
+            different = "; ".join(differences(found, config))
+            raise ValueError(f"{directory} holds a run with another config ({different}). Choose another --out, or delete it")
         if not resume:
             raise ValueError(
                 f"{directory} already holds a run with this config; continue it with --resume, or choose another --out"
@@ -171,6 +175,28 @@ def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
     else:
         write_json(recorded, config)
     return directory
+
+
+def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """`name: value there, value asked` of each setting in which two configs differ, names of nested ones joined by dots.
+
+    A path differs from none that is the same place, and from none where nothing is any more: it was moved.
+    """
+
+    def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        parts = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in config.items()]
+        return {name: value for part in parts for name, value in part.items()}
+
+    found, asked = flat(found), flat(asked)
+    changed = [name for name in sorted({*found, *asked}) if found.get(name) != asked.get(name)]
+    names = [name for name in changed if not _same_place(found.get(name), asked.get(name))]
+    return [f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked" for name in names]
+
+
+def _same_place(found: Any, asked: Any) -> bool:
+    if not (isinstance(found, str) and isinstance(asked, str) and Path(asked).is_absolute() and Path(asked).exists()):
+        return False
+    return Path(found).absolute() == Path(asked) or Path(found).is_absolute() and not Path(found).exists()
 
 
 def append_metrics(run: Path, line: dict[str, Any]) -> None:
@@ -207,8 +233,18 @@ def read_snapshots(run: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: list[Optimizer]) -> Path:
-    """Write `checkpoints/step-N` (weights, optimizer state, random state, a hash of each) and remove older ones."""
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints in a run directory, the newest one last."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(
+    run: Path, step: int, model: torch.nn.Module, optimizers: list[Optimizer], *, data: str | None = None
+) -> Path:
+    """Write `checkpoints/step-N` (weights, optimizer state, random state, a hash of each) and keep the one before it.
+
+    `data` names what was read up to `step`.
+    """
     path = run / "checkpoints" / f"step-{step:08d}"
     state: dict[str, torch.Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -218,31 +254,57 @@ def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: li
             values = {name: full(torch.as_tensor(v)) for name, v in values.items() if v is not None}
             if is_main():
                 state |= {f"{k}.{index}.{name}": v.contiguous() for name, v in values.items()}
-    return from_main(_write_checkpoint, path, step, model, state)
+    return from_main(_write_checkpoint, path, step, model, state, data)
 
 
-def _write_checkpoint(path: Path, step: int, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Path:
-    require_space(path, sum(t.numel() * t.element_size() for t in [*model.parameters(), *state.values()]))
+def _write_checkpoint(path: Path, step: int, model: torch.nn.Module, state: dict[str, torch.Tensor], data: str | None) -> Path:
+    weights, owners = what_is_kept(model), Counter(t.untyped_storage().data_ptr() for t in what_is_kept(model).values())
+    for name, tensor in weights.items():  # safetensors takes no tensor that is a part of another
+        weights[name] = tensor.clone() if owners[tensor.untyped_storage().data_ptr()] > 1 else tensor.contiguous()
+    require_space(path, sum(t.numel() * t.element_size() for t in [*weights.values(), *state.values()]))
     with write_whole(path, directory=True) as temporary:
-        if hasattr(model, "peft_config"):  # of a model with adapters those alone, as the rest stays what it was
-            save_file({name: p.detach() for name, p in model.named_parameters() if ADAPTER in name}, temporary / WEIGHTS)
-        else:
-            model.save_pretrained(temporary)
-        save_file(state, temporary / "optimizer.safetensors")
-        hashes = {file.name: file_hash(file) for file in sorted(temporary.iterdir())}
-        (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n")
-    for older in sorted(path.parent.glob("step-*"))[:-2]:
+        save_weights(weights, temporary / WEIGHTS)
+        save_file(state, temporary / OPTIMIZER)
+        hashes = {name: file_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        recorded = {"step": step, "training": _record_hash(path.parents[1]), "data": data, "sha256": hashes}
+        (temporary / "state.json").write_text(json.dumps(recorded, indent=2) + "\n")
+    for older in [other for other in checkpoints_of(path.parents[1]) if other.name < path.name][:-1]:
         shutil.rmtree(older)
     return path
 
 
-def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[Optimizer]) -> int:
+def _record_hash(run: Path) -> str | None:
+    return file_hash(run / TRAINING) if (run / TRAINING).exists() else None
+
+
+def unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model's state by name; of those that are tied, which share their memory, the first one."""
+    found: dict[Any, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        found.setdefault(place, (name, tensor))
+    return dict(found.values())
+
+
+def what_is_kept(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model: all of its state, or of one with adapters (peft) what is trained, for the rest stays."""
+    if hasattr(model, "peft_config"):
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return unique_tensors(model)
+
+
+def load_checkpoint(
+    run: Path, model: torch.nn.Module, optimizers: list[Optimizer], *, data_of: Callable[[int], str] | None = None
+) -> int:
     """Load the newest checkpoint of `run` into model and optimizers; return its step, 0 when there is none.
 
+    `data_of(step)` names what is read up to a step; it must be what was read.
+
     Raises:
-        ValueError: a file of the checkpoint is missing, truncated or altered; model and optimizers are untouched.
+        ValueError: a file of the checkpoint is missing, truncated or altered; it belongs to another run, another model or
+            other data. Model and optimizers are untouched.
     """
-    checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    checkpoints = checkpoints_of(run)
     if not checkpoints:
         return 0
     path = checkpoints[-1]
@@ -251,29 +313,58 @@ def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[Optimize
         recorded = json.loads((path / "state.json").read_text())
         if path.name != f"step-{recorded['step']:08d}":
             raise ValueError(f"{path / 'state.json'} was altered: it says step {recorded['step']}. {advice}")
-        for name, expected in recorded["sha256"].items():
-            if not (path / name).exists() or file_hash(path / name) != expected:
+        for name in (WEIGHTS, OPTIMIZER):
+            if not (path / name).exists() or file_hash(path / name) != recorded["sha256"][name]:
                 raise ValueError(f"{path / name} is missing, truncated or altered: its sha256 is not the recorded one. {advice}")
-        weights, state = load_file(path / WEIGHTS), load_file(path / "optimizer.safetensors")
+        weights, state = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+        step, training, data = recorded["step"], recorded["training"], recorded["data"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). {advice}") from error
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {name for name in missing if name.startswith("lm_head")}
-    if hasattr(model, "peft_config"):
-        tied = {name for name in missing if ADAPTER not in name}
-    if set(missing) - tied or unexpected:
-        raise ValueError(f"{path} holds another model (missing {missing}, unexpected {unexpected}). {advice}")
+        raise ValueError(f"{path} cannot be read ({error!r}). {advice}") from error
+    if training != _record_hash(run):
+        raise ValueError(f"{path} belongs to another run than {run / TRAINING} records. {advice}")
+    kept = what_is_kept(model)
+    if different := _unlike(weights, kept):
+        raise ValueError(f"{path} holds another model ({different}). {advice}")
+    sizes = {(k, i): p.shape for k, optimizer in enumerate(optimizers) for i, p in enumerate(_parameters(optimizer))}
+    states = _optimizer_states(state)
+    if any(tensor.shape not in ((), sizes.get(place)) for place, found in states.items() for tensor in found.values()):
+        raise ValueError(f"{path} holds the state of another optimizer. {advice}")
+    if data_of is not None and data != data_of(step):
+        raise ValueError(f"{path} was trained on other data: the batches up to step {step} are not those that it read. {advice}")
+
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            tensor.copy_(weights[name])
     for k, optimizer in enumerate(optimizers):
-        loaded: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in state.items():
-            if key.startswith(f"{k}."):
-                _, index, name = key.split(".", 2)
-                loaded.setdefault(int(index), {})[name] = tensor
-        optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+        mine = {i: found for (owner, i), found in states.items() if owner == k}
+        optimizer.load_state_dict({"state": mine, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(state["rng.cpu"])
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
-    return recorded["step"]
+    return step
+
+
+def _unlike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
+    """How the tensors of a checkpoint differ from a model's, the first difference by name; empty where they do not."""
+    for name in sorted({*found, *expected}):
+        a, b = ("nothing" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (found.get(name), expected.get(name)))
+        if a != b:
+            return f"{name}: {a} there, {b} in the model"
+    return ""
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _optimizer_states(state: dict[str, torch.Tensor]) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    """By optimizer and parameter, the tensors of a checkpoint, which are called `optimizer.parameter.name`."""
+    states: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+    for key, tensor in state.items():
+        if not key.startswith("rng."):
+            k, index, name = key.split(".", 2)
+            states.setdefault((int(k), int(index)), {})[name] = tensor
+    return states
 
 
 def file_hash(path: Path | str) -> str:
@@ -284,7 +375,12 @@ def file_hash(path: Path | str) -> str:
 
 def weights_hash(model: torch.nn.Module) -> str:
     """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
-    named = sorted([*model.named_parameters(), *model.named_buffers()])  # which have a tied tensor once
+    return tensors_hash(dict([*model.named_parameters(), *model.named_buffers()]))  # which have a tied tensor once
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits that name tensors, by names and bytes."""
+    named = sorted(tensors.items())
 
     def digest(tensor: torch.Tensor) -> bytes:
         return hashlib.sha256(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()).digest()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import DatasetDict
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
@@ -21,7 +21,7 @@ from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
 from dpo_lab.processes import from_main, join, say
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import open_run, read_config, require_space, write_whole
+from dpo_lab.runs import open_run, read_config, require_space, weights_hash, write_whole
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
@@ -108,6 +108,16 @@ def load_parts(config: TaskConfig) -> Parts:
     return Parts(reviews, tokenizer, reference, judge)
 
 
+def located(config: TaskConfig) -> TaskConfig:
+    """`config` with model and reward as absolute paths where they lie on this machine, for its record is read from anywhere."""
+
+    def place(name: str | None, own: str) -> str | None:
+        path = None if name in (None, own) else Path(name).expanduser()
+        return str(path.absolute()) if path and path.exists() else name
+
+    return replace(config, model=place(config.model, "embedded"), reward=place(config.reward, "tfidf"))
+
+
 def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
     """`config` with the precision that one of `directories` was begun in, where it asks for "auto"."""
     for directory in directories:
@@ -169,7 +179,7 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
     Rows of `sft_length` tokens, 64 a step. An interrupted call continues at its last checkpoint.
     """
     join(config.device)
-    config = recorded_precision(config, data)
+    config = recorded_precision(located(config), data)
     parts = parts or load_parts(config)
     if not config.sft_epochs:
         return parts
@@ -198,7 +208,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     """
     join(config.device)
     path = data / "samples.json"
-    config = recorded_precision(config, data)
+    config = recorded_precision(located(config), data)
     if (data / "config.json").exists() and path.exists():
         open_run(data, data_config(config), resume=True)
         return json.loads(path.read_text(encoding="utf-8"))
@@ -228,7 +238,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
     join(config.device)
-    config = recorded_precision(config, data)
+    config = recorded_precision(located(config), data)
     if (data / "config.json").exists() and (data / "preferences").exists():
         open_run(data, data_config(config), resume=True)
         return Preferences.load(data / "preferences")
@@ -256,6 +266,15 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
     )
     preferences.save(data / "preferences")
     return preferences
+
+
+def check_reference(preferences: Preferences, parts: Parts, data: Path) -> None:
+    """Raise ValueError unless the reference of a task has the weights that its data were made with."""
+    if preferences.reference_key.split("-")[0] != weights_hash(parts.reference):
+        raise ValueError(
+            f"{data} was made with other weights than those of {parts.reference.name_or_path!r} now. Put those back, choose another "
+            "directory (--data, --out), or delete this one to sample again"
+        )
 
 
 def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
@@ -299,7 +318,19 @@ def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all."""
+    """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all.
+
+    A generation config is written as it is: transformers reads what it refuses to write, such as a temperature without sampling.
+    """
+    own = getattr(policy, "generation_config", None)
     with write_whole(path, directory=True) as temporary:
-        policy.save_pretrained(temporary)
+        if own is not None:
+            policy.generation_config = GenerationConfig()
+        try:
+            policy.save_pretrained(temporary)
+        finally:
+            if own is not None:
+                policy.generation_config = own
+        if own is not None:
+            own.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
         tokenizer.save_pretrained(temporary)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_lab.arguments import folder, integer, settled
 from dpo_lab.layout import CompletionBatch, completion_batch, split
 from dpo_lab.logprobs import Precision, can_share
 from dpo_lab.loop import Evaluate, LoopConfig, fit
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
 from dpo_lab.models import check_lora, lora
-from dpo_lab.preferences import Preferences
+from dpo_lab.preferences import SAME_LOGPS, Preferences
 from dpo_lab.processes import count, my_share
+from dpo_lab.records import data_hash, training_run, weights_record
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def train_dpo(
     config: DPOConfig,
     *,
     seed: int = 0,
-    run: Path | None = None,
+    run: Path | str | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
     progress: str | None = "DPO",
@@ -88,15 +90,19 @@ def train_dpo(
         preferences: pairs with stored `reference_logps`, in whose precision the policy is computed; the reference model
             itself is not needed.
         seed: decides the order of the prompts, and how LoRA's adapters begin.
-        run: directory for metrics and checkpoints; without it nothing is written.
-        resume: continue from the newest checkpoint of `run`; the result has the bytes of an uninterrupted run.
+        run: directory for metrics and checkpoints, and `training.json`, which records config, seed, data and weights; without
+            it nothing is written.
+        resume: continue the run that is recorded in `run` from its newest checkpoint, or begin it; the result has the bytes of
+            an uninterrupted run. With a `lora_rank` the policy must have the weights that it began with.
         evaluate: called with (policy, step) before the first step, as `eval_every` says, and after the last; what it
             returns is added to the metrics, under `eval/`.
 
     Metrics have TRL's names; rewards and margins are in units of beta x nats, `logps/*` in nats a completion.
 
     Raises:
-        ValueError: a bad argument, or reference log-probs that are missing.
+        ValueError: a bad argument; reference log-probs that are missing; a `run` that another process holds, that holds the
+            checkpoints of an earlier run (without `resume`), or whose run has another config, seed, model or other data (with
+            it). Then the directory and the policy are as they were.
         Interrupted: Ctrl-C or SIGTERM with a `run`, after its checkpoint was written.
     """
     check_config(config)
@@ -127,9 +133,21 @@ def train_dpo(
         }
         return result.losses.sum(), {name: values.sum() for name, values in per_pair.items()}
 
+    run = None if run is None else folder("run", run)
+
+    def describe() -> dict[str, Any]:
+        found = {"method": "DPO", "config": asdict(settled(config)), "seed": integer("seed", seed)}
+        found |= {"precision": preferences.reference_precision, "data": pairs_hash(preferences)}
+        return found | weights_record(policy, adapters=bool(config.lora_rank))
+
+    logps, atol = preferences.reference_logps, SAME_LOGPS[preferences.reference_precision]
     options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
-    with lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy) as trained:
-        return _fit_pairs(trained, preferences, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
+    with (
+        training_run(run, describe, resume=resume, logps=logps, atol=atol) as began_with,
+        lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy) as trained,
+    ):
+        p = preferences if began_with is logps else replace(preferences, reference_logps=began_with)
+        return _fit_pairs(trained, p, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
 
 
 def train_unlikelihood(
@@ -197,24 +215,34 @@ def train_sft(
     config: LoopConfig,
     *,
     precision: Precision = "float32",
-    run: Path | None = None,
+    run: Path | str | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
     progress: str | None = "SFT",
 ) -> list[dict[str, Any]]:
     """Maximise the log-likelihood of completions; the loss is nats a completion token. Preferred-FT is SFT on chosen.
 
-    `batches(step)` gives the forward passes of a step (a sequence is cycled through, one batch a step). The rest is as in
-    `train_dpo`; `sft_batches` makes the batches from preferences.
+    `batches(step)` gives the forward passes of a step, the same ones whenever it is asked (a sequence is cycled through, one
+    batch a step). The rest is as in `train_dpo`; `sft_batches` makes the batches from preferences.
     """
-    if not callable(batches):
-        listed = list(batches)
+    run, listed = None if run is None else folder("run", run), None if callable(batches) else list(batches)
+    newest: list[Any] = [None, None]  # the step asked for last, and its batches
+    read = [""]  # after each number of steps, what names all batches so far
 
-        def batches(step: int) -> list[CompletionBatch]:
-            return [listed[step % len(listed)]]
+    def batches_of(step: int) -> list[CompletionBatch]:
+        if newest[0] != step:
+            newest[:] = step, batches(step) if listed is None else [listed[step % len(listed)]]
+        return newest[1]
+
+    def data_of(steps: int) -> str:
+        while len(read) <= steps:
+            read.append(data_hash(read[-1], batches_of(len(read) - 1)))
+        return read[steps]
 
     def micro_batches(step: int, accumulate: int) -> list[CompletionBatch]:
-        return my_share([part for batch in batches(step) for part in split(batch, accumulate * count())])
+        if run and listed is None:
+            data_of(step + 1)
+        return my_share([part for batch in batches_of(step) for part in split(batch, accumulate * count())])
 
     def loss_of(score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(batch)
@@ -223,19 +251,31 @@ def train_sft(
     def weigh(batch: CompletionBatch) -> int:
         return batch.tokens
 
-    return fit(
-        policy,
-        steps,
-        micro_batches,
-        loss_of,
-        weigh,
-        config,
-        precision=precision,
-        run=run,
-        resume=resume,
-        evaluate=evaluate,
-        progress=progress,
-    )
+    def describe() -> dict[str, Any]:
+        found = {"method": "SFT", "config": asdict(settled(config)), "steps": integer("steps", steps), "precision": precision}
+        return found | {"data": None if listed is None else data_hash(listed)} | weights_record(policy)
+
+    with training_run(run, describe, resume=resume):
+        return fit(
+            policy,
+            steps,
+            micro_batches,
+            loss_of,
+            weigh,
+            config,
+            precision=precision,
+            run=run,
+            resume=resume,
+            evaluate=evaluate,
+            progress=progress,
+            data_of=data_of if listed is None else None,
+        )
+
+
+def pairs_hash(preferences: Preferences) -> str:
+    """16 hexadecimal digits that name prompts, completions and pairs, without scores and reference log-probs."""
+    p = preferences
+    return data_hash(p.tokens_hash(), np.asarray(p.chosen, dtype=np.int64), np.asarray(p.rejected, dtype=np.int64))
 
 
 def sft_batches(

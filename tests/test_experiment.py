@@ -132,12 +132,90 @@ def test_sft_makes_the_reference_that_everything_else_starts_from(tiny, tmp_path
     losses = [line["loss"] for line in read_metrics(out / "data" / "sft")]
     assert losses[-1] < losses[0]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["reference"] == str(tuned) and summary["before"]["kl"] == 0
+    assert summary["reference"] == "data/sft/model" and summary["before"]["kl"] == 0
     preferences, reference = Preferences.load(out / "data" / "preferences"), load_model(str(tuned))
     assert preferences.with_reference(reference, precision=preferences.reference_precision) is preferences
     assert main(["evaluate", "--run", str(out)]) == 0
     again = json.loads((out / "evaluation.json").read_text())
     assert again["kl"] == pytest.approx(summary["after"]["kl"], abs=1e-6)
+    for recorded in (summary["reference"], str(tuned)):  # as it is recorded, and as earlier versions did
+        moved = tmp_path / "elsewhere é" / recorded.replace("/", "-")
+        moved.parent.mkdir(exist_ok=True)
+        out.rename(moved)
+        (moved / "summary.json").write_text(json.dumps(summary | {"reference": recorded}))
+        (moved / "evaluation.json").unlink()
+        assert main(["evaluate", "--run", str(moved)]) == 0
+        found = json.loads((moved / "evaluation.json").read_text())
+        assert {k: found[k] for k in summary["after"]} == {k: again[k] for k in summary["after"]}
+        moved.rename(out)
+
+
+def test_a_run_names_the_folder_of_its_model_wherever_it_is_called_from(tiny, finished, tmp_path, monkeypatch, capsys):
+    """And goes on after the folder was moved, but not with other weights in its place."""
+    home, precision = tmp_path / "one", json.loads((finished / "config.json").read_text())["task"]["precision"]
+    options = [*SMALL, "--precision", precision]
+    shutil.copytree(tiny, home / "m")
+    monkeypatch.chdir(home)
+    assert main(["train", "--model", "m", "--out", "run", *options]) == 0
+    assert json.loads((home / "run" / "config.json").read_text())["task"]["model"] == str(home / "m")
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--run", "one/run"]) == 0
+    assert main(["train", "--model", "one/m", "--out", "one/run", *options]) == 0
+
+    home.rename(tmp_path / "two")
+    (tmp_path / "two" / "run" / "summary.json").unlink()
+    resume = ["train", "--model", "two/m", "--out", "two/run", *options, "--resume"]
+    assert main(resume) == 0
+    weights = [run / "policy" / "model.safetensors" for run in (finished, tmp_path / "two" / "run")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert main(["evaluate", "--run", "two/run"]) == 0
+
+    model = load_model("two/m")
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] += 1
+    model.save_pretrained("two/m")
+    assert main(["evaluate", "--run", "two/run"]) == 2
+    assert "has other weights now" in capsys.readouterr().err
+    (tmp_path / "two" / "run" / "summary.json").unlink()
+    assert main(resume) == 2
+    assert "was made with other weights than those of" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "two" / "m", tmp_path / "three")
+    assert main([*resume[:2], "three", *resume[3:]]) == 2
+    assert (
+        f"task.model: '{home / 'm'}' there" not in (error := capsys.readouterr().err) and "was made with other weights" in error
+    )
+
+
+def test_an_earlier_record_of_a_model_by_its_relative_path_is_still_read(tiny, finished, tmp_path, monkeypatch):
+    shutil.copytree(tiny, tmp_path / "m")
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("run/config.json", "run/data/config.json"):
+        text = (tmp_path / name).read_text()
+        assert str(tiny) in text
+        (tmp_path / name).write_text(text.replace(str(tiny), "m"))
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", "m", "--out", "run", *SMALL, "--resume"]) == 0
+    assert (tmp_path / "run/policy/model.safetensors").read_bytes() == (finished / "policy/model.safetensors").read_bytes()
+
+
+def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothing(tiny, tmp_path, monkeypatch, capsys):
+    """Here the second one comes from the evaluation of the first, whose directory it finds taken."""
+    run, evaluation, statuses = tmp_path / "run", experiment.task_evaluation, []
+    command = ["train", "--model", str(tiny), "--out", str(run), *SMALL]
+
+    def evaluates(*arguments):
+        if not statuses:
+            statuses.append(None)
+            before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+            statuses[0] = main([*command, "--resume"])
+            assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        return evaluation(*arguments)
+
+    monkeypatch.setattr(experiment, "task_evaluation", evaluates)
+    assert main(command) == 0 and statuses == [2]
+    assert f"in use by process {os.getpid()} " in capsys.readouterr().err
+    assert not list(run.glob("*.lock"))
 
 
 def test_the_paper_s_config_is_the_paper_s():

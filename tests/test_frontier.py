@@ -54,6 +54,11 @@ def test_the_paper_s_sweep_has_22_runs():
     assert by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12] and len(by_method["preferred-ft"]) == 6
 
 
+def test_two_settings_never_share_a_directory():
+    names = [Contender("dpo", setting, 0).name for setting in (0.1, 0.1 + 1e-9, 0.1 + 2e-9, 1.0, 5e-7)]
+    assert len(set(names)) == 5 and names[0] == "dpo-0.1-seed0" and names[3] == "dpo-1-seed0"
+
+
 def test_a_repeat_is_one_setting_of_a_method_in_three_seeds():
     assert repeats("unlikelihood") == [Contender("unlikelihood", 0.5, seed) for seed in (0, 1, 2)]
     runs = repeats("dpo", "ppo", "ppo-gt")

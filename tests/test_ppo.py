@@ -72,6 +72,15 @@ def test_a_run_repeats_to_the_last_digit_and_another_seed_differs(tiny, tmp_path
     assert read_metrics(tmp_path) == first
 
 
+def test_ppo_does_not_add_to_another_run_s_metrics(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained(tiny, run="~/run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds the metrics of an earlier run.*another run directory.*delete"):
+        trained(tiny, run=tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_the_minibatch_loss_is_that_of_a_loop_over_completions(tiny):
     """One completion after another through plain forward passes, in float64."""
     roles = Roles(load_model(str(tiny)).double(), load_model(str(tiny)).double(), ScalarModel(load_model(str(tiny)).double()))

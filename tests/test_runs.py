@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from dpo_lab import runs
+from dpo_lab.preferences import Preferences
 from dpo_lab.runs import (
     append_metrics,
+    differences,
     open_run,
     peak_memory_mb,
     provenance,
@@ -43,6 +46,50 @@ def test_a_directory_is_replaced_in_one_piece(tmp_path):
             (temporary / content).write_text(content)
     assert [p.name for p in path.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["directory"]
+
+
+@pytest.mark.parametrize("target", [".", "..", "{}"])
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, target):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match="is the working directory or holds it; give a folder of its own"):
+        with write_whole(target.format(here), directory=True):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["here"] and not list(here.iterdir())
+
+
+def test_preferences_do_not_take_the_place_of_other_files(tmp_path, monkeypatch):
+    ends = {"prompt_of": np.array([0, 0]), "chosen": np.array([0]), "rejected": np.array([1])}
+    preferences = Preferences([[1]], [[2], [3]], **ends)
+    (tmp_path / "thesis.tex").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for target in (".", tmp_path):
+        with pytest.raises(ValueError, match="holds other files; give a folder of its own, such as '.*preferences'"):
+            preferences.save(target)
+    with pytest.raises(ValueError, match="is a file"):
+        preferences.save("thesis.tex")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    for target in ("~/p", "made", "made"):
+        preferences.save(target)
+        assert Preferences.load(target).completions == [[2], [3]]
+
+
+def test_settings_that_differ_are_named_one_by_one(tmp_path):
+    found, asked = {"a": {"b": 1, "c": [1, 2]}, "d": "x"}, {"a": {"b": 2, "c": [1, 2]}, "d": "x", "e": None, "f": 3}
+    assert differences(found, asked) == ["a.b: 1 there, 2 asked", "f: None there, 3 asked"]
+
+
+def test_a_folder_that_was_moved_is_the_same_place(tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path)
+    new, old = str(tmp_path / "new"), str(tmp_path / "old")
+    assert differences({"model": "new"}, {"model": new}) == []  # as an earlier version recorded it
+    assert differences({"model": old}, {"model": new}) and differences({"model": "openai/gpt2"}, {"model": new})
+    (tmp_path / "old").rmdir()
+    assert differences({"model": old}, {"model": new}) == [] != differences({"model": new}, {"model": old})
 
 
 def test_a_directory_survives_a_failed_replacement(tmp_path, monkeypatch):

@@ -239,8 +239,12 @@ def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
     assert {p.name for p in newest.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert len(load_file(newest / "model.safetensors")) == 16
-    with pytest.raises(ValueError, match="holds another model"):
+    with pytest.raises(ValueError, match="config.lora_rank: 2 there, 0 asked"):
         train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+    policy, adapted = load_model(str(tiny)), state(load_model(str(tiny)))
+    with pytest.raises(ValueError, match="holds another model .*Delete"):
+        runs.load_checkpoint(tmp_path, policy, [])
+    assert same(state(policy), adapted)
 
 
 def test_sft_minimises_nats_per_completion_token(model, preferences):
