@@ -12,6 +12,7 @@ import transformers
 import tyro
 
 from dpo_lab import experiment, task
+from dpo_lab.arguments import checked
 from dpo_lab.contenders import Repeated, repeats
 from dpo_lab.doctor import doctor
 from dpo_lab.experiment import CONFIGS, ExperimentConfig
@@ -31,6 +32,7 @@ def doctor_command() -> int:
     return 0 if doctor() else 1
 
 
+@checked
 def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Sample completions of training prefixes from the reference."""
     samples = task.sample(config, data)
@@ -39,6 +41,7 @@ def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> 
     )
 
 
+@checked
 def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Label the samples by the reward: preference pairs and reference log-probs."""
     preferences = task.label(config, data)
@@ -48,6 +51,7 @@ def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> N
 def train_from(name: str) -> Callable[..., None]:
     """The command `train`, whose options change the config of this name."""
 
+    @checked
     def train_command(
         config: Flat[ExperimentConfig] = CONFIGS[name],
         out: Path = Path("runs/imdb"),
@@ -76,6 +80,7 @@ def train_from(name: str) -> Callable[..., None]:
 def plan_from(name: str) -> Callable[..., None]:
     """The command `plan`, whose options change the config of this name."""
 
+    @checked
     def plan_command(
         config: Flat[ExperimentConfig] = CONFIGS[name],
         out: Path = Path("runs/imdb"),
@@ -94,6 +99,7 @@ def plan_from(name: str) -> Callable[..., None]:
     return plan_command
 
 
+@checked
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
@@ -102,6 +108,7 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
     )
 
 
+@checked
 def frontier_command(
     config: Nested[FrontierConfig], out: Path = Path("runs/frontier"), repeat: tuple[Repeated, ...] = ()
 ) -> None:
@@ -115,6 +122,7 @@ def frontier_command(
     say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 
+@checked
 def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
     say(f"model in {pretrain(out, config, resume=resume)}")

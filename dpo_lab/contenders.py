@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_lab.arguments import checked
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.models import EMBEDDED
 
@@ -63,6 +64,7 @@ def contenders(seed: int = 0) -> list[Contender]:
     return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
 
 
+@checked
 def repeats(*methods: Repeated) -> list[Contender]:
     """The setting of `REPEATED` of each of these methods in three seeds."""
     return [Contender(method, REPEATED[method], seed) for seed in range(3) for method in methods]
@@ -147,6 +149,7 @@ class Recorded:
         return float(self.optimal.share(row["reward"], row["kl"], self.before)) if row["kl"] >= 0.1 else float("nan")
 
 
+@checked
 def recorded(folder: Path | None = None) -> Recorded:
     """The sweep that `dpo-lab frontier` left in `folder`; by default the one that comes with the package."""
     folder = EMBEDDED.parent if folder is None else folder

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_lab.arguments import checked
 from dpo_lab.evaluate import Evaluation, OptimalFrontier
 from dpo_lab.imdb import sample_prefixes
 from dpo_lab.logprobs import score_completions
@@ -71,6 +72,7 @@ CONFIGS = {
 }
 
 
+@checked
 def planned(config: ExperimentConfig, parts: Parts) -> Plan:
     """What `train` with this config will cost on this machine; its precision must be measured already."""
     task = config.task
@@ -88,6 +90,7 @@ def planned(config: ExperimentConfig, parts: Parts) -> Plan:
     )
 
 
+@checked
 def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -> Plan:
     """The plan of `train` with the same arguments; nothing is written."""
     config = replace(config, task=recorded_precision(config.task, out, data or out / "data"))
@@ -96,6 +99,7 @@ def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -
     return planned(replace(config, task=measured_precision(config.task, parts, config.dpo.beta)), parts)
 
 
+@checked
 def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated."""
     join(config.task.device)
@@ -157,6 +161,7 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     return summary
 
 
+@checked
 def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     """Evaluate the trained policy of a run directory again, on as many held-out prefixes as asked, into `evaluation.json`."""
     if not (run / "summary.json").exists() or not (run / "policy" / "config.json").exists():
@@ -174,6 +179,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     return summary
 
 
+@checked
 def save_samples(out: Path, before: Evaluation, after: Evaluation, n: int = 20) -> None:
     """The first `n` held-out prefixes with their completions before and after, side by side, as `samples.md`."""
     rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
@@ -183,6 +189,7 @@ def save_samples(out: Path, before: Evaluation, after: Evaluation, n: int = 20) 
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
+@checked
 def save_snapshot(
     out: Path,
     step: int,
@@ -211,6 +218,7 @@ def save_snapshot(
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]), encoding="utf-8")
 
 
+@checked
 def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: OptimalFrontier) -> None:
     """Loss, rewards and accuracy, margins, and reward against KL, as PNG under `figures/`."""
     points = [

@@ -19,6 +19,7 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from tqdm.auto import tqdm
 
+from dpo_lab.arguments import checked
 from dpo_lab.contenders import COLUMNS, Contender, contenders
 from dpo_lab.evaluate import best_of_n, frontier_band, optimal_frontier
 from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
@@ -64,6 +65,7 @@ class FrontierConfig:
     """runs at a time, each in a process of its own with about 2 GB; by default one a CPU core, at most four, and one on a GPU"""
 
 
+@checked
 def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None = None) -> list[dict[str, Any]]:
     """Run every contender that has not finished yet, and write the evaluations of all finished runs to `out/frontier.csv`.
 
@@ -120,11 +122,13 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     return rows
 
 
+@checked
 def settings(config: FrontierConfig) -> dict[str, Any]:
     """What decides the results: the config without how many run at a time."""
     return {name: value for name, value in asdict(config).items() if name != "jobs"}
 
 
+@checked
 def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int) -> int:
     """`finish` in a process of its own."""
     torch.set_num_threads(threads)
@@ -132,6 +136,7 @@ def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origi
     return finish(run, config, parts, label(config.task, out / "data", parts), out, origin)
 
 
+@checked
 def finish(
     run: Contender | None, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path, origin: dict[str, str]
 ) -> int:
@@ -145,6 +150,7 @@ def finish(
     return 1
 
 
+@checked
 def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path) -> dict[str, Any]:
     """Train one contender; a row for each of its evaluations, the first eight texts of the last with their rewards, and of PPO
     the mean score of every rollout: the reward that it was given, in standard deviations on the reference's completions."""
@@ -200,6 +206,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
     return {"rows": rows, "samples": samples, "scores": scores}
 
 
+@checked
 def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) -> ScalarModel:
     """The learned reward of all PPO runs, fitted to the preferences once and kept in `out/reward_model.safetensors`."""
     model = ScalarModel(load_model(initial_policy(config.task, out / "data"), device=config.task.device))
@@ -216,6 +223,7 @@ def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) ->
     return model
 
 
+@checked
 def baselines(task: TaskConfig, parts: Parts, k: int) -> dict[str, Any]:
     """From `k` samples of each held-out prefix: rows of best-of-N for N = 1 (the SFT policy itself), 2, 4, ..., 16, and the
     optimal frontier with its 90 % band."""

@@ -17,12 +17,14 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from dpo_lab.arguments import checked
 from dpo_lab.logprobs import IN_CACHE, Precision, autocast, matmuls_by_mkl, use_packed_attention
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
 
+@checked
 def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     """The 25,000 labelled IMDb training reviews as `train` (22,500) and `test` (2,500), columns `text` and `label`.
 
@@ -102,6 +104,7 @@ def sample_prefixes(
     return [[bos, *ids[:length]] for ids, length in zip(encoded, lengths)]
 
 
+@checked
 def sample_completions(
     model: nn.Module,
     prompts: list[list[int]],
@@ -137,6 +140,7 @@ def sample_completions(
     return completions
 
 
+@checked
 def sample_with_logps(
     model: nn.Module,
     prompts: list[list[int]],

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_lab.arguments import checked
 from dpo_lab.layout import ROUND, CompletionBatch, Tokens, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
 
@@ -27,6 +28,7 @@ IN_CACHE = 64  # rows that are normalised at a time: many times faster than all 
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
 
 
+@checked
 def autocast(device: str, precision: Precision) -> torch.autocast:
     """The context in which a forward pass computes in `precision`; `device` is a torch device type."""
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
@@ -253,6 +255,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 @torch.no_grad()
+@checked
 def score_completions(
     model: nn.Module,
     prompts: Tokens,

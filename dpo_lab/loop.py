@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_lab.arguments import checked
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, completion_logps
 from dpo_lab.processes import collect, count, from_main, full, gathered, join, shard, sharding
@@ -66,6 +67,7 @@ class LoopConfig:
     """log to TensorBoard too, in the run directory"""
 
 
+@checked
 def fit(
     model: nn.Module,
     steps: int,
@@ -225,6 +227,7 @@ class _Scorer(nn.Module):
         return completion_logps(self.model, batch)
 
 
+@checked
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
     """The optimizer of `config`, or Muon and AdamW side by side. The first one's learning rate is the logged one."""
     parameters = [p for p in model.parameters() if p.requires_grad]

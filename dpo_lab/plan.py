@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dpo_lab.arguments import checked
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
 from dpo_lab.logprobs import (
@@ -93,6 +94,7 @@ class Plan:
         return "\n".join([*lines, f"peak {_gb(self.peak)}, of {there} that there are"])
 
 
+@checked
 def plan(
     reference: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -178,6 +180,7 @@ def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * squares
 
 
+@checked
 def training_flops(
     model: nn.Module, batch: CompletionBatch, precision: Precision, *, again: bool = False, rank: int = 0
 ) -> float:
@@ -216,6 +219,7 @@ def trained(model: nn.Module, rank: int) -> nn.Module:
     return nn.ParameterList(torch.empty(rank, size, dtype=model.dtype) for shape in shapes for size in shape)
 
 
+@checked
 def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
     """FLOP/s of a forward and a backward pass of `batch`; the second of two counts."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -228,6 +232,7 @@ def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision
     return training_flops(model, batch, precision) / (time.perf_counter() - began)
 
 
+@checked
 def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, max_new_tokens: int, precision: Precision) -> float:
     """FLOP/s of a few tokens sampled in a batch as large as the run's, or as a fraction of a second allows.
 
@@ -245,6 +250,7 @@ def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, ma
     return len(some) * k * sampling_flops(model, shortest, new) / seconds
 
 
+@checked
 def training_bytes(
     model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, config: DPOConfig, precision: Precision
 ) -> dict[str, int]:
@@ -273,6 +279,7 @@ def training_bytes(
     return parts
 
 
+@checked
 def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
     """Bytes of optimizer state after the first step."""
     total = 0
@@ -283,6 +290,7 @@ def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
     return total
 
 
+@checked
 def activation_bytes(
     model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, precision: Precision, *, again: bool = False
 ) -> int:
@@ -304,6 +312,7 @@ def activation_bytes(
     return round(inputs + extrapolated() / model.config.num_hidden_layers)
 
 
+@checked
 def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:
     """Bytes that autograd saves in the decoder for the backward pass of `batch`, without the weights themselves."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -320,6 +329,7 @@ def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) 
     return sum(saved.values()) + states.numel() * states.element_size()
 
 
+@checked
 def sampling_bytes(model: nn.Module, rows: int, length: int, precision: Precision) -> dict[str, int]:
     """Bytes of sampling `rows` at a time, `length` positions each: keys and values, and logits with their softmax."""
     config, item = model.config, torch.finfo(getattr(torch, precision)).bits // 8

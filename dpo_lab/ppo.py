@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.advantages import adapted_kl_coefficient, gae, token_rewards, whiten
+from dpo_lab.arguments import checked
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
@@ -111,6 +112,7 @@ def text_reward(reward: Callable[[Sequence[str]], np.ndarray], tokenizer: PreTra
     return score
 
 
+@checked
 def train_ppo(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
@@ -210,6 +212,7 @@ def train_ppo(
     return history
 
 
+@checked
 def learn(
     roles: Roles,
     optimizer: torch.optim.Optimizer,
@@ -251,6 +254,7 @@ def batch_of(roles: Roles, prompts: list[list[int]], completions: list[list[int]
 
 
 @torch.no_grad()
+@checked
 def assess(
     roles: Roles,
     completions: list[list[int]],
@@ -283,6 +287,7 @@ def assess(
     return Rollout(mask, logps, log_ratios, penalties, values, whiten(advantages, mask), returns)
 
 
+@checked
 def minibatch_losses(
     roles: Roles, rollout: Rollout, part: np.ndarray, batch: CompletionBatch, config: PPOConfig, precision: Precision
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -310,6 +315,7 @@ def minibatch_losses(
     return policy_loss, value_loss, stats
 
 
+@checked
 def text_loss(policy: PreTrainedModel, batch: CompletionBatch, precision: Precision) -> Tensor:
     """The language-model loss of a batch of text, nats a token."""
     with autocast(policy.device.type, precision):
@@ -339,6 +345,7 @@ def checked_rewards(reward: Reward, prompts: list[list[int]], completions: list[
     return found
 
 
+@checked
 def check_ppo(
     policy: PreTrainedModel,
     value_model: ScalarModel,

@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dpo_lab.arguments import checked
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
@@ -104,6 +105,7 @@ class Preferences:
             groups.setdefault(int(group), []).append(pair)
         return list(groups.values())
 
+    @checked
     def with_reference(
         self,
         model: nn.Module,
@@ -181,6 +183,7 @@ class Preferences:
         digest = hashlib.sha256(json.dumps([self.prompts, self.completions, self.prompt_of.tolist()]).encode())
         return digest.hexdigest()[:16]
 
+    @checked
     def save(self, directory: Path | str) -> None:
         """Write a `datasets` directory with `prompts`, `completions` and `pairs`, whole or not at all."""
         columns: dict[str, Any] = {"prompt": self.prompt_of, "ids": self.completions}
@@ -196,6 +199,7 @@ class Preferences:
             (temporary / "preferences.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
+    @checked
     def load(cls, directory: Path | str) -> "Preferences":
         """Read what `save` wrote. Raises ValueError when the directory does not hold preferences."""
         try:

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
+from dpo_lab.arguments import checked
 from dpo_lab.imdb import load_imdb, sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import score_completions
@@ -56,6 +57,7 @@ class PretrainConfig:
     )
 
 
+@checked
 def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resume: bool = False) -> Path:
     """Train tokenizer and model into the run directory `out`; return the folder that `AutoModelForCausalLM` loads.
 
@@ -113,12 +115,14 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     return run / "model"
 
 
+@checked
 def read_minutes(run: Path) -> float:
     """Minutes that the steps so far took; those of a resumed run add up, pauses between them do not count."""
     steps = [line for line in read_metrics(run) if "seconds" in line]
     return round(sum(line["seconds"] for line in steps) / 60, 1)
 
 
+@checked
 def gpt2_config(config: PretrainConfig) -> GPT2Config:
     """The architecture: GPT-2 with the exact GELU, which is several times as fast on CPUs as the tanh form, and no dropout."""
     return GPT2Config(

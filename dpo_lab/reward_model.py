@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_lab.arguments import checked
 from dpo_lab.layout import CompletionBatch, Tokens, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share
 from dpo_lab.loop import LoopConfig, fit
@@ -34,6 +35,7 @@ class RewardModelConfig:
 class LearnedReward:
     """The reward of a model at the last token of each completion: call it with prompts and completions, token ids."""
 
+    @checked
     def __init__(self, model: ScalarModel, *, precision: Precision = "float32", batch_size: int = 128):
         self.model, self.precision, self.batch_size = model, precision, batch_size
 
@@ -77,6 +79,7 @@ class _Rewarder(nn.Module):
         return last_values(self.model(batch), batch)
 
 
+@checked
 def train_reward_model(
     model: ScalarModel,
     preferences: Preferences,

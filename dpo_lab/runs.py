@@ -28,12 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
+from dpo_lab.arguments import checked
 from dpo_lab.processes import count, from_main, full, is_main
 
 SNAPSHOTS = "snapshots.jsonl"
 WEIGHTS, ADAPTER = "model.safetensors", ".lora_"  # a file of a checkpoint; what peft's names of adapters have in them
 
 
+@checked
 @contextmanager
 def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
@@ -73,6 +75,7 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@checked
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -80,6 +83,7 @@ def write_json(path: Path | str, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@checked
 def require_space(path: Path, n_bytes: int) -> None:
     """Raise OSError unless the file system of `path` has `n_bytes` free."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -135,6 +139,7 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+@checked
 def read_config(directory: Path) -> dict[str, Any]:
     """The config that a run directory was opened with. Raises ValueError when the file is not JSON."""
     recorded = directory / "config.json"
@@ -144,6 +149,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab") from error
 
 
+@checked
 def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> Path:
     """Create a run directory, or check that an existing one holds this config.
 
@@ -173,6 +179,7 @@ def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
     return directory
 
 
+@checked
 def append_metrics(run: Path, line: dict[str, Any]) -> None:
     """Append one line to `metrics.jsonl` in one write."""
     if is_main():
@@ -180,6 +187,7 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
             file.write((json.dumps(line) + "\n").encode())
 
 
+@checked
 def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` with step <= `up_to`; a line cut short by a crash ends the list."""
     lines = []
@@ -194,6 +202,7 @@ def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str,
     return lines
 
 
+@checked
 def read_snapshots(run: Path | str) -> list[dict[str, Any]]:
     """What a run kept at each evaluation: `step`, log-ratios of `chosen` and `rejected` (P,) in nats, mean `reward`, `kl`, and
     the first `texts` with their `rewards`.
@@ -207,6 +216,7 @@ def read_snapshots(run: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@checked
 def save_checkpoint(run: Path, step: int, model: torch.nn.Module, optimizers: list[Optimizer]) -> Path:
     """Write `checkpoints/step-N` (weights, optimizer state, random state, a hash of each) and remove older ones."""
     path = run / "checkpoints" / f"step-{step:08d}"
@@ -236,6 +246,7 @@ def _write_checkpoint(path: Path, step: int, model: torch.nn.Module, state: dict
     return path
 
 
+@checked
 def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[Optimizer]) -> int:
     """Load the newest checkpoint of `run` into model and optimizers; return its step, 0 when there is none.
 
@@ -276,6 +287,7 @@ def load_checkpoint(run: Path, model: torch.nn.Module, optimizers: list[Optimize
     return recorded["step"]
 
 
+@checked
 def file_hash(path: Path | str) -> str:
     """sha256 of a file, hexadecimal."""
     with open(path, "rb") as file:

@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_lab.arguments import checked
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
 from dpo_lab.layout import CompletionBatch, completion_batch
@@ -77,6 +78,7 @@ class Parts:
     reward: SentimentReward
 
 
+@checked
 def load_parts(config: TaskConfig) -> Parts:
     """Reviews, tokenizer, reference and reward of a task. Errors are those of the loaders."""
     if config.completions < 2 or config.max_new_tokens < 1 or config.prefixes < 1 or config.eval_prefixes < 8:
@@ -108,6 +110,7 @@ def load_parts(config: TaskConfig) -> Parts:
     return Parts(reviews, tokenizer, reference, judge)
 
 
+@checked
 def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
     """`config` with the precision that one of `directories` was begun in, where it asks for "auto"."""
     for directory in directories:
@@ -117,6 +120,7 @@ def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
     return config
 
 
+@checked
 def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig.beta) -> TaskConfig:
     """`config` with the precision that is faster here, where it asks for "auto"; prints the measurement."""
     if config.precision != "auto":
@@ -132,11 +136,13 @@ def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig
     return replace(config, precision=test.choice)
 
 
+@checked
 def data_config(config: TaskConfig) -> dict[str, Any]:
     """What decides samples and labels: the task without the size of its evaluation."""
     return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
 
 
+@checked
 def initial_policy(config: TaskConfig, data: Path) -> str:
     """Where the weights come from that policy and reference begin with: the lane's model, or what `sft` made of it."""
     return str((data / "sft" / "model").absolute()) if config.sft_epochs else config.model or LANES[config.lane]["model"]
@@ -147,6 +153,7 @@ def sft_length(model: PreTrainedModel) -> int:
     return min(256, context_of(model))
 
 
+@checked
 def planned_sft(config: TaskConfig, parts: Parts) -> tuple[CompletionBatch | None, int]:
     """A batch as `sft` reads them, and how many it will read, by the rows that some 500 reviews fill. None and 0 without SFT."""
     if not config.sft_epochs:
@@ -163,6 +170,7 @@ def _sft_rows(texts: list[str], parts: Parts) -> list[list[int]]:
     return pack([[start, *ids] for ids in encoded], sft_length(parts.reference), parts.tokenizer.eos_token_id)
 
 
+@checked
 def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
     """Fine-tune on the training reviews for `sft_epochs`, into `data/sft`, once; return the parts with that as the reference.
 
@@ -191,6 +199,7 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
     return replace(parts, reference=load_model(str(model), device=config.device))
 
 
+@checked
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
     """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it.
 
@@ -225,6 +234,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     return samples
 
 
+@checked
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
     join(config.device)
@@ -258,11 +268,13 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
     return preferences
 
 
+@checked
 def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
     """Prefixes of held-out reviews, the same for every seed but for `seed` itself."""
     return sample_prefixes(list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed)
 
 
+@checked
 def task_evaluation(
     config: TaskConfig, parts: Parts, policy: nn.Module, prompts: list[list[int]], progress: str | None = None
 ) -> Evaluation:
@@ -280,6 +292,7 @@ def task_evaluation(
     )
 
 
+@checked
 def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> OptimalFrontier:
     """The optimal reward-KL frontier, from 64 reference completions of 32 held-out prefixes."""
     few = prompts[:32]
@@ -298,6 +311,7 @@ def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]
     return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
 
 
+@checked
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all."""
     with write_whole(path, directory=True) as temporary:

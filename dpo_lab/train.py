@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_lab.arguments import checked
 from dpo_lab.layout import CompletionBatch, completion_batch, split
 from dpo_lab.logprobs import Precision, can_share
 from dpo_lab.loop import Evaluate, LoopConfig, fit
@@ -39,6 +40,7 @@ class DPOConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
+@checked
 def check_config(config: DPOConfig) -> None:
     """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
     check_beta(config.beta)
@@ -69,6 +71,7 @@ class PairBatch:
     rejected: Tensor  # (P,)
 
 
+@checked
 def train_dpo(
     policy: nn.Module,
     preferences: Preferences,
@@ -131,6 +134,7 @@ def train_dpo(
         return _fit_pairs(trained, preferences, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
 
 
+@checked
 def train_unlikelihood(
     policy: nn.Module,
     preferences: Preferences,
@@ -189,6 +193,7 @@ def _fit_pairs(
     return fit(policy, len(plan), micro_batches, loss_of, weigh, loop, precision=precision, **options)
 
 
+@checked
 def train_sft(
     policy: nn.Module,
     batches: Sequence[CompletionBatch] | Callable[[int], list[CompletionBatch]],

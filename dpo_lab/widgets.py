@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
+from dpo_lab.arguments import checked
 from dpo_lab.contenders import Contender, Recorded, recorded
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
@@ -184,6 +185,7 @@ def gradient_weight_state(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid
     return {"margins": result.margins.numpy(), "losses": result.losses.numpy(), "weights": result.gradient_weights.numpy()}
 
 
+@checked
 def gradient_weight_explorer(
     log_ratios: Sequence[float] | Tensor | None = None, *, run: Path | str | None = None, kind: Kind = "sigmoid"
 ) -> Explorer:
@@ -274,6 +276,7 @@ def _sample_table(texts: Sequence[str], rewards: Sequence[float]) -> str:
     return f"<table><tr><th>reward</th><th>sample of the policy</th></tr>{''.join(rows)}</table>"
 
 
+@checked
 def training_explorer(run: Path | str) -> Explorer:
     """Walk through a recorded run of `dpo-lab train`: log-ratios of chosen and rejected, pairs, and samples at each evaluation.
 
@@ -349,6 +352,7 @@ class LiveCurves:
         return {}
 
 
+@checked
 def live_curves(run: Path | str, steps: int) -> LiveCurves:
     """Curves of the `steps` steps that `train_dpo` will write into the directory `run`."""
     moving = moving_curves(steps)
