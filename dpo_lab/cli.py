@@ -1,6 +1,5 @@
 """The `dpo-lab` command, made from the config dataclasses."""
 
-import errno
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -152,8 +151,14 @@ def named_config(arguments: list[str]) -> tuple[str, list[str]]:
     return found.config, rest
 
 
+WRITABLE = ". Choose a directory that can be written with --out or --data; caches are where DPO_LAB_CACHE and HF_HOME say"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 (a gap), 2 (bad input), 130 (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may not have ±: that is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
@@ -165,10 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"dpo-lab: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"dpo-lab: error: {error}", file=sys.stderr)
+    except OSError as error:  # what the system says of a file has its name, and no advice
+        print(f"dpo-lab: error: {error}{WRITABLE if error.filename else ''}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"dpo-lab: {error}", file=sys.stderr)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_lab.arguments import checked
+from dpo_lab.arguments import checked, one_of
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.models import EMBEDDED
 
 BETAS, TARGETS, ALPHAS, SEEDS = (0.05, 0.1, 1.0, 5.0), (3.0, 6.0, 9.0, 12.0), (0.05, 0.1, 0.5, 1.0), (0, 1, 2, 3, 4, 5)
-LABELS = {  # and what is varied of it
+Method = Literal["dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft", "best-of-n", "sft"]
+LABELS: dict[Method, tuple[str, str]] = {  # and what is varied of it
     "dpo": ("DPO", "beta"),
     "ppo": ("PPO, learned reward", "target KL"),
     "ppo-gt": ("PPO, true reward", "target KL"),
@@ -39,9 +40,12 @@ COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl
 class Contender:
     """One run: a method, what is varied of it, and a seed."""
 
-    method: str
+    method: Method
     setting: float
     seed: int
+
+    def __post_init__(self) -> None:
+        one_of("method", self.method, Method)
 
     @property
     def label(self) -> str:

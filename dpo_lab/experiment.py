@@ -27,12 +27,14 @@ from dpo_lab.runs import (
     provenance,
     read_snapshots,
     require_space,
+    require_writable,
     write_json,
     write_whole,
 )
 from dpo_lab.task import (
     Parts,
     TaskConfig,
+    check_task,
     data_config,
     held_out_prefixes,
     initial_policy,
@@ -110,6 +112,9 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
         open_run(out, asdict(config), resume=True)
         return json.loads(finished.read_text(encoding="utf-8"))
     check_config(config.dpo)
+    check_task(config.task)
+    for directory in (out, data):
+        require_writable(directory)
     if (data / "config.json").exists():
         open_run(data, data_config(config.task), resume=True)
     origin = provenance()
@@ -169,6 +174,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
     task = TaskConfig(**recorded["task"])
     task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
+    require_writable(run)
     join(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     parts = load_parts(replace(task, model=summary["reference"]))

@@ -4,6 +4,7 @@ import hashlib
 import html
 import importlib.resources
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,13 +36,7 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     Raises:
         FileNotFoundError: the package is not installed, or the hub cannot be reached.
     """
-    if source == "hub":
-        reviews = _hub_reviews("stanfordnlp/imdb")
-    elif source == "package":
-        rows = load_dataset("csv", data_files=str(reviews_csv()), split="train")
-        reviews = rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
-    else:
-        raise ValueError(f"source is {source!r}; it must be 'package' or 'hub'")
+    reviews = {"package": _package_reviews, "hub": _hub_reviews}[source]()
     texts = [clean(text) for text in reviews["text"]]
     labels = [int(label) for label in reviews["label"]]
     keys = [hashlib.sha256(re.sub(r"[^a-z0-9]", "", text.lower()).encode()).hexdigest() for text in texts]
@@ -59,7 +54,17 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     return DatasetDict(train=part(train), test=part(test))
 
 
-def _hub_reviews(name: str) -> Dataset:
+def _package_reviews() -> Dataset:
+    wanted = {"data_files": str(reviews_csv()), "split": "train"}
+    try:
+        rows = load_dataset("csv", **wanted)
+    except OSError:  # of a cache that cannot be written, which is no reason to stop
+        with tempfile.TemporaryDirectory() as folder:
+            rows = load_dataset("csv", **wanted, cache_dir=folder, keep_in_memory=True)
+    return rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
+
+
+def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:
     try:
         return load_dataset(name, split="train")
     except (OSError, ConnectionError, ValueError) as error:

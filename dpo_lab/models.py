@@ -1,5 +1,7 @@
 """Loading a policy, its tokenizer and its reference: the embedded GPT-2, or any Hugging Face causal LM."""
 
+import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -66,12 +68,7 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             decoder's output, so `completion_logps` would be wrong (as with Gemma 2, which caps its logits); or device
             "cuda" without a GPU.
     """
-    if device not in ("cpu", "cuda", "mps") and not device.startswith("cuda:"):
-        raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
-        )
+    check_device(device)
     config = from_pretrained(AutoConfig, name)
     called = ", ".join(config.architectures or [config.model_type])
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
@@ -101,6 +98,20 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             "use a model with a plain linear LM head, such as the GPT-2 and Llama families"
         )
     return model
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless `device` names one that is here."""
+    if not (device in ("cpu", "cuda", "mps") or isinstance(device, str) and re.fullmatch(r"cuda:\d+", device)):
+        raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
+        )
+    if device.startswith("cuda:") and int(device[5:]) >= (there := torch.cuda.device_count()):
+        raise ValueError(f"device is {device!r} and torch sees {there} GPUs, from 'cuda:0' on")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps' and torch sees no Apple GPU; use device='cpu'")
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -221,6 +232,7 @@ def from_pretrained(loader: type, name: str, **options: object) -> Any:
         FileNotFoundError: not on this machine and the hub did not give it, no safetensors there, or no package that reads GGUF.
         ValueError: the weights are cut short.
     """
+    name = os.path.expanduser(name)
     path = EMBEDDED if name == "embedded" else Path(name)
     if name == "embedded" and not (path / "config.json").exists():
         raise FileNotFoundError(

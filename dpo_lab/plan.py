@@ -28,11 +28,11 @@ from dpo_lab.logprobs import (
     completion_logps,
     completion_states,
 )
-from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers
+from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers, warn_of_warmup
 from dpo_lab.machine import return_freed_memory
 from dpo_lab.models import lora
 from dpo_lab.runs import peak_memory_mb
-from dpo_lab.train import DPOConfig, plan_prompts
+from dpo_lab.train import DPOConfig, check_config, plan_prompts
 
 TRIAL_FLOPS = 3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
 TRIAL_TOKENS = 6  # sampled to measure how fast that goes
@@ -119,6 +119,7 @@ def plan(
     Raises:
         ValueError: nothing to train on.
     """
+    check_config(config)
     if not prompts:
         raise ValueError("there are no prompts; give at least one, as token ids with BOS")
     n, k, device = len(prompts), completions, next(reference.parameters()).device
@@ -127,6 +128,7 @@ def plan(
     some = prompts[: -(-len(steps[0]) // config.loop.accumulate)]
     micro = _batch(reference, some, k, max_new_tokens)
     again = config.loop.gradient_checkpointing
+    warn_of_warmup(len(steps), config.loop)
     evaluations = sum(evaluates(step, len(steps), config.loop) for step in range(1, len(steps) + 1))
     m, (few, many) = eval_prefixes, FRONTIER
     sampled = 2 * m + evaluations * max(8, m // 4) + min(few, m) * many

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.advantages import adapted_kl_coefficient, gae, token_rewards, whiten
-from dpo_lab.arguments import checked
+from dpo_lab.arguments import checked, finite_positive
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
@@ -346,21 +346,14 @@ def checked_rewards(reward: Reward, prompts: list[list[int]], completions: list[
 
 
 @checked
-def check_ppo(
-    policy: PreTrainedModel,
-    value_model: ScalarModel,
-    prompts: list[list[int]],
-    config: PPOConfig,
-    ptx: Callable[[], CompletionBatch] | None = None,
-) -> None:
-    """Raise ValueError for what `train_ppo` cannot work with, named with what is allowed."""
+def check_ppo_config(config: PPOConfig) -> None:
+    """Raise ValueError for a value that `train_ppo` cannot work with, named with what is allowed."""
     for name in ("steps", "batch", "minibatch", "epochs", "max_new_tokens", "eval_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     positive = ("temperature", "clip", "value_clip", "learning_rate", "value_learning_rate", "adam_eps", "max_grad_norm")
     for name in positive if config.kl_target is None else (*positive, "kl_target", "kl_gain"):
-        if not (math.isfinite(value := getattr(config, name)) and value > 0):
-            raise ValueError(f"{name} is {value}; it must be positive and finite")
+        finite_positive(name, getattr(config, name))
     for name in ("kl_coefficient", "value_coefficient", "ptx_coefficient", "no_eos_penalty"):
         if not (math.isfinite(value := getattr(config, name)) and value >= 0):
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
@@ -371,6 +364,18 @@ def check_ppo(
         raise ValueError("kl_coefficient is 0 with a kl_target; a coefficient of 0 stays 0, so begin with a positive one")
     if config.batch % config.minibatch:
         raise ValueError(f"batch is {config.batch} and minibatch {config.minibatch}; a rollout must hold whole minibatches")
+
+
+@checked
+def check_ppo(
+    policy: PreTrainedModel,
+    value_model: ScalarModel,
+    prompts: list[list[int]],
+    config: PPOConfig,
+    ptx: Callable[[], CompletionBatch] | None = None,
+) -> None:
+    """Raise ValueError for what `train_ppo` cannot work with, named with what is allowed."""
+    check_ppo_config(config)
     if config.ptx_coefficient and ptx is None:
         raise ValueError(f"ptx_coefficient is {config.ptx_coefficient} without ptx; give a function that returns batches of text")
     if not prompts:

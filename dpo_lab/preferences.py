@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.arguments import checked
+from dpo_lab.arguments import checked, one_of
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
@@ -73,6 +73,7 @@ class Preferences:
     report: Report = Report()
 
     def __post_init__(self) -> None:
+        one_of("reference_precision", self.reference_precision, Precision)
         n, m = len(self.completions), len(self.prompts)
         for name, values in (("prompt_of", self.prompt_of), ("scores", self.scores), ("reference_logps", self.reference_logps)):
             if values is not None and len(values) != n:

@@ -95,6 +95,20 @@ def require_space(path: Path, n_bytes: int) -> None:
         )
 
 
+@checked
+def require_writable(directory: Path) -> None:
+    """Raise OSError unless `directory` can be written, or made where it is not there yet. Nothing is left there."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return
+    except OSError as error:
+        why = "it is a file" if existing.is_file() else f"nothing can be written into {existing} ({error.strerror})"
+        raise OSError(
+            error.errno, f"{directory} cannot be written: {why}. Choose another directory with --out (--data for its data)"
+        ) from error
+
+
 def provenance() -> dict[str, str]:
     """Where a result comes from: commit ("-dirty" where code differs from it), command, machine and versions."""
     root = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_lab.arguments import checked
+from dpo_lab.arguments import checked, finite_positive
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
 from dpo_lab.layout import CompletionBatch, completion_batch
@@ -22,7 +22,7 @@ from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
 from dpo_lab.processes import from_main, join, say
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import open_run, read_config, require_space, write_whole
+from dpo_lab.runs import open_run, read_config, require_space, require_writable, write_whole
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
@@ -79,14 +79,19 @@ class Parts:
 
 
 @checked
+def check_task(config: TaskConfig) -> None:
+    """Raise ValueError for a value that no task can have, named with what is allowed."""
+    least = {"completions": 2, "max_new_tokens": 1, "prefixes": 1, "eval_prefixes": 8, "sft_epochs": 0, "seed": 0}
+    for name, lowest in least.items():
+        if (value := getattr(config, name)) < lowest:
+            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+    finite_positive("sft_learning_rate", config.sft_learning_rate)
+
+
+@checked
 def load_parts(config: TaskConfig) -> Parts:
-    """Reviews, tokenizer, reference and reward of a task. Errors are those of the loaders."""
-    if config.completions < 2 or config.max_new_tokens < 1 or config.prefixes < 1 or config.eval_prefixes < 8:
-        raise ValueError(f"{config}: needs completions >= 2, max_new_tokens >= 1, prefixes >= 1 and eval_prefixes >= 8")
-    if config.sft_epochs < 0 or not config.sft_learning_rate > 0:
-        raise ValueError(
-            f"sft_epochs is {config.sft_epochs} and sft_learning_rate {config.sft_learning_rate}; epochs must be 0 or more, the rate positive"
-        )
+    """Reviews, tokenizer, reference and reward of a task. Errors are those of `check_task` and of the loaders."""
+    check_task(config)
     names = LANES[config.lane]
     name = config.model or names["model"]
     reference = load_model(name, device=config.device)
@@ -211,6 +216,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     if (data / "config.json").exists() and path.exists():
         open_run(data, data_config(config), resume=True)
         return json.loads(path.read_text(encoding="utf-8"))
+    require_writable(data)
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     require_space(data, 4_000 * config.prefixes * config.completions)
@@ -242,6 +248,7 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
     if (data / "config.json").exists() and (data / "preferences").exists():
         open_run(data, data_config(config), resume=True)
         return Preferences.load(data / "preferences")
+    require_writable(data)
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     samples = sample(config, data, parts)

@@ -177,6 +177,7 @@ def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labe
     return _explorer(show, Picture(moving), sliders, caption)
 
 
+@checked
 def gradient_weight_state(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[str, np.ndarray]:
     """Margins and gradient weights of pairs whose log-ratios differ by `log_ratios` (P,) nats, chosen less rejected."""
     logps = torch.stack([log_ratios, torch.zeros_like(log_ratios)], 1).flatten()  # (2 P,)
