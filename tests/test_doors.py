@@ -92,15 +92,19 @@ DATACLASSES = [
 def test_the_doors_were_found():
     """The walk sees functions, methods, and Literals two configs deep."""
     names = {door.id for door in DOORS}
-    assert len(names) > 100 and {
-        "train.train_dpo.config.loop.optimizer",
-        "frontier.frontier.config.reward_model.loop.schedule",
-        "preferences.Preferences.with_reference.precision",
-        "reward_model.LearnedReward.__init__.precision",
-        "logprobs.completion_logps.reduction",
-        "contenders.repeats.methods",
-        "imdb.load_imdb.source",
-    } <= names
+    assert (
+        len(names) > 100
+        and {
+            "train.train_dpo.config.loop.optimizer",
+            "frontier.frontier.config.reward_model.loop.schedule",
+            "preferences.Preferences.with_reference.precision",
+            "reward_model.LearnedReward.__init__.precision",
+            "logprobs.completion_logps.reduction",
+            "contenders.repeats.methods",
+            "imdb.load_imdb.source",
+        }
+        <= names
+    )
 
 
 def harmless(hint: Any, folder: Path) -> Any:
