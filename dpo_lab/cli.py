@@ -20,6 +20,7 @@ from dpo_lab.loop import Interrupted
 from dpo_lab.pretrain import PretrainConfig, pretrain
 from dpo_lab.processes import leave, say
 from dpo_lab.task import TaskConfig
+from dpo_lab.tuning import keep_freed_memory
 
 Flat = tyro.conf.OmitArgPrefixes
 T = TypeVar("T")
@@ -159,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal may not have ±: that is no reason to fail
             stream.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:

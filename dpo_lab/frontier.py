@@ -44,6 +44,7 @@ from dpo_lab.task import (
     task_evaluation,
 )
 from dpo_lab.train import DPOConfig, check_alpha, check_config, check_epochs, train_dpo, train_unlikelihood
+from dpo_lab.tuning import keep_freed_memory
 
 BEST_OF = (1, 2, 4, 8, 16)
 
@@ -173,6 +174,7 @@ def settings(config: FrontierConfig) -> dict[str, Any]:
 def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int) -> int:
     """`finish` in a process of its own."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     parts = sft(config.task, out / "data")
     return finish(run, config, parts, label(config.task, out / "data", parts), out, origin)
 

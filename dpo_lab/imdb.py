@@ -19,8 +19,9 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from dpo_lab.arguments import checked
-from dpo_lab.logprobs import IN_CACHE, Precision, autocast, matmuls_by_mkl, use_packed_attention
+from dpo_lab.logprobs import IN_CACHE, Precision, autocast, use_packed_attention
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
+from dpo_lab.tuning import kept_memory, matmuls_by_mkl
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
@@ -146,6 +147,7 @@ def sample_completions(
 
 
 @checked
+@kept_memory()
 def sample_with_logps(
     model: nn.Module,
     prompts: list[list[int]],

@@ -5,8 +5,8 @@ Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, ev
 at a time; a prompt is computed once for all its completions, and padding not at all, where that saves work.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from dpo_lab.arguments import checked
 from dpo_lab.layout import ROUND, CompletionBatch, Tokens, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
+from dpo_lab.tuning import ONEDNN, kept_memory, matmuls_by_mkl, matmuls_by_onednn
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
@@ -72,7 +73,8 @@ def completion_logps(
     weight, bias = head.weight, getattr(head, "bias", None)
     if temperature != 1:
         weight, bias = weight / temperature, None if bias is None else bias / temperature
-    tokens = token_logps(states, weight, bias, batch.targets)  # (T,)
+    with matmuls_by_onednn(states.device.type):
+        tokens = token_logps(states, weight, bias, batch.targets)  # (T,)
     wide = tokens.to(torch.float32 if tokens.device.type == "mps" else torch.float64)
     if reduction == "none":
         return wide
@@ -99,9 +101,10 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     if batch.rows:
         mask = NO_MASK
         packed |= {"rows": [(shape, added(allowed)) for shape, allowed in batch.rows], "spread": batch.spread, "pack": batch.pack}
-    hidden = model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
-    ).last_hidden_state  # (R, L, D), or (1, S, D)
+    with matmuls_by_onednn(batch.input_ids.device.type):
+        hidden = model.get_decoder()(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
+        ).last_hidden_state  # (R, L, D), or (1, S, D)
     return hidden.flatten(0, 1).index_select(0, batch.sources)
 
 
@@ -143,28 +146,24 @@ def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: 
     if not alone or query.device.type != "cpu" or matmul.fp32_precision != ONEDNN:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
-    def hand_to(precision: str) -> Callable[[Tensor], None]:
-        return lambda _: setattr(matmul, "fp32_precision", precision)
+    held: list[str] = []
+
+    def to_mkl(_: Tensor) -> None:
+        held.append(matmul.fp32_precision)
+        matmul.fp32_precision = "ieee"
+
+    def and_back(_: Tensor) -> None:
+        if held:
+            matmul.fp32_precision = held.pop()
 
     with matmuls_by_mkl():
         out = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     if out.requires_grad:
-        out.register_hook(hand_to("ieee"))
+        out.register_hook(to_mkl)
         for x in (query, key, value):
             if x.requires_grad:
-                x.register_hook(hand_to(ONEDNN))
+                x.register_hook(and_back)
     return out
-
-
-@contextmanager
-def matmuls_by_mkl() -> Iterator[None]:
-    """Float32 matmuls by MKL meanwhile, in all threads, whatever `machine.use_onednn` chose."""
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -174,7 +173,6 @@ def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return (weights @ value).flatten(1, 2)[:, None]
 
 
-ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls: `machine.use_onednn`
 PACKED = "dpo_lab_packed"
 NO_MASK = torch.empty(1, 1, 1, 1)  # four dimensions: transformers hands it on as it is, instead of making a mask
 AttentionInterface.register(PACKED, packed_attention)
@@ -234,7 +232,8 @@ class _TokenLogps(torch.autograd.Function):
         grad_h, scale = torch.empty_like(h), -grad[:, None].to(ctx.dtype)
         grad_w = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        with torch.autocast(device, enabled=False), matmuls_by_onednn(device):
             for i in range(0, len(targets), ctx.chunk):
                 rows = slice(i, i + ctx.chunk)
                 g = _logits(h[rows], w, b) if kept is None else kept
@@ -256,6 +255,7 @@ class _TokenLogps(torch.autograd.Function):
 
 @torch.no_grad()
 @checked
+@kept_memory()
 def score_completions(
     model: nn.Module,
     prompts: Tokens,

@@ -25,6 +25,7 @@ from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, completion_logps
 from dpo_lab.processes import collect, count, from_main, full, gathered, is_main, join, shard, sharding
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
+from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
@@ -95,6 +96,7 @@ def warn_of_warmup(steps: int, config: LoopConfig) -> None:
 
 
 @checked
+@kept_memory()
 def fit(
     model: nn.Module,
     steps: int,
@@ -324,7 +326,7 @@ def _backward(
     line, tokens = {"loss": 0.0}, 0
     for k in range(passes):
         waits = k < passes - 1 and isinstance(scoring, DistributedDataParallel)
-        with scoring.no_sync() if waits else nullcontext():
+        with scoring.no_sync() if waits else nullcontext(), matmuls_by_onednn(device.type):
             if k >= len(micros):  # the others wait for this process's part in the gradient
                 (0 * scoring(NOTHING.to(device)).sum()).backward()
                 continue

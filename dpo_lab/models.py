@@ -31,7 +31,6 @@ from transformers.utils import is_gguf_available
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import completion_states
-from dpo_lab.machine import keep_freed_memory, use_onednn
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
 
@@ -77,9 +76,6 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             f"{name!r} is a {called}; a policy must be a causal LM, which predicts each token from those before it. "
             "Give one of the GPT-2 or Llama families, for instance"
         )
-    if device == "cpu":
-        keep_freed_memory()
-        use_onednn()
     model, found = from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
@@ -206,7 +202,7 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
+        self.head = nn.utils.skip_init(nn.Linear, model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

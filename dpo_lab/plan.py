@@ -33,6 +33,7 @@ from dpo_lab.machine import return_freed_memory
 from dpo_lab.models import lora
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, check_config, plan_prompts
+from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
 TRIAL_FLOPS = 3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
 TRIAL_TOKENS = 6  # sampled to measure how fast that goes
@@ -95,6 +96,7 @@ class Plan:
 
 
 @checked
+@kept_memory()
 def plan(
     reference: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -224,10 +226,10 @@ def trained(model: nn.Module, rank: int) -> nn.Module:
 @checked
 def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
     """FLOP/s of a forward and a backward pass of `batch`; the second of two counts."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters, device = [p for p in model.parameters() if p.requires_grad], batch.sources.device.type
     for _ in range(2):
         began = time.perf_counter()
-        with autocast(batch.sources.device.type, precision):
+        with autocast(device, precision), matmuls_by_onednn(device):
             scored = completion_logps(model, batch)
             torch.autograd.grad(scored.sum(), parameters, allow_unused=True)
         scored.sum().item()

@@ -27,6 +27,7 @@ from dpo_lab.loop import Evaluate
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel, context_of
 from dpo_lab.runs import append_metrics
+from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
 Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prompts and N completions to N rewards
 
@@ -113,6 +114,7 @@ def text_reward(reward: Callable[[Sequence[str]], np.ndarray], tokenizer: PreTra
 
 
 @checked
+@kept_memory()
 def train_ppo(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
@@ -324,7 +326,8 @@ def text_loss(policy: PreTrainedModel, batch: CompletionBatch, precision: Precis
 
 def update(roles: Roles, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float) -> float:
     """One step down the gradient of `loss`; returns the norm of the policy's, before it is cut."""
-    loss.backward()
+    with matmuls_by_onednn(roles.policy.device.type):
+        loss.backward()
     norm = nn.utils.clip_grad_norm_(roles.policy.parameters(), max_grad_norm)
     nn.utils.clip_grad_norm_(roles.value.parameters(), max_grad_norm)
     if not torch.isfinite(norm):

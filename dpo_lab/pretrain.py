@@ -16,7 +16,6 @@ from dpo_lab.imdb import load_imdb, sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig, check_loop
-from dpo_lab.machine import keep_freed_memory
 from dpo_lab.processes import join
 from dpo_lab.runs import open_run, provenance, read_metrics, require_writable, write_whole
 from dpo_lab.train import train_sft
@@ -69,7 +68,6 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     join("cpu")
     run = open_run(Path(out), asdict(config), resume=resume)
     origin = provenance()
-    keep_freed_memory()
     reviews = load_imdb()
     texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
     tokenizer = train_tokenizer(texts, config.vocabulary)

@@ -25,6 +25,7 @@ from dpo_lab.losses import check_pairs
 from dpo_lab.models import check_device, context_of, from_pretrained
 from dpo_lab.processes import my_share, whole
 from dpo_lab.runs import write_whole
+from dpo_lab.tuning import matmuls_by_onednn
 
 HUB_CLASSIFIER = "siebert/sentiment-roberta-large-english"
 
@@ -91,7 +92,9 @@ class SentimentReward:
         @torch.no_grad()
         def score(texts: Sequence[str]) -> np.ndarray:
             batch = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
-            return model(**batch).logits.float().softmax(-1)[:, positive[0]].cpu().numpy()
+            with matmuls_by_onednn(model.device.type):
+                logits = model(**batch).logits
+            return logits.float().softmax(-1)[:, positive[0]].cpu().numpy()
 
         def probabilities(texts: Sequence[str]) -> np.ndarray:
             parts = [score(texts[i : i + batch_size]) for i in my_share(range(0, len(texts), batch_size))]
@@ -177,7 +180,9 @@ def fit_sentiment(texts: Sequence[str], labels: Sequence[int]) -> Pipeline:
     Rarer features would not raise the held-out accuracy, and skops writes a vocabulary at 640 bytes a word.
     """
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=10, sublinear_tf=True, dtype=np.float32)
-    model = make_pipeline(features, LogisticRegression(C=10.0, solver="liblinear"))
+    model = make_pipeline(
+        features, LogisticRegression(C=10.0, solver="liblinear", random_state=0)
+    )  # 0: numpy's own is left alone
     return model.fit(texts, labels)
 
 
