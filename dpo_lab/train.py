@@ -218,6 +218,7 @@ def train_sft(
     `batches(step)` gives the forward passes of a step (a sequence is cycled through, one batch a step). The rest is as in
     `train_dpo`; `sft_batches` makes the batches from preferences.
     """
+    check_loop(config)
     if not callable(batches):
         listed = list(batches)
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import warnings
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -12,12 +13,20 @@ import pytest
 import torch
 
 import dpo_lab
+from dpo_lab import experiment, frontier, pretrain, task
 from dpo_lab.arguments import checked, settled
 from dpo_lab.contenders import Contender
+from dpo_lab.experiment import ExperimentConfig
+from dpo_lab.frontier import FrontierConfig
 from dpo_lab.layout import completion_batch
 from dpo_lab.loop import LoopConfig, make_optimizers
-from dpo_lab.preferences import Preferences
-from dpo_lab.train import DPOConfig, check_config, train_dpo
+from dpo_lab.models import load_model
+from dpo_lab.plan import plan
+from dpo_lab.preferences import Preferences, from_rows
+from dpo_lab.pretrain import PretrainConfig
+from dpo_lab.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.task import TaskConfig
+from dpo_lab.train import DPOConfig, check_config, train_dpo, train_sft, train_unlikelihood
 
 WRONG = "a name that nobody allowed"
 SETTLED_BEFORE = {"loop.evaluates"}  # takes the numbers of a config once a step, after its loop has settled it
@@ -171,9 +180,6 @@ def test_no_other_name_means_muon(model, name):
 
 @pytest.mark.parametrize("scalar", [np.float32, np.float64, torch.tensor])
 def test_rates_of_numpy_and_torch_train_as_pythons_do(tiny, tmp_path, tokenizer, scalar):
-    from dpo_lab.models import load_model
-    from dpo_lab.preferences import from_rows
-
     rows = [{"prompt": "A kettle", "chosen": " boils", "rejected": " leaks"}]
     reference = load_model(str(tiny))
     preferences, lines = from_rows(rows, tokenizer, context=64).with_reference(reference), []
@@ -185,6 +191,107 @@ def test_rates_of_numpy_and_torch_train_as_pythons_do(tiny, tmp_path, tokenizer,
         lines.append(train_dpo(load_model(str(tiny)), preferences, config, run=run, progress=None))
     found = [{k: v for k, v in line.items() if "second" not in k} for (line,) in lines]
     assert found[0] == found[1] and type(lines[1][0]["learning_rate"]) is float
+
+
+CONFIGS = {
+    experiment.train: ExperimentConfig,
+    experiment.plan_run: ExperimentConfig,
+    frontier.frontier: FrontierConfig,
+    pretrain.pretrain: PretrainConfig,
+    task.sample: TaskConfig,
+    task.label: TaskConfig,
+    train_dpo: DPOConfig,
+    train_sft: LoopConfig,
+    train_unlikelihood: LoopConfig,
+    train_reward_model: RewardModelConfig,
+}
+
+
+def numbers(config: type, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where a config has a number, in it or in a config inside it."""
+    hints = get_type_hints(config)
+    found = [(*path, name) for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
+    return found + [inner for name, hint in hints.items() if is_config(hint) for inner in numbers(hint, (*path, name))]
+
+
+def changed(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    inner = changed(getattr(config, path[0]), path[1:], value) if path[1:] else value
+    return replace(config, **{path[0]: inner})
+
+
+@pytest.mark.parametrize("value", [-1, float("nan")])
+@pytest.mark.parametrize(
+    ("door", "path"),
+    [
+        pytest.param(door, path, id=".".join((door.__module__[8:], door.__name__, *path)))
+        for door, config in CONFIGS.items()
+        for path in numbers(config)
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded_or_written(monkeypatch, tmp_path, door, path, value):
+    for module, name in ((task, "load_model"), (task, "load_imdb"), (pretrain, "load_imdb"), (frontier, "load_model")):
+        monkeypatch.setattr(module, name, Untouched())
+    arguments, hints = {}, get_type_hints(door)
+    for p in inspect.signature(door).parameters.values():
+        if p.name == "config":
+            arguments[p.name] = changed(CONFIGS[door](), path, value)
+        elif p.default is p.empty:
+            arguments[p.name] = 0.5 if p.name == "alpha" else harmless(hints[p.name], tmp_path)
+    with pytest.raises((ValueError, TypeError), match=rf"\b{path[-1]} is {value}"):
+        door(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_a_sweep_are_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(frontier, "load_parts", Untouched())
+    for run, found in (
+        (Contender("dpo", -0.1, 0), "beta is -0.1"),
+        (Contender("ppo", 0.0, 0), "kl_target is 0"),
+        (Contender("unlikelihood", 2.0, 0), "alpha is 2"),
+        (Contender("best-of-n", 4, 0), "method is 'best-of-n'; it must be one of 'dpo', 'ppo', 'ppo-gt', 'unlikelihood'"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            frontier.frontier(FrontierConfig(), tmp_path / "out", runs=[run])
+    with pytest.raises(ValueError, match="samples is 15; it must be at least 16"):
+        frontier.frontier(FrontierConfig(samples=15), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("door", [frontier.frontier, train_reward_model, train_sft])
+def test_tensorboard_needs_a_run_directory(door, tmp_path):
+    loop = LoopConfig(tensorboard=True)
+    arguments = {
+        frontier.frontier: (FrontierConfig(loop=loop), tmp_path / "out"),
+        train_reward_model: (Untouched(), Untouched(), RewardModelConfig(loop=loop)),
+        train_sft: (Untouched(), lambda step: [], 1, loop),
+    }[door]
+    with pytest.raises(ValueError, match="tensorboard is on"):
+        door(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_warm_up_longer_than_the_run_is_said(tiny, tokenizer):
+    """By the plan, before anything is written, and by the run; not where the peak is reached, if only at the last step."""
+    rows = [{"prompt": f"Kettle {i}", "chosen": f" boils {i}", "rejected": f" leaks {i}"} for i in range(3)]
+    reference = load_model(str(tiny))
+    preferences = from_rows(rows, tokenizer, context=64).with_reference(reference)
+    config = DPOConfig(batch_pairs=1, loop=LoopConfig(learning_rate=1e-4, warmup_steps=4))
+
+    def run(config: DPOConfig) -> list[dict[str, Any]]:
+        return train_dpo(load_model(str(tiny)), preferences, config, progress=None)
+
+    said = "warmup_steps is 4 and there are 3 steps, so the learning rate ends at 7.5e-05 and never reaches .*0.0001"
+    with pytest.warns(UserWarning, match=said):
+        lines = run(config)
+    assert lines[-1]["learning_rate"] == pytest.approx(7.5e-5)
+    options = {"completions": 2, "max_new_tokens": 4, "eval_prefixes": 8}
+    with pytest.warns(UserWarning, match=said):
+        plan(reference, preferences.prompts[:1] * 3, config, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        reached = replace(config, loop=replace(config.loop, warmup_steps=3))
+        assert run(reached)[-1]["learning_rate"] == 1e-4
+        plan(reference, preferences.prompts[:1] * 3, reached, **options)
 
 
 def test_settled_configs_are_the_same_object():
