@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_lab.arguments import checked, one_of
+from dpo_lab.arguments import checked, integer, number, one_of
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.models import EMBEDDED
 
@@ -45,7 +45,9 @@ class Contender:
     seed: int
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, Method)
+        plain = {"setting": number("setting", self.setting), "seed": integer("seed", self.seed)}
+        for name, value in {"method": one_of("method", self.method, Method), **plain}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def label(self) -> str:

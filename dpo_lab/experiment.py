@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_lab.arguments import checked
+from dpo_lab.arguments import checked, settled
 from dpo_lab.evaluate import Evaluation, OptimalFrontier
 from dpo_lab.imdb import sample_prefixes
 from dpo_lab.logprobs import score_completions
@@ -173,7 +173,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
         raise ValueError(f"{run} holds no finished run (summary.json and policy/); make one with `dpo-lab train --out {run}`")
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
     task = TaskConfig(**recorded["task"])
-    task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
+    task = settled(replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes))
     require_writable(run)
     join(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

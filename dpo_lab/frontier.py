@@ -23,7 +23,7 @@ from dpo_lab.arguments import checked, one_of
 from dpo_lab.contenders import COLUMNS, Contender, Repeated, contenders
 from dpo_lab.evaluate import best_of_n, frontier_band, optimal_frontier
 from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
-from dpo_lab.loop import LoopConfig, check_loop
+from dpo_lab.loop import LoopConfig, blocks_of, check_loop
 from dpo_lab.models import ScalarModel, end_tokens, load_model
 from dpo_lab.ppo import PPOConfig, Reward, check_ppo_config, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
@@ -87,6 +87,8 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     todo = [run for run in runs if not (out / run.name / "rows.json").exists()]
     if todo or not (out / "baselines.json").exists():
         parts = load_parts(config.task)
+        if config.loop.gradient_checkpointing or config.reward_model.loop.gradient_checkpointing:
+            blocks_of(parts.reference)  # which says so where there are none
         config = replace(config, task=measured_precision(config.task, parts))
         open_run(out, settings(config), resume=True)
         preferences = label(config.task, out / "data", parts)

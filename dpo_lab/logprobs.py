@@ -62,7 +62,8 @@ def completion_logps(
         temperature: divides the logits, as in sampling at that temperature.
 
     Differentiable with respect to the model's parameters. Token log-probabilities are computed in float32 or better and
-    summed in float64: a float32 sum near -700 is off by up to 8e-4.
+    summed in float64: a float32 sum near -700 is off by up to 8e-4. A model that `can_share` prompts computes attention by
+    `packed_attention` from then on, which is sdpa for its other callers.
 
     Raises:
         ValueError: `reduction` unknown, token ids outside the vocabulary, or a row longer than the model's context.
@@ -272,7 +273,8 @@ def score_completions(
     Several processes share the batches, and each gets all the log-probs.
     """
     check_tokens(prompts, completions, prompt_of)
-    device, training, share = next(model.parameters()).device, model.training, can_share(model)
+    device, share = next(model.parameters()).device, can_share(model)
+    modes = [(module, module.training) for module in model.modules()]
     lengths = [len(prompt) for prompt in prompts]  # with the longest completion, so that a prompt's completions stay together
     for completion, p in zip(completions, prompt_of):
         lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))
@@ -294,7 +296,8 @@ def score_completions(
                 logps[now] = completion_logps(model, batch.to(device)).cpu().double()
                 bar.update(len(now))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     for now, values in zip(batches, whole([logps[now] for now in mine])):
         logps[now] = values
     return logps

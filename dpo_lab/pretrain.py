@@ -72,6 +72,8 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
     tokenizer = train_tokenizer(texts, config.vocabulary)
     rows = pack(tokenizer(texts)["input_ids"], config.context, tokenizer.eos_token_id)
+    if len(rows) < config.rows:
+        raise ValueError(f"rows is {config.rows} a step, and the reviews fill {len(rows)}; ask for at most as many")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = GPT2LMHeadModel(gpt2_config(config))

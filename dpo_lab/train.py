@@ -220,7 +220,8 @@ def train_sft(
     """
     check_loop(config)
     if not callable(batches):
-        listed = list(batches)
+        if not (listed := list(batches)):
+            raise ValueError("batches is empty; give at least one, as sft_batches makes them")
 
         def batches(step: int) -> list[CompletionBatch]:
             return [listed[step % len(listed)]]

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 import warnings
 from dataclasses import fields, is_dataclass, replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import dpo_lab
-from dpo_lab import experiment, frontier, pretrain, task
+from dpo_lab import experiment, frontier, loop, pretrain, task
 from dpo_lab.arguments import checked, settled
 from dpo_lab.contenders import Contender
 from dpo_lab.experiment import ExperimentConfig
@@ -255,6 +256,28 @@ def test_runs_of_a_sweep_are_refused_before_anything_is_loaded(monkeypatch, tmp_
     with pytest.raises(ValueError, match="samples is 15; it must be at least 16"):
         frontier.frontier(FrontierConfig(samples=15), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_numpy_numbers_is_that_of_pythons():
+    run = Contender("dpo", np.float32(0.5), np.int64(3))
+    assert run == Contender("dpo", 0.5, 3) and json.loads(json.dumps([run.setting, run.seed])) == [0.5, 3]
+
+
+def test_a_sweep_of_a_model_without_blocks_is_refused_before_anything_is_sampled(monkeypatch, tmp_path, made_up_reviews, tiny):
+    monkeypatch.setattr(frontier, "label", Untouched())
+    monkeypatch.setattr(loop, "GradientCheckpointingLayer", type("Absent", (), {}))
+    config = FrontierConfig(
+        task=TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=8, max_new_tokens=6),
+        reward_model=RewardModelConfig(loop=LoopConfig(gradient_checkpointing=True)),
+    )
+    with pytest.raises(ValueError, match="has no blocks"):
+        frontier.frontier(config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sft_without_batches_says_so(model):
+    with pytest.raises(ValueError, match="batches is empty"):
+        train_sft(model, [], 1, LoopConfig())
 
 
 @pytest.mark.parametrize("door", [frontier.frontier, train_reward_model, train_sft])

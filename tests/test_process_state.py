@@ -219,6 +219,15 @@ def test_the_process_is_left_as_it_was(tiny, tmp_path, monkeypatch, request, nam
         assert accelerator.mixed_precision == accelerate.Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
 
 
+def test_scoring_leaves_every_module_in_its_mode(model):
+    model.train()
+    frozen = [module for i, module in enumerate(model.modules()) if i % 3 == 1]
+    for module in frozen:
+        module.training = False
+    score_completions(model, [[1, 2]], [[3, 4]], [0])
+    assert [module for module in model.modules() if not module.training] == frozen
+
+
 def variables():
     """Every environment variable that accelerate's source names, but for those by which a launcher counts its processes."""
     names = set()
