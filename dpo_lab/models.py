@@ -31,6 +31,7 @@ from transformers.utils import is_gguf_available
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import completion_states
+from dpo_lab.tuning import matmuls_by_onednn
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
 
@@ -208,7 +209,9 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch: CompletionBatch) -> Tensor:
         """A number before each completion token, (T,): a function of the prompt and the tokens so far."""
-        return self.head(completion_states(self.model, batch))[:, 0].float()
+        states = completion_states(self.model, batch)
+        with matmuls_by_onednn(states.device.type):
+            return self.head(states)[:, 0].float()
 
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
