@@ -22,6 +22,7 @@ from dpo_lab.preferences import Preferences
 from dpo_lab.processes import join, say
 from dpo_lab.runs import (
     SNAPSHOTS,
+    check_run,
     open_run,
     peak_memory_mb,
     provenance,
@@ -115,8 +116,8 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     check_task(config.task)
     for directory in (out, data):
         require_writable(directory)
-    if (data / "config.json").exists():
-        open_run(data, data_config(config.task), resume=True)
+    check_run(out, asdict(config), resume=resume)
+    check_run(data, data_config(config.task), resume=True)
     origin = provenance()
     parts = load_parts(config.task)
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))

@@ -29,7 +29,7 @@ from dpo_lab.ppo import PPOConfig, Reward, check_ppo_config, text_reward, train_
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import launched
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, check_reward_model, train_reward_model
-from dpo_lab.runs import open_run, peak_memory_mb, provenance, require_writable, write_json, write_whole
+from dpo_lab.runs import check_run, open_run, peak_memory_mb, provenance, require_writable, write_json, write_whole
 from dpo_lab.task import (
     Parts,
     TaskConfig,
@@ -82,8 +82,7 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     began = time.perf_counter()
     origin, config = provenance(), replace(config, task=recorded_precision(config.task, out))
     require_writable(out)
-    if (out / "config.json").exists():
-        open_run(out, settings(config), resume=True)
+    check_run(out, settings(config), resume=True)
     todo = [run for run in runs if not (out / run.name / "rows.json").exists()]
     if todo or not (out / "baselines.json").exists():
         parts = load_parts(config.task)

@@ -86,7 +86,7 @@ def check_loop(config: LoopConfig) -> None:
 def warn_of_warmup(steps: int, config: LoopConfig) -> None:
     """Warn where a run of `steps` steps ends before its learning rate has reached the peak."""
     config = settled(config)
-    if config.warmup_steps > steps:
+    if config.warmup_steps > steps and is_main():
         peak, last = config.learning_rate, config.learning_rate * steps / config.warmup_steps
         warnings.warn(
             f"warmup_steps is {config.warmup_steps} and there are {steps} steps, so the learning rate ends at {last:.2g} and never "
@@ -123,8 +123,8 @@ def fit(
     check_loop(config)
     if config.tensorboard and run is None:
         raise ValueError("tensorboard is on, and there is no run directory to log to; give run, or switch it off")
-    warn_of_warmup(steps, config)
     join(next(model.parameters()).device.type)
+    warn_of_warmup(steps, config)
     if count() > 1 and next(model.parameters()).is_cuda:
         model.cuda()  # each process has a GPU of its own
     model.eval()  # no dropout: the reference was scored without it

@@ -12,7 +12,9 @@ from torch import nn
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import Precision, autocast, completion_logps
 from dpo_lab.losses import dpo_loss
+from dpo_lab.tuning import keep_freed_memory as keep_freed_memory
 from dpo_lab.tuning import kept_memory, matmuls_by_onednn
+from dpo_lab.tuning import use_onednn as use_onednn
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,17 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
     return from_main(_open_run, Path(directory), config, resume)
 
 
+@checked
+def check_run(directory: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Raise the errors of `open_run` with these arguments, and write nothing; for before anything is loaded."""
+    from_main(_check_run, directory, config, resume)
+
+
+def _check_run(directory: Path, config: dict[str, Any], resume: bool) -> None:
+    if directory.exists() and any(directory.iterdir()):
+        _open_run(directory, config, resume)
+
+
 def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
     config = json.loads(json.dumps(config))
     recorded = directory / "config.json"

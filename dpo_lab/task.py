@@ -22,7 +22,7 @@ from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
 from dpo_lab.processes import from_main, join, say
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import open_run, read_config, require_space, require_writable, write_whole
+from dpo_lab.runs import check_run, open_run, read_config, require_space, require_writable, write_whole
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
@@ -217,6 +217,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
         open_run(data, data_config(config), resume=True)
         return json.loads(path.read_text(encoding="utf-8"))
     require_writable(data)
+    check_run(data, data_config(config), resume=True)
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     require_space(data, 4_000 * config.prefixes * config.completions)
@@ -249,6 +250,7 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
         open_run(data, data_config(config), resume=True)
         return Preferences.load(data / "preferences")
     require_writable(data)
+    check_run(data, data_config(config), resume=True)
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     samples = sample(config, data, parts)

@@ -67,6 +67,21 @@ def test_evaluate_looks_too(forbidden, nothing_is_loaded, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "option"), COMMANDS)
+@pytest.mark.parametrize("kind", ["another config", "no config"])
+def test_a_directory_of_something_else_is_refused_before_anything_is_loaded(
+    nothing_is_loaded, tmp_path, capsys, command, option, kind
+):
+    file = tmp_path / "run" / ("config.json" if kind == "another config" else "thesis.txt")
+    file.parent.mkdir()
+    file.write_text('{"mine": 1}')
+    out = ["--out", str(tmp_path / "out")] if option == "--data" and command == "train" else []
+    assert main([command, option, str(file.parent), *out]) == 2
+    said = capsys.readouterr().err
+    assert ("holds a run with another config" if kind == "another config" else "is not empty and has no config.json") in said
+    assert file.read_text() == '{"mine": 1}' and [*file.parent.iterdir()] == [file] and not (tmp_path / "out").exists()
+
+
 def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path):
     for where in (tmp_path, tmp_path / "a" / "b"):
         require_writable(where)
