@@ -26,17 +26,17 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from dpo_lab import layout, logprobs, loop
+from dpo_lab import layout, logprobs, loop, tuning
 from dpo_lab import preferences as data_format
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import autocast, can_share, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
-from dpo_lab.machine import keep_freed_memory, use_onednn
 from dpo_lab.models import prepare_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft
+from dpo_lab.tuning import keep_freed_memory, use_onednn
 
 BETA, LEARNING_RATE = 0.1, 1e-6
 
@@ -159,10 +159,10 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
         policy, reference = prepare_model(policy), prepare_model(reference)
-    if "kept memory" not in config.without and config.device == "cpu":
-        keep_freed_memory()
-    if "oneDNN" not in config.without and config.device == "cpu":
-        use_onednn()
+    if "kept memory" in config.without:
+        tuning.KEEPING = tuning.USUAL = ()
+    if "oneDNN" in config.without:
+        tuning.onednn_is_exact = lambda: False
     known = data_format.weights_hash(reference)  # once a run, and before the clock as TRL's own
     data_format.weights_hash = lambda _: known
     if "sharing" in config.without:

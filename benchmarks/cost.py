@@ -11,14 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from contender import WORKLOADS
 from matplotlib.figure import Figure
 
-from dpo_lab.logprobs import ONEDNN
-from dpo_lab.machine import use_onednn
 from dpo_lab.runs import provenance, write_json, write_whole
+from dpo_lab.tuning import onednn_is_exact
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cost.json"
@@ -84,8 +82,7 @@ def main(config: CostConfig) -> None:
     curves = {
         name: {str(x): measure("short", config.steps, change) for x, change in points.items()} for name, points in CURVES.items()
     }
-    use_onednn()  # which it does not on every processor
-    savings = tuple(name for name in SAVINGS if name != "oneDNN" or torch.backends.mkldnn.matmul.fp32_precision == ONEDNN)
+    savings = tuple(name for name in SAVINGS if name != "oneDNN" or onednn_is_exact())  # not on every processor
     saved = {
         workload: {
             "all": measure(workload, config.steps, {}),

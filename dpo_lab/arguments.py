@@ -4,10 +4,12 @@ numpy and torch scalars are taken where a number is due, and `~` where a folder 
 value found, and what is allowed.
 """
 
+import functools
+import inspect
 import math
 import numbers
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 T = TypeVar("T")
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def one_of(name: str, value: Any, literal: Any) -> Any:
@@ -47,7 +50,10 @@ def folder(name: str, value: Any) -> Path:
     """`value`, a string or a path, as a path with `~` expanded."""
     if not isinstance(value, (str, Path)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be the path of a folder")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # of a ~ whose owner has no home
+        raise ValueError(f"{name} is {str(value)!r} ({error}); write the path out") from error
 
 
 def integers(name: str, values: Any) -> np.ndarray:
@@ -119,9 +125,48 @@ def settled(config: T) -> T:
     Raises:
         ValueError, TypeError: a field holds what its annotation does not allow; the message names it.
     """
-    hints = get_type_hints(type(config))
-    changed = {field.name: _settled(field.name, getattr(config, field.name), hints[field.name]) for field in fields(config)}
-    return replace(config, **changed)
+    hints = _hints(type(config))
+    found = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {name: _settled(name, value, hints[name]) for name, value in found.items()}
+    return config if all(changed[name] is value for name, value in found.items()) else replace(config, **changed)
+
+
+def checked(call: Call) -> Call:
+    """`call`, with the arguments that are Literals, configs or folders by their annotations settled before it begins.
+
+    A config is a dataclass whose name ends with "Config". Defaults are taken as they are.
+    """
+
+    @functools.cache
+    def watched() -> list[tuple[int, str, Any, bool]]:
+        hints, parameters = get_type_hints(call), inspect.signature(call).parameters.values()
+        spread = inspect.Parameter.VAR_POSITIONAL
+        found = [(i, p.name, hints.get(p.name), p.kind is spread) for i, p in enumerate(parameters)]
+        return [spot for spot in found if _is_checked(spot[2])]
+
+    @functools.wraps(call)
+    def checking(*arguments: Any, **named: Any) -> Any:
+        given = list(arguments)
+        for i, name, hint, spread in watched():
+            if name in named:
+                named[name] = _settled(name, named[name], hint)
+            for k in range(i, len(given) if spread else min(i + 1, len(given))):
+                given[k] = _settled(name, given[k], hint)
+        return call(*given, **named)
+
+    return checking  # type: ignore[return-value]
+
+
+def _is_checked(hint: Any) -> bool:
+    """Whether `checked` settles arguments of this annotation."""
+    if hint is Path or get_origin(hint) is Literal:
+        return True
+    return any(map(_is_checked, get_args(hint))) or is_dataclass(hint) and hint.__name__.endswith("Config")
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
 
 
 def _settled(name: str, value: Any, hint: Any) -> Any:
@@ -133,11 +178,14 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
         if value is None and type(None) in parts:
             return None
         real = [part for part in parts if part is not type(None)]
+        if set(real) == {str, Path}:
+            return folder(name, value)
         return _settled(name, value, real[0]) if len(real) == 1 else value
     if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise TypeError(f"{name} is {value!r}; it must be a tuple")
-        return tuple(_settled(f"{name}[{i}]", item, parts[0]) for i, item in enumerate(value))
+        found = tuple(_settled(f"{name}[{i}]", item, parts[0]) for i, item in enumerate(value))
+        return value if isinstance(value, tuple) and all(a is b for a, b in zip(found, value)) else found
     if is_dataclass(hint):
         if not isinstance(value, hint):
             raise TypeError(f"{name} is {value!r}; it must be a {hint.__name__}")

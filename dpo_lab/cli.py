@@ -1,6 +1,5 @@
 """The `dpo-lab` command, made from the config dataclasses."""
 
-import errno
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import transformers
 import tyro
 
 from dpo_lab import experiment, task
+from dpo_lab.arguments import checked
 from dpo_lab.contenders import Repeated, repeats
 from dpo_lab.doctor import doctor
 from dpo_lab.experiment import CONFIGS, ExperimentConfig
@@ -20,6 +20,7 @@ from dpo_lab.loop import Interrupted
 from dpo_lab.pretrain import PretrainConfig, pretrain
 from dpo_lab.processes import leave, say
 from dpo_lab.task import TaskConfig
+from dpo_lab.tuning import keep_freed_memory
 
 Flat = tyro.conf.OmitArgPrefixes
 T = TypeVar("T")
@@ -31,6 +32,7 @@ def doctor_command() -> int:
     return 0 if doctor() else 1
 
 
+@checked
 def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Sample completions of training prefixes from the reference."""
     samples = task.sample(config, data)
@@ -39,6 +41,7 @@ def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> 
     )
 
 
+@checked
 def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Label the samples by the reward: preference pairs and reference log-probs."""
     preferences = task.label(config, data)
@@ -48,6 +51,7 @@ def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> N
 def train_from(name: str) -> Callable[..., None]:
     """The command `train`, whose options change the config of this name."""
 
+    @checked
     def train_command(
         config: Flat[ExperimentConfig] = CONFIGS[name],
         out: Path = Path("runs/imdb"),
@@ -76,6 +80,7 @@ def train_from(name: str) -> Callable[..., None]:
 def plan_from(name: str) -> Callable[..., None]:
     """The command `plan`, whose options change the config of this name."""
 
+    @checked
     def plan_command(
         config: Flat[ExperimentConfig] = CONFIGS[name],
         out: Path = Path("runs/imdb"),
@@ -94,6 +99,7 @@ def plan_from(name: str) -> Callable[..., None]:
     return plan_command
 
 
+@checked
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
@@ -102,6 +108,7 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
     )
 
 
+@checked
 def frontier_command(
     config: Nested[FrontierConfig], out: Path = Path("runs/frontier"), repeat: tuple[Repeated, ...] = ()
 ) -> None:
@@ -115,6 +122,7 @@ def frontier_command(
     say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 
+@checked
 def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
     say(f"model in {pretrain(out, config, resume=resume)}")
@@ -144,8 +152,15 @@ def named_config(arguments: list[str]) -> tuple[str, list[str]]:
     return found.config, rest
 
 
+WRITABLE = ". Choose a directory that can be written with --out or --data; caches are where DPO_LAB_CACHE and HF_HOME say"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 (a gap), 2 (bad input), 130 (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may not have ±: that is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
@@ -157,10 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"dpo-lab: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"dpo-lab: error: {error}", file=sys.stderr)
+    except OSError as error:  # what the system says of a file has its name, and no advice
+        print(f"dpo-lab: error: {error}{WRITABLE if error.filename else ''}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"dpo-lab: {error}", file=sys.stderr)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_lab import arguments
+from dpo_lab.arguments import checked, integer, number, one_of
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.models import EMBEDDED
 
 BETAS, TARGETS, ALPHAS, SEEDS = (0.05, 0.1, 1.0, 5.0), (3.0, 6.0, 9.0, 12.0), (0.05, 0.1, 0.5, 1.0), (0, 1, 2, 3, 4, 5)
-LABELS = {  # and what is varied of it
+Method = Literal["dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft", "best-of-n", "sft"]
+LABELS: dict[Method, tuple[str, str]] = {  # and what is varied of it
     "dpo": ("DPO", "beta"),
     "ppo": ("PPO, learned reward", "target KL"),
     "ppo-gt": ("PPO, true reward", "target KL"),
@@ -39,9 +40,14 @@ COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl
 class Contender:
     """One run: a method, what is varied of it, and a seed."""
 
-    method: str
+    method: Method
     setting: float
     seed: int
+
+    def __post_init__(self) -> None:
+        plain = {"setting": number("setting", self.setting), "seed": integer("seed", self.seed)}
+        for name, value in {"method": one_of("method", self.method, Method), **plain}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def label(self) -> str:
@@ -65,6 +71,7 @@ def contenders(seed: int = 0) -> list[Contender]:
     return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
 
 
+@checked
 def repeats(*methods: Repeated) -> list[Contender]:
     """The setting of `REPEATED` of each of these methods in three seeds."""
     return [Contender(method, REPEATED[method], seed) for seed in range(3) for method in methods]
@@ -149,9 +156,10 @@ class Recorded:
         return float(self.optimal.share(row["reward"], row["kl"], self.before)) if row["kl"] >= 0.1 else float("nan")
 
 
+@checked
 def recorded(folder: Path | str | None = None) -> Recorded:
     """The sweep that `dpo-lab frontier` left in `folder`; by default the one that comes with the package."""
-    folder = EMBEDDED.parent if folder is None else arguments.folder("folder", folder)
+    folder = EMBEDDED.parent if folder is None else folder
     for name in ("frontier.csv", "frontier.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is not there; give the directory of a finished `dpo-lab frontier`")

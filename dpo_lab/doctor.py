@@ -8,10 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 from dpo_lab.imdb import reviews_csv
 from dpo_lab.models import EMBEDDED
-from dpo_lab.runs import file_hash
+from dpo_lab.rewards import cache_directory
+from dpo_lab.runs import file_hash, require_writable
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "scikit-learn", "ipywidgets", "jupyterlab", "sympy")
 
@@ -35,6 +37,22 @@ def examine() -> tuple[list[tuple[str, str, str]], bool]:
     )
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     rows.append(("free disk here", f"{disk:.1f} GB", "" if disk >= 1 else "free 1 GB, or give --out on another disk"))
+    try:
+        require_writable(Path.cwd())
+        rows.append(("writing here", "can be written", ""))
+    except OSError:
+        rows.append(("writing here", "cannot be written", "change to another directory, or give --out and --data"))
+        able = False
+    for what, directory, variable, loss in (
+        ("classifier's cache", cache_directory(), "DPO_LAB_CACHE", "it is fitted anew for each run"),
+        ("hub's cache", Path(HF_HOME), "HF_HOME", "hub models cannot be kept"),
+    ):
+        try:
+            require_writable(directory)
+            rows.append((what, str(directory), ""))
+        except OSError:
+            todo = f"nothing, for the laptop lane, but {loss}; set {variable} to a directory that can be written"
+            rows.append((what, f"{directory} cannot be written", todo))
     rows.append(("lane", "gpu (--lane gpu)" if gpu != "none" else "laptop", ""))
     weights = EMBEDDED / "model.safetensors"
     if weights.exists():

@@ -10,7 +10,7 @@ from scipy.stats import norm
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.arguments import floats, integer, token_lists
+from dpo_lab.arguments import checked, floats, integer, token_lists
 from dpo_lab.imdb import sample_completions, texts_of
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.machine import return_freed_memory
@@ -30,6 +30,7 @@ class Evaluation:
     completions: tuple[tuple[int, ...], ...]  # token ids
 
 
+@checked
 def evaluate_policy(
     policy: nn.Module,
     reference: nn.Module,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_lab.arguments import folder
+from dpo_lab.arguments import checked, settled
 from dpo_lab.escaping import for_markdown
 from dpo_lab.evaluate import Evaluation, OptimalFrontier
 from dpo_lab.imdb import sample_prefixes
@@ -24,11 +24,13 @@ from dpo_lab.processes import join, say
 from dpo_lab.records import locked, require_free
 from dpo_lab.runs import (
     SNAPSHOTS,
+    check_run,
     open_run,
     peak_memory_mb,
     provenance,
     read_snapshots,
     require_space,
+    require_writable,
     weights_hash,
     write_json,
     write_whole,
@@ -37,6 +39,7 @@ from dpo_lab.task import (
     Parts,
     TaskConfig,
     check_reference,
+    check_task,
     data_config,
     held_out_prefixes,
     initial_policy,
@@ -77,6 +80,7 @@ CONFIGS = {
 }
 
 
+@checked
 def planned(config: ExperimentConfig, parts: Parts) -> Plan:
     """What `train` with this config will cost on this machine; its precision must be measured already."""
     task = config.task
@@ -94,6 +98,7 @@ def planned(config: ExperimentConfig, parts: Parts) -> Plan:
     )
 
 
+@checked
 def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -> Plan:
     """The plan of `train` with the same arguments; nothing is written."""
     config = replace(config, task=recorded_precision(located(config.task), out, data or out / "data"))
@@ -102,6 +107,7 @@ def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -
     return planned(replace(config, task=measured_precision(config.task, parts, config.dpo.beta)), parts)
 
 
+@checked
 def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated.
 
@@ -116,9 +122,12 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
         open_run(out, asdict(config), resume=True)
         return json.loads(finished.read_text(encoding="utf-8"))
     check_config(config.dpo)
+    check_task(config.task)
     require_free(out, "run.lock")
-    if (data / "config.json").exists():
-        open_run(data, data_config(config.task), resume=True)
+    for directory in (out, data):
+        require_writable(directory)
+    check_run(out, asdict(config), resume=resume)
+    check_run(data, data_config(config.task), resume=True)
     origin = provenance()
     parts = load_parts(config.task)
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
@@ -189,6 +198,7 @@ def _reference_of(run: Path, recorded: str) -> str:
     return recorded
 
 
+@checked
 def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     """Evaluate the trained policy of a run directory again, on as many held-out prefixes as asked, into `evaluation.json`.
 
@@ -199,7 +209,8 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
         raise ValueError(f"{run} holds no finished run (summary.json and policy/); make one with `dpo-lab train --out {run}`")
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
     task = TaskConfig(**recorded["task"])
-    task = replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes)
+    task = settled(replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes))
+    require_writable(run)
     join(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     parts = load_parts(replace(task, model=_reference_of(run, summary["reference"])))
@@ -215,9 +226,9 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     return summary
 
 
+@checked
 def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int = 20) -> None:
     """The first `n` held-out prefixes with their completions before and after, side by side, as `samples.md` in `out`."""
-    out = folder("out", out)
     rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
     for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
         rows.append(f"| {for_markdown(b)} | {rb:.2f} | {for_markdown(a)} | {ra:.2f} |")
@@ -225,6 +236,7 @@ def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int 
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
+@checked
 def save_snapshot(
     out: Path,
     step: int,
@@ -253,6 +265,7 @@ def save_snapshot(
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]), encoding="utf-8")
 
 
+@checked
 def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: OptimalFrontier) -> None:
     """Loss, rewards and accuracy, margins, and reward against KL, as PNG under `figures/`."""
     points = [

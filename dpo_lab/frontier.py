@@ -19,21 +19,23 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from tqdm.auto import tqdm
 
-from dpo_lab.contenders import COLUMNS, Contender, contenders
+from dpo_lab.arguments import checked, one_of
+from dpo_lab.contenders import COLUMNS, Contender, Repeated, contenders
 from dpo_lab.evaluate import best_of_n, frontier_band, optimal_frontier
 from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
-from dpo_lab.loop import LoopConfig
+from dpo_lab.loop import LoopConfig, blocks_of, check_loop
 from dpo_lab.models import ScalarModel, end_tokens, load_model
-from dpo_lab.ppo import PPOConfig, Reward, text_reward, train_ppo
+from dpo_lab.ppo import PPOConfig, Reward, check_ppo_config, text_reward, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import launched
 from dpo_lab.records import locked, require_free
-from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.runs import open_run, peak_memory_mb, provenance, write_json, write_whole
+from dpo_lab.reward_model import LearnedReward, RewardModelConfig, check_reward_model, train_reward_model
+from dpo_lab.runs import check_run, open_run, peak_memory_mb, provenance, require_writable, write_json, write_whole
 from dpo_lab.task import (
     Parts,
     TaskConfig,
     check_reference,
+    check_task,
     held_out_prefixes,
     initial_policy,
     label,
@@ -44,7 +46,10 @@ from dpo_lab.task import (
     sft,
     task_evaluation,
 )
-from dpo_lab.train import DPOConfig, train_dpo, train_unlikelihood
+from dpo_lab.train import DPOConfig, check_alpha, check_config, check_epochs, train_dpo, train_unlikelihood
+from dpo_lab.tuning import keep_freed_memory
+
+BEST_OF = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class FrontierConfig:
     """runs at a time, each in a process of its own with about 2 GB; by default one a CPU core, at most four, and one on a GPU"""
 
 
+@checked
 def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None = None) -> list[dict[str, Any]]:
     """Run every contender that has not finished yet, and write the evaluations of all finished runs to `out/frontier.csv`.
 
@@ -78,14 +84,17 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     if launched() > 1:
         raise ValueError(f"frontier was launched {launched()} times; it starts processes of its own (jobs), so launch it once")
     runs = contenders(config.task.seed) if runs is None else runs
+    check_frontier(config, runs)
     began = time.perf_counter()
     origin, config = provenance(), replace(config, task=recorded_precision(located(config.task), out))
-    if (out / "config.json").exists():
-        open_run(out, settings(config), resume=True)
+    require_writable(out)
+    check_run(out, settings(config), resume=True)
     todo = [run for run in runs if not (out / run.name / "rows.json").exists()]
     if todo or not (out / "baselines.json").exists():
         require_free(out, "frontier.lock")
         parts = load_parts(config.task)
+        if config.loop.gradient_checkpointing or config.reward_model.loop.gradient_checkpointing:
+            blocks_of(parts.reference)  # which says so where there are none
         config = replace(config, task=measured_precision(config.task, parts))
         open_run(out, settings(config), resume=True)
         with locked(out, "frontier.lock"):
@@ -134,18 +143,58 @@ def _run_all(config: FrontierConfig, parts: Parts, todo: list[Contender], total:
                     raise
 
 
+@checked
+def check_frontier(config: FrontierConfig, runs: list[Contender]) -> None:
+    """Raise ValueError for a value that the sweep or one of its runs cannot work with, named with what is allowed."""
+    check_task(config.task)
+    check_loop(config.loop)
+    check_reward_model(config.reward_model)
+    check_ppo_config(config.ppo)
+    check_epochs(1, config.batch_pairs)
+    if config.loop.tensorboard:
+        raise ValueError("tensorboard is on, and the runs of a sweep have no run directories to log to; switch it off")
+    if config.samples < BEST_OF[-1]:
+        raise ValueError(f"samples is {config.samples}; it must be at least {BEST_OF[-1]}, for best-of-{BEST_OF[-1]}")
+    if config.jobs is not None and config.jobs < 1:
+        raise ValueError(f"jobs is {config.jobs}; it must be at least 1, or None")
+    for run in runs:
+        one_of("method", run.method, Repeated)
+        if run.method == "dpo":
+            check_config(dpo_config(run, config))
+        elif run.method in ("ppo", "ppo-gt"):
+            check_ppo_config(ppo_config(run, config))
+        else:
+            check_alpha(run.setting)
+
+
+@checked
+def dpo_config(run: Contender, config: FrontierConfig) -> DPOConfig:
+    """What `train_dpo` does in this run."""
+    return DPOConfig(beta=run.setting, batch_pairs=config.batch_pairs, loop=config.loop)
+
+
+@checked
+def ppo_config(run: Contender, config: FrontierConfig) -> PPOConfig:
+    """What `train_ppo` does in this run."""
+    return replace(config.ppo, kl_target=run.setting, max_new_tokens=config.task.max_new_tokens)
+
+
+@checked
 def settings(config: FrontierConfig) -> dict[str, Any]:
     """What decides the results: the config without how many run at a time."""
     return {name: value for name, value in asdict(config).items() if name != "jobs"}
 
 
+@checked
 def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int) -> int:
     """`finish` in a process of its own."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     parts = sft(config.task, out / "data")
     return finish(run, config, parts, label(config.task, out / "data", parts), out, origin)
 
 
+@checked
 def finish(
     run: Contender | None, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path, origin: dict[str, str]
 ) -> int:
@@ -159,6 +208,7 @@ def finish(
     return 1
 
 
+@checked
 def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path) -> dict[str, Any]:
     """Train one contender; a row for each of its evaluations, the first eight texts of the last with their rewards, and of PPO
     the mean score of every rollout: the reward that it was given, in standard deviations on the reference's completions."""
@@ -189,9 +239,9 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
 
     scores: list[float] = []
     common: dict[str, Any] = {"evaluate": evaluate, "progress": None}
+    one_of("method", run.method, Repeated)
     if run.method == "dpo":
-        dpo = DPOConfig(beta=run.setting, batch_pairs=config.batch_pairs, loop=config.loop)
-        train_dpo(policy, preferences, dpo, seed=run.seed, **common)
+        train_dpo(policy, preferences, dpo_config(run, config), seed=run.seed, **common)
     elif run.method in ("unlikelihood", "preferred-ft"):  # Preferred-FT is unlikelihood with alpha = 0, which is its setting
         train_unlikelihood(policy, preferences, run.setting, config.loop, batch_pairs=config.batch_pairs, seed=run.seed, **common)
     else:
@@ -204,7 +254,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
             ScalarModel(load_model(initial_policy(task, out / "data"), device=task.device)),
             counted(reward),
             sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=run.seed),
-            replace(config.ppo, kl_target=run.setting, max_new_tokens=task.max_new_tokens),
+            ppo_config(run, config),
             eos_token_id=end_tokens(parts.reference, parts.tokenizer),
             precision=task.precision,
             seed=run.seed,
@@ -214,6 +264,7 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
     return {"rows": rows, "samples": samples, "scores": scores}
 
 
+@checked
 def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) -> ScalarModel:
     """The learned reward of all PPO runs, fitted to the preferences once and kept in `out/reward_model.safetensors`."""
     model = ScalarModel(load_model(initial_policy(config.task, out / "data"), device=config.task.device))
@@ -230,6 +281,7 @@ def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) ->
     return model
 
 
+@checked
 def baselines(task: TaskConfig, parts: Parts, k: int) -> dict[str, Any]:
     """From `k` samples of each held-out prefix: rows of best-of-N for N = 1 (the SFT policy itself), 2, 4, ..., 16, and the
     optimal frontier with its 90 % band."""
@@ -249,7 +301,7 @@ def baselines(task: TaskConfig, parts: Parts, k: int) -> dict[str, Any]:
     per_sample = (time.perf_counter() - began) / len(texts)
     mean_tokens = sum(len(ids) for row in completions for ids in row) / len(texts)
     rows = []
-    for n in (1, 2, 4, 8, 16):
+    for n in BEST_OF:
         best = best_of_n(scores, n)
         rows.append(
             {

@@ -5,6 +5,7 @@ import html
 import importlib.resources
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,16 +19,18 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dpo_lab.arguments import integer, number, token_lists
+from dpo_lab.arguments import checked, integer, number, token_lists
 from dpo_lab.layout import Tokens, begun
-from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, logit_path, matmuls_by_mkl, use_packed_attention
+from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, logit_path, use_packed_attention
 from dpo_lab.models import check_cache
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
 from dpo_lab.structure import check_fits, check_vocabulary, unwrapped, widest
+from dpo_lab.tuning import kept_memory, matmuls_by_mkl
 
 HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
 
 
+@checked
 def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     """The 25,000 labelled IMDb training reviews as `train` (22,500) and `test` (2,500), columns `text` and `label`.
 
@@ -38,13 +41,7 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     Raises:
         FileNotFoundError: the package is not installed, or the hub cannot be reached.
     """
-    if source == "hub":
-        reviews = _hub_reviews("stanfordnlp/imdb")
-    elif source == "package":
-        rows = load_dataset("csv", data_files=str(reviews_csv()), split="train")
-        reviews = rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
-    else:
-        raise ValueError(f"source is {source!r}; it must be 'package' or 'hub'")
+    reviews = {"package": _package_reviews, "hub": _hub_reviews}[source]()
     texts = [clean(text) for text in reviews["text"]]
     labels = [int(label) for label in reviews["label"]]
     keys = [hashlib.sha256(re.sub(r"[^a-z0-9]", "", text.lower()).encode()).hexdigest() for text in texts]
@@ -62,7 +59,17 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     return DatasetDict(train=part(train), test=part(test))
 
 
-def _hub_reviews(name: str) -> Dataset:
+def _package_reviews() -> Dataset:
+    wanted = {"data_files": str(reviews_csv()), "split": "train"}
+    try:
+        rows = load_dataset("csv", **wanted)
+    except OSError:  # of a cache that cannot be written, which is no reason to stop
+        with tempfile.TemporaryDirectory() as folder:
+            rows = load_dataset("csv", **wanted, cache_dir=folder, keep_in_memory=True)
+    return rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
+
+
+def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:
     try:
         return load_dataset(name, split="train")
     except (OSError, ConnectionError, ValueError) as error:
@@ -108,6 +115,7 @@ def sample_prefixes(
     return [[bos, *ids[:length]] for ids, length in zip(texts_ids, lengths)]
 
 
+@checked
 def sample_completions(
     model: nn.Module,
     prompts: Tokens,
@@ -150,6 +158,8 @@ def sample_completions(
     return completions
 
 
+@checked
+@kept_memory()
 def sample_with_logps(
     model: nn.Module,
     prompts: Tokens,

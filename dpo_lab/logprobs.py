@@ -5,7 +5,7 @@ Everything that needs log pi(y|x) calls this file: DPO, SFT, the sequence KL, ev
 at a time; a prompt is computed once for all its completions, and padding not at all, where that saves work.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lab.arguments import finite_positive
+from dpo_lab.arguments import checked, finite_positive
 from dpo_lab.layout import ROUND, CompletionBatch, Pieces, Tokens, allowed, check_tokens, completion_batch
 from dpo_lab.processes import is_main, my_share, whole
 from dpo_lab.structure import (
@@ -32,6 +32,7 @@ from dpo_lab.structure import (
     unwrapped,
     widest,
 )
+from dpo_lab.tuning import ONEDNN, kept_memory, matmuls_by_mkl, matmuls_by_onednn
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
@@ -44,6 +45,7 @@ LEAST_TEMPERATURE = 1e-30  # of a log-prob, in float32
 LogitPath = Literal["weights", "head", "forward"]  # see `logit_path`
 
 
+@checked
 def autocast(device: str, precision: Precision) -> torch.autocast:
     """The context in which a forward pass computes in `precision`; `device` is a torch device type."""
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
@@ -154,7 +156,8 @@ def completion_logps(
         temperature: divides the logits, as in sampling at that temperature; positive, for greedy choices have no log-probs.
 
     Differentiable with respect to the model's parameters. Token log-probabilities are computed in float32 or better and
-    summed in float64: a float32 sum near -700 is off by up to 8e-4. `logit_path` says which way they take.
+    summed in float64: a float32 sum near -700 is off by up to 8e-4. `logit_path` says which way they take. A model that
+    `can_share` prompts computes attention by `packed_attention` from then on, which is sdpa for its other callers.
 
     Raises:
         ValueError: `reduction` or `temperature` not allowed, token ids outside the vocabulary, a row longer than the model's
@@ -168,7 +171,9 @@ def completion_logps(
             f"temperature is {temperature}; logits that it divides overflow, so it must be at least {LEAST_TEMPERATURE}"
         )
     _check_batch(model, batch, unread=1)
-    tokens = _path_logps(model, batch, logit_path(model), temperature)  # (T,)
+    way = logit_path(model)
+    with matmuls_by_onednn(batch.input_ids.device.type):
+        tokens = _path_logps(model, batch, way, temperature)  # (T,)
     wide = tokens.to(widest(tokens.device))
     if reduction == "none":
         return wide
@@ -246,9 +251,10 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
         packed |= {"rows": [(shape, added(part)) for shape, part in batch.rows], "spread": batch.spread, "pack": batch.pack}
     elif batch.segments is not None:
         mask = added(batch.segments)
-    hidden = model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
-    ).last_hidden_state.flatten(0, 1)  # (R * L, D), or (S, D)
+    with matmuls_by_onednn(batch.input_ids.device.type):
+        hidden = model.get_decoder()(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
+        ).last_hidden_state.flatten(0, 1)  # (R * L, D), or (S, D)
     if hidden.device.type == "cuda":
         return nn.functional.embedding(batch.sources, hidden)  # whose gradient is added up in a fixed order there
     return hidden.index_select(0, batch.sources)
@@ -382,28 +388,24 @@ def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: 
     if not alone or matmul.fp32_precision != ONEDNN:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
-    def hand_to(precision: str) -> Callable[[Tensor], None]:
-        return lambda _: setattr(matmul, "fp32_precision", precision)
+    held: list[str] = []
+
+    def to_mkl(_: Tensor) -> None:
+        held.append(matmul.fp32_precision)
+        matmul.fp32_precision = "ieee"
+
+    def and_back(_: Tensor) -> None:
+        if held:
+            matmul.fp32_precision = held.pop()
 
     with matmuls_by_mkl():
         out = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     if out.requires_grad:
-        out.register_hook(hand_to("ieee"))
+        out.register_hook(to_mkl)
         for x in (query, key, value):
             if x.requires_grad:
-                x.register_hook(hand_to(ONEDNN))
+                x.register_hook(and_back)
     return out
-
-
-@contextmanager
-def matmuls_by_mkl() -> Iterator[None]:
-    """Float32 matmuls by MKL meanwhile, in all threads, whatever `machine.use_onednn` chose."""
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -413,7 +415,6 @@ def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return (weights @ value).flatten(1, 2)[:, None]
 
 
-ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls: `machine.use_onednn`
 PACKED = "dpo_lab_packed"
 NO_MASK = torch.empty(1, 1, 1, 1)  # four dimensions: transformers hands it on as it is, instead of making a mask
 AttentionInterface.register(PACKED, packed_attention)
@@ -485,7 +486,8 @@ class _TokenLogps(torch.autograd.Function):
         grad_h, scale = torch.empty_like(h), -grad[:, None].to(ctx.dtype)
         grad_w = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_b = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        with torch.autocast(device, enabled=False), matmuls_by_onednn(device):
             for i in range(0, len(targets), ctx.chunk):
                 rows = slice(i, i + ctx.chunk)
                 g = _logits(h[rows], w, b, len(weight)) if kept is None else kept
@@ -506,6 +508,8 @@ class _TokenLogps(torch.autograd.Function):
 
 
 @torch.no_grad()
+@checked
+@kept_memory()
 def score_completions(
     model: nn.Module,
     prompts: Tokens,
@@ -524,8 +528,9 @@ def score_completions(
     """
     prompts, completions, prompt_of = check_tokens(prompts, completions, prompt_of)
     model = unwrapped(model)
-    device, training, share = next(model.parameters()).device, model.training, can_share(model)
+    device, share = next(model.parameters()).device, can_share(model)
     batch_tokens = batch_tokens or (16_384 if device.type == "cuda" else 2_048)
+    modes = [(module, module.training) for module in model.modules()]
     lengths = [len(prompt) for prompt in prompts]  # with the longest completion, so that a prompt's completions stay together
     for completion, p in zip(completions, prompt_of):
         lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))
@@ -547,7 +552,8 @@ def score_completions(
                 logps[now] = completion_logps(model, batch.to(device)).cpu().double()
                 bar.update(len(now))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     for now, values in zip(batches, whole([logps[now] for now in mine])):
         logps[now] = values
     return logps

@@ -1,8 +1,10 @@
 """The training loop: it can be stopped at any step and resumed to the byte."""
 
 import copy
+import importlib.util
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,20 +13,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_lab.arguments import checked, finite_positive, settled
 from dpo_lab.layout import CompletionBatch, completion_batch
-from dpo_lab.logprobs import Precision, completion_logps, logit_path
-from dpo_lab.processes import collect, count, from_main, full, gathered, join, shard, sharding
+from dpo_lab.logprobs import Precision, autocast, completion_logps, logit_path
+from dpo_lab.processes import collect, count, from_main, full, gathered, is_main, join, shard, sharding
 from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
 from dpo_lab.structure import check_trainable, unwrapped, widest
+from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
@@ -67,6 +69,35 @@ class LoopConfig:
     """log to TensorBoard too, in the run directory"""
 
 
+@checked
+def check_loop(config: LoopConfig) -> None:
+    """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
+    for name in ("learning_rate", "max_grad_norm"):
+        finite_positive(name, getattr(config, name))
+    for name in ("accumulate", "eval_every", "save_every"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    for name in ("warmup_steps", "weight_decay"):
+        if not 0 <= (value := getattr(config, name)) < math.inf:
+            raise ValueError(f"{name} is {value}; it must be finite and not negative")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard is on, and its package is not installed: pip install tensorboard, or switch it off")
+
+
+def warn_of_warmup(steps: int, config: LoopConfig) -> None:
+    """Warn where a run of `steps` steps ends before its learning rate has reached the peak."""
+    config = settled(config)
+    if config.warmup_steps > steps and is_main():
+        peak, last = config.learning_rate, config.learning_rate * steps / config.warmup_steps
+        warnings.warn(
+            f"warmup_steps is {config.warmup_steps} and there are {steps} steps, so the learning rate ends at {last:.2g} and never "
+            f"reaches learning_rate ({peak:.2g}); lower warmup_steps, or train for more steps",
+            stacklevel=2,
+        )
+
+
+@checked
+@kept_memory()
 def fit(
     model: nn.Module,
     steps: int,
@@ -87,32 +118,31 @@ def fit(
 
     `micro_batches(step, accumulate)` gives the forward passes of a step (0-based), `accumulate` of them where it can split
     the batch: a step that runs out of a GPU's memory is done again with twice as many, and so are all that follow.
-    `loss_of(score, micro_batch)` gives a sum and more sums to log, tensors all, which are read at the end of the step; `score` computes `completion_logps`, or what
-    `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
+    `loss_of(score, micro_batch)` gives a sum and more sums to log, tensors all, which are read at the end of the step; `score`
+    computes `completion_logps`, or what `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
     Of several processes each gives its share of a step's micro-batches, or none; the mean is that of all of them.
     A caller that gives a `run` holds it by `records.training_run`; `data_of(step)` names the data of the steps up to `step`,
     where the record does not.
     """
+    check_loop(config)
+    if config.tensorboard and run is None:
+        raise ValueError("tensorboard is on, and there is no run directory to log to; give run, or switch it off")
     model = unwrapped(model)
     check_trainable(model)
     if scorer is None:
         logit_path(model)  # or an error, before anything is written
     join(next(model.parameters()).device.type)
-    AcceleratorState._reset_state()  # else the first run of a process would fix the precision of all later ones
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bfloat16" else "no",
-        cpu=next(model.parameters()).device.type == "cpu",
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=run,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=scorer is not None)],
-    )
+    warn_of_warmup(steps, config)
+    if count() > 1 and next(model.parameters()).is_cuda:
+        model.cuda()  # each process has a GPU of its own
     model.eval()  # no dropout: the reference was scored without it
     optimizers = make_optimizers(model, config)
     start = load_checkpoint(run, model, optimizers, data_of=data_of) if run and resume else 0
-    scoring = (scorer or _Scorer)(copy.deepcopy(model) if sharding() else model)
-    scoring = accelerator.prepare_model(scoring, evaluation_mode=sharding())
+    scoring: nn.Module = _InPrecision((scorer or _Scorer)(copy.deepcopy(model) if sharding() else model), precision)
     if sharding():
         shard(scoring, model, optimizers)
+    elif count() > 1:
+        scoring = DistributedDataParallel(scoring, find_unused_parameters=scorer is not None)
     blocks = blocks_of(scoring) if config.gradient_checkpointing else []
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     history = from_main(read_metrics, run, start) if run and start else []
@@ -121,9 +151,7 @@ def fit(
             temporary.write_text("")
         for line in history:
             append_metrics(run, line)
-    if config.tensorboard:
-        accelerator.init_trackers("tensorboard", asdict(config))
-
+    board = _tensorboard(run, config) if run and config.tensorboard and is_main() else None
     accumulate = max([config.accumulate, *(line["accumulate"] for line in history if "accumulate" in line)])
 
     def save(step: int) -> None:
@@ -131,18 +159,18 @@ def fit(
 
     def log(line: dict[str, Any]) -> None:
         history.append(line)
-        if run and accelerator.is_main_process:
+        if run:
             append_metrics(run, line)
-        accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        for name, value in line.items() if board else ():
+            board.add_scalar(name, value, line["step"])
 
     if start == 0 and evaluate:
         log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
     with (
         checkpointed(blocks),
+        board or nullcontext(),
         interruptible() if run else nullcontext() as stop,
-        tqdm(
-            total=steps, initial=start, desc=progress, disable=progress is None or not accelerator.is_main_process, unit="step"
-        ) as bar,
+        tqdm(total=steps, initial=start, desc=progress, disable=progress is None or not is_main(), unit="step") as bar,
     ):
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
@@ -154,7 +182,7 @@ def fit(
             while True:
                 micros, reason = micro_batches(step - 1, accumulate), ""
                 try:
-                    line, tokens = _backward(accelerator, scoring, micros, loss_of, weigh)
+                    line, tokens = _backward(scoring, micros, loss_of, weigh)
                     break
                 except torch.OutOfMemoryError as error:
                     reason = str(error)  # not the error itself, whose frames hold tensors
@@ -199,8 +227,6 @@ def fit(
                     f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume, or resume=True"
                 )
     collect(scoring, model)
-    if config.tensorboard:
-        accelerator.end_training()
     return history
 
 
@@ -237,8 +263,29 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
             del block.forward
 
 
+def _tensorboard(run: Path, config: LoopConfig) -> Any:
+    """A writer of what TensorBoard shows, in `run/tensorboard`."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+    writer = SummaryWriter(run / "tensorboard")
+    writer.add_hparams(asdict(config), {})
+    return writer
+
+
+class _InPrecision(nn.Module):
+    """A module whose forward computes in `precision`."""
+
+    def __init__(self, scoring: nn.Module, precision: Precision):
+        super().__init__()
+        self.scoring, self.precision = scoring, precision
+
+    def forward(self, batch: CompletionBatch) -> Tensor:
+        with autocast(batch.sources.device.type, self.precision):
+            return self.scoring(batch)
+
+
 class _Scorer(nn.Module):
-    """`completion_logps` as a module's forward, which is where accelerate puts autocast and gradient synchronisation."""
+    """`completion_logps` as a module's forward, which is where gradients are synchronized between processes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -248,6 +295,7 @@ class _Scorer(nn.Module):
         return completion_logps(self.model, batch)
 
 
+@checked
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
     """The optimizer of `config`, or Muon and AdamW side by side. The first one's learning rate is the logged one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -256,14 +304,16 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
         return [torch.optim.RMSprop(parameters, lr=lr)]
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)]
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in parameters if id(p) not in chosen]
-    return [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
-        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=decay),
-    ]
+    if config.optimizer == "muon":
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in parameters if id(p) not in chosen]
+        return [
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
+            torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=decay),
+        ]
+    raise ValueError(f"optimizer {config.optimizer!r}")
 
 
 MUON_LEARNING_RATE = 0.02  # the update is orthogonal, so its size does not depend on the model
@@ -287,7 +337,6 @@ NOTHING = completion_batch([[0]], [[0]], [0])
 
 
 def _backward(
-    accelerator: Accelerator,
     scoring: nn.Module,
     micros: list[Any],
     loss_of: Callable[[Callable, Any], tuple[Tensor, dict[str, Tensor]]],
@@ -297,17 +346,19 @@ def _backward(
 
     A GPU is waited for once, after the last backward pass.
     """
+    device = next(scoring.parameters()).device
     weights = gathered([weigh(micro) for micro in micros])
     total, passes = sum(map(sum, weights)), max(map(len, weights))
     line, tokens, logged = {"loss": 0.0}, 0, []
     for k in range(passes):
-        with accelerator.no_sync(scoring) if k < passes - 1 else nullcontext():
+        waits = k < passes - 1 and isinstance(scoring, DistributedDataParallel)
+        with scoring.no_sync() if waits else nullcontext(), matmuls_by_onednn(device.type):
             if k >= len(micros):  # the others wait for this process's part in the gradient
-                accelerator.backward(0 * scoring(NOTHING.to(accelerator.device)).sum())
+                (0 * scoring(NOTHING.to(device)).sum()).backward()
                 continue
-            micro = _to(micros[k], accelerator.device)
+            micro = _to(micros[k], device)
             loss, sums = loss_of(scoring, micro)
-            accelerator.backward(loss * count() / total)  # for the gradients are averaged over processes
+            (loss * count() / total).backward()  # for the gradients are averaged over processes
         tokens += getattr(micro, "batch", micro).tokens
         logged.append({"loss": loss.detach(), **sums})
     values = torch.stack([value.to(torch.float64) for sums in logged for value in sums.values()]).tolist() if logged else []

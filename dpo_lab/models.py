@@ -1,5 +1,7 @@
 """Loading a policy, its tokenizer and its reference: the embedded GPT-2, or any Hugging Face causal LM."""
 
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +32,9 @@ from transformers.utils import is_gguf_available
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import completion_states, logit_path
-from dpo_lab.machine import keep_freed_memory, use_onednn
 from dpo_lab.structure import after_head, beside_modules, check_precision, name_of, structure, unwrapped
 from dpo_lab.structure import context_of as context_of
+from dpo_lab.tuning import matmuls_by_onednn
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
 
@@ -69,12 +71,7 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             output (as with Gemma 2, which caps them): `completion_logps` follows such a model, and the experiment's plan does
             not; or device "cuda" without a GPU.
     """
-    if device not in ("cpu", "cuda", "mps") and not device.startswith("cuda:"):
-        raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
-        )
+    check_device(device)
     config = from_pretrained(AutoConfig, name)
     called = ", ".join(config.architectures or [config.model_type])
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
@@ -84,9 +81,6 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             f"{name!r} is a {called}; a policy must be a causal LM, which predicts each token from those before it. "
             "Give one of the GPT-2 or Llama families, for instance"
         )
-    if device == "cpu":
-        keep_freed_memory()
-        use_onednn()
     model, found = from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
@@ -101,6 +95,20 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
             "train_dpo, or use a model with a plain linear LM head, such as the GPT-2 and Llama families"
         )
     return model
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless `device` names one that is here."""
+    if not (device in ("cpu", "cuda", "mps") or isinstance(device, str) and re.fullmatch(r"cuda:\d+", device)):
+        raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {device!r} and torch sees no GPU; use the laptop lane (device='cpu'), or see `dpo-lab doctor`"
+        )
+    if device.startswith("cuda:") and int(device[5:]) >= (there := torch.cuda.device_count()):
+        raise ValueError(f"device is {device!r} and torch sees {there} GPUs, from 'cuda:0' on")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps' and torch sees no Apple GPU; use device='cpu'")
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -225,13 +233,15 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model = unwrapped(model)
-        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
+        self.head = nn.utils.skip_init(nn.Linear, model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: CompletionBatch) -> Tensor:
         """A number before each completion token, (T,): a function of the prompt and the tokens so far."""
-        return self.head(completion_states(self.model, batch))[:, 0].float()
+        states = completion_states(self.model, batch)
+        with matmuls_by_onednn(states.device.type):
+            return self.head(states)[:, 0].float()
 
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
@@ -251,6 +261,7 @@ def from_pretrained(loader: type, name: str, **options: object) -> Any:
         FileNotFoundError: not on this machine and the hub did not give it, no safetensors there, or no package that reads GGUF.
         ValueError: the weights are cut short.
     """
+    name = os.path.expanduser(name)
     path = EMBEDDED if name == "embedded" else Path(name)
     if name == "embedded" and not (path / "config.json").exists():
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dpo_lab.arguments import checked
 from dpo_lab.imdb import ROWS, sample_completions
 from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
 from dpo_lab.logprobs import (
@@ -26,11 +27,12 @@ from dpo_lab.logprobs import (
     completion_states,
     logits_budget,
 )
-from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers
+from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers, warn_of_warmup
 from dpo_lab.machine import return_freed_memory
 from dpo_lab.models import lora
 from dpo_lab.runs import peak_memory_mb
-from dpo_lab.train import DPOConfig, plan_prompts
+from dpo_lab.train import DPOConfig, check_config, plan_prompts
+from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
 TRIAL_FLOPS = 3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
 TRIAL_TOKENS = 6  # sampled to measure how fast that goes
@@ -91,6 +93,8 @@ class Plan:
         return "\n".join([*lines, f"peak {_gb(self.peak)}, of {there} that there are"])
 
 
+@checked
+@kept_memory()
 def plan(
     reference: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -115,6 +119,7 @@ def plan(
     Raises:
         ValueError: nothing to train on.
     """
+    check_config(config)
     if not prompts:
         raise ValueError("there are no prompts; give at least one, as token ids with BOS")
     n, k, device = len(prompts), completions, next(reference.parameters()).device
@@ -123,6 +128,7 @@ def plan(
     some = prompts[: -(-len(steps[0]) // config.loop.accumulate)]
     micro = _batch(reference, some, k, max_new_tokens)
     again = config.loop.gradient_checkpointing
+    warn_of_warmup(len(steps), config.loop)
     evaluations = sum(evaluates(step, len(steps), config.loop) for step in range(1, len(steps) + 1))
     m, (few, many) = eval_prefixes, FRONTIER
     sampled = 2 * m + evaluations * max(8, m // 4) + min(few, m) * many
@@ -176,6 +182,7 @@ def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * squares
 
 
+@checked
 def training_flops(
     model: nn.Module, batch: CompletionBatch, precision: Precision, *, again: bool = False, rank: int = 0
 ) -> float:
@@ -214,18 +221,20 @@ def trained(model: nn.Module, rank: int) -> nn.Module:
     return nn.ParameterList(torch.empty(rank, size, dtype=model.dtype) for shape in shapes for size in shape)
 
 
+@checked
 def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
     """FLOP/s of a forward and a backward pass of `batch`; the second of two counts."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters, device = [p for p in model.parameters() if p.requires_grad], batch.sources.device.type
     for _ in range(2):
         began = time.perf_counter()
-        with autocast(batch.sources.device.type, precision):
+        with autocast(device, precision), matmuls_by_onednn(device):
             scored = completion_logps(model, batch)
             torch.autograd.grad(scored.sum(), parameters, allow_unused=True)
         scored.sum().item()
     return training_flops(model, batch, precision) / (time.perf_counter() - began)
 
 
+@checked
 def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, max_new_tokens: int, precision: Precision) -> float:
     """FLOP/s of a few tokens sampled in a batch as large as the run's, or as a fraction of a second allows.
 
@@ -243,6 +252,7 @@ def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, ma
     return len(some) * k * sampling_flops(model, shortest, new) / seconds
 
 
+@checked
 def training_bytes(
     model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, config: DPOConfig, precision: Precision
 ) -> dict[str, int]:
@@ -271,6 +281,7 @@ def training_bytes(
     return parts
 
 
+@checked
 def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
     """Bytes of optimizer state after the first step."""
     total = 0
@@ -281,6 +292,7 @@ def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
     return total
 
 
+@checked
 def activation_bytes(
     model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, precision: Precision, *, again: bool = False
 ) -> int:
@@ -302,6 +314,7 @@ def activation_bytes(
     return round(inputs + extrapolated() / model.config.num_hidden_layers)
 
 
+@checked
 def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:
     """Bytes that autograd saves in the decoder for the backward pass of `batch`, without the weights themselves."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -318,6 +331,7 @@ def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) 
     return sum(saved.values()) + states.numel() * states.element_size()
 
 
+@checked
 def sampling_bytes(model: nn.Module, rows: int, length: int, precision: Precision) -> dict[str, int]:
     """Bytes of sampling `rows` at a time, `length` positions each: keys and values, and logits with their softmax."""
     config, item = model.config, torch.finfo(getattr(torch, precision)).bits // 8

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.advantages import adapted_kl_coefficient, gae, token_rewards, whiten
-from dpo_lab.arguments import folder, settled, token_lists
+from dpo_lab.arguments import checked, finite_positive, folder, settled, token_lists
 from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
@@ -31,6 +31,7 @@ from dpo_lab.processes import from_main
 from dpo_lab.records import locked, require_unused
 from dpo_lab.runs import append_metrics
 from dpo_lab.structure import check_trainable, unwrapped, widest
+from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
 Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prompts and N completions to N rewards
 
@@ -116,6 +117,8 @@ def text_reward(reward: Callable[[Sequence[str]], np.ndarray], tokenizer: PreTra
     return score
 
 
+@checked
+@kept_memory()
 def train_ppo(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
@@ -224,6 +227,7 @@ def train_ppo(
     return history
 
 
+@checked
 def learn(
     roles: Roles,
     optimizer: torch.optim.Optimizer,
@@ -265,6 +269,7 @@ def batch_of(roles: Roles, prompts: list[list[int]], completions: list[list[int]
 
 
 @torch.no_grad()
+@checked
 def assess(
     roles: Roles,
     completions: list[list[int]],
@@ -297,6 +302,7 @@ def assess(
     return Rollout(mask, logps, log_ratios, penalties, values, whiten(advantages, mask), returns)
 
 
+@checked
 def minibatch_losses(
     roles: Roles, rollout: Rollout, part: np.ndarray, batch: CompletionBatch, config: PPOConfig, precision: Precision
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -325,6 +331,7 @@ def minibatch_losses(
     return policy_loss, value_loss, stats
 
 
+@checked
 def text_loss(policy: PreTrainedModel, batch: CompletionBatch, precision: Precision) -> Tensor:
     """The language-model loss of a batch of text, nats a token."""
     with autocast(policy.device.type, precision):
@@ -333,7 +340,8 @@ def text_loss(policy: PreTrainedModel, batch: CompletionBatch, precision: Precis
 
 def update(roles: Roles, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float) -> float:
     """One step down the gradient of `loss`; returns the norm of the policy's, before it is cut."""
-    loss.backward()
+    with matmuls_by_onednn(roles.policy.device.type):
+        loss.backward()
     norm = nn.utils.clip_grad_norm_(roles.policy.parameters(), max_grad_norm)
     nn.utils.clip_grad_norm_(roles.value.parameters(), max_grad_norm)
     if not torch.isfinite(norm):
@@ -354,22 +362,15 @@ def checked_rewards(reward: Reward, prompts: list[list[int]], completions: list[
     return found
 
 
-def check_ppo(
-    policy: PreTrainedModel,
-    value_model: ScalarModel,
-    prompts: list[list[int]],
-    config: PPOConfig,
-    ptx: Callable[[], CompletionBatch] | None = None,
-) -> None:
-    """Raise ValueError for what `train_ppo` cannot work with, named with what is allowed, or TypeError for another kind of value."""
-    config = settled(config)
+@checked
+def check_ppo_config(config: PPOConfig) -> None:
+    """Raise ValueError for a value that `train_ppo` cannot work with, named with what is allowed."""
     for name in ("steps", "batch", "minibatch", "epochs", "max_new_tokens", "eval_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     positive = ("temperature", "clip", "value_clip", "learning_rate", "value_learning_rate", "adam_eps", "max_grad_norm")
     for name in positive if config.kl_target is None else (*positive, "kl_target", "kl_gain"):
-        if not (math.isfinite(value := getattr(config, name)) and value > 0):
-            raise ValueError(f"{name} is {value}; it must be positive and finite")
+        finite_positive(name, getattr(config, name))
     for name in ("kl_coefficient", "value_coefficient", "ptx_coefficient", "no_eos_penalty"):
         if not (math.isfinite(value := getattr(config, name)) and value >= 0):
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
@@ -380,6 +381,18 @@ def check_ppo(
         raise ValueError("kl_coefficient is 0 with a kl_target; a coefficient of 0 stays 0, so begin with a positive one")
     if config.batch % config.minibatch:
         raise ValueError(f"batch is {config.batch} and minibatch {config.minibatch}; a rollout must hold whole minibatches")
+
+
+@checked
+def check_ppo(
+    policy: PreTrainedModel,
+    value_model: ScalarModel,
+    prompts: list[list[int]],
+    config: PPOConfig,
+    ptx: Callable[[], CompletionBatch] | None = None,
+) -> None:
+    """Raise ValueError for what `train_ppo` cannot work with, named with what is allowed."""
+    check_ppo_config(config)
     if config.ptx_coefficient and ptx is None:
         raise ValueError(f"ptx_coefficient is {config.ptx_coefficient} without ptx; give a function that returns batches of text")
     check_trainable(policy)

@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.arguments import floats, folder, integer, integers, one_of, token_ids, token_lists
+from dpo_lab.arguments import checked, floats, folder, integer, integers, one_of, token_ids, token_lists
 from dpo_lab.layout import begun, ended
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
@@ -129,6 +129,7 @@ class Preferences:
             groups.setdefault(int(group), []).append(pair)
         return list(groups.values())
 
+    @checked
     def with_reference(
         self,
         model: nn.Module,
@@ -208,6 +209,7 @@ class Preferences:
         digest = hashlib.sha256(json.dumps([self.prompts, self.completions, self.prompt_of.tolist()]).encode())
         return digest.hexdigest()[:16]
 
+    @checked
     def save(self, directory: Path | str) -> None:
         """Write a `datasets` directory with `prompts`, `completions` and `pairs`, whole or not at all.
 
@@ -232,6 +234,7 @@ class Preferences:
             (temporary / "preferences.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
+    @checked
     def load(cls, directory: Path | str) -> "Preferences":
         """Read what `save` wrote. Raises ValueError when the directory does not hold preferences."""
         directory = folder("directory", directory)

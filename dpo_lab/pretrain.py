@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dpo_lab.arguments import checked
 from dpo_lab.imdb import load_imdb, sample_completions
 from dpo_lab.layout import CompletionBatch, completion_batch, ended
 from dpo_lab.logprobs import score_completions
-from dpo_lab.loop import LoopConfig
-from dpo_lab.machine import keep_freed_memory
+from dpo_lab.loop import LoopConfig, check_loop
 from dpo_lab.processes import join
 from dpo_lab.records import require_free
-from dpo_lab.runs import open_run, provenance, read_metrics, write_whole
+from dpo_lab.runs import open_run, provenance, read_metrics, require_writable, write_whole
 from dpo_lab.train import train_sft
 
 END = "<|endoftext|>"
@@ -57,23 +57,28 @@ class PretrainConfig:
     )
 
 
+@checked
 def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resume: bool = False) -> Path:
     """Train tokenizer and model into the run directory `out`; return the folder that `AutoModelForCausalLM` loads.
 
     The folder, `out/model`, also holds `card.json`: bits per byte on the held-out reviews, samples and provenance. Weights
     are saved in float16 and measured as saved.
     """
+    check_pretrain(config)
+    require_writable(out)
     join("cpu")
     run = open_run(Path(out).expanduser(), asdict(config), resume=resume)
     require_free(run)
     origin = provenance()
-    keep_freed_memory()
     reviews = load_imdb()
     texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
     tokenizer = train_tokenizer(texts, config.vocabulary)
     rows = pack(whole_documents(tokenizer, texts), config.context, tokenizer.eos_token_id)
-    set_seed(config.seed)
-    model = GPT2LMHeadModel(gpt2_config(config))
+    if len(rows) < config.rows:
+        raise ValueError(f"rows is {config.rows} a step, and the reviews fill {len(rows)}; ask for at most as many")
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = GPT2LMHeadModel(gpt2_config(config))
     per_epoch = len(rows) // config.rows
 
     def batches(step: int) -> list[CompletionBatch]:
@@ -115,12 +120,26 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     return run / "model"
 
 
+@checked
+def check_pretrain(config: PretrainConfig) -> None:
+    """Raise ValueError for a value that no model can have or be trained with, named with what is allowed."""
+    check_loop(config.loop)
+    least = {"vocabulary": 257, "context": 2, "width": 1, "layers": 1, "heads": 1, "rows": 1, "steps": 1, "seed": 0}
+    for name, lowest in least.items():
+        if (value := getattr(config, name)) < lowest:
+            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+    if config.width % config.heads:
+        raise ValueError(f"width is {config.width} and heads {config.heads}; each head must have as many dimensions")
+
+
+@checked
 def read_minutes(run: Path) -> float:
     """Minutes that the steps so far took; those of a resumed run add up, pauses between them do not count."""
     steps = [line for line in read_metrics(run) if "seconds" in line]
     return round(sum(line["seconds"] for line in steps) / 60, 1)
 
 
+@checked
 def gpt2_config(config: PretrainConfig) -> GPT2Config:
     """The architecture: GPT-2 with the exact GELU, which is several times as fast on CPUs as the tanh form, and no dropout."""
     return GPT2Config(

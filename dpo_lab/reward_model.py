@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_lab.arguments import settled
+from dpo_lab.arguments import checked
 from dpo_lab.layout import CompletionBatch, Tokens, completion_batch
 from dpo_lab.logprobs import Precision, autocast, can_share
-from dpo_lab.loop import LoopConfig, fit
+from dpo_lab.loop import LoopConfig, check_loop, fit
 from dpo_lab.losses import bradley_terry_nll
 from dpo_lab.models import ScalarModel
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import count, my_share
 from dpo_lab.structure import unwrapped
-from dpo_lab.train import plan_prompts
+from dpo_lab.train import check_epochs, plan_prompts
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class RewardModelConfig:
 class LearnedReward:
     """The reward of a model at the last token of each completion: call it with prompts and completions, token ids."""
 
+    @checked
     def __init__(self, model: ScalarModel, *, precision: Precision = "float32", batch_size: int = 128):
         self.model, self.precision, self.batch_size = unwrapped(model), precision, batch_size
 
@@ -79,6 +80,18 @@ class _Rewarder(nn.Module):
         return last_values(self.model(batch), batch)
 
 
+@checked
+def check_reward_model(config: RewardModelConfig) -> None:
+    """Raise ValueError for a value that `train_reward_model` cannot work with, named with what is allowed."""
+    check_loop(config.loop)
+    check_epochs(config.epochs, config.batch_pairs)
+    if not 0 < config.held_out < 1:
+        raise ValueError(f"held_out is {config.held_out}; give a share in (0, 1) of the prompts")
+    if config.loop.tensorboard:
+        raise ValueError("tensorboard is on, and a reward model has no run directory to log to; switch it off")
+
+
+@checked
 def train_reward_model(
     model: ScalarModel,
     preferences: Preferences,
@@ -95,11 +108,12 @@ def train_reward_model(
     evaluation of the highest accuracy.
 
     Raises:
-        ValueError: `held_out` is not in (0, 1), or leaves no prompt to train on.
+        ValueError: a value of `config` that cannot be trained with, or fewer than two prompts.
     """
-    model, config, p = unwrapped(model), settled(config or RewardModelConfig()), preferences
+    model, config, p = unwrapped(model), config or RewardModelConfig(), preferences
+    check_reward_model(config)
     groups = p.pairs_by_prompt()
-    if not 0 < config.held_out < 1 or len(groups) < 2:
+    if len(groups) < 2:
         raise ValueError(f"held_out is {config.held_out} of {len(groups)} prompts; give a share in (0, 1) of at least 2 prompts")
     order = np.random.default_rng(seed).permutation(len(groups))
     n = min(max(1, round(config.held_out * len(groups))), len(groups) - 1)

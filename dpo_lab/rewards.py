@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +23,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_lab.arguments import integer, integers
 from dpo_lab.losses import check_pairs
-from dpo_lab.models import from_pretrained
+from dpo_lab.models import check_device, context_of, from_pretrained
 from dpo_lab.processes import my_share, whole
 from dpo_lab.runs import write_whole
+from dpo_lab.tuning import matmuls_by_onednn
 
 HUB_CLASSIFIER = "siebert/sentiment-roberta-large-english"
 
 
 def cache_directory() -> Path:
     """Where fitted classifiers are kept: $DPO_LAB_CACHE, or ~/.cache/dpo-lab."""
-    return Path(os.environ.get("DPO_LAB_CACHE") or Path.home() / ".cache" / "dpo-lab")
+    return Path(os.path.expanduser(os.environ.get("DPO_LAB_CACHE") or "~/.cache/dpo-lab"))
 
 
 class SentimentReward:
@@ -52,8 +55,15 @@ class SentimentReward:
         model = _read(path)
         if model is None:
             model = fit_sentiment(texts, labels)
-            with write_whole(path) as temporary:
-                skops.io.dump(model, temporary)
+            try:
+                with write_whole(path) as temporary:
+                    skops.io.dump(model, temporary)
+            except OSError as error:  # of a cache that cannot be written, which is no reason to stop
+                warnings.warn(
+                    f"the classifier is not kept, and will be fitted again next time: {error}. "
+                    "Set DPO_LAB_CACHE to a directory that can be written",
+                    stacklevel=2,
+                )
         return cls(lambda texts: model.predict_proba(texts)[:, 1], f"tfidf-{key}")
 
     @classmethod
@@ -62,8 +72,10 @@ class SentimentReward:
 
         Raises:
             FileNotFoundError: it is not on this machine and the hub cannot be reached.
-            ValueError: no label, or several, begin with "pos".
+            ValueError: no label, or several, begin with "pos"; a device that is not there; or it cannot score texts of unequal
+                length together, or gives a text another value than alone.
         """
+        check_device(device)
         try:
             tokenizer = from_pretrained(AutoTokenizer, name)
             model = from_pretrained(AutoModelForSequenceClassification, name, use_safetensors=True).to(device).eval()
@@ -72,17 +84,44 @@ class SentimentReward:
         positive = [i for i, label in model.config.id2label.items() if label.lower().startswith("pos")]
         if len(positive) != 1:
             raise ValueError(f"{name!r} has the labels {list(model.config.id2label.values())}; exactly one must begin with 'pos'")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.pad_token_id is None:  # which decoders with a classifier on top look for the last token by
+            model.config.pad_token_id = tokenizer.pad_token_id
+        longest = min(tokenizer.model_max_length, context_of(model))
 
         @torch.no_grad()
+        def score(texts: Sequence[str]) -> np.ndarray:
+            options = {"padding": True, "truncation": True, "max_length": longest}
+            options["split_special_tokens"] = True  # "</s>" in a text is text
+            batch = tokenizer(list(texts), **options, return_tensors="pt").to(device)
+            with matmuls_by_onednn(model.device.type):
+                logits = model(**batch).logits
+            return logits.float().softmax(-1)[:, positive[0]].cpu().numpy()
+
         def probabilities(texts: Sequence[str]) -> np.ndarray:
-            parts = []
-            for i in my_share(range(0, len(texts), batch_size)):
-                options = {"padding": True, "truncation": True, "split_special_tokens": True}  # "</s>" in a text is text
-                batch = tokenizer(texts[i : i + batch_size], **options, return_tensors="pt").to(device)
-                parts.append(model(**batch).logits.float().softmax(-1)[:, positive[0]].cpu().numpy())
+            parts = [score(texts[i : i + batch_size]) for i in my_share(range(0, len(texts), batch_size))]
             return np.concatenate(whole(parts))
 
+        _check_classifier(name, score)
         return cls(probabilities, name)
+
+
+def _check_classifier(name: str, score: Callable[[Sequence[str]], np.ndarray]) -> None:
+    """Raise ValueError unless a classifier gives texts of unequal length, scored together, the values that they have alone."""
+    texts = ["a fine film", "a film that is far too long, and a bore from the first scene to the last", "a film " * 2_000]
+    try:
+        together, alone = score(texts), np.concatenate([score([text]) for text in texts])
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # each architecture fails in its own way
+        raise ValueError(
+            f"{name!r} cannot score texts of unequal length ({str(error).splitlines()[0]}). Its tokenizer needs a pad_token that "
+            "the model knows, and the model's longest input as model_max_length; set them and save it with save_pretrained"
+        ) from error
+    if not np.abs(together - alone).max() < 0.02:
+        raise ValueError(
+            f"{name!r} gives texts other values beside longer ones ({together}) than alone ({alone}): its padding counts as text. "
+            "Set the tokenizer's pad_token and the config's pad_token_id, and save them with save_pretrained"
+        )
 
 
 @dataclass(frozen=True)
@@ -144,16 +183,17 @@ def fit_sentiment(texts: Sequence[str], labels: Sequence[int]) -> Pipeline:
     Rarer features would not raise the held-out accuracy, and skops writes a vocabulary at 640 bytes a word.
     """
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=10, sublinear_tf=True, dtype=np.float32)
-    model = make_pipeline(features, LogisticRegression(C=10.0, solver="liblinear"))
+    model = make_pipeline(
+        features, LogisticRegression(C=10.0, solver="liblinear", random_state=0)
+    )  # 0: numpy's own is left alone
     return model.fit(texts, labels)
 
 
 def _read(path: Path) -> Pipeline | None:
     """The cached classifier; None when there is none, or when the file is damaged or holds a type that is not trusted."""
-    if not path.exists():
-        return None
     try:
-        return skops.io.load(path)
+        return skops.io.load(path) if path.exists() else None
     except Exception:  # skops raises zipfile, JSON, key and type errors alike; whatever it is, fitting again mends it
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return None

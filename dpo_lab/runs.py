@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save_file as save_weights
 from torch.optim import Optimizer
 
+from dpo_lab.arguments import checked
 from dpo_lab.processes import count, from_main, full, is_main
 
 SNAPSHOTS = "snapshots.jsonl"
@@ -37,6 +38,7 @@ TRAINING = "training.json"  # records.py
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"  # files of a checkpoint
 
 
+@checked
 @contextmanager
 def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
@@ -78,6 +80,7 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@checked
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -85,6 +88,7 @@ def write_json(path: Path | str, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@checked
 def require_space(path: Path, n_bytes: int) -> None:
     """Raise OSError unless the file system of `path` has `n_bytes` free."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -94,6 +98,20 @@ def require_space(path: Path, n_bytes: int) -> None:
             f"{path} needs {n_bytes / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; "
             "free some space or choose another directory with --out. Nothing was written",
         )
+
+
+@checked
+def require_writable(directory: Path) -> None:
+    """Raise OSError unless `directory` can be written, or made where it is not there yet. Nothing is left there."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return
+    except OSError as error:
+        why = "it is a file" if existing.is_file() else f"nothing can be written into {existing} ({error.strerror})"
+        raise OSError(
+            error.errno, f"{directory} cannot be written: {why}. Choose another directory with --out (--data for its data)"
+        ) from error
 
 
 def provenance() -> dict[str, str]:
@@ -140,6 +158,7 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+@checked
 def read_config(directory: Path) -> dict[str, Any]:
     """The config that a run directory was opened with. Raises ValueError when the file is not JSON."""
     recorded = directory / "config.json"
@@ -149,6 +168,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab") from error
 
 
+@checked
 def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> Path:
     """Create a run directory, or check that an existing one holds this config.
 
@@ -156,6 +176,17 @@ def open_run(directory: Path | str, config: dict[str, Any], *, resume: bool) -> 
         ValueError: it holds another config, or it holds this one already and `resume` is False.
     """
     return from_main(_open_run, Path(directory), config, resume)
+
+
+@checked
+def check_run(directory: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Raise the errors of `open_run` with these arguments, and write nothing; for before anything is loaded."""
+    from_main(_check_run, directory, config, resume)
+
+
+def _check_run(directory: Path, config: dict[str, Any], resume: bool) -> None:
+    if directory.exists() and any(directory.iterdir()):
+        _open_run(directory, config, resume)
 
 
 def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
@@ -199,6 +230,7 @@ def _same_place(found: Any, asked: Any) -> bool:
     return Path(found).absolute() == Path(asked) or Path(found).is_absolute() and not Path(found).exists()
 
 
+@checked
 def append_metrics(run: Path, line: dict[str, Any]) -> None:
     """Append one line to `metrics.jsonl` in one write."""
     if is_main():
@@ -206,6 +238,7 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
             file.write((json.dumps(line) + "\n").encode())
 
 
+@checked
 def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` with step <= `up_to`; a line cut short by a crash ends the list."""
     lines = []
@@ -220,6 +253,7 @@ def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str,
     return lines
 
 
+@checked
 def read_snapshots(run: Path | str) -> list[dict[str, Any]]:
     """What a run kept at each evaluation: `step`, log-ratios of `chosen` and `rejected` (P,) in nats, mean `reward`, `kl`, and
     the first `texts` with their `rewards`.
@@ -238,6 +272,7 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
+@checked
 def save_checkpoint(
     run: Path, step: int, model: torch.nn.Module, optimizers: list[Optimizer], *, data: str | None = None
 ) -> Path:
@@ -293,6 +328,7 @@ def what_is_kept(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return unique_tensors(model)
 
 
+@checked
 def load_checkpoint(
     run: Path, model: torch.nn.Module, optimizers: list[Optimizer], *, data_of: Callable[[int], str] | None = None
 ) -> int:
@@ -367,6 +403,7 @@ def _optimizer_states(state: dict[str, torch.Tensor]) -> dict[tuple[int, int], d
     return states
 
 
+@checked
 def file_hash(path: Path | str) -> str:
     """sha256 of a file, hexadecimal."""
     with open(path, "rb") as file:

@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_lab.arguments import checked, finite_positive
 from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
 from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
 from dpo_lab.layout import CompletionBatch, begun, completion_batch
@@ -21,7 +22,7 @@ from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
 from dpo_lab.processes import from_main, join, say
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import open_run, read_config, require_space, weights_hash, write_whole
+from dpo_lab.runs import check_run, open_run, read_config, require_space, require_writable, weights_hash, write_whole
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
@@ -77,14 +78,20 @@ class Parts:
     reward: SentimentReward
 
 
+@checked
+def check_task(config: TaskConfig) -> None:
+    """Raise ValueError for a value that no task can have, named with what is allowed."""
+    least = {"completions": 2, "max_new_tokens": 1, "prefixes": 1, "eval_prefixes": 8, "sft_epochs": 0, "seed": 0}
+    for name, lowest in least.items():
+        if (value := getattr(config, name)) < lowest:
+            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+    finite_positive("sft_learning_rate", config.sft_learning_rate)
+
+
+@checked
 def load_parts(config: TaskConfig) -> Parts:
-    """Reviews, tokenizer, reference and reward of a task. Errors are those of the loaders."""
-    if config.completions < 2 or config.max_new_tokens < 1 or config.prefixes < 1 or config.eval_prefixes < 8:
-        raise ValueError(f"{config}: needs completions >= 2, max_new_tokens >= 1, prefixes >= 1 and eval_prefixes >= 8")
-    if config.sft_epochs < 0 or not config.sft_learning_rate > 0:
-        raise ValueError(
-            f"sft_epochs is {config.sft_epochs} and sft_learning_rate {config.sft_learning_rate}; epochs must be 0 or more, the rate positive"
-        )
+    """Reviews, tokenizer, reference and reward of a task. Errors are those of `check_task` and of the loaders."""
+    check_task(config)
     names = LANES[config.lane]
     name = config.model or names["model"]
     reference = load_model(name, device=config.device)
@@ -118,6 +125,7 @@ def located(config: TaskConfig) -> TaskConfig:
     return replace(config, model=place(config.model, "embedded"), reward=place(config.reward, "tfidf"))
 
 
+@checked
 def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
     """`config` with the precision that one of `directories` was begun in, where it asks for "auto"."""
     for directory in directories:
@@ -127,6 +135,7 @@ def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
     return config
 
 
+@checked
 def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig.beta) -> TaskConfig:
     """`config` with the precision that is faster here, where it asks for "auto"; prints the measurement."""
     if config.precision != "auto":
@@ -142,11 +151,13 @@ def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig
     return replace(config, precision=test.choice)
 
 
+@checked
 def data_config(config: TaskConfig) -> dict[str, Any]:
     """What decides samples and labels: the task without the size of its evaluation."""
     return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
 
 
+@checked
 def initial_policy(config: TaskConfig, data: Path) -> str:
     """Where the weights come from that policy and reference begin with: the lane's model, or what `sft` made of it."""
     return str((data / "sft" / "model").absolute()) if config.sft_epochs else config.model or LANES[config.lane]["model"]
@@ -157,6 +168,7 @@ def sft_length(model: PreTrainedModel) -> int:
     return min(256, context_of(model))
 
 
+@checked
 def planned_sft(config: TaskConfig, parts: Parts) -> tuple[CompletionBatch | None, int]:
     """A batch as `sft` reads them, and how many it will read, by the rows that some 500 reviews fill. None and 0 without SFT."""
     if not config.sft_epochs:
@@ -173,6 +185,7 @@ def _sft_rows(texts: list[str], parts: Parts) -> list[list[int]]:
     return pack([begun(ids, start) for ids in encoded], sft_length(parts.reference), parts.tokenizer.eos_token_id)
 
 
+@checked
 def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
     """Fine-tune on the training reviews for `sft_epochs`, into `data/sft`, once; return the parts with that as the reference.
 
@@ -201,6 +214,7 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
     return replace(parts, reference=load_model(str(model), device=config.device))
 
 
+@checked
 def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
     """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it.
 
@@ -212,6 +226,8 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     if (data / "config.json").exists() and path.exists():
         open_run(data, data_config(config), resume=True)
         return json.loads(path.read_text(encoding="utf-8"))
+    require_writable(data)
+    check_run(data, data_config(config), resume=True)
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     require_space(data, 4_000 * config.prefixes * config.completions)
@@ -235,6 +251,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     return samples
 
 
+@checked
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
     join(config.device)
@@ -242,6 +259,8 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
     if (data / "config.json").exists() and (data / "preferences").exists():
         open_run(data, data_config(config), resume=True)
         return Preferences.load(data / "preferences")
+    require_writable(data)
+    check_run(data, data_config(config), resume=True)
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     samples = sample(config, data, parts)
@@ -277,11 +296,13 @@ def check_reference(preferences: Preferences, parts: Parts, data: Path) -> None:
         )
 
 
+@checked
 def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
     """Prefixes of held-out reviews, the same for every seed but for `seed` itself."""
     return sample_prefixes(list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed)
 
 
+@checked
 def task_evaluation(
     config: TaskConfig, parts: Parts, policy: nn.Module, prompts: list[list[int]], progress: str | None = None
 ) -> Evaluation:
@@ -299,6 +320,7 @@ def task_evaluation(
     )
 
 
+@checked
 def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> OptimalFrontier:
     """The optimal reward-KL frontier, from 64 reference completions of 32 held-out prefixes."""
     few = prompts[:32]
@@ -317,6 +339,7 @@ def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]
     return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
 
 
+@checked
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all.
 

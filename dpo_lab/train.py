@@ -1,6 +1,5 @@
 """DPO, unlikelihood and SFT: what each of them minimises, in one loop."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -11,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_lab.arguments import folder, integer, settled
+from dpo_lab.arguments import checked, folder, integer, number, settled
 from dpo_lab.layout import CompletionBatch, completion_batch, split
 from dpo_lab.logprobs import Precision, can_share
-from dpo_lab.loop import Evaluate, LoopConfig, fit
+from dpo_lab.loop import Evaluate, LoopConfig, check_loop, fit
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
 from dpo_lab.models import check_lora, lora
 from dpo_lab.preferences import SAME_LOGPS, Preferences
@@ -41,24 +40,30 @@ class DPOConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
+@checked
 def check_config(config: DPOConfig) -> None:
     """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
     check_beta(config.beta)
     check_kind(config.kind, config.label_smoothing)
     check_lora(config.lora_rank)
-    loop = config.loop
-    if config.lora_rank and loop.optimizer == "muon":
+    check_loop(config.loop)
+    if config.lora_rank and config.loop.optimizer == "muon":
         raise ValueError("optimizer is 'muon' with a lora_rank; train adapters by 'adamw' or 'rmsprop'")
-    for name, value in (("learning_rate", loop.learning_rate), ("max_grad_norm", loop.max_grad_norm)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}; it must be positive and finite")
-    least = {"epochs": config.epochs, "batch_pairs": config.batch_pairs}
-    least |= {name: getattr(loop, name) for name in ("accumulate", "eval_every", "save_every")}
-    for name, value in least.items():
-        if value < 1:
+    check_epochs(config.epochs, config.batch_pairs)
+
+
+def check_alpha(alpha: float) -> float:
+    """`alpha` of the unlikelihood loss as a float. Raises ValueError unless it is in [0, 1]."""
+    if not 0 <= (found := number("alpha", alpha)) <= 1:
+        raise ValueError(f"alpha is {found}; it must be in [0, 1], the weight of the rejected completion")
+    return found
+
+
+def check_epochs(epochs: int, batch_pairs: int) -> None:
+    """Raise ValueError unless there is something to train on."""
+    for name, value in (("epochs", epochs), ("batch_pairs", batch_pairs)):
+        if integer(name, value) < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    if loop.warmup_steps < 0 or loop.weight_decay < 0:
-        raise ValueError(f"warmup_steps is {loop.warmup_steps} and weight_decay {loop.weight_decay}; neither may be negative")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class PairBatch:
     rejected: Tensor  # (P,)
 
 
+@checked
 def train_dpo(
     policy: nn.Module,
     preferences: Preferences,
@@ -150,6 +156,7 @@ def train_dpo(
         return _fit_pairs(trained, p, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
 
 
+@checked
 def train_unlikelihood(
     policy: nn.Module,
     preferences: Preferences,
@@ -166,6 +173,9 @@ def train_unlikelihood(
 
     The rest is as in `train_dpo`; no reference is needed.
     """
+    check_loop(config)
+    check_epochs(epochs, batch_pairs)
+    alpha = check_alpha(alpha)
 
     def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(micro.batch)
@@ -208,6 +218,7 @@ def _fit_pairs(
     return fit(policy, len(plan), micro_batches, loss_of, weigh, loop, precision=precision, **options)
 
 
+@checked
 def train_sft(
     policy: nn.Module,
     batches: Sequence[CompletionBatch] | Callable[[int], list[CompletionBatch]],
@@ -225,9 +236,12 @@ def train_sft(
     `batches(step)` gives the forward passes of a step, the same ones whenever it is asked (a sequence is cycled through, one
     batch a step). The rest is as in `train_dpo`; `sft_batches` makes the batches from preferences.
     """
+    check_loop(config)
     run, listed = None if run is None else folder("run", run), None if callable(batches) else list(batches)
     newest: list[Any] = [None, None]  # the step asked for last, and its batches
     read = [""]  # after each number of steps, what names all batches so far
+    if listed is not None and not listed:
+        raise ValueError("batches is empty; give at least one, as sft_batches makes them")
 
     def batches_of(step: int) -> list[CompletionBatch]:
         if newest[0] != step:

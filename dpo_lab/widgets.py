@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
-from dpo_lab.arguments import floats, folder, integer, integers
+from dpo_lab.arguments import checked, floats, folder, integer, integers
 from dpo_lab.contenders import Contender, Recorded, recorded
 from dpo_lab.escaping import for_html
 from dpo_lab.evaluate import OptimalFrontier
@@ -222,6 +222,7 @@ def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labe
     return _explorer(show, Picture(moving), sliders, caption)
 
 
+@checked
 def gradient_weight_state(beta: float, log_ratios: Sequence[float] | Tensor, kind: Kind = "sigmoid") -> dict[str, np.ndarray]:
     """Margins, losses and gradient weights of pairs whose log-ratios differ by `log_ratios` (P,) nats, chosen less rejected."""
     log_ratios = torch.from_numpy(floats("log_ratios", log_ratios))
@@ -239,6 +240,7 @@ def _on_curve(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[s
     return {**state, "curve": gradient_weight_state(beta, torch.cat([line, log_ratios]).sort().values, kind)}
 
 
+@checked
 def gradient_weight_explorer(
     log_ratios: Sequence[float] | Tensor | None = None, *, run: Path | str | None = None, kind: Kind = "sigmoid"
 ) -> Explorer:
@@ -331,6 +333,7 @@ def _sample_table(texts: Sequence[str], rewards: Sequence[float]) -> str:
     return f"<table><tr><th>reward</th><th>sample of the policy</th></tr>{''.join(rows)}</table>"
 
 
+@checked
 def training_explorer(run: Path | str) -> Explorer:
     """Walk through a recorded run of `dpo-lab train`: log-ratios of chosen and rejected, pairs, and samples at each evaluation.
 
@@ -408,6 +411,7 @@ class LiveCurves:
         return {}
 
 
+@checked
 def live_curves(run: Path | str, steps: int) -> LiveCurves:
     """Curves of the `steps` steps that `train_dpo` will write into the directory `run`."""
     moving = moving_curves(integer("steps", steps))

@@ -1,6 +1,8 @@
 """Offline, with a cache of its own, and a tiny GPT-2 for what does not need a good one."""
 
+import errno
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -56,6 +58,25 @@ def make_classifier(folder, labels):
         id2label=dict(enumerate(labels)),
     )
     BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def forbidden(tmp_path, monkeypatch):
+    """A directory into which nothing can be written, by root neither."""
+    directory = tmp_path / "forbidden"
+    directory.mkdir()
+
+    def refuse(call):
+        def wrapped(path, *arguments, **options):
+            if not isinstance(path, int) and Path(os.fsdecode(path)).absolute().is_relative_to(directory):
+                raise PermissionError(errno.EACCES, "Permission denied", os.fsdecode(path))
+            return call(path, *arguments, **options)
+
+        return wrapped
+
+    for name in ("open", "mkdir"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    return directory
 
 
 @pytest.fixture

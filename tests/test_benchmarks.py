@@ -98,6 +98,8 @@ def test_the_reference_is_hashed_once_before_the_clock_and_not_kept(monkeypatch)
     trained = []
     monkeypatch.setattr(contender.data_format, "weights_hash", slow)
     monkeypatch.setattr(contender.loop, "make_optimizers", contender.loop.make_optimizers)  # both are set, and put back
+    for name in ("KEEPING", "USUAL", "onednn_is_exact"):
+        monkeypatch.setattr(contender.tuning, name, getattr(contender.tuning, name))
     monkeypatch.setattr(contender, "train_dpo", train)
     workload = replace(contender.WORKLOADS["embedded"], prompts=1, steps=1)
     config = contender.ContenderConfig(workload="embedded", without=("oneDNN", "kept memory"))

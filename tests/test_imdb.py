@@ -60,7 +60,7 @@ def test_the_hub_gives_the_same_split_in_any_order(reviews, monkeypatch):
 def test_the_hub_out_of_reach_says_what_to_do():
     with pytest.raises(FileNotFoundError, match="stanfordnlp/imdb.*source='package'"):
         load_imdb("hub")
-    with pytest.raises(ValueError, match="source is 'disk'.*'package' or 'hub'"):
+    with pytest.raises(ValueError, match="source is 'disk'.*'package', 'hub'"):
         load_imdb("disk")
 
 

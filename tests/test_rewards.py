@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_classifier, make_reviews
-from transformers import BertForSequenceClassification, BertTokenizerFast
+from transformers import BertForSequenceClassification, BertTokenizerFast, GPT2Config, GPT2ForSequenceClassification
 
 from dpo_lab import rewards
 from dpo_lab.imdb import load_imdb
+from dpo_lab.models import load_model
 from dpo_lab.rewards import SentimentReward, cache_directory
 
 
@@ -75,6 +76,61 @@ def test_a_classifier_without_one_positive_label_or_out_of_reach_is_refused(tmp_
         SentimentReward.hub(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="reward='tfidf'"):
         SentimentReward.hub("nobody/no-such-classifier")
+
+
+def make_decoder(folder, tokenizer, pad_token, eos_token):
+    """A tiny GPT-2 with a classifier on top, which finds the last token of a text by its padding."""
+    torch.manual_seed(0)
+    tokenizer.pad_token, tokenizer.eos_token = pad_token, eos_token
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        id2label={0: "NEG", 1: "POS"},
+        label2id={"NEG": 0, "POS": 1},
+        initializer_range=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(folder)
+    model = GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("pad_token", [None, "<|endoftext|>"])
+def test_a_classifier_without_a_pad_token_pads_with_eos(tmp_path, tokenizer, pad_token):
+    """Each text has the value that it has alone, whatever stands beside it, and a text longer than the context is cut."""
+    model = make_decoder(tmp_path, tokenizer, pad_token, "<|endoftext|>")
+    texts = ["a joy", "this film was truly a bore and I hated it", "of great acting " * 200]
+    found = SentimentReward.hub(str(tmp_path))(texts)
+    for text, value in zip(texts, found):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :64]
+        with torch.no_grad():
+            assert value == pytest.approx(float(model(ids).logits[0].softmax(-1)[1]), abs=1e-5)
+
+
+def test_a_classifier_that_cannot_pad_is_refused_when_it_is_loaded(tmp_path, tokenizer):
+    make_decoder(tmp_path, tokenizer, None, None)
+    with pytest.raises(ValueError, match="cannot score texts of unequal length.*pad_token"):
+        SentimentReward.hub(str(tmp_path))
+
+
+def test_a_classifier_whose_padding_counts_is_refused_when_it_is_loaded(tmp_path, tokenizer, monkeypatch):
+    """Its config names another pad token than its tokenizer has, so that it reads its verdict off the padding."""
+    model = make_decoder(tmp_path, tokenizer, "<|endoftext|>", "<|endoftext|>")
+    model.config.pad_token_id = 7
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its padding counts as text"):
+        SentimentReward.hub(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", None, 0])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device):
+    for load in (SentimentReward.hub, load_model):
+        with pytest.raises(ValueError, match="device is"):
+            load("nobody/nothing", device=device)
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
