@@ -198,8 +198,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("mine", [False, True], ids=["alone", "beside an Accelerator"])
+@pytest.mark.parametrize(("name", "mine"), [*((name, True) for name in CALLS), ("train_dpo", False)])
 def test_the_process_is_left_as_it_was(tiny, tmp_path, monkeypatch, request, name, mine):
     if name in ("experiment", "frontier", "pretrain"):
         request.getfixturevalue("made_up_reviews")
