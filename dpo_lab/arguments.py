@@ -105,6 +105,8 @@ def _array(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
     elif hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict, set)):
         if "b" not in kinds and any(isinstance(value, (bool, np.bool_)) for value in values):
             raise TypeError(f"{name} holds True or False; it must hold {what}")
+        if any(isinstance(value, torch.Tensor) for value in values):  # numpy takes none with a gradient, or from a GPU
+            values = [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
         try:
             found = np.asarray(values)
         except ValueError:  # rows of unequal length

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab.arguments import finite_positive, folder, integer, number, one_of, settled
+from dpo_lab.arguments import finite_positive, floats, folder, integer, integers, number, one_of, settled, token_ids, token_lists
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,43 @@ def test_settled_brings_nested_configs_to_plain_python():
 def test_settled_names_the_field_that_does_not_fit(config, name):
     with pytest.raises((ValueError, TypeError), match=name):
         settled(config)
+
+
+def test_sequences_become_arrays_and_lists_of_ints():
+    for values in (
+        [1, 2],
+        (1, 2),
+        range(1, 3),
+        np.array([1, 2], dtype=np.uint8),
+        torch.tensor([1, 2]),
+        [np.int32(1), torch.tensor(2)],
+    ):
+        assert integers("x", values).tolist() == [1, 2] and integers("x", values).dtype == np.int64
+        assert token_ids("x", values) == [1, 2] and set(map(type, token_ids("x", values))) == {int}
+        assert floats("x", values).tolist() == [1.0, 2.0]
+    assert integers("x", []).shape == floats("x", ()).shape == (0,) and token_ids("x", []) == []
+    plain = [1, 2]
+    assert token_ids("x", plain) is plain and token_lists("x", [plain])[0] is plain
+    assert token_lists("x", np.array([[1, 2]])) == token_lists("x", [(1, 2)]) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    "take, value, message",
+    [
+        (integers, [[1, 2]], r"x has shape \(1, 2\)"),
+        (integers, [1, 2.5], "x holds 2.5 .float"),
+        (integers, [1, True], "x holds True or False"),
+        (integers, (i for i in (1, 2)), "x is <generator"),
+        (integers, {1, 2}, "x is {1, 2} .set"),
+        (floats, [1.0, "2"], "x holds '2' .str"),
+        (floats, [[1.0], [1.0, 2.0]], "x holds sequences of unequal length"),
+        (floats, 2.0, "x is 2.0 .float"),
+        (token_ids, [3, -1], r"x\[1\] is -1"),
+        (token_lists, [[3], [-1]], r"x\[1\]\[0\] is -1"),
+        (token_lists, "ab", "x is 'ab'"),
+        (number, torch.tensor(0.5, requires_grad=True), "x is tensor.*must be a number"),
+    ],
+)
+def test_other_sequences_are_refused_by_name(take, value, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        take("x", value)

@@ -39,6 +39,7 @@ FLOATS = {
     "torch": torch.tensor,
     "torch bfloat16": lambda values: torch.tensor(values, dtype=torch.bfloat16),
     "torch with a gradient": lambda values: torch.tensor(values, requires_grad=True),
+    "list of tensors": lambda values: [torch.tensor(value, dtype=torch.bfloat16, requires_grad=True) for value in values],
     "tuple": tuple,
 }
 as_sequence = pytest.mark.parametrize("of", SEQUENCES.values(), ids=SEQUENCES)
