@@ -10,8 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor
 
 ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h
@@ -101,6 +103,20 @@ def matmuls_by_onednn(device: str) -> Iterator[None]:
         return
     with _matmuls_by(ONEDNN):
         yield
+
+
+def backward_by_onednn(out: Tensor) -> None:
+    """Float32 matmuls by oneDNN where `onednn_is_exact` in a backward pass from `out` on, and until the end of that pass."""
+    matmul = torch.backends.mkldnn.matmul
+
+    def begin(_: Tensor) -> None:
+        if (before := matmul.fp32_precision) != ONEDNN:
+            matmul.fp32_precision = ONEDNN
+            end = partial(setattr, matmul, "fp32_precision", before)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+
+    if out.requires_grad and out.device.type == "cpu" and onednn_is_exact():
+        out.register_hook(begin)
 
 
 @contextmanager

@@ -109,6 +109,21 @@ def test_log_probs_are_computed_by_onednn_and_the_setting_is_then_as_before(monk
     assert matmul.fp32_precision == before
 
 
+@pytest.mark.parametrize("before", ["none", "ieee"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_backward_pass_of_ones_own_is_by_onednn_and_the_setting_is_then_as_before(monkeypatch, matmul, model, before, calls):
+    monkeypatch.setattr(tuning, "onednn_is_exact", lambda: True)
+    matmul.fp32_precision, seen = before, []
+    weight = model.get_input_embeddings().weight
+    handle = weight.register_hook(lambda _: seen.append(matmul.fp32_precision))
+    batch = completion_batch([[0, 3]], [[5, 2]], [0])
+    try:
+        sum(completion_logps(model, batch).sum() for _ in range(calls)).backward()
+    finally:
+        handle.remove()
+    assert seen and set(seen) == {ONEDNN} and matmul.fp32_precision == before
+
+
 def test_memory_is_kept_in_nested_calls_once(monkeypatch):
     calls = []
     monkeypatch.setattr(tuning.ctypes, "CDLL", lambda _: type("C", (), {"mallopt": staticmethod(lambda *a: calls.append(a))}))
