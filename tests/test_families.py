@@ -257,7 +257,7 @@ def test_a_tokenizer_needs_eos_and_may_have_tokens_that_the_model_lacks(change, 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     change(tokenizer)
     tokenizer.save_pretrained(folder)
-    status = main(["sample", "--model", str(folder), "--data", str(tmp_path / "data"), *SMALL[:6]])
+    status = main(["sample", "--model", str(folder), "--data", str(tmp_path / "data"), *SMALL[:8]])
     assert status == (2 if words else 0)
     assert not words or (re.search(words, capsys.readouterr().err) and not (tmp_path / "data").exists())
 
@@ -266,13 +266,13 @@ def test_another_model_s_tokenizer_is_refused(family, tiny, made_up_reviews, tmp
     folder = tmp_path / "model"
     shutil.copytree(family[1], folder)
     load_tokenizer(str(tiny)).save_pretrained(folder)
-    assert main(["sample", "--model", str(folder), "--data", str(tmp_path / "data"), *SMALL[:6]]) == 2
+    assert main(["sample", "--model", str(folder), "--data", str(tmp_path / "data"), *SMALL[:8]]) == 2
     assert "the tokenizer has 512 tokens" in (error := capsys.readouterr().err) and "knows 320" in error
     assert not (tmp_path / "data").exists()
 
 
 def test_a_context_too_short_is_named(family, tmp_path, capsys):
-    command = ["sample", "--model", str(family[1]), "--data", str(tmp_path / "data"), *SMALL[:4], "--max-new-tokens", "24"]
+    command = ["sample", "--model", str(family[1]), "--data", str(tmp_path / "data"), *SMALL[:6], "--max-new-tokens", "24"]
     assert main(command) == 2
     assert "context of 32 allows at most 23" in capsys.readouterr().err and not (tmp_path / "data").exists()
 
@@ -287,7 +287,7 @@ def test_a_model_without_a_key_value_cache_is_refused(family, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(family[1], folder)
     MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder)
-    assert main(["sample", "--model", str(folder), "--data", str(tmp_path / "data"), *SMALL[:6]]) == 2
+    assert main(["sample", "--model", str(folder), "--data", str(tmp_path / "data"), *SMALL[:8]]) == 2
     assert "MambaForCausalLM) does not continue from transformers' key-value cache" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
