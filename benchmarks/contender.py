@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from dpo_lab import layout, logprobs, loop, tuning
+from dpo_lab import layout, lm_head, loop, tuning
 from dpo_lab import preferences as data_format
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import autocast, can_share, completion_logps
@@ -170,7 +170,7 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     if "packing" in config.without:
         layout.PACK_FROM = math.inf
     if "stored logits" in config.without:
-        logprobs.KEPT_LOGITS_BYTES = 0
+        lm_head.KEPT_LOGITS_BYTES = 0
     batch = completion_batch(
         preferences.prompts, preferences.completions[:8], preferences.prompt_of[:8].tolist(), share=can_share(policy)
     )

@@ -20,8 +20,10 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from dpo_lab.arguments import checked, integer, number, token_lists
+from dpo_lab.attention import NO_MASK
 from dpo_lab.layout import Tokens, begun
-from dpo_lab.logprobs import IN_CACHE, NO_MASK, Precision, autocast, can_share, logit_path, use_packed_attention
+from dpo_lab.lm_head import IN_CACHE
+from dpo_lab.logprobs import Precision, autocast, can_share, logit_path, use_packed_attention
 from dpo_lab.models import check_cache
 from dpo_lab.processes import is_main, my_share, side_by_side, whole
 from dpo_lab.structure import check_fits, check_vocabulary, unwrapped, widest

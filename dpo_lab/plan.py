@@ -18,15 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from dpo_lab.arguments import checked
 from dpo_lab.imdb import ROWS, sample_completions
 from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
-from dpo_lab.logprobs import (
-    IN_CACHE,
-    Precision,
-    autocast,
-    can_share,
-    completion_logps,
-    completion_states,
-    logits_budget,
-)
+from dpo_lab.lm_head import IN_CACHE, logits_budget
+from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps, completion_states
 from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers, warn_of_warmup
 from dpo_lab.machine import return_freed_memory
 from dpo_lab.models import lora

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dpo_lab import layout, logprobs
+from dpo_lab import attention, layout, lm_head, logprobs
 from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import can_share, completion_logps, logit_path, score_completions, token_logps, use_packed_attention
+from dpo_lab.lm_head import token_logps
+from dpo_lab.logprobs import can_share, completion_logps, logit_path, score_completions, use_packed_attention
 
 MODELS = ["gpt2", "gpt2-bias", "llama-tied", "llama-grouped"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -202,17 +203,17 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of
     assert batch.pieces.uses.shape[1] == (1 if share > 1 else 3 if len(prompts) == 3 else 2)
     plain = gradients(model, completion_logps(model, completion_batch(prompts, completions, prompt_of)))
     monkeypatch.setattr(logprobs, "takes_pieces", lambda model, device: True)
-    monkeypatch.setattr(logprobs, "_Flash", PlainFlash)
+    monkeypatch.setattr(attention, "_Flash", PlainFlash)
     close(completion_logps(model, batch), loops(model, prompts, completions, prompt_of))
     close(gradients(model, completion_logps(model, batch)), plain)
 
 
 def test_only_a_gpu_in_half_precision_takes_pieces(monkeypatch):
     model, cuda = shared_model("gpt2"), torch.device("cuda")  # float64, heads of 8
-    assert not logprobs.takes_pieces(model, torch.device("cpu")) and not logprobs.takes_pieces(model, cuda)
+    assert not attention.takes_pieces(model, torch.device("cpu")) and not attention.takes_pieces(model, cuda)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    assert logprobs.takes_pieces(model, cuda) and not logprobs.takes_pieces(make_model("gpt2", width=10), cuda)
+    assert attention.takes_pieces(model, cuda) and not attention.takes_pieces(make_model("gpt2", width=10), cuda)
 
 
 def test_a_fixed_order_is_asked_for_meanwhile_and_what_was_set_comes_back():
@@ -223,7 +224,7 @@ def test_a_fixed_order_is_asked_for_meanwhile_and_what_was_set_comes_back():
     for mine in (False, True):
         torch.use_deterministic_algorithms(mine, warn_only=mine)
         before = settings()
-        with pytest.raises(ZeroDivisionError), logprobs.fixed_order():
+        with pytest.raises(ZeroDivisionError), attention.fixed_order():
             assert settings() == [True, False, False]
             raise ZeroDivisionError
         assert settings() == before
@@ -250,7 +251,7 @@ def test_rows_of_like_length_go_through_attention_together():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(monkeypatch, matmul, name, share, precision):
     """In the forward and in the backward pass, and then the setting is back; a model that is called directly changes none."""
-    matmul.fp32_precision, seen = logprobs.ONEDNN, []
+    matmul.fp32_precision, seen = attention.ONEDNN, []
 
     class Watched(torch.autograd.Function):
         @staticmethod
@@ -267,20 +268,20 @@ def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(monkeypa
         out, weights = logprobs_sdpa(*arguments, **options)
         return Watched.apply(out), weights
 
-    logprobs_sdpa = logprobs.sdpa_attention_forward
-    monkeypatch.setattr(logprobs, "sdpa_attention_forward", watched)
+    logprobs_sdpa = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
     model, batch = make_model(name).float(), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
     logit_path(model)  # which computes a few tokens, once
     seen.clear()
     with logprobs.autocast("cpu", precision):
         logps = completion_logps(model, batch)
-        assert set(seen) == {"ieee"} and matmul.fp32_precision == logprobs.ONEDNN
+        assert set(seen) == {"ieee"} and matmul.fp32_precision == attention.ONEDNN
         calls = len(seen)
         logps.sum().backward()
-    assert seen == ["ieee"] * 2 * calls and matmul.fp32_precision == logprobs.ONEDNN
+    assert seen == ["ieee"] * 2 * calls and matmul.fp32_precision == attention.ONEDNN
     seen.clear()
     model(torch.tensor([[0, 1, 2]]), attention_mask=torch.ones(1, 3)).logits.sum().backward()
-    assert set(seen) == {logprobs.ONEDNN}
+    assert set(seen) == {attention.ONEDNN}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
@@ -360,9 +361,9 @@ def test_float32_is_exact_to_a_ten_thousandth_near_minus_700():
 @pytest.mark.parametrize("chunk", [2**23, 1], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("pads", [(), ("cpu",)], ids=["head as it is", "head padded"])
 def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, kept, chunk, pads):
-    monkeypatch.setattr(logprobs, "PADS_HEAD", pads)
-    monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", kept)
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(lm_head, "PADS_HEAD", pads)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", kept)
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", chunk)
     model = make_model(name)
     generator = torch.Generator().manual_seed(0)
     completions = [torch.randint(40, (n,), generator=generator).tolist() for n in (40, 3, 30, 39, 1, 20)]  # 133 tokens
@@ -380,7 +381,7 @@ def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, 
 @pytest.mark.parametrize("kept", [2**27, 0], ids=["logits kept", "logits computed again"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_token_logps_pass_gradcheck(monkeypatch, kept, bias):
-    monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", kept)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", kept)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, b = (
         torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in ((3, 4), (5, 4), (5,))
@@ -435,8 +436,8 @@ def test_memory_does_not_grow_with_prompt_length_times_vocabulary():
 
 
 def test_memory_does_not_grow_with_the_completions_beyond_a_chunk(monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * 64 * 20_032)
-    monkeypatch.setattr(logprobs, "KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 4 * 64 * 20_032)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", 0)
     model = make_model("gpt2", vocabulary=20_032, context=101).float()
     with LargestTensor() as largest:
         completion_logps(model, completion_batch([[1]] * 3, [[2] * 100] * 3, range(3))).sum().backward()
@@ -452,7 +453,7 @@ def test_scoring_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
         return original(logits, *arguments, **options)
 
     monkeypatch.setattr(torch, "log_softmax", recorded)
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 1)
     score_completions(shared_model("gpt2"), [[0]], [[1] * 40] * 10, [0] * 10)
     assert len(alive) > 4 and set(alive) == {1}
 

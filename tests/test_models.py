@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from dpo_lab import models
+from dpo_lab.attention import PACKED
 from dpo_lab.cli import main
 from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import PACKED, can_share, completion_logps
+from dpo_lab.logprobs import can_share, completion_logps
 from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer, lora, prepare_model
 
 GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

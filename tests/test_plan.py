@@ -72,7 +72,7 @@ def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
 
 
 def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
-    monkeypatch.setattr("dpo_lab.logprobs.KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr("dpo_lab.lm_head.KEPT_LOGITS_BYTES", 0)
     work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
     assert training_flops(model, padded_batch(), "float32") == pytest.approx(work, rel=0.1)
 
