@@ -110,8 +110,9 @@ def train_reward_model(
     Raises:
         ValueError: a value of `config` that cannot be trained with, or fewer than two prompts.
     """
-    model, config, p = unwrapped(model), config or RewardModelConfig(), preferences
+    config = config or RewardModelConfig()
     check_reward_model(config)
+    model, p = unwrapped(model), preferences
     groups = p.pairs_by_prompt()
     if len(groups) < 2:
         raise ValueError(f"held_out is {config.held_out} of {len(groups)} prompts; give a share in (0, 1) of at least 2 prompts")

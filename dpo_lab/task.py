@@ -115,6 +115,7 @@ def load_parts(config: TaskConfig) -> Parts:
     return Parts(reviews, tokenizer, reference, judge)
 
 
+@checked
 def located(config: TaskConfig) -> TaskConfig:
     """`config` with model and reward as absolute paths where they lie on this machine, for its record is read from anywhere."""
 
