@@ -185,8 +185,13 @@ def check_run(directory: Path, config: dict[str, Any], *, resume: bool) -> None:
 
 
 def _check_run(directory: Path, config: dict[str, Any], resume: bool) -> None:
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and _holds_files(directory):
         _open_run(directory, config, resume)
+
+
+def _holds_files(directory: Path) -> bool:
+    """Whether there is anything in a directory but locks, which a process that was killed leaves behind."""
+    return any(path.suffix != ".lock" for path in directory.iterdir())
 
 
 def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
@@ -201,7 +206,7 @@ def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
             raise ValueError(
                 f"{directory} already holds a run with this config; continue it with --resume, or choose another --out"
             )
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and _holds_files(directory):
         raise ValueError(f"{directory} is not empty and has no config.json; choose another --out")
     else:
         write_json(recorded, config)

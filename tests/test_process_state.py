@@ -110,9 +110,8 @@ def adapters(tiny, folder):
 
 
 def resumed(tiny, folder):
-    for epochs in (1, 2):
-        config = replace(CONFIG, epochs=epochs)
-        train_dpo(load_model(str(tiny)), make_preferences(str(tiny)), config, run=folder, resume=epochs > 1, progress=None)
+    for resume in (False, True):
+        train_dpo(load_model(str(tiny)), make_preferences(str(tiny)), CONFIG, run=folder, resume=resume, progress=None)
 
 
 def learned(tiny, folder):

@@ -16,6 +16,7 @@ from dpo_lab import runs
 from dpo_lab.preferences import Preferences
 from dpo_lab.runs import (
     append_metrics,
+    check_run,
     differences,
     open_run,
     peak_memory_mb,
@@ -224,3 +225,13 @@ def test_peak_memory_leaves_out_that_of_the_process_that_started_this_one():
     code = "from dpo_lab.runs import peak_memory_mb; print(peak_memory_mb())"
     peak = float(subprocess.check_output([sys.executable, "-c", code]))
     assert 20 < peak < 1_200 < peak_memory_mb() and len(held)
+
+
+def test_a_lock_that_a_killed_process_left_does_not_make_a_directory_another_run_s(tmp_path):
+    (tmp_path / "run.lock").touch()
+    check_run(tmp_path, {"a": 1}, resume=False)
+    assert open_run(tmp_path, {"a": 1}, resume=False) == tmp_path
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        open_run(tmp_path / "other", {"a": 1}, resume=False)
