@@ -87,11 +87,11 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
     check_frontier(config, runs)
     began = time.perf_counter()
     origin, config = provenance(), replace(config, task=recorded_precision(located(config.task), out))
+    require_free(out, "frontier.lock")
     require_writable(out)
     check_run(out, settings(config), resume=True)
     todo = [run for run in runs if not (out / run.name / "rows.json").exists()]
     if todo or not (out / "baselines.json").exists():
-        require_free(out, "frontier.lock")
         parts = load_parts(config.task)
         if config.loop.gradient_checkpointing or config.reward_model.loop.gradient_checkpointing:
             blocks_of(parts.reference)  # which says so where there are none
