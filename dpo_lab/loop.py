@@ -84,6 +84,17 @@ def check_loop(config: LoopConfig) -> None:
         raise ValueError("tensorboard is on, and its package is not installed: pip install tensorboard, or switch it off")
 
 
+@checked
+def check_policy(model: nn.Module, config: LoopConfig, *, adapters: bool = False) -> None:
+    """Raise ValueError for a model that has no log-probs or cannot be trained, itself or by `adapters` that are to come."""
+    model = unwrapped(model)
+    logit_path(model)
+    if not adapters:
+        check_trainable(model)
+    if config.gradient_checkpointing:
+        blocks_of(model)
+
+
 def warn_of_warmup(steps: int, config: LoopConfig) -> None:
     """Warn where a run of `steps` steps ends before its learning rate has reached the peak."""
     config = settled(config)
@@ -128,9 +139,9 @@ def fit(
     if config.tensorboard and run is None:
         raise ValueError("tensorboard is on, and there is no run directory to log to; give run, or switch it off")
     model = unwrapped(model)
-    check_trainable(model)
     if scorer is None:
-        logit_path(model)  # or an error, before anything is written
+        check_policy(model, config)
+    check_trainable(model)
     join(next(model.parameters()).device.type)
     warn_of_warmup(steps, config)
     if count() > 1 and next(model.parameters()).is_cuda:
@@ -361,7 +372,9 @@ def _backward(
             (loss * count() / total).backward()  # for the gradients are averaged over processes
         tokens += getattr(micro, "batch", micro).tokens
         logged.append({"loss": loss.detach(), **sums})
-    values = torch.stack([value.to(torch.float64) for sums in logged for value in sums.values()]).tolist() if logged else []
+    values = (
+        torch.stack([value.to(widest(value.device)) for sums in logged for value in sums.values()]).tolist() if logged else []
+    )
     for name, value in zip((name for sums in logged for name in sums), values):
         line[name] = line.get(name, 0.0) + value / total
     return _added(gathered(line)), sum(gathered(tokens))

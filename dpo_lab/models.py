@@ -186,6 +186,20 @@ def check_lora(rank: int) -> None:
         raise ValueError(f"lora_rank is {rank}; it must be 0 (train all weights) or the rank of the adapters, such as 8")
 
 
+def check_adaptable(model: nn.Module, rank: int) -> None:
+    """Raise ValueError unless `lora` can put adapters of this rank on the model."""
+    check_lora(rank)
+    model = unwrapped(model)
+    check_precision(dict(model.named_parameters()))
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
+    if getattr(model, "peft_config", None) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"{name_of(model)} has adapters already, and lora_rank {rank} would put others on top of them; merge them first, with "
+            "policy = policy.merge_and_unload(), or train them themselves with lora_rank=0"
+        )
+
+
 @contextmanager
 def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Module]:
     """`model` with LoRA adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in the block, merged into it afterwards.
@@ -196,17 +210,10 @@ def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Mod
     Raises:
         ValueError: a negative rank, a model with adapters, or weights in half precision, which would round the adapters away.
     """
-    check_lora(rank)
     model = unwrapped(model)
-    check_precision(dict(model.named_parameters()))
+    check_adaptable(model, rank)
     from peft import LoraConfig, get_peft_model  # takes seconds
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if getattr(model, "peft_config", None) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            f"{name_of(model)} has adapters already, and lora_rank {rank} would put others on top of them; merge them first, with "
-            "policy = policy.merge_and_unload(), or train them themselves with lora_rank=0"
-        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     config = LoraConfig(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dpo_lab.arguments import checked, folder, integer, number, settled
 from dpo_lab.layout import CompletionBatch, completion_batch, split
 from dpo_lab.logprobs import Precision, can_share
-from dpo_lab.loop import Evaluate, LoopConfig, check_loop, fit
+from dpo_lab.loop import Evaluate, LoopConfig, check_loop, check_policy, fit
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
-from dpo_lab.models import check_lora, lora
+from dpo_lab.models import check_adaptable, check_lora, lora
 from dpo_lab.preferences import SAME_LOGPS, Preferences
 from dpo_lab.processes import count, my_share
 from dpo_lab.records import data_hash, training_run, weights_record
@@ -114,6 +114,9 @@ def train_dpo(
     check_config(config)
     if preferences.reference_logps is None:
         raise ValueError("preferences has no reference_logps; call preferences.with_reference(model) with the reference model")
+    if config.lora_rank:
+        check_adaptable(policy, config.lora_rank)
+    check_policy(policy, config.loop, adapters=bool(config.lora_rank))
 
     def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(micro.batch)
@@ -242,6 +245,8 @@ def train_sft(
     read = [""]  # after each number of steps, what names all batches so far
     if listed is not None and not listed:
         raise ValueError("batches is empty; give at least one, as sft_batches makes them")
+    if run:
+        check_policy(policy, config)  # before the record of the run is written
 
     def batches_of(step: int) -> list[CompletionBatch]:
         if newest[0] != step:

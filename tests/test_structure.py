@@ -633,7 +633,7 @@ def test_a_greedy_completion_has_no_log_prob(model):
         ([[1] * 60], {"max_new_tokens": 5}, "have 65 tokens, the model's context is 64; shorten"),
         ([[1], [1] * 61], {"max_new_tokens": 4}, "have 65 tokens, the model's context is 64"),
         ([[1, 512]], {}, "token id 512 is outside the vocabulary of 512"),
-        ([[-1]], {}, "token id -1 is outside"),
+        ([[-1]], {}, r"prompts\[0\]\[0\] is -1; a token id"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ([[1]], {"rows": 0}, "rows is 0; it must be at least 1"),
     ],
@@ -669,7 +669,7 @@ def test_prompts_may_be_tuples_arrays_and_tensors(make, model):
 
 @pytest.mark.parametrize("prompts", [["a kettle"], [1, 2], [[1.5]], [None]])
 def test_prompts_that_are_no_token_ids_are_named(prompts, model):
-    with pytest.raises(TypeError, match=r"prompts.*must be a (list of lists|sequence) of"):
+    with pytest.raises(TypeError, match="prompts.* must "):
         sample_completions(model, prompts, 1, eos_token_id=0, max_new_tokens=3)
 
 
