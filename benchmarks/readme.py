@@ -257,10 +257,13 @@ def gpu_summary() -> str:
     found = result["stages"]["speed"]["results"]
     ours, best = (found[f"paper/large/{who}"] for who in ("dpo_lab", "trl_best"))
     run = result["stages"]["dpo"]["results"]["protocol"]
+    pairs = {name.removesuffix("/dpo_lab"): row["pairs_per_second"] for name, row in found.items() if name.endswith("/dpo_lab")}
+    ratios = [rate / found[f"{name}/trl_best"]["pairs_per_second"] for name, rate in pairs.items()]
     return (
         f"On one {result['card']['name']}, the paper's protocol on GPT-2 large's shape in bfloat16: {ours['pairs_per_second']:,.0f} pairs/s, "
         f"{ours['pairs_per_second'] / best['pairs_per_second']:.1f} times TRL's best, in {ours['peak_memory_mb'] / best['peak_memory_mb']:.2f}x "
-        f"of its memory, reference log-probs included; on smaller models the two are about as fast. DPO on a model of GPT-2 small's shape, "
+        f"of its memory, reference log-probs included; over {len(ratios)} workloads and sizes between {min(ratios):.2f} and "
+        f"{max(ratios):.2f} times TRL's best, less on small models. DPO on a model of GPT-2 small's shape, "
         f"{run['pairs']:,} pairs in {run['seconds']['train']:.0f} seconds, moves the reward of held-out completions from "
         f"{run['before']['reward']:.3f} to {run['after']['reward']:.3f} at a sequence KL of {run['after']['kl']:.2f} nats. "
         "[All of it](docs/gpu.md)." + _on_card(result)

@@ -236,7 +236,7 @@ def _checked(
             raise ValueError(f"prompt {i} has no tokens; start it with the BOS token so that its first token has a context")
     if prompts:
         check_fits(model, max(map(len, prompts)) + counts["max_new_tokens"])
-        check_vocabulary(model, torch.tensor([i for prompt in prompts for i in (min(prompt), max(prompt))]))
+        check_vocabulary(model, [i for prompt in prompts for i in (min(prompt), max(prompt))])
         logit_path(model)  # or an error where a token depends on later ones
         check_cache(model)
     return *counts.values(), temperature

@@ -195,7 +195,7 @@ def completion_states(model: nn.Module, batch: CompletionBatch) -> Tensor:
 def _check_batch(model: nn.Module, batch: CompletionBatch, unread: int) -> None:
     """Raise ValueError for what the model cannot read; `unread` tokens follow the last position of each row."""
     check_fits(model, batch.longest - 1 + unread)
-    check_vocabulary(model, torch.tensor(batch.ids))
+    check_vocabulary(model, batch.ids)
 
 
 def _path_logps(model: nn.Module, batch: CompletionBatch, way: LogitPath, temperature: float = 1.0) -> Tensor:

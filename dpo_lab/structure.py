@@ -1,11 +1,11 @@
 """What a causal LM is made of, as far as its log-probs and samples depend on it: looked up, without computing anything."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 AFTER_HEAD = (  # what families call a cap or a factor on the logits; None or 1 where there is none
@@ -108,12 +108,12 @@ def check_fits(model: nn.Module, tokens: int) -> None:
         raise ValueError(f"prompt and completion have {tokens} tokens, the model's context is {context}{why}; shorten them")
 
 
-def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+def check_vocabulary(model: nn.Module, ids: Collection[int]) -> None:
     """Raise ValueError when there are other token ids among `ids` than the model has embeddings for."""
     vocabulary = len(model.get_input_embeddings().weight)
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        wrong = int(ids[(ids < 0) | (ids >= vocabulary)][0])
-        raise ValueError(f"token id {wrong} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_reviews
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM
 
 from dpo_lab import loop, runs, train
@@ -23,6 +24,7 @@ from dpo_lab.imdb import sample_completions
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
+from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
 from dpo_lab.runs import read_metrics
@@ -540,6 +542,37 @@ def test_the_larger_accumulate_is_said_once(model, preferences, monkeypatch, cap
     monkeypatch.setattr(loop, "completion_logps", scarce)
     train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, accumulate=2)), progress="DPO")
     assert capsys.readouterr().out.count("out of memory at step 1; from here on accumulate is 4") == 1
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the value of a tensor is asked for, which waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("method", ["DPO", "SFT"])
+def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch, method):
+    """As on a GPU, where the loss does not look at its arguments: metrics are read after the last backward pass, at once."""
+    asked, backward = [], loop._backward
+
+    def watched(*arguments):
+        with Asked() as mode:
+            result = backward(*arguments)
+        asked.append(mode.count)
+        return result
+
+    completion_logps(model, completion_batch([[0]], [[0]], [0]))  # at the first call the model is compared with itself
+    monkeypatch.setattr(loop, "_backward", watched)
+    monkeypatch.setattr(train, "dpo_loss", lambda *a, **named: dpo_loss(*a, **named | {"check_values": False}))
+    if method == "DPO":
+        lines = train_dpo(model, preferences, CONFIG, progress=None)
+    else:
+        lines = train_sft(model, sft_batches(preferences, 4), 3, LOOP, progress=None)
+    assert asked == [0] * len(lines) and len(lines) > 1 and all(math.isfinite(line["loss"]) for line in lines)
 
 
 def test_metrics_are_json_lines(model, preferences, tmp_path):
