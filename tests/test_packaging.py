@@ -171,3 +171,9 @@ def test_a_file_s_tests_share_a_worker_and_notebooks_do_not():
         "tests/test_notebooks.py::test_a_notebook_runs[05]"
     )
     assert "--dist loadscope --no-loadscope-reorder" in (ROOT / "Makefile").read_text()  # which ask the scheduler of conftest
+
+
+def test_the_gpu_benchmark_is_given_the_pinned_versions():
+    lines = (ROOT / "benchmarks" / "gpu-requirements.txt").read_text().splitlines()
+    asked = [line for line in lines if not line.startswith("#")]
+    assert asked and [line for line in asked if line not in PIN_LINES] == []
