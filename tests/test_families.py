@@ -43,7 +43,9 @@ from dpo_lab.models import check_sampling, context_of, end_tokens, load_model, l
 from dpo_lab.preferences import Preferences, from_rows
 from dpo_lab.rewards import SentimentReward
 
-SMALL = "--prefixes 40 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 60 --eval-every 2 --save-every 2".split()
+SMALL = (
+    "--precision float32 --prefixes 40 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 60 --eval-every 2 --save-every 2"
+).split()
 SIZE = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>

@@ -62,7 +62,7 @@ def state():
             torch.is_autocast_enabled("cpu"),
             torch.are_deterministic_algorithms_enabled(),
         ),
-        "matmuls": (matmul.fp32_precision, torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision()),
+        "matmuls": (matmul.fp32_precision, torch.backends.mkldnn.enabled, torch.backends.cuda.matmul.fp32_precision),
         "numpy": (np.geterr(), np.get_printoptions()),
         "accelerate": [dict(kind._shared_state) for kind in (PartialState, AcceleratorState, GradientState)],
         "warnings": list(warnings.filters),
