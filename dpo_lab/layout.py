@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,14 @@ class Pieces:
         return replace(self, **_moved(self, device))
 
 
+class Spans(NamedTuple):
+    """Where the pieces of a batch lie among its tokens."""
+
+    rows: list[list[tuple[int, int, int, int]]]  # of each piece of a row: (start, end) of its prompt, and of itself, in the row
+    starts: list[int]  # where the rows begin
+    n: int  # tokens; those between the rows are padding
+
+
 @dataclass(frozen=True)
 class CompletionBatch:
     """N completions with their prompts as R rows of at most L token ids, S tokens and T completion tokens in all.
@@ -60,7 +69,8 @@ class CompletionBatch:
     longest: int  # tokens of the longest prompt with its completion
     longest_completion: int  # tokens
     ids: tuple[int, int]  # the lowest and the highest token id
-    pieces: Pieces  # for attention on a GPU
+    spans: Spans  # of which the pieces are made
+    pieces: Pieces | None = None  # for attention on a GPU; made on the way there
 
     @property
     def tokens(self) -> int:
@@ -71,7 +81,10 @@ class CompletionBatch:
         """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
         wait = torch.device(device).type == "cpu"
         rows = tuple((shape, None if part is None else part.to(device, non_blocking=not wait)) for shape, part in self.rows)
-        return replace(self, rows=rows, pieces=self.pieces.to(device), **_moved(self, device))
+        pieces = self.pieces
+        if pieces is None and torch.device(device).type == "cuda":
+            pieces = _pieces(self.spans)
+        return replace(self, rows=rows, pieces=None if pieces is None else pieces.to(device), **_moved(self, device))
 
 
 def allowed(segments: Tensor) -> Tensor:
@@ -111,7 +124,7 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     together = share and saved >= SHARE_FROM * total
     rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
 
-    ids, positions, lengths, segments, sources, targets, owners, places = ([] for _ in range(8))
+    ids, positions, lengths, segments, sources, targets, owners = ([] for _ in range(7))
     spans = []  # of each row's pieces: (start, end) of its prompt, and of itself, from the beginning of the row
     for p, members in rows:
         start, n_prompt = len(ids), len(prompts[p])
@@ -124,7 +137,6 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
             sources += [start + n_prompt - 1, *range(len(ids), len(ids) + n)]
             targets += completions[i]
             owners += [i] * (n + 1)
-            places += range(n + 1)
             spans[-1].append((0, n_prompt, len(ids) - start, len(ids) - start + n))
             ids += completions[i][:n]
             positions += range(n_prompt, n_prompt + n)
@@ -144,21 +156,22 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
             return index, there, None
         return index, there, segments_[index].where(there, -1)
 
-    tokens, longest = torch.tensor(ids), max(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
-    bounds = (min(min(ids), min(targets)), max(max(ids), max(targets)))
+    tokens, sources_, targets_, owners_ = (torch.tensor(values) for values in (ids, sources, targets, owners))
+    prompt_lengths = torch.tensor([len(prompts[p]) for p in prompt_of])
+    places = positions_[sources_] + 1 - prompt_lengths[owners_]
+    ends = [torch.aminmax(values) for values in (tokens, targets_)]
     predicted = (
-        *(torch.tensor(values) for values in (targets, owners, places)),
-        len(completions),
-        longest,
+        *(targets_, owners_, places, len(completions)),
+        max(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of)),
         max(map(len, completions)),
-        bounds,
+        (min(int(low) for low, _ in ends), max(int(high) for _, high in ends)),
     )
     index, there, segment = lay(range(len(rows)))
     if not share or there.numel() - len(ids) < PACK_FROM * there.numel():
         place = there.flatten().nonzero()[:, 0]  # of the tokens that are there
-        pieces = _pieces(spans, range(0, there.numel(), there.shape[1]), there.numel())
+        lying = Spans(spans, list(range(0, there.numel(), there.shape[1])), there.numel())
         padded = [values[index].where(there, 0) for values in (tokens, positions_)]
-        return CompletionBatch(*padded, segment, (), None, None, place[sources], *predicted, pieces)
+        return CompletionBatch(*padded, segment, (), None, None, place[sources_], *predicted, lying)
     laid = [lay(some) for some in _alike(lengths)]
     spread, there = (torch.cat([part[i].flatten() for part in laid]) for i in (0, 1))
     pack = torch.empty(len(ids), dtype=torch.long)
@@ -166,14 +179,14 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     parts = tuple((tuple(index.shape), segment) for index, _, segment in laid)
     extra = (0, -len(ids) % ROUND)
     flat = [nn.functional.pad(values, extra) for values in (tokens, positions_, pack)]
-    pieces = _pieces(spans, starts.tolist(), len(flat[2]))
-    return CompletionBatch(flat[0][None], flat[1][None], None, parts, spread, flat[2], torch.tensor(sources), *predicted, pieces)
+    lying = Spans(spans, starts.tolist(), len(flat[2]))
+    return CompletionBatch(flat[0][None], flat[1][None], None, parts, spread, flat[2], sources_, *predicted, lying)
 
 
-def _pieces(spans: Sequence[Sequence[tuple[int, int, int, int]]], starts: Sequence[int], n: int) -> Pieces:
-    """The pieces of rows that begin at `starts` among `n` tokens, from the spans of each row's; what lies between is padding."""
+def _pieces(spans: Spans) -> Pieces:
+    """The pieces of a batch, in the order of its tokens."""
     found = []
-    for row, start, end in zip(spans, starts, [*starts[1:], n]):
+    for row, start, end in zip(spans.rows, spans.starts, [*spans.starts[1:], spans.n]):
         found += [(start + a, start + b, start + c, start + d) for a, b, c, d in row if c < d]
         found += [(last, last, last, end) for last in [found[-1][3]] if last < end]
     keys = np.concatenate([np.r_[a:b, c:d] for a, b, c, d in found])
@@ -181,9 +194,9 @@ def _pieces(spans: Sequence[Sequence[tuple[int, int, int, int]]], starts: Sequen
     query_ends, key_ends = (torch.tensor(np.cumsum([0, *of]), dtype=torch.int32) for of in sizes)
 
     # where each token is a key: the ranks of equal tokens, after a stable sort, are the columns
-    order, counts = np.argsort(keys, kind="stable"), np.bincount(keys, minlength=n)
+    order, counts = np.argsort(keys, kind="stable"), np.bincount(keys, minlength=spans.n)
     column = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
-    uses = np.full((n, counts.max()), len(keys))
+    uses = np.full((spans.n, counts.max()), len(keys))
     uses[keys[order], column] = order
     return Pieces(query_ends, key_ends, torch.from_numpy(keys), torch.from_numpy(uses), tuple(map(max, sizes)))
 

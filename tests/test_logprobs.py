@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -198,7 +199,14 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of
     prompts = PROMPTS if len(set(prompt_of)) == 3 else [[0, *range(1, n)] for n in (9, 1, 3, 1, 6, 2)]
     completions = [[6, 6, 1] * 4, *COMPLETIONS[1:]]
     batch = completion_batch(prompts, completions, prompt_of, share=True)
+    assert batch.pieces is None  # until it goes to a GPU
+    batch = replace(batch, pieces=layout._pieces(batch.spans))
     assert bool(batch.rows) == (pack < 0) and int(batch.pieces.query_ends[-1]) == batch.input_ids.numel()
+    for i, completion in enumerate(completions):  # a sum over a GPU's matrix of tokens needs each one's place
+        assert batch.places[batch.owners == i].tolist() == list(range(len(completion)))
+    assert batch.longest_completion == 12 and batch.longest == max(
+        len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of)
+    )
     # by itself, and by two completions of more than a token, which attend to their prompt
     assert batch.pieces.uses.shape[1] == (1 if share > 1 else 3 if len(prompts) == 3 else 2)
     plain = gradients(model, completion_logps(model, completion_batch(prompts, completions, prompt_of)))
