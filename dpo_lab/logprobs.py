@@ -28,7 +28,7 @@ from dpo_lab.structure import (
     unwrapped,
     widest,
 )
-from dpo_lab.tuning import backward_by_onednn, kept_memory, matmuls_by_onednn
+from dpo_lab.tuning import kept_memory, matmuls_by_onednn, tune_backward
 
 Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
 SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
@@ -246,7 +246,7 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
         hidden = model.get_decoder()(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
         ).last_hidden_state.flatten(0, 1)  # (R * L, D), or (S, D)
-    backward_by_onednn(hidden)
+    tune_backward(hidden)
     if hidden.device.type == "cuda":
         return nn.functional.embedding(batch.sources, hidden)  # whose gradient is added up in a fixed order there
     return hidden.index_select(0, batch.sources)

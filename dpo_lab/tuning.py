@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ USUAL = (  # glibc's, with the thresholds at which its own adaptation ends; what
     (M_ARENA_MAX, 0),
 )
 
-_lock, _keepers = threading.Lock(), 0
+_lock, _keepers = threading.RLock(), 0  # for a keeper may be collected while another is counted
 
 
 @contextmanager
@@ -105,18 +106,28 @@ def matmuls_by_onednn(device: str) -> Iterator[None]:
         yield
 
 
-def backward_by_onednn(out: Tensor) -> None:
-    """Float32 matmuls by oneDNN where `onednn_is_exact` in a backward pass from `out` on, and until the end of that pass."""
-    matmul = torch.backends.mkldnn.matmul
+class _Keeper:
+    """Keeps memory (`kept_memory`) for as long as something refers to it."""
 
-    def begin(_: Tensor) -> None:
-        if (before := matmul.fp32_precision) != ONEDNN:
+    def __init__(self) -> None:
+        _count_keepers(+1)
+        weakref.finalize(self, _count_keepers, -1)
+
+
+def tune_backward(out: Tensor) -> None:
+    """What is fast on a CPU in a backward pass through `out`: memory is kept as long as its graph is there, and float32
+    matmuls are oneDNN's, where `onednn_is_exact`, until the end of the pass."""
+    if not out.requires_grad or out.device.type != "cpu":
+        return
+    keeper, matmul = _Keeper(), torch.backends.mkldnn.matmul
+
+    def begin(_: Tensor, keeper: _Keeper = keeper) -> None:
+        if onednn_is_exact() and (before := matmul.fp32_precision) != ONEDNN:
             matmul.fp32_precision = ONEDNN
             end = partial(setattr, matmul, "fp32_precision", before)
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
-    if out.requires_grad and out.device.type == "cpu" and onednn_is_exact():
-        out.register_hook(begin)
+    out.register_hook(begin)
 
 
 @contextmanager

@@ -58,3 +58,13 @@ def test_files_import_only_files_above_them():
         source = (ROOT / "dpo_lab" / f"{name}.py").read_text()
         for used in re.findall(r"^(?:from|import) dpo_lab\.(\w+)", source, re.MULTILINE):
             assert order.index(used) < place, f"{name} imports {used}"
+
+
+def test_a_page_without_measurements_on_a_gpu_says_so(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", ROOT / "nowhere")
+    page = "<!-- gpu -->\n<!-- end -->\n<!-- gpu exactness -->\n<!-- end -->\n<!-- gpu dpo -->\n<!-- end -->\n<!-- gpu speed -->\n<!-- end -->"
+    assert module.render(page).count(module.UNMEASURED) == 4

@@ -1,5 +1,6 @@
 """Memory and matmuls are what is fast here while a function computes, stay exact, and are then as before."""
 
+import gc
 import platform
 import subprocess
 import sys
@@ -132,3 +133,23 @@ def test_memory_is_kept_in_nested_calls_once(monkeypatch):
     with kept_memory(), kept_memory():
         assert calls == list(tuning.KEEPING)
     assert calls == [*tuning.KEEPING, *tuning.USUAL]
+
+
+def test_memory_is_kept_as_long_as_the_graph_of_log_probs_is_there(monkeypatch, model):
+    calls, batch = [], completion_batch([[0, 3]], [[5, 2]], [0])
+    completion_logps(model, batch)  # at the first call the model is compared with itself
+    monkeypatch.setattr(tuning.ctypes, "CDLL", lambda _: type("C", (), {"mallopt": staticmethod(lambda *a: calls.append(a))}))
+    monkeypatch.setattr(tuning.sys, "platform", "linux")
+    monkeypatch.setattr(tuning, "_keepers", 0)
+    with torch.no_grad():
+        completion_logps(model, batch)
+    assert calls == []
+    first = completion_logps(model, batch).sum()
+    second = completion_logps(model, batch).sum()
+    first.backward()
+    del first
+    gc.collect()
+    assert calls == list(tuning.KEEPING)
+    del second
+    gc.collect()
+    assert calls == [*tuning.KEEPING, *tuning.USUAL] and tuning._keepers == 0
