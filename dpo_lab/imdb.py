@@ -137,7 +137,7 @@ def sample_completions(
     `max_new_tokens` has none. Prompts of similar length go together,
     without padding: the longer ones read their own tokens where the others already sample. The same seed gives the same
     completions on the same machine, however many processes and threads share the batches, of up to `rows` completions (by
-    default `ROWS` of the device's).
+    default `rows_on` the device).
     `temperature` divides the logits; 0 takes the likeliest token each time (greedy search).
 
     Raises:
@@ -182,7 +182,7 @@ def sample_with_logps(
     """
     model, prompts = unwrapped(model), token_lists("prompts", prompts)
     device = next(model.parameters()).device
-    rows = ROWS.get(device.type, ROWS["cpu"]) if rows is None else rows
+    rows = rows_on(device) if rows is None else rows
     k, max_new_tokens, rows, temperature = _checked(model, prompts, k, max_new_tokens, rows, temperature)
     use_packed_attention(model)
     waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
@@ -216,7 +216,9 @@ def sample_with_logps(
     return completions, logps
 
 
-ROWS = {"cpu": 256, "cuda": 1024}  # completions that are sampled at a time
+def rows_on(device: torch.device) -> int:
+    """Completions that are sampled at a time unless another number is asked for."""
+    return 1_024 if device.type == "cuda" else 256
 
 
 def _checked(

@@ -142,13 +142,19 @@ def fit(
     if scorer is None:
         check_policy(model, config)
     check_trainable(model)
+
+    # one process of several, dropout off
     join(next(model.parameters()).device.type)
     warn_of_warmup(steps, config)
     if count() > 1 and next(model.parameters()).is_cuda:
         model.cuda()  # each process has a GPU of its own
     model.eval()  # no dropout: the reference was scored without it
+
+    # optimizers, and where an earlier run ended
     optimizers = make_optimizers(model, config)
     start = load_checkpoint(run, model, optimizers, data_of=data_of) if run and resume else 0
+
+    # what computes log-probs, shared among the processes
     scoring: nn.Module = _InPrecision((scorer or _Scorer)(copy.deepcopy(model) if sharding() else model), precision)
     if sharding():
         shard(scoring, model, optimizers)
@@ -156,6 +162,8 @@ def fit(
         scoring = DistributedDataParallel(scoring, find_unused_parameters=scorer is not None)
     blocks = blocks_of(scoring) if config.gradient_checkpointing else []
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    # metrics up to there, and where new ones go
     history = from_main(read_metrics, run, start) if run and start else []
     if run:
         with write_whole(run / "metrics.jsonl") as temporary:
@@ -175,6 +183,7 @@ def fit(
         for name, value in line.items() if board else ():
             board.add_scalar(name, value, line["step"])
 
+    # the evaluation before the first step, then the steps
     if start == 0 and evaluate:
         log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
     with (
@@ -189,6 +198,8 @@ def fit(
             for optimizer, rates in zip(optimizers, peaks):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * scale
+
+            # the gradient, in more and smaller parts where memory is short
             before = accumulate
             while True:
                 micros, reason = micro_batches(step - 1, accumulate), ""
@@ -211,6 +222,8 @@ def fit(
                     bar.write(
                         f"{progress}: out of memory at step {step}; from here on accumulate is {accumulate}, the batch the same"
                     )
+
+            # clip, and update unless it is not finite
             if accumulate != before:
                 line["accumulate"] = accumulate
             line["grad_norm"] = float(full(nn.utils.clip_grad_norm_(scoring.parameters(), config.max_grad_norm)))
@@ -221,6 +234,8 @@ def fit(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+
+            # log, and evaluate where it is due
             seconds = time.perf_counter() - began
             line |= {"learning_rate": peaks[0][0] * scale, "tokens_per_second": tokens / seconds, "seconds": seconds}
             log({"step": step, **line})
@@ -229,6 +244,8 @@ def fit(
             if evaluate and evaluates(step, steps, config):
                 collect(scoring, model)
                 log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
+
+            # a checkpoint where it is due, or where somebody stops the run
             stopping = run is not None and any(gathered(stop.is_set())) and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
                 collect(scoring, model)
@@ -237,6 +254,8 @@ def fit(
                 raise Interrupted(
                     f"stopped after step {step} of {steps}; its checkpoint is in {run}. Continue with --resume, or resume=True"
                 )
+
+    # whole weights in every process
     collect(scoring, model)
     return history
 

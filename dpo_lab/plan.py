@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo_lab.arguments import checked
-from dpo_lab.imdb import ROWS, sample_completions
+from dpo_lab.imdb import rows_on, sample_completions
 from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
 from dpo_lab.lm_head import IN_CACHE, logits_budget
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps, completion_states
@@ -149,7 +149,7 @@ def plan(
     always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
     if config.lora_rank:
         always["adapters"] = sum(p.numel() * p.element_size() for p in trained(reference, config.lora_rank).parameters())
-    rows, longest = min(ROWS[device.type], max(n * k, m)), max(map(len, prompts)) + max_new_tokens
+    rows, longest = min(rows_on(device), max(n * k, m)), max(map(len, prompts)) + max_new_tokens
     tokens, tuning = {name: count * max_new_tokens for name, count in completed.items()}, {}
     if sft is not None:
         tuned = sft_batches * training_flops(reference, sft, precision)
@@ -233,10 +233,11 @@ def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, ma
 
     Prompts are cut to one length: what is read token by token beside those that sample weighs little in a long completion.
     """
-    device, new = next(model.parameters()).device.type, min(max_new_tokens, TRIAL_TOKENS)
+    device, new = next(model.parameters()).device, min(max_new_tokens, TRIAL_TOKENS)
     shortest = min(map(len, prompts))
     some = [
-        list(ids[:shortest]) for ids in prompts[: max(1, _rows(model, new, device, min(ROWS[device], len(prompts) * k)) // k)]
+        list(ids[:shortest])
+        for ids in prompts[: max(1, _rows(model, new, device.type, min(rows_on(device), len(prompts) * k)) // k)]
     ]
     for _ in range(2):
         began = time.perf_counter()
