@@ -64,7 +64,9 @@ WORKLOADS = {
     "paper": Workload(prompts=4, completions=4, prompt_tokens=(2, 8), passes=2),
     "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
     "long": Workload(prompts=8, completions=2, prompt_tokens=(64, 192)),
-    "embedded": Workload(11, 4, (2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256, steps=2),
+    "embedded": Workload(
+        11, 4, (2, 8), mean=32, most=96, vocabulary=8_192, layers=4, width=256, steps=2
+    ),
 }
 
 
@@ -88,13 +90,17 @@ class ContenderConfig:
     """how often the steps are taken before they are timed; the memory of most contenders has settled after two"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
-    without: tuple[Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"], ...] = ()
+    without: tuple[
+        Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"], ...
+    ] = ()
     """what dpo_lab does without, to see what it is worth"""
 
 
 def lengths(workload: Workload, n: int, rng: np.random.Generator) -> np.ndarray:
     """Skewed completion lengths: log-normal, 8 tokens to `most`, about `mean` on average."""
-    return np.clip(rng.lognormal(np.log(workload.mean) - 0.25, 0.75, n).astype(int), 8, workload.most)
+    return np.clip(
+        rng.lognormal(np.log(workload.mean) - 0.25, 0.75, n).astype(int), 8, workload.most
+    )
 
 
 def make_preferences(workload: Workload, seed: int) -> Preferences:
@@ -105,7 +111,10 @@ def make_preferences(workload: Workload, seed: int) -> Preferences:
     rng, k, vocabulary = np.random.default_rng(seed), workload.completions, workload.vocabulary
     n = workload.steps * workload.prompts
     sizes = lengths(workload, n * k, rng)
-    prompts = [[0, *rng.integers(1, vocabulary, rng.integers(*workload.prompt_tokens, endpoint=True))] for _ in range(n)]
+    prompts = [
+        [0, *rng.integers(1, vocabulary, rng.integers(*workload.prompt_tokens, endpoint=True))]
+        for _ in range(n)
+    ]
     completions = [[*rng.integers(1, vocabulary, length - 1), 0] for length in sizes]
     better, worse = np.triu_indices(k, 1)
     return Preferences(
@@ -126,16 +135,27 @@ def gpt2_config(workload: Workload) -> GPT2Config:
     """GPT-2 of the workload's size, with heads of 64 as every GPT-2 has, without dropout."""
     size = {"vocab_size": workload.vocabulary, "n_layer": workload.layers, "n_embd": workload.width}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2Config(**size, n_head=workload.width // 64, **no_dropout, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    return GPT2Config(
+        **size,
+        n_head=workload.width // 64,
+        **no_dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
 
 
-def make_models(workload: Workload, seed: int, device: str) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
+def make_models(
+    workload: Workload, seed: int, device: str
+) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
     """Policy and reference, near each other but not equal, so that losses differ from log 2."""
     set_seed(seed)
     with torch.device(device):
         policy, reference = (GPT2LMHeadModel(gpt2_config(workload)).eval() for _ in range(2))
     state = policy.state_dict()
-    reference.load_state_dict({name: tensor * (1 + 0.5 * torch.randn_like(tensor)) for name, tensor in state.items()})
+    reference.load_state_dict(
+        {name: tensor * (1 + 0.5 * torch.randn_like(tensor)) for name, tensor in state.items()}
+    )
     reference.tie_weights()
     return policy, reference
 
@@ -154,7 +174,9 @@ def one_optimizer(model: GPT2LMHeadModel, config: LoopConfig) -> None:
     loop.make_optimizers = lambda *_: optimizers
 
 
-def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
+def run_dpo_lab(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
+) -> dict[str, float]:
     """`train_dpo`, with the reference log-probs computed once before."""
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
@@ -172,25 +194,43 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     if "stored logits" in config.without:
         lm_head.KEPT_LOGITS_BYTES = 0
     batch = completion_batch(
-        preferences.prompts, preferences.completions[:8], preferences.prompt_of[:8].tolist(), share=can_share(policy)
+        preferences.prompts,
+        preferences.completions[:8],
+        preferences.prompt_of[:8].tolist(),
+        share=can_share(policy),
     )
     with torch.no_grad(), autocast(config.device, config.precision):
-        logps, reference_logps = (completion_logps(model, batch.to(config.device)) for model in (policy, reference))
-    short, _ = (data.with_reference(reference, precision=config.precision) for data in (short, preferences))
-    for _ in range(2 if config.device == "cuda" else 1):  # the second time its kernels have been chosen, as those of TRL's have
+        logps, reference_logps = (
+            completion_logps(model, batch.to(config.device)) for model in (policy, reference)
+        )
+    short, _ = (
+        data.with_reference(reference, precision=config.precision) for data in (short, preferences)
+    )
+    for _ in range(
+        2 if config.device == "cuda" else 1
+    ):  # the second time its kernels have been chosen, as those of TRL's have
         began = time.perf_counter()
-        preferences = replace(preferences, reference_logps=None).with_reference(reference, precision=config.precision)
+        preferences = replace(preferences, reference_logps=None).with_reference(
+            reference, precision=config.precision
+        )
         seconds = time.perf_counter() - began
     del reference
     first = [i for i, c in enumerate(preferences.rejected) if c < 8]
-    pairs = [torch.tensor(side[first], device=config.device) for side in (preferences.chosen, preferences.rejected)]
+    pairs = [
+        torch.tensor(side[first], device=config.device)
+        for side in (preferences.chosen, preferences.rejected)
+    ]
     loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
     per_step = len(preferences.chosen) // workload.steps
-    loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
+    loop_config = LoopConfig(
+        learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes
+    )
     one_optimizer(policy, loop_config)
     dpo = DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop_config)
     train_dpo(policy, short, dpo, progress=None)
-    if config.device == "cuda":  # in one run, for the beginning of one takes about as long as a step there
+    if (
+        config.device == "cuda"
+    ):  # in one run, for the beginning of one takes about as long as a step there
         train_dpo(policy, preferences, replace(dpo, epochs=config.untimed + 1), progress=None)
         return {"loss": loss, "reference_seconds": seconds}
     for _ in range(config.untimed + 1):
@@ -198,7 +238,9 @@ def run_dpo_lab(config: ContenderConfig, workload: Workload, preferences: Prefer
     return {"loss": loss, "reference_seconds": seconds}
 
 
-def run_textbook(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
+def run_textbook(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
+) -> dict[str, float]:
     """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
     policy, reference = make_models(workload, config.seed, config.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
@@ -209,7 +251,9 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
         ids = torch.zeros(len(rows), length, dtype=torch.long, device=config.device)
         mask = torch.zeros(len(rows), length, device=config.device)
         for r, (prompt, completion) in enumerate(rows):
-            ids[r, : len(prompt) + len(completion)] = torch.tensor(prompt + completion, device=config.device)
+            ids[r, : len(prompt) + len(completion)] = torch.tensor(
+                prompt + completion, device=config.device
+            )
             mask[r, len(prompt) : len(prompt) + len(completion)] = 1
         attention = torch.zeros_like(mask)
         for r, (prompt, completion) in enumerate(rows):
@@ -222,7 +266,9 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
         chosen, rejected = p.chosen[some], p.rejected[some]
         with torch.no_grad():
             reference_margin = logps(reference, p, chosen) - logps(reference, p, rejected)
-        return -F.logsigmoid(BETA * (logps(policy, p, chosen) - logps(policy, p, rejected) - reference_margin)).mean()
+        return -F.logsigmoid(
+            BETA * (logps(policy, p, chosen) - logps(policy, p, rejected) - reference_margin)
+        ).mean()
 
     with torch.no_grad():
         loss = loss_of(preferences, np.flatnonzero(preferences.rejected < 8)).item()
@@ -239,18 +285,26 @@ def run_textbook(config: ContenderConfig, workload: Workload, preferences: Prefe
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
+def run_sft(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
+) -> dict[str, float]:
     """`train_sft` on every completion."""
     policy = tuned(make_models(workload, config.seed, config.device)[0], config.device)
     size = len(preferences.completions) // workload.steps
     p = preferences
-    first = completion_batch(p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy))
+    first = completion_batch(
+        p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy)
+    )
     with torch.no_grad(), autocast(config.device, config.precision):
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
-    loop_config = LoopConfig(learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes)
+    loop_config = LoopConfig(
+        learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes
+    )
     one_optimizer(policy, loop_config)
     for data, steps in ((short, 1), *[(p, workload.steps)] * (config.untimed + 1)):
-        batches = sft_batches(data, size, chosen_only=False, share=can_share(policy), seed=config.seed)
+        batches = sft_batches(
+            data, size, chosen_only=False, share=can_share(policy), seed=config.seed
+        )
         train_sft(policy, batches, steps, loop_config, precision=config.precision, progress=None)
     return {"loss": loss, "reference_seconds": 0.0}
 
@@ -259,7 +313,9 @@ def word_tokenizer(workload: Workload) -> PreTrainedTokenizerFast:
     """TRL takes text: token i is the word t<i>."""
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(workload.vocabulary)}, unk_token="t1"))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", eos_token="t0", pad_token="t0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="t0", eos_token="t0", pad_token="t0"
+    )
 
 
 def text(ids: list[int]) -> str:
@@ -270,7 +326,11 @@ def text(ids: list[int]) -> str:
 def trl_order(config: ContenderConfig, lengths: list[int]) -> list[int]:
     """The order of the rows: by length for TRL's best settings, shuffled for its defaults, which would do it themselves."""
     rng = np.random.default_rng(config.seed)
-    return (np.argsort(lengths, kind="stable") if config.contender == "trl_best" else rng.permutation(len(lengths))).tolist()
+    return (
+        np.argsort(lengths, kind="stable")
+        if config.contender == "trl_best"
+        else rng.permutation(len(lengths))
+    ).tolist()
 
 
 def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, object]:
@@ -297,7 +357,9 @@ def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, o
     }
 
 
-def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
+def run_trl_sft(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
+) -> dict[str, float]:
     """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import SFTConfig, SFTTrainer
 
@@ -305,23 +367,38 @@ def run_trl_sft(config: ContenderConfig, workload: Workload, preferences: Prefer
     policy = make_models(workload, config.seed, config.device)[0]
     if best:
         policy = tuned(policy, config.device)
-    order = trl_order(config, [len(p.prompts[m]) + len(ids) for ids, m in zip(p.completions, p.prompt_of)])
+    order = trl_order(
+        config, [len(p.prompts[m]) + len(ids) for ids, m in zip(p.completions, p.prompt_of)]
+    )
 
     def row(p: Preferences, i: int) -> dict[str, str]:
-        return {"prompt": text(p.prompts[p.prompt_of[i]]), "completion": " " + text(p.completions[i])}
+        return {
+            "prompt": text(p.prompts[p.prompt_of[i]]),
+            "completion": " " + text(p.completions[i]),
+        }
 
     warm, rows = [row(short, i) for i in range(len(short.completions))], [row(p, i) for i in order]
     arguments = SFTConfig(**trl_settings(config, len(warm), workload.passes))
     data = Dataset.from_list([*warm, *rows * (config.untimed + 1)])
-    trainer = SFTTrainer(policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload))
-    examples = [trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8]
+    trainer = SFTTrainer(
+        policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload)
+    )
+    examples = [
+        trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8
+    ]
     with torch.no_grad():
-        loss = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(examples))))
+        loss = float(
+            trainer.compute_loss(
+                trainer.model, trainer._prepare_inputs(trainer.data_collator(examples))
+            )
+        )
     trainer.train()
     return {"loss": loss, "reference_seconds": 0.0}
 
 
-def run_trl(config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences) -> dict[str, float]:
+def run_trl(
+    config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
+) -> dict[str, float]:
     """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer
@@ -333,7 +410,10 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
     p = preferences
     order = trl_order(
         config,
-        [len(p.prompts[p.prompt_of[c]]) + max(len(p.completions[i]) for i in (c, r)) for c, r in zip(p.chosen, p.rejected)],
+        [
+            len(p.prompts[p.prompt_of[c]]) + max(len(p.completions[i]) for i in (c, r))
+            for c, r in zip(p.chosen, p.rejected)
+        ],
     )
 
     def row(p: Preferences, pair: int) -> dict[str, str]:
@@ -344,7 +424,10 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             "rejected": " " + text(p.completions[r]),
         }
 
-    warm, rows = [row(short, pair) for pair in range(len(short.chosen))], [row(p, pair) for pair in order]
+    warm, rows = (
+        [row(short, pair) for pair in range(len(short.chosen))],
+        [row(p, pair) for pair in order],
+    )
     reference_seconds = []
 
     class Timed(DPOTrainer):
@@ -356,7 +439,9 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
             reference_seconds.append(time.perf_counter() - start)
             return result
 
-    arguments = TRLConfig(**trl_settings(config, len(warm), workload.passes), precompute_ref_log_probs=best, beta=BETA)
+    arguments = TRLConfig(
+        **trl_settings(config, len(warm), workload.passes), precompute_ref_log_probs=best, beta=BETA
+    )
     trainer = Timed(
         policy,
         ref_model=reference,
@@ -364,13 +449,22 @@ def run_trl(config: ContenderConfig, workload: Workload, preferences: Preference
         train_dataset=Dataset.from_list([*warm, *rows * (config.untimed + 1)]),
         processing_class=word_tokenizer(workload),
     )
-    examples = [trainer.train_dataset[place] for place, pair in enumerate(order, start=len(warm)) if p.rejected[pair] < 8]
+    examples = [
+        trainer.train_dataset[place]
+        for place, pair in enumerate(order, start=len(warm))
+        if p.rejected[pair] < 8
+    ]
     with torch.no_grad():
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
         loss = float(trainer.compute_loss(trainer.model, inputs))
     trainer.train()
-    timed = workload.steps * workload.passes if best else 0  # the same rows again and again, of which the last were not the first
-    return {"loss": loss, "reference_seconds": sum(reference_seconds[len(reference_seconds) - timed :])}
+    timed = (
+        workload.steps * workload.passes if best else 0
+    )  # the same rows again and again, of which the last were not the first
+    return {
+        "loss": loss,
+        "reference_seconds": sum(reference_seconds[len(reference_seconds) - timed :]),
+    }
 
 
 def main(config: ContenderConfig) -> None:
@@ -385,10 +479,17 @@ def main(config: ContenderConfig) -> None:
 
     register_optimizer_step_post_hook(note_end)
     runs = {
-        "dpo": {"dpo_lab": run_dpo_lab, "textbook": run_textbook, "trl_default": run_trl, "trl_best": run_trl},
+        "dpo": {
+            "dpo_lab": run_dpo_lab,
+            "textbook": run_textbook,
+            "trl_default": run_trl,
+            "trl_best": run_trl,
+        },
         "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
     }
-    result = runs[config.job][config.contender](config, workload, preferences, short_step(workload, config.seed))
+    result = runs[config.job][config.contender](
+        config, workload, preferences, short_step(workload, config.seed)
+    )
     expected = 1 + (config.untimed + 1) * workload.steps
     assert len(ends) == expected, f"{config.contender} made {len(ends)} steps, not {expected}"
     ends = ends[-workload.steps - 1 :]
@@ -408,7 +509,9 @@ def main(config: ContenderConfig) -> None:
                 "step_seconds": np.diff(ends).tolist(),
                 **result,
                 "device": config.device,
-                "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if config.device == "cuda" else peak_memory_mb(),
+                "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6
+                if config.device == "cuda"
+                else peak_memory_mb(),
             }
         )
     )

@@ -31,7 +31,10 @@ CURVES: dict[str, dict[float, dict[str, Any]]] = {
         for layers, width in ((4, 256), (6, 512), (12, 768))
     },
 }
-MEDIUM = {"layers": 6, "width": 512}  # of all but the curve over the size, GPT-2's vocabulary with it
+MEDIUM = {
+    "layers": 6,
+    "width": 512,
+}  # of all but the curve over the size, GPT-2's vocabulary with it
 SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory")
 
 
@@ -46,14 +49,22 @@ class CostConfig:
 @cache
 def run(workload: str, change: str, without: tuple[str, ...]) -> dict[str, Any]:
     """What `benchmarks/contender.py` prints, of dpo_lab in float32; the same point of two curves is one run."""
-    arguments = [f"--workload={workload}", f"--change={change}", *(["--without", *without] if without else [])]
-    output = subprocess.check_output([sys.executable, str(Path(__file__).with_name("contender.py")), *arguments], text=True)
+    arguments = [
+        f"--workload={workload}",
+        f"--change={change}",
+        *(["--without", *without] if without else []),
+    ]
+    output = subprocess.check_output(
+        [sys.executable, str(Path(__file__).with_name("contender.py")), *arguments], text=True
+    )
     result = json.loads(output.strip().splitlines()[-1])
     print(result, flush=True)
     return result
 
 
-def measure(workload: str, steps: int, change: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+def measure(
+    workload: str, steps: int, change: dict[str, Any], without: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """One run, in `steps`."""
     whole = asdict(replace(WORKLOADS[workload], steps=steps, **(MEDIUM | change)))
     return run(workload, json.dumps(whole), without)
@@ -80,9 +91,12 @@ def plot(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
 
 def main(config: CostConfig) -> None:
     curves = {
-        name: {str(x): measure("short", config.steps, change) for x, change in points.items()} for name, points in CURVES.items()
+        name: {str(x): measure("short", config.steps, change) for x, change in points.items()}
+        for name, points in CURVES.items()
     }
-    savings = tuple(name for name in SAVINGS if name != "oneDNN" or onednn_is_exact())  # not on every processor
+    savings = tuple(
+        name for name in SAVINGS if name != "oneDNN" or onednn_is_exact()
+    )  # not on every processor
     saved = {
         workload: {
             "all": measure(workload, config.steps, {}),

@@ -45,7 +45,9 @@ def main() -> None:
             before = picture.get_attribute("src")
             handle.focus()
             page.keyboard.press("ArrowLeft")
-            page.wait_for_function("([picture, src]) => picture.src != src", arg=[picture.element_handle(), before])
+            page.wait_for_function(
+                "([picture, src]) => picture.src != src", arg=[picture.element_handle(), before]
+            )
             done("slider moved")
     write_json(RESULTS, {"provenance": provenance(), "seconds_since_start": seconds})
     print(json.dumps(seconds, indent=2))

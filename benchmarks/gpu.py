@@ -86,7 +86,9 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def run_stages(commands: dict[str, list[str]], out: Path, until: float, *, every: float = 0.2) -> dict[str, Any]:
+def run_stages(
+    commands: dict[str, list[str]], out: Path, until: float, *, every: float = 0.2
+) -> dict[str, Any]:
     """Run the command of each stage until its time is over, one after another; keep what came of them in `out`/gpu.json.
 
     A stage has its share (`SHARES`, 1 for others) of the time that is left to it and to those after it. The words {until} and
@@ -99,25 +101,47 @@ def run_stages(commands: dict[str, list[str]], out: Path, until: float, *, every
     while waiting:
         name, began = waiting[0], time.time()
         share = SHARES.get(name, 1.0) / sum(SHARES.get(other, 1.0) for other in waiting)
-        stop, results, log = began + share * (until - began), out / f"{name}.json", out / f"{name}.log"
+        stop, results, log = (
+            began + share * (until - began),
+            out / f"{name}.json",
+            out / f"{name}.log",
+        )
         stage = found["stages"][name] = {"status": "running"}
         words = {"until": str(stop), "results": str(results)}
-        command = [word.format(**words) if word in ("{until}", "{results}") else word for word in commands[name]]
+        command = [
+            word.format(**words) if word in ("{until}", "{results}") else word
+            for word in commands[name]
+        ]
 
         # the stage in a process group of its own, so that nothing that it started outlives it
         with open(log, "wb") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
                 while process.poll() is None and time.time() < stop:
                     time.sleep(every)
-                    stage |= {"seconds": round(time.time() - began, 1), "results": read_json(results)}
+                    stage |= {
+                        "seconds": round(time.time() - began, 1),
+                        "results": read_json(results),
+                    }
                     write_json(out / "gpu.json", found)
             finally:
                 ended = process.poll()
                 end_group(process)
 
-        status = "out of time" if ended is None else "done" if ended == 0 else f"failed with status {ended}"
-        stage |= {"status": status, "seconds": round(time.time() - began, 1), "results": read_json(results)}
+        status = (
+            "out of time"
+            if ended is None
+            else "done"
+            if ended == 0
+            else f"failed with status {ended}"
+        )
+        stage |= {
+            "status": status,
+            "seconds": round(time.time() - began, 1),
+            "results": read_json(results),
+        }
         if ended:
             stage["log"] = log.read_text(encoding="utf-8", errors="replace")[-TAIL:]
         write_json(out / "gpu.json", found)
@@ -138,20 +162,40 @@ def end_group(process: subprocess.Popen) -> None:
 
 def environment(work: Path) -> None:
     """Let every cache of this process and of those that it starts be in `work`, and nothing be fetched."""
-    folders = {"HF_HOME": "hf", "DPO_LAB_CACHE": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    folders = {
+        "HF_HOME": "hf",
+        "DPO_LAB_CACHE": "cache",
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    }
     folders |= {"MPLCONFIGDIR": "matplotlib", "CUDA_CACHE_PATH": "cuda", "TMPDIR": "tmp"}
-    hub = os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub")
+    hub = os.environ.get("HF_HUB_CACHE") or str(
+        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    )
     for name, folder in folders.items():
         (work / folder).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(work / folder)
-    os.environ |= {"HF_HUB_CACHE": hub, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "agg"}
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    os.environ |= {
+        "HF_HUB_CACHE": hub,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "MPLBACKEND": "agg",
+    }
+    os.environ |= {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])
+    )
 
 
 def stage_main(options: argparse.Namespace) -> None:
     """One stage, in this process."""
-    settings = Settings(options.device, options.tiny, options.until, options.out / "work", options.model)
+    settings = Settings(
+        options.device, options.tiny, options.until, options.out / "work", options.model
+    )
     module = importlib.import_module(f"gpu_{options.stage}")
     module.run(settings, Report(options.results))
 
@@ -165,7 +209,11 @@ def identity(device: str, commit: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"provenance": provenance() | ({"commit": commit} if commit else {})}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
-        found["card"] = {"name": card.name, "memory_gb": round(card.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+        found["card"] = {
+            "name": card.name,
+            "memory_gb": round(card.total_memory / 1e9, 1),
+            "cuda": torch.version.cuda,
+        }
         try:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["card"]["driver"] = subprocess.check_output(query, text=True).strip()
@@ -175,15 +223,28 @@ def identity(device: str, commit: str | None) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where gpu.json and the logs go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), help="where gpu.json and the logs go"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it ends after so many")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the smallest form of every stage")
-    parser.add_argument("--stages", nargs="+", choices=tuple(SHARES), default=list(SHARES), help="some of them")
-    parser.add_argument("--model", help="GPT-2's weights, a folder or a hub id that is in the cache; else one is trained")
+    parser.add_argument(
+        "--stages", nargs="+", choices=tuple(SHARES), default=list(SHARES), help="some of them"
+    )
+    parser.add_argument(
+        "--model",
+        help="GPT-2's weights, a folder or a hub id that is in the cache; else one is trained",
+    )
     parser.add_argument("--commit", help="of this code, where it is not a git checkout")
-    for hidden, kind in (("--stage", str), ("--until", float), ("--results", Path)):  # what a stage's own process is told
+    for hidden, kind in (
+        ("--stage", str),
+        ("--until", float),
+        ("--results", Path),
+    ):  # what a stage's own process is told
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -50,7 +50,14 @@ class Size:
     """at most so many of the training from scratch; fewer where the time is short"""
 
 
-MUON = LoopConfig(learning_rate=1e-3, optimizer="muon", schedule="linear", warmup_steps=20, weight_decay=0.05, eval_every=10**9)
+MUON = LoopConfig(
+    learning_rate=1e-3,
+    optimizer="muon",
+    schedule="linear",
+    warmup_steps=20,
+    weight_decay=0.05,
+    eval_every=10**9,
+)
 FULL = Size(
     PretrainConfig(context=256, width=768, layers=12, heads=12, rows=64, loop=MUON),
     prefixes=25_000,
@@ -89,7 +96,9 @@ class Watch:
     @property
     def peak_mb(self) -> int:
         """Memory at its highest, of the GPU or of the process."""
-        return round(torch.cuda.max_memory_allocated() / 1e6 if self.device == "cuda" else peak_memory_mb())
+        return round(
+            torch.cuda.max_memory_allocated() / 1e6 if self.device == "cuda" else peak_memory_mb()
+        )
 
 
 def fit_reward(texts: list[str], labels: list[int]) -> str:
@@ -98,19 +107,29 @@ def fit_reward(texts: list[str], labels: list[int]) -> str:
 
 
 def pretrain(
-    size: Size, reviews: DatasetDict, tokenizer: PreTrainedTokenizerBase, device: str, seconds: float
+    size: Size,
+    reviews: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    seconds: float,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A GPT-2 of this size from random weights, trained for so many seconds; and what is to be said of it."""
     config, watch = size.model, Watch(device)
     set_seed(0)
     with torch.device(device):
         model = GPT2LMHeadModel(gpt2_config(replace(config, vocabulary=len(tokenizer))))
-    rows = pack(tokenizer(list(reviews["train"]["text"]))["input_ids"], config.context, tokenizer.eos_token_id)
+    rows = pack(
+        tokenizer(list(reviews["train"]["text"]))["input_ids"],
+        config.context,
+        tokenizer.eos_token_id,
+    )
     order = np.random.default_rng(0).permutation(len(rows))
 
     def batches(step: int) -> list[CompletionBatch]:
         some = [rows[order[(step * config.rows + i) % len(rows)]] for i in range(config.rows)]
-        return [completion_batch([row[:1] for row in some], [row[1:] for row in some], range(len(some)))]
+        return [
+            completion_batch([row[:1] for row in some], [row[1:] for row in some], range(len(some)))
+        ]
 
     # the schedule must know the number of steps: as many as fit, by the pace of a few on a copy of the weights
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -118,7 +137,9 @@ def pretrain(
     model.load_state_dict(first)
     pace = statistics.median(line["seconds"] for line in trial[3:])
     steps = max(4, min(size.steps, int(seconds / pace)))
-    lines = watch.time("train", train_sft, model, batches, steps, config.loop, precision="bfloat16", progress=None)
+    lines = watch.time(
+        "train", train_sft, model, batches, steps, config.loop, precision="bfloat16", progress=None
+    )
     held_out = list(reviews["test"]["text"][: size.eval_prefixes])
     found = watch.time("held-out loss", held_out_loss, model, tokenizer, held_out)
     return model, {
@@ -161,7 +182,9 @@ def load_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy
 
 
-def protocol(name: str, parts: Parts, size: Size, device: str, seconds: float, work: Path) -> dict[str, Any]:
+def protocol(
+    name: str, parts: Parts, size: Size, device: str, seconds: float, work: Path
+) -> dict[str, Any]:
     """The paper's protocol with `parts.reference` on both sides: reward and KL before and after, seconds, memory."""
     task = TaskConfig(
         lane="gpu" if device == "cuda" else "laptop",
@@ -184,21 +207,31 @@ def protocol(name: str, parts: Parts, size: Size, device: str, seconds: float, w
         if step == 0:
             return {}
         found = task_evaluation(task, parts, model, prompts[: max(8, len(prompts) // 4)])
-        return {"reward": found.reward, "reward_se": found.reward_se, "kl": found.kl, "kl_se": found.kl_se}
+        return {
+            "reward": found.reward,
+            "reward_se": found.reward_se,
+            "kl": found.kl,
+            "kl_se": found.kl_se,
+        }
 
-    lines = watch.time("train", train_dpo, policy, preferences, paper(size), evaluate=during, progress=None)
+    lines = watch.time(
+        "train", train_dpo, policy, preferences, paper(size), evaluate=during, progress=None
+    )
     after = watch.time("evaluate after", task_evaluation, task, parts, policy, prompts)
     steps = [line["seconds"] for line in lines if "seconds" in line]
     tokens = sum(len(ids) for row in samples["completions"] for ids in row)
     shown = ("reward", "reward_se", "kl", "kl_se")
     return {
-        "config": asdict(paper(size)) | {"prefixes": n, "completions": task.completions, "eval_prefixes": len(prompts)},
+        "config": asdict(paper(size))
+        | {"prefixes": n, "completions": task.completions, "eval_prefixes": len(prompts)},
         "pairs": preferences.report.pairs,
         "steps": len(steps),
         "before": {key: getattr(before, key) for key in shown},
         "after": {key: getattr(after, key) for key in shown},
         "curve": [
-            {"step": line["step"]} | {k[5:]: v for k, v in line.items() if k != "step"} for line in lines if "eval/kl" in line
+            {"step": line["step"]} | {k[5:]: v for k, v in line.items() if k != "step"}
+            for line in lines
+            if "eval/kl" in line
         ],
         "seconds_per_step": statistics.median(steps),
         "seconds_per_step_p90": float(np.quantile(steps, 0.9)),
@@ -222,7 +255,10 @@ def run(settings: Settings, report: Report) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         fitting = pool.submit(fit_reward, texts, labels)
         if settings.model:
-            reference, tokenizer = load_model(settings.model, device=device), load_tokenizer(settings.model)
+            reference, tokenizer = (
+                load_model(settings.model, device=device),
+                load_tokenizer(settings.model),
+            )
         else:
             reference, found = pretrain(size, reviews, tokenizer, device, 0.42 * seconds)
             report.add("from scratch", found)
@@ -231,6 +267,13 @@ def run(settings: Settings, report: Report) -> None:
 
     # the reference that was just made, then the embedded one in what is left of the time
     parts = Parts(reviews, tokenizer, reference, reward)
-    report.attempt("protocol", lambda: protocol("reference", parts, size, device, 0.6 * settings.left, work))
-    embedded = replace(parts, tokenizer=load_tokenizer("embedded"), reference=load_model("embedded", device=device))
-    report.attempt("protocol, embedded", lambda: protocol("embedded", embedded, size, device, settings.left - 5, work))
+    report.attempt(
+        "protocol", lambda: protocol("reference", parts, size, device, 0.6 * settings.left, work)
+    )
+    embedded = replace(
+        parts, tokenizer=load_tokenizer("embedded"), reference=load_model("embedded", device=device)
+    )
+    report.attempt(
+        "protocol, embedded",
+        lambda: protocol("embedded", embedded, size, device, settings.left - 5, work),
+    )

@@ -18,7 +18,14 @@ from gpu import HERE, Report, Settings
 from scipy.stats import chisquare
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    set_seed,
+)
 
 from dpo_lab import layout
 from dpo_lab.imdb import sample_completions
@@ -47,17 +54,30 @@ def make_model(shape: str, seed: int = 0) -> PreTrainedModel:
     if shape == "gpt2":
         sizes = {"n_embd": WIDTH, "n_layer": 4, "n_head": 2, "n_positions": CONTEXT}
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = GPT2Config(vocab_size=VOCABULARY, initializer_range=0.1, **sizes, **no_dropout, **ends)
+        config = GPT2Config(
+            vocab_size=VOCABULARY, initializer_range=0.1, **sizes, **no_dropout, **ends
+        )
         return GPT2LMHeadModel(config).eval()
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 4, "head_dim": 64}
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.1, **sizes, **heads, **ends)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.1, **sizes, **heads, **ends)
+    ).eval()
 
 
-def make_preferences(prompts: int = 6, completions: int = 4, longest: int = 60, seed: int = 0) -> Preferences:
+def make_preferences(
+    prompts: int = 6, completions: int = 4, longest: int = 60, seed: int = 0
+) -> Preferences:
     """Random prompts of 1 to 40 tokens and completions of 1 to `longest`; the completion with the lower index is better."""
     rng, k = np.random.default_rng(seed), completions
-    texts = [[0, *map(int, rng.integers(1, VOCABULARY, rng.integers(0, 40)))] for _ in range(prompts)]
+    texts = [
+        [0, *map(int, rng.integers(1, VOCABULARY, rng.integers(0, 40)))] for _ in range(prompts)
+    ]
     sizes = rng.integers(0, longest, prompts * k)
     better, worse = np.triu_indices(k, 1)
     return Preferences(
@@ -105,12 +125,18 @@ def errors(shape: str, how: str, precision: Precision, device: str) -> dict[str,
     model = make_model(shape).to(device)
     with laid_out(how):
         batch = completion_batch(
-            preferences.prompts, preferences.completions, preferences.prompt_of.tolist(), share=how != "plain"
+            preferences.prompts,
+            preferences.completions,
+            preferences.prompt_of.tolist(),
+            share=how != "plain",
         )
     with autocast(device, precision):
         logps = completion_logps(model, batch.to(device))
     weighted(logps).backward()
-    off = [(p.grad.cpu().double() - g).square().sum() for p, g in zip(model.parameters(), exact_gradients)]
+    off = [
+        (p.grad.cpu().double() - g).square().sum()
+        for p, g in zip(model.parameters(), exact_gradients)
+    ]
     size = [g.square().sum() for g in exact_gradients]
     return {
         "logps_nats": float((logps.detach().cpu().double() - exact).abs().max()),
@@ -126,11 +152,16 @@ def sampling(device: str, draws: int = 40_000) -> dict[str, float]:
         first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
         pairs = torch.tensor([[*prompt, token] for token in range(VOCABULARY)])
         second = first @ model(pairs).logits[:, -1].softmax(-1)
-    drawn = sample_completions(model.float().to(device), [prompt], draws, eos_token_id=VOCABULARY, max_new_tokens=2)[0]
+    drawn = sample_completions(
+        model.float().to(device), [prompt], draws, eos_token_id=VOCABULARY, max_new_tokens=2
+    )[0]
     tokens = np.array(drawn).T
     return {
         name: p_value(np.bincount(found, minlength=VOCABULARY), expected.numpy() * draws)
-        for name, found, expected in (("first_token", tokens[0], first), ("second_token", tokens[1], second))
+        for name, found, expected in (
+            ("first_token", tokens[0], first),
+            ("second_token", tokens[1], second),
+        )
     }
 
 
@@ -142,11 +173,15 @@ def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(chisquare(counts, expected * counts.sum() / expected.sum()).pvalue)
 
 
-def step_gradient(model: nn.Module, preferences: Preferences, loop: LoopConfig) -> tuple[list[Tensor], dict[str, Any]]:
+def step_gradient(
+    model: nn.Module, preferences: Preferences, loop: LoopConfig
+) -> tuple[list[Tensor], dict[str, Any]]:
     """The gradient that the optimizer gets in one step of DPO on all pairs, and the line that is logged."""
     kept: list[Tensor] = []
     handle = register_optimizer_step_pre_hook(
-        lambda optimizer, *_: kept.extend(p.grad.cpu() for group in optimizer.param_groups for p in group["params"])
+        lambda optimizer, *_: kept.extend(
+            p.grad.cpu() for group in optimizer.param_groups for p in group["params"]
+        )
     )
     try:
         config = DPOConfig(beta=0.1, batch_pairs=len(preferences.chosen), loop=loop)
@@ -159,13 +194,20 @@ def step_gradient(model: nn.Module, preferences: Preferences, loop: LoopConfig) 
 def out_of_memory(preferences: Preferences) -> dict[str, Any]:
     """A step of DPO with too little GPU memory for one forward pass: parts that it took, and how far its gradient is off."""
     reference = make_model("gpt2", seed=1).to("cuda")
-    preferences, loop = preferences.with_reference(reference), LoopConfig(learning_rate=1e-6, warmup_steps=0)
+    preferences, loop = (
+        preferences.with_reference(reference),
+        LoopConfig(learning_rate=1e-6, warmup_steps=0),
+    )
     del reference
     peaks, found = [], []
     for accumulate in (1, 8):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        found.append(step_gradient(make_model("gpt2").to("cuda"), preferences, replace(loop, accumulate=accumulate)))
+        found.append(
+            step_gradient(
+                make_model("gpt2").to("cuda"), preferences, replace(loop, accumulate=accumulate)
+            )
+        )
         peaks.append(torch.cuda.max_memory_reserved())
 
     # a cap between what one pass reserves and what eight passes reserve
@@ -191,7 +233,9 @@ class Stopped(Exception):
 
 def same_bytes(device: str, precision: Precision, longest: int, work: Path) -> dict[str, bool]:
     """Whether two runs of DPO end with the same bytes, and one that was stopped and resumed with those, too."""
-    data = make_preferences(prompts=8, longest=longest).with_reference(make_model("gpt2", 1).to(device), precision=precision)
+    data = make_preferences(prompts=8, longest=longest).with_reference(
+        make_model("gpt2", 1).to(device), precision=precision
+    )
     loop = LoopConfig(learning_rate=1e-3, warmup_steps=0, save_every=2, eval_every=1)
     config = DPOConfig(beta=0.1, batch_pairs=6, loop=loop)
 
@@ -216,16 +260,29 @@ def same_bytes(device: str, precision: Precision, longest: int, work: Path) -> d
 
 def gpu_tests(settings: Settings) -> dict[str, Any]:
     """How the tests ended that are marked `gpu`, which skip elsewhere."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "tests/test_gpu.py",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += [f"--basetemp={settings.work / 'tests'}"]
-    ran = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=max(1, settings.left - 2))
+    ran = subprocess.run(
+        command, cwd=HERE.parent, capture_output=True, text=True, timeout=max(1, settings.left - 2)
+    )
     return {"status": ran.returncode, "last line": ran.stdout.strip().splitlines()[-1]}
 
 
 def run(settings: Settings, report: Report) -> None:
     measure(settings, report)
     if settings.device == "cuda":
-        report.attempt("out of memory", lambda: out_of_memory(make_preferences(prompts=64, longest=400)))
+        report.attempt(
+            "out of memory", lambda: out_of_memory(make_preferences(prompts=64, longest=400))
+        )
         report.attempt("tests", lambda: gpu_tests(settings))
 
 
@@ -242,4 +299,6 @@ def measure(settings: Settings, report: Report) -> None:
     for precision in precisions:
         for longest in (40,) if settings.tiny else (60, 400):
             name = f"same bytes/{precision}/up to {longest} tokens"
-            report.attempt(name, lambda p=precision, n=longest: same_bytes(device, p, n, settings.work))
+            report.attempt(
+                name, lambda p=precision, n=longest: same_bytes(device, p, n, settings.work)
+            )

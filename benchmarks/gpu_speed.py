@@ -29,7 +29,11 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.models import prepare_model
 from dpo_lab.train import DPOConfig, train_dpo
 
-SIZES = {"large": (36, 1280), "small": (12, 768), "medium": (24, 1024)}  # layers and width of GPT-2's; heads of 64
+SIZES = {
+    "large": (36, 1280),
+    "small": (12, 768),
+    "medium": (24, 1024),
+}  # layers and width of GPT-2's; heads of 64
 STEPS, TIMED = 2, 3  # in a pass over the pairs, and passes
 WORKLOADS = {  # those of benchmarks/contender.py, with more pairs per step: 66, or 64
     "paper": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), steps=STEPS),
@@ -104,7 +108,10 @@ def matmul_rate(device: str, n: int) -> float:
 def run_contender(name: str, workload: Workload, device: str) -> dict[str, Any]:
     """Steps of one contender, in as few forward passes as fit."""
     began = time.perf_counter()
-    runs: dict[str, Callable] = {"dpo_lab": contender.run_dpo_lab, "textbook": contender.run_textbook}
+    runs: dict[str, Callable] = {
+        "dpo_lab": contender.run_dpo_lab,
+        "textbook": contender.run_textbook,
+    }
     for passes in (1, 2, 4, 8):
         shape = replace(workload, passes=passes)
         config = ContenderConfig(contender=name, precision="bfloat16", device=device, untimed=TIMED)
@@ -112,7 +119,9 @@ def run_contender(name: str, workload: Workload, device: str) -> dict[str, Any]:
         with clean(device) as clock:
             try:
                 result = runs.get(name, contender.run_trl)(config, shape, preferences, short)
-                assert len(clock.marks) == 1 + STEPS * (TIMED + 1), f"{name} made {len(clock.marks)} steps"
+                assert len(clock.marks) == 1 + STEPS * (TIMED + 1), (
+                    f"{name} made {len(clock.marks)} steps"
+                )
                 seconds = clock.passes()
                 break
             except torch.OutOfMemoryError:
@@ -129,7 +138,9 @@ def run_contender(name: str, workload: Workload, device: str) -> dict[str, Any]:
         "reference_seconds_per_step": reference / STEPS,
         "passes": passes,
         "loss": result["loss"],
-        "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6) if device == "cuda" else None,
+        "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6)
+        if device == "cuda"
+        else None,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -141,7 +152,9 @@ def profiled(workload: Workload, device: str) -> dict[str, Any]:
     preferences = make_preferences(workload, 0).with_reference(reference, precision="bfloat16")
     del reference
     settings = LoopConfig(learning_rate=LEARNING_RATE, warmup_steps=0)
-    config = DPOConfig(beta=BETA, batch_pairs=len(preferences.chosen) // workload.steps, loop=settings)
+    config = DPOConfig(
+        beta=BETA, batch_pairs=len(preferences.chosen) // workload.steps, loop=settings
+    )
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]
     with clean(device):
         train_dpo(policy, preferences, config, progress=None)
@@ -149,24 +162,35 @@ def profiled(workload: Workload, device: str) -> dict[str, Any]:
             lines = train_dpo(policy, preferences, config, progress=None)
     kernels = Counter()
     for event in found.key_averages():
-        if str(event.device_type).endswith("CUDA") and not event.key.startswith("Optimizer."):  # which spans kernels
+        if str(event.device_type).endswith("CUDA") and not event.key.startswith(
+            "Optimizer."
+        ):  # which spans kernels
             kernels[event.key] += event.self_device_time_total / 1e6
     counted = Counter(event.name for event in found.events())
     waits = {key: counted[key] / workload.steps for key in WAITS if counted[key]}
-    copies = sum(n for key, n in counted.items() if "DtoH" in key or "Device -> Pageable" in key) / workload.steps
+    copies = (
+        sum(n for key, n in counted.items() if "DtoH" in key or "Device -> Pageable" in key)
+        / workload.steps
+    )
     return {
         "seconds_per_step": statistics.median(line["seconds"] for line in lines),
         "kernel_seconds_per_step": sum(kernels.values()) / workload.steps,
-        "launches_per_step": (counted["cudaLaunchKernel"] + counted["cudaLaunchKernelExC"]) / workload.steps,
+        "launches_per_step": (counted["cudaLaunchKernel"] + counted["cudaLaunchKernelExC"])
+        / workload.steps,
         "waits_per_step": waits,
         "copies_to_the_cpu_per_step": copies,
-        "kernels": [{"name": key[:90], "seconds_per_step": s / workload.steps} for key, s in kernels.most_common(12)],
+        "kernels": [
+            {"name": key[:90], "seconds_per_step": s / workload.steps}
+            for key, s in kernels.most_common(12)
+        ],
     }
 
 
 def run(settings: Settings, report: Report) -> None:
     device = settings.device
-    rate = report.attempt("matmul_flops_per_second", lambda: matmul_rate(device, 256 if settings.tiny else 8192))
+    rate = report.attempt(
+        "matmul_flops_per_second", lambda: matmul_rate(device, 256 if settings.tiny else 8192)
+    )
     sizes, workloads = SIZES, WORKLOADS
     if settings.tiny:
         sizes = {"small": (2, 64)}
@@ -174,10 +198,14 @@ def run(settings: Settings, report: Report) -> None:
     # of the most worth first: the paper's protocol at GPT-2 large, then the two that matter most on every workload
     first, *others = [(name, size) for name in workloads for size in sizes]
     jobs = [(*first, who) for who in CONTENDERS]
-    jobs += [(*job, who) for group in (CONTENDERS[:2], CONTENDERS[2:]) for job in others for who in group]
+    jobs += [
+        (*job, who) for group in (CONTENDERS[:2], CONTENDERS[2:]) for job in others for who in group
+    ]
     for number, (name, size, who) in enumerate(jobs):
         if number == len(CONTENDERS):
-            workload = replace(workloads[first[0]], layers=sizes[first[1]][0], width=sizes[first[1]][1])
+            workload = replace(
+                workloads[first[0]], layers=sizes[first[1]][0], width=sizes[first[1]][1]
+            )
             report.attempt("profile", lambda workload=workload: profiled(workload, device))
             gc.collect()
         if settings.left < 5:
@@ -185,7 +213,12 @@ def run(settings: Settings, report: Report) -> None:
             break
         layers, width = sizes[size]
         workload = replace(workloads[name], layers=layers, width=width)
-        found = report.attempt(f"{name}/{size}/{who}", lambda who=who, w=workload: run_contender(who, w, device))
+        found = report.attempt(
+            f"{name}/{size}/{who}", lambda who=who, w=workload: run_contender(who, w, device)
+        )
         if found and rate:
             flops = least_flops("dpo", workload, 0) / len(make_preferences(workload, 0).chosen)
-            report.add(f"{name}/{size}/{who}", found | {"fraction_of_matmul_rate": found["pairs_per_second"] * flops / rate})
+            report.add(
+                f"{name}/{size}/{who}",
+                found | {"fraction_of_matmul_rate": found["pairs_per_second"] * flops / rate},
+            )

@@ -23,7 +23,16 @@ from dpo_lab.ppo import PPOConfig, train_ppo
 from dpo_lab.preferences import Preferences
 from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.runs import provenance, write_json
-from dpo_lab.task import LANES, Parts, TaskConfig, held_out_prefixes, label, load_parts, measured_precision, task_evaluation
+from dpo_lab.task import (
+    LANES,
+    Parts,
+    TaskConfig,
+    held_out_prefixes,
+    label,
+    load_parts,
+    measured_precision,
+    task_evaluation,
+)
 
 RESULTS = EMBEDDED.parent / "hacking.json"
 
@@ -41,11 +50,15 @@ class HackingConfig:
     task: TaskConfig = field(default_factory=lambda: TaskConfig(eval_prefixes=64))
     """the rest of the data"""
     reward_model: RewardModelConfig = field(
-        default_factory=lambda: RewardModelConfig(epochs=4, loop=LoopConfig(learning_rate=1e-4, warmup_steps=2, eval_every=4))
+        default_factory=lambda: RewardModelConfig(
+            epochs=4, loop=LoopConfig(learning_rate=1e-4, warmup_steps=2, eval_every=4)
+        )
     )
     """of each"""
     ppo: PPOConfig = field(
-        default_factory=lambda: PPOConfig(steps=20, batch=64, minibatch=32, kl_coefficient=0.005, learning_rate=2e-4)
+        default_factory=lambda: PPOConfig(
+            steps=20, batch=64, minibatch=32, kl_coefficient=0.005, learning_rate=2e-4
+        )
     )
     """a nat of KL costs a two-hundredth of a standard deviation of the reward"""
 
@@ -60,21 +73,39 @@ def main(config: HackingConfig, out: Path = RESULTS) -> None:
     write_json(out, {**origin, "config": asdict(replace(config, task=task)), "runs": runs})
 
 
-def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Preferences, i: int) -> list[dict[str, Any]]:
+def push(
+    config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Preferences, i: int
+) -> list[dict[str, Any]]:
     """Evaluations of PPO on the `i`-th reward: `given` is its score, in standard deviations on the reference's completions."""
     mine = preferences.prompt_of[preferences.chosen] // config.prefixes == i
     few = replace(preferences, chosen=preferences.chosen[mine], rejected=preferences.rejected[mine])
     first = task.model or LANES[task.lane]["model"]
     model = ScalarModel(load_model(first))
-    train_reward_model(model, few, config.reward_model, precision=task.precision, seed=i, progress=None)
-    learned, prompts, rows = LearnedReward(model, precision=task.precision), held_out_prefixes(task, parts), []
-    drawn = learned([preferences.prompts[p] for p in preferences.prompt_of], preferences.completions)
-    deviation = drawn.std() or 1.0  # a reward that never ranked held-out pairs better than chance is kept as it began: constant
+    train_reward_model(
+        model, few, config.reward_model, precision=task.precision, seed=i, progress=None
+    )
+    learned, prompts, rows = (
+        LearnedReward(model, precision=task.precision),
+        held_out_prefixes(task, parts),
+        [],
+    )
+    drawn = learned(
+        [preferences.prompts[p] for p in preferences.prompt_of], preferences.completions
+    )
+    deviation = (
+        drawn.std() or 1.0
+    )  # a reward that never ranked held-out pairs better than chance is kept as it began: constant
 
     def evaluate(policy: nn.Module, step: int) -> dict[str, float]:
         found = task_evaluation(task, parts, policy, prompts)
         given = float((np.mean(learned(prompts, found.completions)) - drawn.mean()) / deviation)
-        row = {"step": step, "given": given, "reward": found.reward, "reward_se": found.reward_se, "kl": found.kl}
+        row = {
+            "step": step,
+            "given": given,
+            "reward": found.reward,
+            "reward_se": found.reward_se,
+            "kl": found.kl,
+        }
         rows.append({**row, "text": found.texts[0]})
         return {"given": given, "reward": found.reward, "kl": found.kl}
 
@@ -83,7 +114,9 @@ def push(config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Pre
         parts.reference,
         ScalarModel(load_model(first)),
         learned,
-        sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prompts, seed=i),
+        sample_prefixes(
+            list(parts.reviews["train"]["text"]), parts.tokenizer, config.prompts, seed=i
+        ),
         replace(config.ppo, max_new_tokens=task.max_new_tokens),
         eos_token_id=end_tokens(parts.reference, parts.tokenizer),
         precision=task.precision,

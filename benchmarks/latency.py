@@ -65,17 +65,33 @@ def main(config: LatencyConfig) -> None:
                     page.wait_for_timeout(1_000 * config.pause)
                 page.evaluate("() => window.expect()")
                 page.mouse.move(x + 60 * np.sin(i / 5) + (8 if i % 2 else -8), y)
-                milliseconds["apart" if apart else "in a row"].append(page.evaluate("() => window.arrival"))
+                milliseconds["apart" if apart else "in a row"].append(
+                    page.evaluate("() => window.arrival")
+                )
             page.mouse.up()
         if errors:
             raise SystemExit(f"the page reported errors: {errors}")
     result = {
-        name: {"median": statistics.median(values), "p95": float(np.quantile(values, 0.95)), "milliseconds": values}
+        name: {
+            "median": statistics.median(values),
+            "p95": float(np.quantile(values, 0.95)),
+            "milliseconds": values,
+        }
         for name, values in milliseconds.items()
     }
-    write_json(RESULTS, {"provenance": provenance(), "ipykernel": version("ipykernel"), "pause": config.pause, **result})
+    write_json(
+        RESULTS,
+        {
+            "provenance": provenance(),
+            "ipykernel": version("ipykernel"),
+            "pause": config.pause,
+            **result,
+        },
+    )
     for name, values in result.items():
-        print(f"{config.drags} drags {name}: median {values['median']:.0f} ms, p95 {values['p95']:.0f} ms")
+        print(
+            f"{config.drags} drags {name}: median {values['median']:.0f} ms, p95 {values['p95']:.0f} ms"
+        )
 
 
 if __name__ == "__main__":

@@ -27,11 +27,17 @@ def main() -> None:
     rows, origin = [], provenance()  # before the results file changes
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as directory:
-            cold = {**os.environ, "DPO_LAB_CACHE": f"{directory}/cache", "HF_HOME": f"{directory}/hf"}
+            cold = {
+                **os.environ,
+                "DPO_LAB_CACHE": f"{directory}/cache",
+                "HF_HOME": f"{directory}/hf",
+            }
             run = Path(directory) / "run"
             began = time.perf_counter()
             subprocess.run(
-                [sys.executable, "-m", "dpo_lab.cli", "train", f"--seed={seed}", "--out", str(run)], env=cold, check=True
+                [sys.executable, "-m", "dpo_lab.cli", "train", f"--seed={seed}", "--out", str(run)],
+                env=cold,
+                check=True,
             )
             seconds = time.perf_counter() - began
             summary = json.loads((run / "summary.json").read_text())
@@ -51,7 +57,10 @@ def save(rows: list[dict], origin: dict) -> None:
         "process_seconds": max(row["process_seconds"] for row in rows),
         "peak_memory_mb": max(row["peak_memory_mb"] for row in rows),
     }
-    write_json(ROOT / "benchmarks" / "results" / "main_job.json", {"provenance": origin, "mean": mean, "rows": rows})
+    write_json(
+        ROOT / "benchmarks" / "results" / "main_job.json",
+        {"provenance": origin, "mean": mean, "rows": rows},
+    )
     print(json.dumps(mean, indent=2))
 
 

@@ -81,30 +81,40 @@ def _result(name: str) -> dict:
 
 def _origin(result: dict, more: str = "") -> str:
     origin = result["provenance"]
-    return (
-        f"\n\nMeasured by `{origin['command']}` at commit {origin['commit']} on {origin['machine']}{more}; {origin['versions']}."
-    )
+    return f"\n\nMeasured by `{origin['command']}` at commit {origin['commit']} on {origin['machine']}{more}; {origin['versions']}."
 
 
 def _processes(result: dict) -> str:
-    counts = Counter(tuple(run[k] for k in ("job", "workload", "contender", "precision")) for run in result["runs"])
+    counts = Counter(
+        tuple(run[k] for k in ("job", "workload", "contender", "precision"))
+        for run in result["runs"]
+    )
     return " or ".join(map(str, sorted(set(counts.values()))))
 
 
 def ratios(name: str = "cpu") -> str:
     """Pairs a second and peak memory against TRL, one line a workload."""
     result = _result(name)
-    rows = {(row["workload"], row["contender"], row["precision"]): row for row in result["table"] if row["job"] == "dpo"}
+    rows = {
+        (row["workload"], row["contender"], row["precision"]): row
+        for row in result["table"]
+        if row["job"] == "dpo"
+    }
     lines = [
         "| workload | precision | pairs/s | against TRL's defaults | against TRL's best | peak memory against them |",
         "|---|---|---|---|---|---|",
     ]
     for workload in dict.fromkeys(name for name, _, _ in rows):
         of = {
-            contender: [row for (name, who, _), row in rows.items() if (name, who) == (workload, contender)]
+            contender: [
+                row for (name, who, _), row in rows.items() if (name, who) == (workload, contender)
+            ]
             for contender in ("dpo_lab", "trl_default", "trl_best")
         }
-        default, best = (max(of[name], key=lambda row: row["pairs_per_second"]) for name in ("trl_default", "trl_best"))
+        default, best = (
+            max(of[name], key=lambda row: row["pairs_per_second"])
+            for name in ("trl_default", "trl_best")
+        )
         for ours in of["dpo_lab"]:
             times = [ours["pairs_per_second"] / row["pairs_per_second"] for row in (default, best)]
             memory = [ours["peak_memory_mb"] / row["peak_memory_mb"] for row in (default, best)]
@@ -123,20 +133,37 @@ def speed(name: str = "cpu") -> str:
         "|---" * 10 + "|",
     ]
     result = _result(name)
-    ours = [row for row in result["table"] if (row["contender"], row["precision"]) == ("dpo_lab", "float32")]
+    ours = [
+        row
+        for row in result["table"]
+        if (row["contender"], row["precision"]) == ("dpo_lab", "float32")
+    ]
     exact = {(row["job"], row["workload"]): row["loss"] for row in ours}
     for row in result["table"]:
         least, most = row["spread"]
-        apart = f"{row['reference_tokens_per_second']:,.0f}" if row["reference_tokens_per_second"] else ""
-        error = f"{abs(row['loss'] - exact[row['job'], row['workload']]):.0e}" if row not in ours else ""
+        apart = (
+            f"{row['reference_tokens_per_second']:,.0f}"
+            if row["reference_tokens_per_second"]
+            else ""
+        )
+        error = (
+            f"{abs(row['loss'] - exact[row['job'], row['workload']]):.0e}"
+            if row not in ours
+            else ""
+        )
         lines.append(
             f"| {row['job']}, {row['workload']} | {row['contender']} | {row['precision']} "
             f"| {row['pairs_per_second']:.2f} ({least:.2f}, {most:.2f}) | {row['pairs_per_second_without_reference']:.2f} "
             f"| {row['completion_tokens_per_second']:,.0f} | {apart} "
             f"| {row['peak_memory_mb'] / 1e3:.1f} GB | {row['share_of_limit']:.0%} | {error} |"
         )
-    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in result["matmul_flops_per_second"].items())
-    return "\n".join(lines) + _origin(result, f" ({rates}), processes a contender: {_processes(result)}")
+    rates = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {name}"
+        for name, rate in result["matmul_flops_per_second"].items()
+    )
+    return "\n".join(lines) + _origin(
+        result, f" ({rates}), processes a contender: {_processes(result)}"
+    )
 
 
 def _gpu() -> dict | None:
@@ -162,14 +189,19 @@ def gpu_exactness() -> str:
         for name, value in result["stages"]["exactness"]["results"].items():
             if name != "tests" and (name not in found or "error" in found[name][0]):
                 found[name] = value, result["provenance"]["commit"]
-    lines = ["| model, precision, layout | log-prob, off by (nats) | gradient, off by | commit |", "|---|---|---|---|"]
+    lines = [
+        "| model, precision, layout | log-prob, off by (nats) | gradient, off by | commit |",
+        "|---|---|---|---|",
+    ]
     rest = ["| what | found | commit |", "|---|---|---|"]
     for name, (value, commit) in found.items():
         kind, _, what = name.partition("/")
         if "error" in value:
             cells = f"failed: {value['error']}"
         elif kind == "errors":
-            lines.append(f"| {what.replace('/', ', ')} | {value['logps_nats']:.1e} | {value['gradient']:.1e} | {commit} |")
+            lines.append(
+                f"| {what.replace('/', ', ')} | {value['logps_nats']:.1e} | {value['gradient']:.1e} | {commit} |"
+            )
             continue
         else:
             cells = ", ".join(f"{key.replace('_', ' ')}: {_short(x)}" for key, x in value.items())
@@ -224,13 +256,19 @@ def gpu_speed() -> str:
     if not result:
         return UNMEASURED
     found = result["stages"]["speed"]["results"]
-    runs = {tuple(name.split("/")): run for name, run in found.items() if name.count("/") == 2 and "error" not in run}
+    runs = {
+        tuple(name.split("/")): run
+        for name, run in found.items()
+        if name.count("/") == 2 and "error" not in run
+    }
     lines = [
         "| workload | GPT-2 | contender | pairs/s | against TRL's best | seconds per step | of the reference | peak memory "
         "| against TRL's best | fraction of the matmul rate | forward passes | loss |",
         "|---" * 12 + "|",
     ]
-    for (workload, size, who), run in sorted(runs.items(), key=lambda item: (item[0][:2], item[0][2] != "dpo_lab")):
+    for (workload, size, who), run in sorted(
+        runs.items(), key=lambda item: (item[0][:2], item[0][2] != "dpo_lab")
+    ):
         best = runs.get((workload, size, "trl_best"))
         times = f"{run['pairs_per_second'] / best['pairs_per_second']:.2f}x" if best else ""
         memory = f"{run['peak_memory_mb'] / best['peak_memory_mb']:.2f}x" if best else ""
@@ -257,7 +295,11 @@ def gpu_summary() -> str:
     found = result["stages"]["speed"]["results"]
     ours, best = (found[f"paper/large/{who}"] for who in ("dpo_lab", "trl_best"))
     run = result["stages"]["dpo"]["results"]["protocol"]
-    pairs = {name.removesuffix("/dpo_lab"): row["pairs_per_second"] for name, row in found.items() if name.endswith("/dpo_lab")}
+    pairs = {
+        name.removesuffix("/dpo_lab"): row["pairs_per_second"]
+        for name, row in found.items()
+        if name.endswith("/dpo_lab")
+    }
     ratios = [rate / found[f"{name}/trl_best"]["pairs_per_second"] for name, rate in pairs.items()]
     return (
         f"On one {result['card']['name']}, the paper's protocol on GPT-2 large's shape in bfloat16: {ours['pairs_per_second']:,.0f} pairs/s, "
@@ -278,16 +320,24 @@ def savings() -> str:
     for name in result["savings"]["paper"]:
         cells = []
         for runs in result["savings"].values():
-            seconds, memory = (runs[name][k] / runs["all"][k] for k in ("training_seconds", "peak_memory_mb"))
+            seconds, memory = (
+                runs[name][k] / runs["all"][k] for k in ("training_seconds", "peak_memory_mb")
+            )
             cells.append(f"{seconds:.2f}x time, {memory:.2f}x memory")
-        lines.append(f"| {dict(all='nothing', none='any of them').get(name, name)} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {dict(all='nothing', none='any of them').get(name, name)} | "
+            + " | ".join(cells)
+            + " |"
+        )
     return "\n".join(lines) + _origin(result)
 
 
 def sampling() -> str:
     """Sampling and labelling on the embedded GPT-2."""
     result = _result("sampling")
-    ours, theirs = (statistics.median(result["tokens_per_second"][name]) for name in ("dpo_lab", "generate"))
+    ours, theirs = (
+        statistics.median(result["tokens_per_second"][name]) for name in ("dpo_lab", "generate")
+    )
     return (
         f"`sample_completions` draws {ours:,.0f} completion tokens a second from the embedded GPT-2, transformers' `generate` "
         f"{theirs:,.0f}: {result['ratio']:.1f} times as many. The TF-IDF reward labels {result['labels_per_second']:,.0f} of the "
@@ -311,17 +361,27 @@ def equations() -> str:
     code = {
         f"{path.stem}, cell {number}": "".join(cell["source"])
         for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
-        for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], start=1)
+        for number, cell in enumerate(
+            json.loads(path.read_text(encoding="utf-8"))["cells"], start=1
+        )
         if cell["cell_type"] == "code"
     }
-    lines = ["| equation | proved by `symbolic.` | shown in | computed by | test |", "|---|---|---|---|---|"]
+    lines = [
+        "| equation | proved by `symbolic.` | shown in | computed by | test |",
+        "|---|---|---|---|---|",
+    ]
     for row in equation_index():
         names = row["proved by"].split(", ")
-        shown = [next(place for place, source in code.items() if re.search(rf"\b{name}\(", source)) for name in names]
+        shown = [
+            next(place for place, source in code.items() if re.search(rf"\b{name}\(", source))
+            for name in names
+        ]
         proofs, computed = ", ".join(f"`{name}`" for name in names), row["computed by"]
         function, _, field = computed.partition(" ")
         computed = f"`{function}` {field}".strip() if computed else "(no number: an identity)"
-        lines.append(f"| {row['equation']} | {proofs} | {'; '.join(dict.fromkeys(shown))} | {computed} | `{row['test']}` |")
+        lines.append(
+            f"| {row['equation']} | {proofs} | {'; '.join(dict.fromkeys(shown))} | {computed} | `{row['test']}` |"
+        )
     return "\n".join(lines)
 
 
@@ -339,7 +399,10 @@ def contender_lines() -> str:
             f"| {row['tokens']:,} |"
         )
     if result.seconds:
-        lines += ["", f"All {len(result.peak_memory_mb)} runs took {result.seconds / 60:.0f} minutes of wall clock."]
+        lines += [
+            "",
+            f"All {len(result.peak_memory_mb)} runs took {result.seconds / 60:.0f} minutes of wall clock.",
+        ]
     return "\n".join(lines) + _origin({"provenance": result.provenance})
 
 
@@ -356,7 +419,9 @@ def spread_lines() -> str:
             f"| {row['name']} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
             f"| {share} | {row['least_gain']:.3f} | {row['peak_memory_mb']:,} MB |"
         )
-    return "\n".join(lines) + "".join(_origin({"provenance": result.provenance}) for result in results)
+    return "\n".join(lines) + "".join(
+        _origin({"provenance": result.provenance}) for result in results
+    )
 
 
 BLOCKS = {
@@ -384,7 +449,10 @@ BLOCKS = {
 def render(text: str) -> str:
     """A page with its blocks filled."""
     for name in re.findall(r"<!-- (?!end)([a-z ]+) -->", text):
-        start, end = text.index(f"<!-- {name} -->"), text.index("<!-- end -->", text.index(f"<!-- {name} -->"))
+        start, end = (
+            text.index(f"<!-- {name} -->"),
+            text.index("<!-- end -->", text.index(f"<!-- {name} -->")),
+        )
         text = f"{text[:start]}<!-- {name} -->\n{BLOCKS[name]()}\n{text[end:]}"
     return text
 
@@ -393,4 +461,6 @@ if __name__ == "__main__":
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
     shipped = recorded()
-    plot_contenders(shipped.by_method(), shipped.optimal, shipped.band).savefig(ROOT / "docs" / "frontier.png")
+    plot_contenders(shipped.by_method(), shipped.optimal, shipped.band).savefig(
+        ROOT / "docs" / "frontier.png"
+    )

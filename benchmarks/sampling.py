@@ -36,14 +36,21 @@ class SamplingConfig:
     """measurements of each"""
 
 
-def by_generate(model, tokenizer, prompts: list[list[int]], config: SamplingConfig, seed: int) -> int:
+def by_generate(
+    model, tokenizer, prompts: list[list[int]], config: SamplingConfig, seed: int
+) -> int:
     """Completion tokens from `generate`, left-padded in batches of as many rows as ours, sorted by length."""
     torch.manual_seed(seed)
-    tokens, rows = 0, [prompt for prompt in sorted(prompts, key=len) for _ in range(config.completions)]
+    tokens, rows = (
+        0,
+        [prompt for prompt in sorted(prompts, key=len) for _ in range(config.completions)],
+    )
     for start in range(0, len(rows), 512):
         part = rows[start : start + 512]
         batch = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
-        out = model.generate(**batch, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens)
+        out = model.generate(
+            **batch, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens
+        )
         new = out[:, batch["input_ids"].shape[1] :]
         ended = (new == tokenizer.eos_token_id).int()
         tokens += int(((ended.cumsum(1) - ended) == 0).sum())
@@ -66,7 +73,9 @@ def main(config: SamplingConfig) -> None:
         )
         ours = sum(len(ids) for row in rows for ids in row) / (time.perf_counter() - began)
         began = time.perf_counter()
-        theirs = by_generate(model, tokenizer, prompts, config, seed) / (time.perf_counter() - began)
+        theirs = by_generate(model, tokenizer, prompts, config, seed) / (
+            time.perf_counter() - began
+        )
         if seed:  # the first round warms up
             speeds["dpo_lab"].append(ours)
             speeds["generate"].append(theirs)

@@ -30,7 +30,9 @@ def measured_share() -> float:
     float32 where that machine is slow in bfloat16."""
     table = json.loads((Path(__file__).parent / "results" / "cpu.json").read_text())["table"]
     wanted = {"job": "dpo", "workload": "long", "contender": "dpo_lab"}
-    found = {row["precision"]: row["share_of_limit"] for row in table if wanted.items() <= row.items()}
+    found = {
+        row["precision"]: row["share_of_limit"] for row in table if wanted.items() <= row.items()
+    }
     return found.get("bfloat16", found["float32"])
 
 
@@ -73,7 +75,9 @@ def state_bytes(model: Model, gpus: int, scheme: Scheme, a: Assumptions) -> floa
     if scheme == "DDP":
         return 16 * n
     if scheme == "FSDP":
-        return 16 * n / gpus + 2 * 2 * n / model.layers  # two blocks gathered in bfloat16: the one in use and the next
+        return (
+            16 * n / gpus + 2 * 2 * n / model.layers
+        )  # two blocks gathered in bfloat16: the one in use and the next
     return 2 * n + 14 * n * a.lora_share
 
 
@@ -95,20 +99,28 @@ def traffic_bytes(model: Model, gpus: int, scheme: Scheme, a: Assumptions) -> fl
     """Bytes that a GPU sends a step: rings of all-reduce (DDP, LoRA), all-gather twice and reduce-scatter once (FSDP)."""
     n, ring = model.parameters, (gpus - 1) / gpus
     if scheme == "FSDP":
-        return ring * n * (2 * 2 * passes(gpus, a)[0] + 4)  # weights in bfloat16, gathered anew in every pass; gradients once
+        return (
+            ring * n * (2 * 2 * passes(gpus, a)[0] + 4)
+        )  # weights in bfloat16, gathered anew in every pass; gradients once
     return 2 * ring * 4 * n * (a.lora_share if scheme == "LoRA" else 1)
 
 
 def predict(model: Model, gpus: int, scheme: Scheme, a: Assumptions) -> dict[str, float]:
     """Bytes a GPU, seconds of compute and of traffic a step, and hours an epoch (traffic behind compute, and not)."""
     tokens = a.pairs_per_step * a.tokens_per_pair
-    backward = 2 if scheme == "LoRA" else 4  # gradients of activations, and of weights where they train
-    flops = model.parameters * tokens * (2 + 2 + backward)  # forward; forward again for checkpointing; backward
+    backward = (
+        2 if scheme == "LoRA" else 4
+    )  # gradients of activations, and of weights where they train
+    flops = (
+        model.parameters * tokens * (2 + 2 + backward)
+    )  # forward; forward again for checkpointing; backward
     compute = flops / (gpus * a.flops_per_second * a.share)
     speed = a.inside if gpus <= a.node else a.between
     traffic = traffic_bytes(model, gpus, scheme, a) / speed
     steps = a.pairs / a.pairs_per_step
-    reference = 2 * model.parameters * a.pairs * a.tokens_per_pair / (gpus * a.flops_per_second * a.share)
+    reference = (
+        2 * model.parameters * a.pairs * a.tokens_per_pair / (gpus * a.flops_per_second * a.share)
+    )
     return {
         "bytes": state_bytes(model, gpus, scheme, a) + activation_bytes(model, gpus, a),
         "compute": compute,

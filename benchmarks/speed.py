@@ -72,9 +72,16 @@ def least_flops(job: str, workload: Workload, seed: int) -> float:
     return {"dpo": 4, "sft": 3}[job] * 2 * (blocks * seen + head * predicted)
 
 
-def measure(job: str, name: str, contender: str, precision: str, untimed: int, config: SpeedConfig) -> dict[str, Any]:
+def measure(
+    job: str, name: str, contender: str, precision: str, untimed: int, config: SpeedConfig
+) -> dict[str, Any]:
     """What `benchmarks/contender.py` prints."""
-    arguments = [f"--job={job}", f"--contender={contender}", f"--precision={precision}", f"--workload={name}"]
+    arguments = [
+        f"--job={job}",
+        f"--contender={contender}",
+        f"--precision={precision}",
+        f"--workload={name}",
+    ]
     arguments += [f"--seed={config.seed}", f"--untimed={untimed}"]
     script = Path(__file__).with_name("contender.py")
     output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
@@ -86,14 +93,25 @@ def measure(job: str, name: str, contender: str, precision: str, untimed: int, c
 def summary(runs: list[dict[str, Any]], flops: float, rates: dict[str, float]) -> dict[str, Any]:
     """A row of the table, from the runs of one contender."""
     first = runs[0]
-    rate = statistics.median(r["pairs"] / (r["training_seconds"] + r["reference_seconds"]) for r in runs)
-    steps = [r["pairs"] / (r["steps"] * seconds + r["reference_seconds"]) for r in runs for seconds in r["step_seconds"]]
-    apart = [r["completion_tokens"] / r["reference_seconds"] if r["reference_seconds"] else None for r in runs]
+    rate = statistics.median(
+        r["pairs"] / (r["training_seconds"] + r["reference_seconds"]) for r in runs
+    )
+    steps = [
+        r["pairs"] / (r["steps"] * seconds + r["reference_seconds"])
+        for r in runs
+        for seconds in r["step_seconds"]
+    ]
+    apart = [
+        r["completion_tokens"] / r["reference_seconds"] if r["reference_seconds"] else None
+        for r in runs
+    ]
     return {
         **{name: first[name] for name in ("job", "workload", "contender", "precision", "loss")},
         "pairs_per_second": rate,
         "spread": [min(steps), max(steps)],
-        "pairs_per_second_without_reference": statistics.median(r["pairs"] / r["training_seconds"] for r in runs),
+        "pairs_per_second_without_reference": statistics.median(
+            r["pairs"] / r["training_seconds"] for r in runs
+        ),
         "completion_tokens_per_second": rate * first["completion_tokens"] / first["pairs"],
         "reference_tokens_per_second": None if None in apart else statistics.median(apart),
         "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in runs),
@@ -111,17 +129,28 @@ def main(config: SpeedConfig) -> None:
             if i and time.perf_counter() - began > 60 * config.minutes:
                 break
             fast = rates["bfloat16"] > rates["float32"]
-            untimed = 1 + fast  # elsewhere a step of TRL's defaults takes two minutes, of which the last page faults are little
-            runs[job, name] += [measure(job, name, *contender, untimed, config) for contender in contenders(job, fast)]
-            losses = {r["contender"]: r["loss"] for r in runs[job, name] if r["precision"] == "float32"}
+            untimed = (
+                1 + fast
+            )  # elsewhere a step of TRL's defaults takes two minutes, of which the last page faults are little
+            runs[job, name] += [
+                measure(job, name, *contender, untimed, config)
+                for contender in contenders(job, fast)
+            ]
+            losses = {
+                r["contender"]: r["loss"] for r in runs[job, name] if r["precision"] == "float32"
+            }
             if max(losses.values()) - min(losses.values()) > 1e-4:
-                raise SystemExit(f"the contenders do not compute the same loss of {job} on {name}: {losses}")
+                raise SystemExit(
+                    f"the contenders do not compute the same loss of {job} on {name}: {losses}"
+                )
     table = []
     for (job, name), found in runs.items():
         flops = least_flops(job, WORKLOADS[name], config.seed)
         losses = {r["contender"]: r["loss"] for r in found if r["precision"] == "float32"}
         for contender in dict.fromkeys((r["contender"], r["precision"]) for r in found):
-            row = summary([r for r in found if (r["contender"], r["precision"]) == contender], flops, rates)
+            row = summary(
+                [r for r in found if (r["contender"], r["precision"]) == contender], flops, rates
+            )
             table.append(row)
             print(
                 f"{job} {name:<9} {row['contender']:<12} {row['precision']:<9} {row['pairs_per_second']:8.2f} pairs/s "
@@ -130,7 +159,12 @@ def main(config: SpeedConfig) -> None:
     rows = [run for found in runs.values() for run in found]
     write_json(
         RESULTS / f"{config.name}.json",
-        {"provenance": provenance(), "matmul_flops_per_second": rates, "table": table, "runs": rows},
+        {
+            "provenance": provenance(),
+            "matmul_flops_per_second": rates,
+            "table": table,
+            "runs": rows,
+        },
     )
 
 

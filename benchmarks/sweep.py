@@ -40,7 +40,9 @@ def main(config: SweepConfig) -> None:
     origin = provenance()  # before the results file changes
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not config.fresh else []
     default = CONFIGS["laptop"].dpo
-    grid = [(beta, default.loop.learning_rate) for beta in config.betas] + [(default.beta, rate) for rate in config.rates]
+    grid = [(beta, default.loop.learning_rate) for beta in config.betas] + [
+        (default.beta, rate) for rate in config.rates
+    ]
     for beta, rate in grid:
         key = {"beta": beta, "learning_rate": rate, "seed": config.seed}
         if any(key.items() <= row.items() for row in rows):
@@ -48,7 +50,17 @@ def main(config: SweepConfig) -> None:
         run = config.out / f"beta{beta}-lr{rate}-seed{config.seed}"
         options = [f"--beta={beta}", f"--learning-rate={rate}", f"--seed={config.seed}"]
         data = config.out / f"data-seed{config.seed}"
-        command = [sys.executable, "-m", "dpo_lab.cli", "train", *options, "--out", str(run), "--data", str(data)]
+        command = [
+            sys.executable,
+            "-m",
+            "dpo_lab.cli",
+            "train",
+            *options,
+            "--out",
+            str(run),
+            "--data",
+            str(data),
+        ]
         subprocess.run([*command, *(["--resume"] if run.exists() else [])], check=True)
         summary = json.loads((run / "summary.json").read_text())
         curve = [
@@ -56,12 +68,18 @@ def main(config: SweepConfig) -> None:
             for line in read_metrics(run)
             if "eval/reward" in line
         ]
-        rows.append(key | {k: summary[k] for k in ("before", "after", "steps", "pairs", "seconds")} | {"curve": curve})
+        rows.append(
+            key
+            | {k: summary[k] for k in ("before", "after", "steps", "pairs", "seconds")}
+            | {"curve": curve}
+        )
         write_json(RESULTS, {"provenance": origin, "rows": rows})
     print(f"{'beta':>6} {'rate':>8} {'reward':>7} {'KL':>6} {'seconds':>8}")
     for row in sorted(rows, key=lambda row: -row["after"]["reward"]):
         after = row["after"]
-        print(f"{row['beta']:>6} {row['learning_rate']:>8} {after['reward']:>7.3f} {after['kl']:>6.2f} {row['seconds']:>8.0f}")
+        print(
+            f"{row['beta']:>6} {row['learning_rate']:>8} {after['reward']:>7.3f} {after['kl']:>6.2f} {row['seconds']:>8.0f}"
+        )
 
 
 if __name__ == "__main__":

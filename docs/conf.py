@@ -2,7 +2,13 @@
 
 project = "DPO Lab"
 author = "The DPO Lab authors"
-extensions = ["myst_nb", "sphinx-mathjax-offline", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx-mathjax-offline",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
 root_doc = "docs/index"
 include_patterns = ["README.md", "docs/*.md", "notebooks/*.ipynb"]
 html_theme = "furo"
@@ -14,11 +20,14 @@ nb_execution_mode = "force"
 nb_execution_timeout = 1800  # seconds a cell, for machines that do other work beside
 nb_execution_raise_on_error = True
 nb_ipywidgets_js = {}  # no page asks another host for anything
-nb_mime_priority_overrides = [("html", "image/png", 0)]  # sliders show their first picture; a page has no kernel to move them
+nb_mime_priority_overrides = [
+    ("html", "image/png", 0)
+]  # sliders show their first picture; a page has no kernel to move them
 
 
 def setup(app):
     """Leave out what a named tuple says of its fields by itself."""
     app.connect(
-        "autodoc-process-docstring", lambda *event: event[-1].clear() if "Alias for field" in "".join(event[-1]) else None
+        "autodoc-process-docstring",
+        lambda *event: event[-1].clear() if "Alias for field" in "".join(event[-1]) else None,
     )

@@ -13,14 +13,20 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, penalties + last * scores[:, None], 0.0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Advantages and returns (N, L) of tokens, by generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
 
     A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t; behind a row's last token V and A are zero. `mask`
     (N, L) is True from the first token of a row to its last. Returns are advantages plus values.
     """
     gamma, lam = number("gamma", gamma), number("lam", lam)
-    advantages, after, next_value = torch.zeros_like(rewards), rewards.new_zeros(len(rewards)), rewards.new_zeros(len(rewards))
+    advantages, after, next_value = (
+        torch.zeros_like(rewards),
+        rewards.new_zeros(len(rewards)),
+        rewards.new_zeros(len(rewards)),
+    )
     for t in reversed(range(rewards.shape[1])):
         surprise = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = after = torch.where(mask[:, t], surprise + gamma * lam * after, 0.0)
@@ -42,6 +48,12 @@ def adapted_kl_coefficient(coefficient: float, kl: float, target: float, gain: f
     beta (1 + gain e) with e = clip(kl / target - 1, -0.2, 0.2) (Section 2.2 of Ziegler et al. 2019).
     """
     coefficient, gain, kl, target = (
-        number(name, value) for name, value in (("coefficient", coefficient), ("gain", gain), ("kl", kl), ("target", target))
+        number(name, value)
+        for name, value in (
+            ("coefficient", coefficient),
+            ("gain", gain),
+            ("kl", kl),
+            ("target", target),
+        )
     )
     return coefficient * (1 + gain * float(np.clip(kl / target - 1, -0.2, 0.2)))

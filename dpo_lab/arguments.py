@@ -25,7 +25,9 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 def one_of(name: str, value: Any, literal: Any) -> Any:
     """`value`, which must be one of the values of `literal` (a `typing.Literal`)."""
     allowed = get_args(literal)
-    if not any(value is choice or isinstance(value, type(choice)) and value == choice for choice in allowed):
+    if not any(
+        value is choice or isinstance(value, type(choice)) and value == choice for choice in allowed
+    ):
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
     return next(choice for choice in allowed if choice == value)
 
@@ -49,7 +51,9 @@ def integer(name: str, value: Any) -> int:
 def folder(name: str, value: Any) -> Path:
     """`value`, a string or a path, as a path with `~` expanded."""
     if not isinstance(value, (str, Path)):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be the path of a folder")
+        raise TypeError(
+            f"{name} is {value!r} ({type(value).__name__}); it must be the path of a folder"
+        )
     try:
         return Path(value).expanduser()
     except RuntimeError as error:  # of a ~ whose owner has no home
@@ -78,14 +82,18 @@ def token_ids(name: str, ids: Any, *, signed: bool = False) -> list[int]:
         ids = integers(name, ids).tolist()
     if not signed and ids and min(ids) < 0:
         i = next(i for i, token in enumerate(ids) if token < 0)
-        raise ValueError(f"{name}[{i}] is {ids[i]}; a token id is an index into the vocabulary, 0 or more")
+        raise ValueError(
+            f"{name}[{i}] is {ids[i]}; a token id is an index into the vocabulary, 0 or more"
+        )
     return ids
 
 
 def token_lists(name: str, rows: Iterable[Any]) -> list[list[int]]:
     """`rows`, a sequence of `token_ids`, as lists of ints."""
     if isinstance(rows, str) or not hasattr(rows, "__len__"):
-        raise TypeError(f"{name} is {rows!r} ({type(rows).__name__}); it must be a list of lists of token ids")
+        raise TypeError(
+            f"{name} is {rows!r} ({type(rows).__name__}); it must be a list of lists of token ids"
+        )
     if (
         set(map(type, rows)) <= {list}
         and set(map(type, chain.from_iterable(rows))) <= {int}
@@ -98,25 +106,40 @@ def token_lists(name: str, rows: Iterable[Any]) -> list[list[int]]:
 def _array(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
     """`values` as an array whose dtype is one of numpy's `kinds`; an empty one of any dtype."""
     if isinstance(values, torch.Tensor):
-        wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values  # numpy has no bfloat16
+        wide = (
+            values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        )  # numpy has no bfloat16
         found = wide.detach().cpu().numpy()
     elif isinstance(values, np.ndarray):
         found = values
     elif hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict, set)):
         if "b" not in kinds and any(isinstance(value, (bool, np.bool_)) for value in values):
             raise TypeError(f"{name} holds True or False; it must hold {what}")
-        if any(isinstance(value, torch.Tensor) for value in values):  # numpy takes none with a gradient, or from a GPU
-            values = [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+        if any(
+            isinstance(value, torch.Tensor) for value in values
+        ):  # numpy takes none with a gradient, or from a GPU
+            values = [
+                value.tolist() if isinstance(value, torch.Tensor) else value for value in values
+            ]
         try:
             found = np.asarray(values)
         except ValueError:  # rows of unequal length
-            raise TypeError(f"{name} holds sequences of unequal length; it must hold {what}") from None
+            raise TypeError(
+                f"{name} holds sequences of unequal length; it must hold {what}"
+            ) from None
     else:
-        raise TypeError(f"{name} is {values!r} ({type(values).__name__}); it must be a sequence of {what}")
+        raise TypeError(
+            f"{name} is {values!r} ({type(values).__name__}); it must be a sequence of {what}"
+        )
     if found.size and found.dtype.kind not in kinds:
         kind = numbers.Real if "f" in kinds else numbers.Integral
-        some = map(_scalar, found.flat if isinstance(values, (np.ndarray, torch.Tensor)) else values)
-        wrong = next((value for value in some if isinstance(value, bool) or not isinstance(value, kind)), found.flat[0])
+        some = map(
+            _scalar, found.flat if isinstance(values, (np.ndarray, torch.Tensor)) else values
+        )
+        wrong = next(
+            (value for value in some if isinstance(value, bool) or not isinstance(value, kind)),
+            found.flat[0],
+        )
         raise TypeError(f"{name} holds {wrong!r} ({type(wrong).__name__}); it must hold {what}")
     return found
 
@@ -130,7 +153,11 @@ def settled(config: T) -> T:
     hints = _hints(type(config))
     found = {field.name: getattr(config, field.name) for field in fields(config)}
     changed = {name: _settled(name, value, hints[name]) for name, value in found.items()}
-    return config if all(changed[name] is value for name, value in found.items()) else replace(config, **changed)
+    return (
+        config
+        if all(changed[name] is value for name, value in found.items())
+        else replace(config, **changed)
+    )
 
 
 def checked(call: Call) -> Call:
@@ -163,7 +190,11 @@ def _is_checked(hint: Any) -> bool:
     """Whether `checked` settles arguments of this annotation."""
     if hint is Path or get_origin(hint) is Literal:
         return True
-    return any(map(_is_checked, get_args(hint))) or is_dataclass(hint) and hint.__name__.endswith("Config")
+    return (
+        any(map(_is_checked, get_args(hint)))
+        or is_dataclass(hint)
+        and hint.__name__.endswith("Config")
+    )
 
 
 @functools.cache
@@ -187,7 +218,11 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise TypeError(f"{name} is {value!r}; it must be a tuple")
         found = tuple(_settled(f"{name}[{i}]", item, parts[0]) for i, item in enumerate(value))
-        return value if isinstance(value, tuple) and all(a is b for a, b in zip(found, value)) else found
+        return (
+            value
+            if isinstance(value, tuple) and all(a is b for a, b in zip(found, value))
+            else found
+        )
     if is_dataclass(hint):
         if not isinstance(value, hint):
             raise TypeError(f"{name} is {value!r}; it must be a {hint.__name__}")

@@ -29,7 +29,18 @@ def takes_pieces(model: nn.Module, device: torch.device) -> bool:
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, *, alone=False, rows=(), spread=None, pack=None, pieces=None, **options
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    alone=False,
+    rows=(),
+    spread=None,
+    pack=None,
+    pieces=None,
+    **options,
 ) -> tuple[Tensor, None]:
     """sdpa for transformers' `AttentionInterface`: of rows (R, H, L, D), or of packed tokens (1, H, S, D), laid out in `rows`.
 
@@ -46,10 +57,14 @@ def packed_attention(
     dtype, device = value.dtype, query.device.type
     widened = device == "cpu" and dtype == torch.bfloat16
     one = query.shape[2] == 1 and attention_mask is None and not torch.is_grad_enabled()
-    if one and (widened or device == "cuda"):  # there cuDNN would make a plan for each number of rows and keys
+    if one and (
+        widened or device == "cuda"
+    ):  # there cuDNN would make a plan for each number of rows and keys
         return _next(query.to(dtype), key.to(dtype), value, options["scaling"]), None
     if rows:
-        query, key, value = (x[0].transpose(0, 1).index_select(0, spread) for x in (query, key, value))  # (all r * l, H, D)
+        query, key, value = (
+            x[0].transpose(0, 1).index_select(0, spread) for x in (query, key, value)
+        )  # (all r * l, H, D)
     if widened:
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -57,7 +72,9 @@ def packed_attention(
         rows = [(shape, None if mask is None else mask.float()) for shape, mask in rows]
     with torch.autocast(device, enabled=False) if widened else nullcontext():
         if not rows:
-            return _sdpa(alone, module, query, key, value, attention_mask, **options).to(dtype), None  # (R, L, H, D)
+            return _sdpa(alone, module, query, key, value, attention_mask, **options).to(
+                dtype
+            ), None  # (R, L, H, D)
         parts, sizes = [], [r * length for (r, length), _ in rows]
         for (shape, mask), *laid in zip(rows, *(x.split(sizes) for x in (query, key, value))):
             laid = (x.unflatten(0, shape).transpose(1, 2) for x in laid)  # (r, H, l, D) each
@@ -65,16 +82,22 @@ def packed_attention(
         return torch.cat(parts).to(dtype).index_select(0, pack)[None], None
 
 
-def attention_of_pieces(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float) -> Tensor:
+def attention_of_pieces(
+    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float
+) -> Tensor:
     """Attention of the tokens of a batch (R, H, L, D), each piece to its keys, (R, L, H, D)."""
     shape = query.shape[0], query.shape[2]
     # (R * L, H, D) each; rotary positions leave float32 under autocast
-    query, key, value = (x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    query, key, value = (
+        x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+    )
     groups = query.shape[1] // key.shape[1]
     key, value = (_Keys.apply(x, pieces.keys, pieces.uses) for x in (key, value))
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    return _Flash.apply(query, key, value, pieces.query_ends, pieces.key_ends, pieces.longest, scale).unflatten(0, shape)
+    return _Flash.apply(
+        query, key, value, pieces.query_ends, pieces.key_ends, pieces.longest, scale
+    ).unflatten(0, shape)
 
 
 class _Keys(torch.autograd.Function):
@@ -103,7 +126,9 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_ends, key_ends, longest, scale):
         flash = torch.ops.aten._flash_attention_forward
-        out, normalizer, *_ = flash(query, key, value, query_ends, key_ends, *longest, 0.0, True, False, scale=scale)
+        out, normalizer, *_ = flash(
+            query, key, value, query_ends, key_ends, *longest, 0.0, True, False, scale=scale
+        )
         ctx.save_for_backward(query, key, value, out, query_ends, key_ends, normalizer)
         ctx.longest, ctx.scale = longest, scale
         return out
@@ -112,18 +137,26 @@ class _Flash(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, query_ends, key_ends, normalizer = ctx.saved_tensors
-        of_dropout = torch.empty(2, dtype=torch.uint64, device=grad.device), torch.empty(0, device=grad.device)
+        of_dropout = (
+            torch.empty(2, dtype=torch.uint64, device=grad.device),
+            torch.empty(0, device=grad.device),
+        )
         with fixed_order() if ctx.longest[1] > 128 else nullcontext():
             flash = torch.ops.aten._flash_attention_backward
             sizes = (query_ends, key_ends, *ctx.longest, 0.0, True, *of_dropout)
-            grads = flash(grad.contiguous(), query, key, value, out, normalizer, *sizes, scale=ctx.scale)
+            grads = flash(
+                grad.contiguous(), query, key, value, out, normalizer, *sizes, scale=ctx.scale
+            )
         return *grads, None, None, None, None
 
 
 @contextmanager
 def fixed_order() -> Iterator[None]:
     """Only kernels that add up in a fixed order meanwhile, in all threads; what the process had comes back."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
@@ -134,14 +167,20 @@ def fixed_order() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
+def _sdpa(
+    alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
+) -> Tensor:
     """transformers' sdpa, forward and backward, (R, L, H, D); `alone`, by MKL where the other matmuls are oneDNN's.
 
     Its many products are so small that oneDNN would take longer to begin them than to compute them.
     """
     matmul = torch.backends.mkldnn.matmul
-    if query.device.type == "cuda":  # without cuDNN, which makes a plan for each shape, and the shapes of batches are many
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    if (
+        query.device.type == "cuda"
+    ):  # without cuDNN, which makes a plan for each shape, and the shapes of batches are many
+        with sdpa_kernel(
+            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        ):
             return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     if not alone or matmul.fp32_precision != ONEDNN:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
@@ -169,11 +208,15 @@ def _sdpa(alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: 
 def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention of one query per row (R, H, 1, D) to L keys (R, G, L, D), as (R, 1, H, D): sdpa is slow at it."""
     grouped = query.unflatten(1, (key.shape[1], -1))[..., 0, :] * scaling  # (R, G, H / G, D)
-    weights = (grouped @ key.mT).softmax(-1, dtype=torch.float32).to(query.dtype)  # (R, G, H / G, L)
+    weights = (
+        (grouped @ key.mT).softmax(-1, dtype=torch.float32).to(query.dtype)
+    )  # (R, G, H / G, L)
     return (weights @ value).flatten(1, 2)[:, None]
 
 
 PACKED = "dpo_lab_packed"
-NO_MASK = torch.empty(1, 1, 1, 1)  # four dimensions: transformers hands it on as it is, instead of making a mask
+NO_MASK = torch.empty(
+    1, 1, 1, 1
+)  # four dimensions: transformers hands it on as it is, instead of making a mask
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -26,13 +26,19 @@ def pair_weights(reference: Tensor, reward: Tensor) -> Tensor:
     them (Eq. 1 of Rafailov et al. 2023).
     """
     chosen, rejected = all_pairs(len(reference))
-    weights = reference[chosen] * reference[rejected] * torch.sigmoid(reward[chosen] - reward[rejected])
+    weights = (
+        reference[chosen] * reference[rejected] * torch.sigmoid(reward[chosen] - reward[rejected])
+    )
     return weights / weights.sum()
 
 
-def sample_pairs(reference: Tensor, reward: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_pairs(
+    reference: Tensor, reward: Tensor, n: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """`n` labelled pairs drawn as `pair_weights` says: chosen and rejected, (n,) each."""
-    drawn = torch.multinomial(pair_weights(reference, reward), integer("n", n), replacement=True, generator=generator)
+    drawn = torch.multinomial(
+        pair_weights(reference, reward), integer("n", n), replacement=True, generator=generator
+    )
     chosen, rejected = all_pairs(len(reference))
     return chosen[drawn], rejected[drawn]
 
@@ -73,15 +79,21 @@ def minimise(loss: Loss, reference: Tensor, *, iterations: int = 500) -> Tensor:
 def exact_gradient(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """The gradient by the logits (n,) of J(pi) = E_pi[r] - beta KL(pi || pi_ref) (Eq. 3), by summing over all completions."""
     logits = logits.detach().requires_grad_()
-    return torch.autograd.grad(objective_value(torch.softmax(logits, -1), reference, reward, beta), logits)[0]
+    return torch.autograd.grad(
+        objective_value(torch.softmax(logits, -1), reference, reward, beta), logits
+    )[0]
 
 
 def penalised_rewards(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """r - beta log(pi / pi_ref) of each completion, (n,): what policy gradients maximise the mean of. It has no gradient."""
-    return (reward - number("beta", beta) * (torch.log_softmax(logits, -1) - reference.log())).detach()
+    return (
+        reward - number("beta", beta) * (torch.log_softmax(logits, -1) - reference.log())
+    ).detach()
 
 
-def reinforce_gradients(logits: Tensor, actions: Tensor, returns: Tensor, baseline: float | Tensor = 0.0) -> Tensor:
+def reinforce_gradients(
+    logits: Tensor, actions: Tensor, returns: Tensor, baseline: float | Tensor = 0.0
+) -> Tensor:
     """One estimate of the gradient of the mean return for each action, (N, n): (R - b) grad log pi(a) (Williams 1992).
 
     The log-derivative trick: grad E[R] = sum grad pi(a) R(a) = E[R grad log pi(a)]. On a table of logits grad log pi(a) is
@@ -112,7 +124,11 @@ def policy_gradient(
     the batch's mean return as its baseline if asked; with `clip` it is PPO: `epochs` passes over the same samples, held near
     the policy that drew them by `ppo_clip_loss`.
     """
-    steps, samples, epochs = integer("steps", steps), integer("samples", samples), integer("epochs", epochs)
+    steps, samples, epochs = (
+        integer("steps", steps),
+        integer("samples", samples),
+        integer("epochs", epochs),
+    )
     learning_rate = number("learning_rate", learning_rate)
     logits, path = reference.log().clone(), [reference.detach()]
     for _ in range(steps):
@@ -121,12 +137,16 @@ def policy_gradient(
         returns = penalised_rewards(logits, reference, reward, beta)[actions]
         advantages = returns - returns.mean() if baseline else returns
         if clip is None:
-            logits = logits + learning_rate * reinforce_gradients(logits, actions, advantages).mean(0)
+            logits = logits + learning_rate * reinforce_gradients(logits, actions, advantages).mean(
+                0
+            )
         else:
             old_logps = policy.log()[actions]
             for _ in range(epochs):
                 logits.requires_grad_()
-                loss = ppo_clip_loss(torch.log_softmax(logits, -1)[actions], old_logps, advantages, clip).mean()
+                loss = ppo_clip_loss(
+                    torch.log_softmax(logits, -1)[actions], old_logps, advantages, clip
+                ).mean()
                 logits = (logits - learning_rate * torch.autograd.grad(loss, logits)[0]).detach()
         path.append(torch.softmax(logits, -1))
     return torch.stack(path)

@@ -68,11 +68,15 @@ def train_from(name: str) -> Callable[..., None]:
         summary = experiment.train(config, out, data=data, resume=resume)
         for name in ("before", "after"):
             s = summary[name]
-            say(f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats")
+            say(
+                f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats"
+            )
         say(
             f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak"
         )
-        say(f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}")
+        say(
+            f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}"
+        )
 
     return train_command
 
@@ -110,7 +114,9 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
 
 @checked
 def frontier_command(
-    config: Nested[FrontierConfig], out: Path = Path("runs/frontier"), repeat: tuple[Repeated, ...] = ()
+    config: Nested[FrontierConfig],
+    out: Path = Path("runs/frontier"),
+    repeat: tuple[Repeated, ...] = (),
 ) -> None:
     """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT. Call it again after an interruption.
 
@@ -123,7 +129,9 @@ def frontier_command(
 
 
 @checked
-def pretrain_command(config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False) -> None:
+def pretrain_command(
+    config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False
+) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
     say(f"model in {pretrain(out, config, resume=resume)}")
 
@@ -166,7 +174,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         name, arguments = named_config(sys.argv[1:] if arguments is None else arguments)
         commands = {**COMMANDS, "plan": plan_from(name), "train": train_from(name)}
-        status = tyro.extras.subcommand_cli_from_dict(commands, prog="dpo-lab", args=arguments, description=__doc__) or 0
+        status = (
+            tyro.extras.subcommand_cli_from_dict(
+                commands, prog="dpo-lab", args=arguments, description=__doc__
+            )
+            or 0
+        )
         leave()
         return status
     except (ValueError, TypeError, FileNotFoundError) as error:

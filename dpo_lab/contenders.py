@@ -13,7 +13,12 @@ from dpo_lab.arguments import checked, integer, number, one_of
 from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.models import EMBEDDED
 
-BETAS, TARGETS, ALPHAS, SEEDS = (0.05, 0.1, 1.0, 5.0), (3.0, 6.0, 9.0, 12.0), (0.05, 0.1, 0.5, 1.0), (0, 1, 2, 3, 4, 5)
+BETAS, TARGETS, ALPHAS, SEEDS = (
+    (0.05, 0.1, 1.0, 5.0),
+    (3.0, 6.0, 9.0, 12.0),
+    (0.05, 0.1, 0.5, 1.0),
+    (0, 1, 2, 3, 4, 5),
+)
 Method = Literal["dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft", "best-of-n", "sft"]
 LABELS: dict[Method, tuple[str, str]] = {  # and what is varied of it
     "dpo": ("DPO", "beta"),
@@ -32,8 +37,21 @@ REPEATED: dict[Repeated, float] = {  # settings that end within 5 nats
     "unlikelihood": 0.5,
     "preferred-ft": 0.0,
 }
-REPEATS = [EMBEDDED.parent / name for name in ("repeats", "repeats-ppo-gt", "repeats-likelihood")]  # shipped
-COLUMNS = ("method", "setting", "seed", "step", "reward", "reward_se", "kl", "kl_se", "seconds", "tokens")
+REPEATS = [
+    EMBEDDED.parent / name for name in ("repeats", "repeats-ppo-gt", "repeats-likelihood")
+]  # shipped
+COLUMNS = (
+    "method",
+    "setting",
+    "seed",
+    "step",
+    "reward",
+    "reward_se",
+    "kl",
+    "kl_se",
+    "seconds",
+    "tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,11 @@ class Contender:
         name, what = LABELS[self.method]
         if self.method == "best-of-n":
             return f"{name} = {self.setting:g}"
-        return f"{name}, {what} {self.seed if self.method == 'preferred-ft' else format(self.setting, 'g')}" if what else name
+        return (
+            f"{name}, {what} {self.seed if self.method == 'preferred-ft' else format(self.setting, 'g')}"
+            if what
+            else name
+        )
 
     @property
     def name(self) -> str:
@@ -67,7 +89,11 @@ class Contender:
 def contenders(seed: int = 0) -> list[Contender]:
     """The paper's 22 runs: beta of DPO, target KL of PPO and PPO-GT, alpha of unlikelihood, seeds of Preferred-FT."""
     grid = {"dpo": BETAS, "ppo": TARGETS, "ppo-gt": TARGETS, "unlikelihood": ALPHAS}
-    runs = [Contender(method, setting, seed) for method, settings in grid.items() for setting in settings]
+    runs = [
+        Contender(method, setting, seed)
+        for method, settings in grid.items()
+        for setting in settings
+    ]
     return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
 
 
@@ -111,7 +137,10 @@ class Recorded:
 
     def by_method(self) -> dict[str, list[dict[str, Any]]]:
         """The evaluations of every method, by what a reader calls it."""
-        found = {label: [row for row in self.rows if row["method"] == method] for method, (label, _) in LABELS.items()}
+        found = {
+            label: [row for row in self.rows if row["method"] == method]
+            for method, (label, _) in LABELS.items()
+        }
         return {label: rows for label, rows in found.items() if rows}
 
     def summary(self, at_most: float = 5.0) -> list[dict[str, Any]]:
@@ -120,7 +149,10 @@ class Recorded:
         found: dict[str, dict[str, Any]] = {}
         for run, rows in self.runs().items():
             for row in rows:
-                if row["kl"] <= at_most and row["reward"] > found.get(run.method, {"reward": -np.inf})["reward"]:
+                if (
+                    row["kl"] <= at_most
+                    and row["reward"] > found.get(run.method, {"reward": -np.inf})["reward"]
+                ):
                     found[run.method] = {**row, "label": run.label, "share": self.share(row)}
         return list(found.values())
 
@@ -131,7 +163,9 @@ class Recorded:
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for run, rows in self.runs().items():
             memory = self.peak_memory_mb.get(run.name)
-            groups.setdefault((run.method, run.setting), []).append({**rows[-1], "peak_memory_mb": memory})
+            groups.setdefault((run.method, run.setting), []).append(
+                {**rows[-1], "peak_memory_mb": memory}
+            )
         found = []
         for (method, setting), rows in groups.items():
             if len(rows) > 1:
@@ -140,20 +174,32 @@ class Recorded:
                 label, what = LABELS[method]
                 name = label if what == "seed" else f"{label}, {what} {setting:g}"
                 line = {"name": name, "seeds": len(rows), "reward": reward, "kl": kl}
-                line |= {"reward_sd": float(np.std(rewards, ddof=1)), "share": self.share_bounds(reward, kl)}
+                line |= {
+                    "reward_sd": float(np.std(rewards, ddof=1)),
+                    "share": self.share_bounds(reward, kl),
+                }
                 memory = max(row["peak_memory_mb"] for row in rows)
-                found.append(line | {"least_gain": min(rewards) - self.before, "peak_memory_mb": memory})
+                found.append(
+                    line | {"least_gain": min(rewards) - self.before, "peak_memory_mb": memory}
+                )
         return found
 
     def share_bounds(self, reward: float, kl: float) -> tuple[float, float]:
         """Between which shares of the optimal gain a policy lies. Past the estimate's end the optimum is at least what it was
         there, and at most `OptimalFrontier.most_at`, or 1, the highest reward there is."""
         lowest = float(self.optimal.reward_at(min(kl, self.optimal.kl[self.optimal.valid].max())))
-        return tuple((reward - self.before) / (best - self.before) for best in (min(self.optimal.most_at(kl), 1.0), lowest))
+        return tuple(
+            (reward - self.before) / (best - self.before)
+            for best in (min(self.optimal.most_at(kl), 1.0), lowest)
+        )
 
     def share(self, row: Mapping[str, Any]) -> float:
         """The share of the optimal gain that an evaluation reaches at its KL; NaN below 0.1 nats and past the estimate."""
-        return float(self.optimal.share(row["reward"], row["kl"], self.before)) if row["kl"] >= 0.1 else float("nan")
+        return (
+            float(self.optimal.share(row["reward"], row["kl"], self.before))
+            if row["kl"] >= 0.1
+            else float("nan")
+        )
 
 
 @checked
@@ -162,9 +208,14 @@ def recorded(folder: Path | str | None = None) -> Recorded:
     folder = EMBEDDED.parent if folder is None else folder
     for name in ("frontier.csv", "frontier.json"):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is not there; give the directory of a finished `dpo-lab frontier`")
+            raise FileNotFoundError(
+                f"{folder / name} is not there; give the directory of a finished `dpo-lab frontier`"
+            )
     with open(folder / "frontier.csv", newline="", encoding="utf-8") as file:
-        rows = [{k: v if k == "method" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = [
+            {k: v if k == "method" else float(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
     for row in rows:
         row |= {name: int(row[name]) for name in ("seed", "step", "tokens")}
     found = json.loads((folder / "frontier.json").read_text(encoding="utf-8"))
@@ -173,7 +224,10 @@ def recorded(folder: Path | str | None = None) -> Recorded:
         rows,
         OptimalFrontier(*(np.array(optimal[name]) for name in OptimalFrontier._fields)),
         np.array([optimal[name] for name in ("at", "low", "high")], dtype=np.float64),
-        {name: [(text, reward) for text, reward in run["samples"]] for name, run in found["runs"].items()},
+        {
+            name: [(text, reward) for text, reward in run["samples"]]
+            for name, run in found["runs"].items()
+        },
         {name: run["scores"] for name, run in found["runs"].items() if run["scores"]},
         {name: run["peak_memory_mb"] for name, run in found["runs"].items()},
         {name: found[name] for name in ("commit", "command", "machine", "versions")},

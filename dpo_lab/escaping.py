@@ -3,7 +3,9 @@
 import html
 import re
 
-LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")  # where str.splitlines splits
+LINE_BREAK = re.compile(
+    "\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]"
+)  # where str.splitlines splits
 
 
 def for_figure(text: str) -> str:
@@ -14,10 +16,16 @@ def for_figure(text: str) -> str:
 
 def for_html(text: str) -> str:
     """`text` between HTML tags. Each dollar and backslash has an element of its own, so that MathJax finds no formula."""
-    return re.sub(r"[$\\]", lambda found: f"<span>&#{ord(found[0])};</span>", html.escape(str(text), quote=False))
+    return re.sub(
+        r"[$\\]",
+        lambda found: f"<span>&#{ord(found[0])};</span>",
+        html.escape(str(text), quote=False),
+    )
 
 
 def for_markdown(text: str) -> str:
     """`text` as a cell of a Markdown table: on one line, its line breaks as <br>."""
     lines = map(for_html, LINE_BREAK.split(str(text)))
-    return "<br>".join(re.sub(r"[`*_~|\[\]]", lambda found: f"&#{ord(found[0])};", line) for line in lines)
+    return "<br>".join(
+        re.sub(r"[`*_~|\[\]]", lambda found: f"&#{ord(found[0])};", line) for line in lines
+    )

@@ -67,7 +67,9 @@ def evaluate_policy(
         log_ratios = (scored[0] - scored[1]).numpy()
     rewards = floats("reward", reward(texts))
     if rewards.shape != (len(texts),):
-        raise ValueError(f"reward gave the shape {rewards.shape} for {len(texts)} texts; it must be (N,), one number each")
+        raise ValueError(
+            f"reward gave the shape {rewards.shape} for {len(texts)} texts; it must be (N,), one number each"
+        )
     error = np.sqrt(len(prompts))
     return Evaluation(
         reward=float(rewards.mean()),
@@ -80,7 +82,9 @@ def evaluate_policy(
     )
 
 
-def win_rate(rewards: Sequence[float], baseline: Sequence[float], *, level: float = 0.95) -> tuple[float, float, float]:
+def win_rate(
+    rewards: Sequence[float], baseline: Sequence[float], *, level: float = 0.95
+) -> tuple[float, float, float]:
     """Share of prompts whose completion has a higher reward than the baseline's, ties one half, and its interval (Wilson).
 
     Raises:
@@ -88,10 +92,19 @@ def win_rate(rewards: Sequence[float], baseline: Sequence[float], *, level: floa
     """
     gap = floats("rewards", rewards) - floats("baseline", baseline)
     if gap.ndim != 1 or not len(gap):
-        raise ValueError(f"rewards and baseline give {gap.shape} differences; give two lists of one reward a prompt")
+        raise ValueError(
+            f"rewards and baseline give {gap.shape} differences; give two lists of one reward a prompt"
+        )
     rate, z = float(np.mean((gap > 0) + (gap == 0) / 2)), norm.ppf(0.5 + level / 2)
-    centre, half = rate + z**2 / (2 * len(gap)), z * math.sqrt(rate * (1 - rate) / len(gap) + (z / (2 * len(gap))) ** 2)
-    return rate, float((centre - half) / (1 + z**2 / len(gap))), float((centre + half) / (1 + z**2 / len(gap)))
+    centre, half = (
+        rate + z**2 / (2 * len(gap)),
+        z * math.sqrt(rate * (1 - rate) / len(gap) + (z / (2 * len(gap))) ** 2),
+    )
+    return (
+        rate,
+        float((centre - half) / (1 + z**2 / len(gap))),
+        float((centre + half) / (1 + z**2 / len(gap))),
+    )
 
 
 def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
@@ -116,9 +129,13 @@ def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
     """
     scores, n = floats("scores", scores), integer("n", n)
     if scores.ndim != 2 or not 1 <= n <= scores.shape[1]:
-        raise ValueError(f"n is {n} with scores of shape {scores.shape}; it must be from 1 to K for scores (M, K)")
+        raise ValueError(
+            f"n is {n} with scores of shape {scores.shape}; it must be from 1 to K for scores (M, K)"
+        )
     k = scores.shape[1]
-    chances = np.array([math.comb(i, n - 1) for i in range(k)], dtype=np.float64) / math.comb(k, n)  # that i is the best
+    chances = np.array([math.comb(i, n - 1) for i in range(k)], dtype=np.float64) / math.comb(
+        k, n
+    )  # that i is the best
     return np.sort(scores, axis=1) @ chances
 
 
@@ -137,7 +154,9 @@ class OptimalFrontier(NamedTuple):
     def reward_at(self, kl: float | np.ndarray) -> np.ndarray:
         """The best mean reward at a KL in nats; NaN where the estimate stops being valid."""
         order = np.argsort(self.kl[self.valid])
-        return np.interp(kl, self.kl[self.valid][order], self.reward[self.valid][order], right=np.nan)
+        return np.interp(
+            kl, self.kl[self.valid][order], self.reward[self.valid][order], right=np.nan
+        )
 
     def most_at(self, kl: float) -> float:
         """A reward that no policy can exceed at a KL in nats: the estimate, and past its end the chord through its last two
@@ -146,9 +165,13 @@ class OptimalFrontier(NamedTuple):
         kls, rewards = self.kl[self.valid][order], self.reward[self.valid][order]
         if kl <= kls[-1]:
             return float(self.reward_at(kl))
-        return float(rewards[-1] + (kl - kls[-1]) * (rewards[-1] - rewards[-2]) / (kls[-1] - kls[-2]))
+        return float(
+            rewards[-1] + (kl - kls[-1]) * (rewards[-1] - rewards[-2]) / (kls[-1] - kls[-2])
+        )
 
-    def share(self, reward: float | np.ndarray, kl: float | np.ndarray, before: float) -> np.ndarray:
+    def share(
+        self, reward: float | np.ndarray, kl: float | np.ndarray, before: float
+    ) -> np.ndarray:
         """The share of the optimal gain over the reference's reward `before` that a policy reaches at its KL."""
         return (np.asarray(reward) - before) / (self.reward_at(kl) - before)
 
@@ -168,7 +191,9 @@ def optimal_frontier(scores: np.ndarray, betas: Sequence[float]) -> OptimalFront
     """
     scores, betas = floats("scores", scores), floats("betas", betas)
     if scores.ndim != 2 or scores.shape[1] < 2 or not (betas > 0).all():
-        raise ValueError(f"scores has shape {scores.shape} and betas {betas}; need (M, K) scores with K >= 2 and positive betas")
+        raise ValueError(
+            f"scores has shape {scores.shape} and betas {betas}; need (M, K) scores with K >= 2 and positive betas"
+        )
     tilt = scores / betas[:, None, None]  # (B, M, K)
     top = tilt.max(-1, keepdims=True)
     weights = np.exp(tilt - top)
@@ -180,7 +205,13 @@ def optimal_frontier(scores: np.ndarray, betas: Sequence[float]) -> OptimalFront
 
 
 def frontier_band(
-    scores: np.ndarray, betas: Sequence[float], at: Sequence[float], *, level: float = 0.9, resamples: int = 200, seed: int = 0
+    scores: np.ndarray,
+    betas: Sequence[float],
+    at: Sequence[float],
+    *,
+    level: float = 0.9,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper end, (A,) each, of the best mean reward at each KL of `at` (A,), by bootstrap.
 
@@ -192,7 +223,9 @@ def frontier_band(
     for row in found:
         prompts = rng.integers(len(scores), size=len(scores))
         samples = rng.integers(scores.shape[1], size=scores.shape)
-        row[:] = optimal_frontier(np.take_along_axis(scores[prompts], samples, 1), betas).reward_at(at)
+        row[:] = optimal_frontier(np.take_along_axis(scores[prompts], samples, 1), betas).reward_at(
+            at
+        )
     enough = np.isfinite(found).mean(0) >= 0.5
     ends = np.full((2, len(at)), np.nan)
     ends[:, enough] = np.nanquantile(found[:, enough], ((1 - level) / 2, (1 + level) / 2), axis=0)

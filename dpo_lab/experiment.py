@@ -74,7 +74,13 @@ CONFIGS = {
         DPOConfig(
             beta=0.1,
             batch_pairs=64,
-            loop=LoopConfig(learning_rate=1e-6, optimizer="rmsprop", schedule="constant", warmup_steps=150, eval_every=100),
+            loop=LoopConfig(
+                learning_rate=1e-6,
+                optimizer="rmsprop",
+                schedule="constant",
+                warmup_steps=150,
+                eval_every=100,
+            ),
         ),
     ),
 }
@@ -87,7 +93,9 @@ def planned(config: ExperimentConfig, parts: Parts) -> Plan:
     sft_batch, sft_batches = planned_sft(task, parts)
     return plan(
         parts.reference,
-        sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=task.seed),
+        sample_prefixes(
+            list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=task.seed
+        ),
         config.dpo,
         completions=task.completions,
         max_new_tokens=task.max_new_tokens,
@@ -101,14 +109,20 @@ def planned(config: ExperimentConfig, parts: Parts) -> Plan:
 @checked
 def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -> Plan:
     """The plan of `train` with the same arguments; nothing is written."""
-    config = replace(config, task=recorded_precision(located(config.task), out, data or out / "data"))
+    config = replace(
+        config, task=recorded_precision(located(config.task), out, data or out / "data")
+    )
     check_config(config.dpo)
     parts = load_parts(config.task)
-    return planned(replace(config, task=measured_precision(config.task, parts, config.dpo.beta)), parts)
+    return planned(
+        replace(config, task=measured_precision(config.task, parts, config.dpo.beta)), parts
+    )
 
 
 @checked
-def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False
+) -> dict[str, Any]:
     """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated.
 
     Raises:
@@ -143,7 +157,9 @@ def train(config: ExperimentConfig, out: Path, *, data: Path | None = None, resu
     return summary
 
 
-def _trained(config: ExperimentConfig, out: Path, data: Path, parts: Parts, resume: bool) -> dict[str, Any]:
+def _trained(
+    config: ExperimentConfig, out: Path, data: Path, parts: Parts, resume: bool
+) -> dict[str, Any]:
     """Data, training and evaluation of a run whose directory is this process's; what its summary says of them."""
     preferences = label(config.task, data, parts)
     parts = sft(config.task, data, parts)
@@ -159,12 +175,24 @@ def _trained(config: ExperimentConfig, out: Path, data: Path, parts: Parts, resu
         result = evaluation(model, max(8, len(prompts) // 4)) if step else before
         save_snapshot(out, step, model, preferences, result)
         return_freed_memory()
-        return {"reward": result.reward, "reward_se": result.reward_se, "kl/sequence": result.kl, "kl/sequence_se": result.kl_se}
+        return {
+            "reward": result.reward,
+            "reward_se": result.reward_se,
+            "kl/sequence": result.kl,
+            "kl/sequence_se": result.kl_se,
+        }
 
     before = evaluation(parts.reference, len(prompts), "evaluate before")
     policy = load_model(initial_policy(config.task, data), device=config.task.device)
     metrics = train_dpo(
-        policy, preferences, config.dpo, seed=config.task.seed, run=out, resume=resume, evaluate=during, progress="train"
+        policy,
+        preferences,
+        config.dpo,
+        seed=config.task.seed,
+        run=out,
+        resume=resume,
+        evaluate=during,
+        progress="train",
     )
     after = evaluation(policy, len(prompts), "evaluate after")
     return_freed_memory()
@@ -193,7 +221,9 @@ def _from(run: Path, name: str) -> str:
 def _reference_of(run: Path, recorded: str) -> str:
     """The model that a run recorded as its reference, by `_from` or by the path that it had when the run was made."""
     for folder in (run / recorded, run / "data" / "sft" / "model"):
-        if folder.is_dir() and (Path(recorded).parts[-2:] == folder.parts[-2:] or folder == run / recorded):
+        if folder.is_dir() and (
+            Path(recorded).parts[-2:] == folder.parts[-2:] or folder == run / recorded
+        ):
             return str(folder.absolute())
     return recorded
 
@@ -206,7 +236,9 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
         ValueError: the run is not finished, or its reference has other weights now.
     """
     if not (run / "summary.json").exists() or not (run / "policy" / "config.json").exists():
-        raise ValueError(f"{run} holds no finished run (summary.json and policy/); make one with `dpo-lab train --out {run}`")
+        raise ValueError(
+            f"{run} holds no finished run (summary.json and policy/); make one with `dpo-lab train --out {run}`"
+        )
     recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
     task = TaskConfig(**recorded["task"])
     task = settled(replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes))
@@ -255,18 +287,32 @@ def save_snapshot(
     some = np.linspace(0, len(p.chosen) - 1, min(pairs, len(p.chosen))).astype(int)
     ends = np.concatenate([p.chosen[some], p.rejected[some]])
     logps = score_completions(
-        policy, p.prompts, [p.completions[i] for i in ends], p.prompt_of[ends], precision=p.reference_precision
+        policy,
+        p.prompts,
+        [p.completions[i] for i in ends],
+        p.prompt_of[ends],
+        precision=p.reference_precision,
     )
     chosen, rejected = np.split(logps.numpy() - p.reference_logps[ends], 2)
     line = {"step": step, "chosen": chosen.tolist(), "rejected": rejected.tolist()}
-    line |= {"texts": result.texts[:texts], "rewards": result.rewards[:texts], "reward": result.reward, "kl": result.kl}
+    line |= {
+        "texts": result.texts[:texts],
+        "rewards": result.rewards[:texts],
+        "reward": result.reward,
+        "kl": result.kl,
+    }
     earlier = [old for old in read_snapshots(out) if old["step"] < step] if path.exists() else []
     with write_whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]),
+            encoding="utf-8",
+        )
 
 
 @checked
-def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: OptimalFrontier) -> None:
+def save_figures(
+    out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: OptimalFrontier
+) -> None:
     """Loss, rewards and accuracy, margins, and reward against KL, as PNG under `figures/`."""
     points = [
         {
@@ -291,4 +337,9 @@ def save_figures(out: Path, metrics: list[dict[str, Any]], after: Evaluation, fr
 
 
 def _summary(result: Evaluation) -> dict[str, float]:
-    return {"reward": result.reward, "reward_se": result.reward_se, "kl": result.kl, "kl_se": result.kl_se}
+    return {
+        "reward": result.reward,
+        "reward_se": result.reward_se,
+        "kl": result.kl,
+        "kl_se": result.kl_se,
+    }

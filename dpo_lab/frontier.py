@@ -29,8 +29,21 @@ from dpo_lab.ppo import PPOConfig, Reward, check_ppo_config, text_reward, train_
 from dpo_lab.preferences import Preferences
 from dpo_lab.processes import launched
 from dpo_lab.records import locked, require_free
-from dpo_lab.reward_model import LearnedReward, RewardModelConfig, check_reward_model, train_reward_model
-from dpo_lab.runs import check_run, open_run, peak_memory_mb, provenance, require_writable, write_json, write_whole
+from dpo_lab.reward_model import (
+    LearnedReward,
+    RewardModelConfig,
+    check_reward_model,
+    train_reward_model,
+)
+from dpo_lab.runs import (
+    check_run,
+    open_run,
+    peak_memory_mb,
+    provenance,
+    require_writable,
+    write_json,
+    write_whole,
+)
 from dpo_lab.task import (
     Parts,
     TaskConfig,
@@ -46,7 +59,14 @@ from dpo_lab.task import (
     sft,
     task_evaluation,
 )
-from dpo_lab.train import DPOConfig, check_alpha, check_config, check_epochs, train_dpo, train_unlikelihood
+from dpo_lab.train import (
+    DPOConfig,
+    check_alpha,
+    check_config,
+    check_epochs,
+    train_dpo,
+    train_unlikelihood,
+)
 from dpo_lab.tuning import keep_freed_memory
 
 BEST_OF = (1, 2, 4, 8, 16)
@@ -73,7 +93,9 @@ class FrontierConfig:
 
 
 @checked
-def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None = None) -> list[dict[str, Any]]:
+def frontier(
+    config: FrontierConfig, out: Path, *, runs: list[Contender] | None = None
+) -> list[dict[str, Any]]:
     """Run every contender that has not finished yet, and write the evaluations of all finished runs to `out/frontier.csv`.
 
     Each run has a directory of its own under `out`; a run that was interrupted begins again, a finished one is kept.
@@ -82,11 +104,16 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         ValueError: a bad config, a directory with another one, or one in which another process is at work.
     """
     if launched() > 1:
-        raise ValueError(f"frontier was launched {launched()} times; it starts processes of its own (jobs), so launch it once")
+        raise ValueError(
+            f"frontier was launched {launched()} times; it starts processes of its own (jobs), so launch it once"
+        )
     runs = contenders(config.task.seed) if runs is None else runs
     check_frontier(config, runs)
     began = time.perf_counter()
-    origin, config = provenance(), replace(config, task=recorded_precision(located(config.task), out))
+    origin, config = (
+        provenance(),
+        replace(config, task=recorded_precision(located(config.task), out)),
+    )
     require_free(out, "frontier.lock")
     require_writable(out)
     check_run(out, settings(config), resume=True)
@@ -100,25 +127,51 @@ def frontier(config: FrontierConfig, out: Path, *, runs: list[Contender] | None 
         with locked(out, "frontier.lock"):
             _run_all(config, parts, todo, len(runs), out, origin)
     reference = json.loads((out / "baselines.json").read_text(encoding="utf-8"))
-    found = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*/rows.json")}
-    finished = sorted(found, key=lambda name: [found[name]["rows"][0][k] for k in ("method", "setting", "seed")])
+    found = {
+        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+        for file in out.glob("*/rows.json")
+    }
+    finished = sorted(
+        found, key=lambda name: [found[name]["rows"][0][k] for k in ("method", "setting", "seed")]
+    )
     tables = [reference, *(found[name] for name in finished)]
     rows = [row for table in tables for row in table["rows"]]
-    with write_whole(out / "frontier.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        write_whole(out / "frontier.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    kept = {name: {k: found[name][k] for k in ("samples", "scores", "peak_memory_mb")} for name in finished}
-    origin |= {"commit": ", ".join(dict.fromkeys(table["commit"] for table in tables))}  # runs that were kept have their own
+    kept = {
+        name: {k: found[name][k] for k in ("samples", "scores", "peak_memory_mb")}
+        for name in finished
+    }
+    origin |= {
+        "commit": ", ".join(dict.fromkeys(table["commit"] for table in tables))
+    }  # runs that were kept have their own
     seconds = round(time.perf_counter() - began) if len(todo) == len(found) else None
     write_json(
         out / "frontier.json",
-        {**origin, "seconds": seconds, "config": settings(config), "optimal": reference["optimal"], "runs": kept},
+        {
+            **origin,
+            "seconds": seconds,
+            "config": settings(config),
+            "optimal": reference["optimal"],
+            "runs": kept,
+        },
     )
     return rows
 
 
-def _run_all(config: FrontierConfig, parts: Parts, todo: list[Contender], total: int, out: Path, origin: dict[str, str]) -> None:
+def _run_all(
+    config: FrontierConfig,
+    parts: Parts,
+    todo: list[Contender],
+    total: int,
+    out: Path,
+    origin: dict[str, str],
+) -> None:
     """The baselines and the runs that have not finished yet, of `total`, as many at a time as there are jobs."""
     preferences = label(config.task, out / "data", parts)
     parts = sft(config.task, out / "data", parts)
@@ -134,7 +187,10 @@ def _run_all(config: FrontierConfig, parts: Parts, todo: list[Contender], total:
             del parts, preferences
             threads = max(1, torch.get_num_threads() // jobs)
             with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-                tasks = [pool.submit(finish_alone, run, config, out, origin, threads) for run in [None, *todo]]
+                tasks = [
+                    pool.submit(finish_alone, run, config, out, origin, threads)
+                    for run in [None, *todo]
+                ]
                 try:
                     for task in as_completed(tasks):
                         bar.update(task.result())
@@ -152,9 +208,13 @@ def check_frontier(config: FrontierConfig, runs: list[Contender]) -> None:
     check_ppo_config(config.ppo)
     check_epochs(1, config.batch_pairs)
     if config.loop.tensorboard:
-        raise ValueError("tensorboard is on, and the runs of a sweep have no run directories to log to; switch it off")
+        raise ValueError(
+            "tensorboard is on, and the runs of a sweep have no run directories to log to; switch it off"
+        )
     if config.samples < BEST_OF[-1]:
-        raise ValueError(f"samples is {config.samples}; it must be at least {BEST_OF[-1]}, for best-of-{BEST_OF[-1]}")
+        raise ValueError(
+            f"samples is {config.samples}; it must be at least {BEST_OF[-1]}, for best-of-{BEST_OF[-1]}"
+        )
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1, or None")
     for run in runs:
@@ -186,7 +246,9 @@ def settings(config: FrontierConfig) -> dict[str, Any]:
 
 
 @checked
-def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int) -> int:
+def finish_alone(
+    run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int
+) -> int:
     """`finish` in a process of its own."""
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -196,20 +258,32 @@ def finish_alone(run: Contender | None, config: FrontierConfig, out: Path, origi
 
 @checked
 def finish(
-    run: Contender | None, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path, origin: dict[str, str]
+    run: Contender | None,
+    config: FrontierConfig,
+    parts: Parts,
+    preferences: Preferences,
+    out: Path,
+    origin: dict[str, str],
 ) -> int:
     """Run a contender, or the baselines for None, and write what it found; the number of contenders that it finished."""
     if run is None:
         if not (out / "baselines.json").exists():
-            write_json(out / "baselines.json", {**baselines(config.task, parts, config.samples), **origin})
+            write_json(
+                out / "baselines.json", {**baselines(config.task, parts, config.samples), **origin}
+            )
         return 0
     result = run_contender(run, config, parts, preferences, out)
-    write_json(out / run.name / "rows.json", {**result, "peak_memory_mb": round(peak_memory_mb()), **origin})
+    write_json(
+        out / run.name / "rows.json",
+        {**result, "peak_memory_mb": round(peak_memory_mb()), **origin},
+    )
     return 1
 
 
 @checked
-def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path) -> dict[str, Any]:
+def run_contender(
+    run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path
+) -> dict[str, Any]:
     """Train one contender; a row for each of its evaluations, the first eight texts of the last with their rewards, and of PPO
     the mean score of every rollout: the reward that it was given, in standard deviations on the reference's completions."""
     task = config.task  # whose seed decides the evaluation, the same for every run
@@ -230,8 +304,19 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
         nonlocal spent
         start = time.perf_counter()
         result = task_evaluation(task, parts, model, prompts)
-        row = {"method": run.method, "setting": run.setting, "seed": run.seed, "step": step, "tokens": tokens}
-        row |= {"reward": result.reward, "reward_se": result.reward_se, "kl": result.kl, "kl_se": result.kl_se}
+        row = {
+            "method": run.method,
+            "setting": run.setting,
+            "seed": run.seed,
+            "step": step,
+            "tokens": tokens,
+        }
+        row |= {
+            "reward": result.reward,
+            "reward_se": result.reward_se,
+            "kl": result.kl,
+            "kl_se": result.kl_se,
+        }
         rows.append(row | {"seconds": round(start - began - spent, 1)})
         samples[:] = list(zip(result.texts, result.rewards))[:8]
         spent += time.perf_counter() - start
@@ -242,8 +327,19 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
     one_of("method", run.method, Repeated)
     if run.method == "dpo":
         train_dpo(policy, preferences, dpo_config(run, config), seed=run.seed, **common)
-    elif run.method in ("unlikelihood", "preferred-ft"):  # Preferred-FT is unlikelihood with alpha = 0, which is its setting
-        train_unlikelihood(policy, preferences, run.setting, config.loop, batch_pairs=config.batch_pairs, seed=run.seed, **common)
+    elif run.method in (
+        "unlikelihood",
+        "preferred-ft",
+    ):  # Preferred-FT is unlikelihood with alpha = 0, which is its setting
+        train_unlikelihood(
+            policy,
+            preferences,
+            run.setting,
+            config.loop,
+            batch_pairs=config.batch_pairs,
+            seed=run.seed,
+            **common,
+        )
     else:
         reward = text_reward(parts.reward, parts.tokenizer)
         if run.method == "ppo":
@@ -253,7 +349,9 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
             parts.reference,
             ScalarModel(load_model(initial_policy(task, out / "data"), device=task.device)),
             counted(reward),
-            sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=run.seed),
+            sample_prefixes(
+                list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=run.seed
+            ),
             ppo_config(run, config),
             eos_token_id=end_tokens(parts.reference, parts.tokenizer),
             precision=task.precision,
@@ -267,16 +365,24 @@ def run_contender(run: Contender, config: FrontierConfig, parts: Parts, preferen
 @checked
 def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) -> ScalarModel:
     """The learned reward of all PPO runs, fitted to the preferences once and kept in `out/reward_model.safetensors`."""
-    model = ScalarModel(load_model(initial_policy(config.task, out / "data"), device=config.task.device))
+    model = ScalarModel(
+        load_model(initial_policy(config.task, out / "data"), device=config.task.device)
+    )
     path = out / "reward_model.safetensors"
     if not path.exists():
         metrics = train_reward_model(
-            model, preferences, config.reward_model, precision=config.task.precision, seed=config.task.seed
+            model,
+            preferences,
+            config.reward_model,
+            precision=config.task.precision,
+            seed=config.task.seed,
         )
         with write_whole(path) as temporary:
             save_weights(model, str(temporary))
         with write_whole(out / "reward_model.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8"
+            )
     load_weights(model, str(path))
     return model
 

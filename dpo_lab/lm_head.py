@@ -7,9 +7,15 @@ from torch.autograd.function import once_differentiable
 from dpo_lab.layout import ROUND
 from dpo_lab.tuning import matmuls_by_onednn
 
-KEPT_LOGITS_BYTES = 2**28  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
-CHUNK_BYTES = 2**26  # 64 MiB at a time: rows enough for matmuls to be fast, and small beside any model
-PADS_HEAD = ("cuda",)  # devices whose matmuls take slower kernels where a size is odd, as GPT-2's vocabulary is
+KEPT_LOGITS_BYTES = (
+    2**28
+)  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
+CHUNK_BYTES = (
+    2**26
+)  # 64 MiB at a time: rows enough for matmuls to be fast, and small beside any model
+PADS_HEAD = (
+    "cuda",
+)  # devices whose matmuls take slower kernels where a size is odd, as GPT-2's vocabulary is
 ON_GPU = 4  # times as much of both: a GPU needs more rows to be busy
 IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
 
@@ -22,7 +28,10 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     """
     device, n, extra = hidden.device.type, len(targets), -len(targets) % ROUND
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    hidden, targets = nn.functional.pad(hidden, (0, 0, 0, extra)), nn.functional.pad(targets, (0, extra))
+    hidden, targets = (
+        nn.functional.pad(hidden, (0, 0, 0, extra)),
+        nn.functional.pad(targets, (0, extra)),
+    )
     return _TokenLogps.apply(hidden, weight, bias, targets, dtype, torch.is_grad_enabled())[:n]
 
 
@@ -40,7 +49,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tens
     logits = hidden.new_empty(len(hidden), -(-n // 64) * 64)
     torch.mm(hidden, weight.T, out=logits[:, : len(weight)])
     logits[:, n:] = -torch.inf
-    return logits if bias is None else logits.add_(nn.functional.pad(bias, (0, logits.shape[1] - n)))
+    return (
+        logits if bias is None else logits.add_(nn.functional.pad(bias, (0, logits.shape[1] - n)))
+    )
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -74,7 +85,10 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, targets, w = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None  # which is overwritten; a second backward pass computes it again
+        kept, ctx.kept = (
+            ctx.kept,
+            None,
+        )  # which is overwritten; a second backward pass computes it again
         h, b = hidden.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         grad_h, scale = torch.empty_like(h), -grad[:, None].to(ctx.dtype)
         grad_w = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -86,12 +100,20 @@ class _TokenLogps(torch.autograd.Function):
                 g = _logits(h[rows], w, b, len(weight)) if kept is None else kept
                 if kept is None:
                     for part in g.split(ctx.part):
-                        part.copy_(torch.log_softmax(part, 1, dtype=ctx.wide).exp_())  # as in the forward pass
-                g = g[:, : len(w)]  # (C, V), or with columns of zeros where the head has rows that do not count
-                g[torch.arange(len(g), device=g.device), targets[rows]] -= 1  # times scale: d loss / d logits
+                        part.copy_(
+                            torch.log_softmax(part, 1, dtype=ctx.wide).exp_()
+                        )  # as in the forward pass
+                g = g[
+                    :, : len(w)
+                ]  # (C, V), or with columns of zeros where the head has rows that do not count
+                g[torch.arange(len(g), device=g.device), targets[rows]] -= (
+                    1  # times scale: d loss / d logits
+                )
                 torch.mul(g @ w, scale[rows], out=grad_h[rows])
                 if grad_w is not None and ctx.dtype == weight.dtype and len(w) == len(weight):
-                    torch.addmm(grad_w, g.T, h[rows] * scale[rows], beta=int(i > 0), out=grad_w)  # without another (V, D)
+                    torch.addmm(
+                        grad_w, g.T, h[rows] * scale[rows], beta=int(i > 0), out=grad_w
+                    )  # without another (V, D)
                 elif grad_w is not None:
                     product = (g.T @ (h[rows] * scale[rows]))[: len(weight)]
                     grad_w = grad_w.copy_(product) if i == 0 else grad_w.add_(product)

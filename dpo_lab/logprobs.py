@@ -30,8 +30,13 @@ from dpo_lab.structure import (
 )
 from dpo_lab.tuning import kept_memory, matmuls_by_onednn, tune_backward
 
-Precision = Literal["float32", "bfloat16"]  # of the computation; weights and log-prob sums stay float32 or wider
-SHARES_PROMPTS = ("gpt2", "llama")  # attention sees only position ids and the mask, so a shared prompt is exact
+Precision = Literal[
+    "float32", "bfloat16"
+]  # of the computation; weights and log-prob sums stay float32 or wider
+SHARES_PROMPTS = (
+    "gpt2",
+    "llama",
+)  # attention sees only position ids and the mask, so a shared prompt is exact
 LEAST_TEMPERATURE = 1e-30  # of a log-prob, in float32
 LogitPath = Literal["weights", "head", "forward"]  # see `logit_path`
 
@@ -88,13 +93,30 @@ KNOWN = "_dpo_lab_path"  # attribute of a model, which its copies have too: the 
 @torch.no_grad()
 def _compared(model: nn.Module) -> LogitPath:
     """The first path whose log-probs of a few tokens are those of the model's own forward on each completion alone."""
-    embedding, training = model.get_input_embeddings().weight, [module for module in model.modules() if module.training]
+    embedding, training = (
+        model.get_input_embeddings().weight,
+        [module for module in model.modules() if module.training],
+    )
     ids = [i % len(embedding) for i in range(13)]
-    prompts, completions, prompt_of = [ids[:5], ids[5:6]], [ids[6:8], [ids[6], *ids[8:10]], ids[10:]], [0, 0, 1]
-    layouts = [completion_batch(prompts, completions, prompt_of, share=share).to(embedding.device) for share in (False, True)]
-    rows = [completion_batch([prompts[p]], [completions[i]], [0]).to(embedding.device) for i, p in enumerate(prompt_of)]
-    precise = all(p.is_floating_point() and torch.finfo(p.dtype).bits >= 32 for p in model.parameters())
-    tolerance = (1e-3 if embedding.device.type == "cpu" else 2e-2) if precise else 0.5  # nats; GPUs may compute in TF32
+    prompts, completions, prompt_of = (
+        [ids[:5], ids[5:6]],
+        [ids[6:8], [ids[6], *ids[8:10]], ids[10:]],
+        [0, 0, 1],
+    )
+    layouts = [
+        completion_batch(prompts, completions, prompt_of, share=share).to(embedding.device)
+        for share in (False, True)
+    ]
+    rows = [
+        completion_batch([prompts[p]], [completions[i]], [0]).to(embedding.device)
+        for i, p in enumerate(prompt_of)
+    ]
+    precise = all(
+        p.is_floating_point() and torch.finfo(p.dtype).bits >= 32 for p in model.parameters()
+    )
+    tolerance = (
+        (1e-3 if embedding.device.type == "cpu" else 2e-2) if precise else 0.5
+    )  # nats; GPUs may compute in TF32
 
     def same(found: Tensor, expected: Tensor) -> bool:
         return bool(((found == expected) | ((found - expected).abs() <= tolerance)).all())
@@ -102,18 +124,27 @@ def _compared(model: nn.Module) -> LogitPath:
     model.eval()
     try:
         with torch.autocast(embedding.device.type, enabled=False):
-            alone = torch.cat([_path_logps(model, row, "forward") for row in rows])  # (8,), of completions of 2, 3 and 3 tokens
+            alone = torch.cat(
+                [_path_logps(model, row, "forward") for row in rows]
+            )  # (8,), of completions of 2, 3 and 3 tokens
             if alone.isnan().any():
                 raise ValueError(
                     f"the log-probs of {name_of(model)} are NaN; its weights are damaged, or overflow in their dtype"
                 )
-            if not same(alone[0], alone[2]):  # one token after one prompt, with other tokens after it
-                raise ValueError(f"{name_of(model)} looks at later tokens to predict one; a policy must be a causal LM")
+            if not same(
+                alone[0], alone[2]
+            ):  # one token after one prompt, with other tokens after it
+                raise ValueError(
+                    f"{name_of(model)} looks at later tokens to predict one; a policy must be a causal LM"
+                )
             for way in _paths(model):
                 batches = layouts if way != "forward" and _shares(model) else layouts[:1]
                 if all(same(_path_logps(model, batch, way), alone) for batch in batches):
                     return way
-    except (AttributeError, TypeError) as error:  # each architecture that is no causal LM fails in its own way
+    except (
+        AttributeError,
+        TypeError,
+    ) as error:  # each architecture that is no causal LM fails in its own way
         raise ValueError(
             f"{name_of(model)} gives no logits for input_ids alone ({error}); a policy must be a causal LM"
         ) from error
@@ -135,7 +166,11 @@ def _paths(model: nn.Module) -> tuple[LogitPath, ...]:
 
 
 def completion_logps(
-    model: nn.Module, batch: CompletionBatch, *, reduction: Literal["sum", "mean", "none"] = "sum", temperature: float = 1.0
+    model: nn.Module,
+    batch: CompletionBatch,
+    *,
+    reduction: Literal["sum", "mean", "none"] = "sum",
+    temperature: float = 1.0,
 ) -> Tensor:
     """log pi(completion | prompt) of each completion, (N,) nats, float64 (float32 where the device has no float64).
 
@@ -155,7 +190,9 @@ def completion_logps(
             context, a batch with `share` for a model that does not allow it, or a model without log-probs (`logit_path`).
     """
     if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction is {reduction!r}; it must be 'sum' (DPO), 'mean' (length-normalised) or 'none'")
+        raise ValueError(
+            f"reduction is {reduction!r}; it must be 'sum' (DPO), 'mean' (length-normalised) or 'none'"
+        )
     model, temperature = unwrapped(model), finite_positive("temperature", temperature)
     if temperature < LEAST_TEMPERATURE:
         raise ValueError(
@@ -169,7 +206,11 @@ def completion_logps(
     if reduction == "none":
         return wide
     if wide.device.type == "cuda":  # where index_add takes any order
-        sums = wide.new_zeros(batch.n, batch.longest_completion).index_put((batch.owners, batch.places), wide).sum(1)
+        sums = (
+            wide.new_zeros(batch.n, batch.longest_completion)
+            .index_put((batch.owners, batch.places), wide)
+            .sum(1)
+        )
     else:
         sums = wide.new_zeros(batch.n).index_add(0, batch.owners, wide)  # (N,)
     return sums / torch.bincount(batch.owners, minlength=batch.n) if reduction == "mean" else sums
@@ -198,7 +239,9 @@ def _check_batch(model: nn.Module, batch: CompletionBatch, unread: int) -> None:
     check_vocabulary(model, batch.ids)
 
 
-def _path_logps(model: nn.Module, batch: CompletionBatch, way: LogitPath, temperature: float = 1.0) -> Tensor:
+def _path_logps(
+    model: nn.Module, batch: CompletionBatch, way: LogitPath, temperature: float = 1.0
+) -> Tensor:
     """The log-prob of each completion token, (T,), float32 or better."""
     head = model.get_output_embeddings()
     if way == "weights":
@@ -215,7 +258,9 @@ def _own_logits(model: nn.Module, batch: CompletionBatch) -> Tensor:
     """The logits before each completion token, (T, V), by the model's own forward."""
     if batch.segments is not None or batch.rows:
         raise ValueError(_UNSHARED.format(name_of(model)))
-    found = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), use_cache=False).logits
+    found = model(
+        input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), use_cache=False
+    ).logits
     logits = found[:, -batch.input_ids.shape[1] :]  # virtual tokens come first
     return logits.flatten(0, 1).index_select(0, batch.sources)
 
@@ -233,22 +278,34 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
         return torch.zeros_like(may, dtype=model.dtype).masked_fill_(~may, lowest)
 
     packed: dict[str, Any] = {"alone": True} if use_packed_attention(model) else {}
-    mask = NO_MASK if packed else torch.ones_like(batch.input_ids)  # causal: it never sees the padding
+    mask = (
+        NO_MASK if packed else torch.ones_like(batch.input_ids)
+    )  # causal: it never sees the padding
     if not packed and (batch.segments is not None or batch.rows):
         raise ValueError(_UNSHARED.format(name_of(model)))
     if packed and takes_pieces(model, batch.input_ids.device):
         packed["pieces"] = batch.pieces
     elif batch.rows:
-        packed |= {"rows": [(shape, added(part)) for shape, part in batch.rows], "spread": batch.spread, "pack": batch.pack}
+        packed |= {
+            "rows": [(shape, added(part)) for shape, part in batch.rows],
+            "spread": batch.spread,
+            "pack": batch.pack,
+        }
     elif batch.segments is not None:
         mask = added(batch.segments)
     with matmuls_by_onednn(batch.input_ids.device.type):
         hidden = model.get_decoder()(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **packed
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **packed,
         ).last_hidden_state.flatten(0, 1)  # (R * L, D), or (S, D)
     tune_backward(hidden)
     if hidden.device.type == "cuda":
-        return nn.functional.embedding(batch.sources, hidden)  # whose gradient is added up in a fixed order there
+        return nn.functional.embedding(
+            batch.sources, hidden
+        )  # whose gradient is added up in a fixed order there
     return hidden.index_select(0, batch.sources)
 
 
@@ -276,7 +333,9 @@ def score_completions(
     device, share = next(model.parameters()).device, can_share(model)
     batch_tokens = batch_tokens or (16_384 if device.type == "cuda" else 2_048)
     modes = [(module, module.training) for module in model.modules()]
-    lengths = [len(prompt) for prompt in prompts]  # with the longest completion, so that a prompt's completions stay together
+    lengths = [
+        len(prompt) for prompt in prompts
+    ]  # with the longest completion, so that a prompt's completions stay together
     for completion, p in zip(completions, prompt_of):
         lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))
     order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
@@ -289,11 +348,18 @@ def score_completions(
     # one tensor for all: kept between them, a small one from each batch would cut the memory that the next could have used
     logps = torch.empty(len(completions), dtype=torch.float64)
     model.eval()
-    bar = tqdm(total=sum(map(len, mine)), desc=progress, disable=not (progress and is_main()), unit="completion")
+    bar = tqdm(
+        total=sum(map(len, mine)),
+        desc=progress,
+        disable=not (progress and is_main()),
+        unit="completion",
+    )
     try:
         with bar, autocast(device.type, precision):
             for now in mine:
-                batch = completion_batch(prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share)
+                batch = completion_batch(
+                    prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share
+                )
                 logps[now] = completion_logps(model, batch.to(device)).cpu().double()
                 bar.update(len(now))
     finally:

@@ -23,8 +23,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_lab.arguments import checked, finite_positive, settled
 from dpo_lab.layout import CompletionBatch, completion_batch
 from dpo_lab.logprobs import Precision, autocast, completion_logps, logit_path
-from dpo_lab.processes import collect, count, from_main, full, gathered, is_main, join, shard, sharding
-from dpo_lab.runs import append_metrics, interruptible, load_checkpoint, read_metrics, save_checkpoint, write_whole
+from dpo_lab.processes import (
+    collect,
+    count,
+    from_main,
+    full,
+    gathered,
+    is_main,
+    join,
+    shard,
+    sharding,
+)
+from dpo_lab.runs import (
+    append_metrics,
+    interruptible,
+    load_checkpoint,
+    read_metrics,
+    save_checkpoint,
+    write_whole,
+)
 from dpo_lab.structure import check_trainable, unwrapped, widest
 from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
@@ -81,7 +98,9 @@ def check_loop(config: LoopConfig) -> None:
         if not 0 <= (value := getattr(config, name)) < math.inf:
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("tensorboard is on, and its package is not installed: pip install tensorboard, or switch it off")
+        raise ValueError(
+            "tensorboard is on, and its package is not installed: pip install tensorboard, or switch it off"
+        )
 
 
 @checked
@@ -137,7 +156,9 @@ def fit(
     """
     check_loop(config)
     if config.tensorboard and run is None:
-        raise ValueError("tensorboard is on, and there is no run directory to log to; give run, or switch it off")
+        raise ValueError(
+            "tensorboard is on, and there is no run directory to log to; give run, or switch it off"
+        )
     model = unwrapped(model)
     if scorer is None:
         check_policy(model, config)
@@ -155,7 +176,9 @@ def fit(
     start = load_checkpoint(run, model, optimizers, data_of=data_of) if run and resume else 0
 
     # what computes log-probs, shared among the processes
-    scoring: nn.Module = _InPrecision((scorer or _Scorer)(copy.deepcopy(model) if sharding() else model), precision)
+    scoring: nn.Module = _InPrecision(
+        (scorer or _Scorer)(copy.deepcopy(model) if sharding() else model), precision
+    )
     if sharding():
         shard(scoring, model, optimizers)
     elif count() > 1:
@@ -171,7 +194,9 @@ def fit(
         for line in history:
             append_metrics(run, line)
     board = _tensorboard(run, config) if run and config.tensorboard and is_main() else None
-    accumulate = max([config.accumulate, *(line["accumulate"] for line in history if "accumulate" in line)])
+    accumulate = max(
+        [config.accumulate, *(line["accumulate"] for line in history if "accumulate" in line)]
+    )
 
     def save(step: int) -> None:
         save_checkpoint(run, step, model, optimizers, data=data_of and data_of(step))
@@ -190,7 +215,13 @@ def fit(
         checkpointed(blocks),
         board or nullcontext(),
         interruptible() if run else nullcontext() as stop,
-        tqdm(total=steps, initial=start, desc=progress, disable=progress is None or not is_main(), unit="step") as bar,
+        tqdm(
+            total=steps,
+            initial=start,
+            desc=progress,
+            disable=progress is None or not is_main(),
+            unit="step",
+        ) as bar,
     ):
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
@@ -226,7 +257,9 @@ def fit(
             # clip, and update unless it is not finite
             if accumulate != before:
                 line["accumulate"] = accumulate
-            line["grad_norm"] = float(full(nn.utils.clip_grad_norm_(scoring.parameters(), config.max_grad_norm)))
+            line["grad_norm"] = float(
+                full(nn.utils.clip_grad_norm_(scoring.parameters(), config.max_grad_norm))
+            )
             if not math.isfinite(line["grad_norm"]):
                 raise ValueError(
                     f"the gradient at step {step} is {line['grad_norm']}; lower learning_rate ({config.learning_rate})"
@@ -237,7 +270,11 @@ def fit(
 
             # log, and evaluate where it is due
             seconds = time.perf_counter() - began
-            line |= {"learning_rate": peaks[0][0] * scale, "tokens_per_second": tokens / seconds, "seconds": seconds}
+            line |= {
+                "learning_rate": peaks[0][0] * scale,
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
+            }
             log({"step": step, **line})
             bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             bar.update()
@@ -267,14 +304,22 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         ValueError: it does not say which of its modules they are, or its virtual tokens lie in a cache (PEFT's prefix tuning),
             which blocks that are computed again would fill again.
     """
-    adapters = [one for module in model.modules() for one in (getattr(module, "peft_config", None) or {}).values()]
+    adapters = [
+        one
+        for module in model.modules()
+        for one in (getattr(module, "peft_config", None) or {}).values()
+    ]
     if any(one.peft_type in ("PREFIX_TUNING", "CARTRIDGE") for one in adapters):
         raise ValueError(
             "gradient_checkpointing is on, and prefix tuning does not allow it; switch it off, or take prompt tuning"
         )
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if not blocks:
-        raise ValueError(f"gradient_checkpointing is on, and {type(model).__name__} has no blocks that allow it; switch it off")
+        raise ValueError(
+            f"gradient_checkpointing is on, and {type(model).__name__} has no blocks that allow it; switch it off"
+        )
     return blocks
 
 
@@ -285,7 +330,9 @@ def checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     transformers' own switch works in training mode alone, which turns dropout on, and takes the cache from sampling.
     """
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
     try:
         yield
     finally:
@@ -340,7 +387,9 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[Optimizer]:
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
         return [
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
+            torch.optim.AdamW(
+                rest, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True
+            ),
             torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=decay),
         ]
     raise ValueError(f"optimizer {config.optimizer!r}")
@@ -360,7 +409,11 @@ def _schedule(step: int, steps: int, config: LoopConfig) -> float:
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps + 1)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
+    return {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }[config.schedule]
 
 
 NOTHING = completion_batch([[0]], [[0]], [0])
@@ -392,7 +445,11 @@ def _backward(
         tokens += getattr(micro, "batch", micro).tokens
         logged.append({"loss": loss.detach(), **sums})
     values = (
-        torch.stack([value.to(widest(value.device)) for sums in logged for value in sums.values()]).tolist() if logged else []
+        torch.stack(
+            [value.to(widest(value.device)) for sums in logged for value in sums.values()]
+        ).tolist()
+        if logged
+        else []
     )
     for name, value in zip((name for sums in logged for name in sums), values):
         line[name] = line.get(name, 0.0) + value / total

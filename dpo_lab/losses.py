@@ -120,25 +120,38 @@ def reward_model_loss(ranked_rewards: Tensor) -> Tensor:
         )
     if not torch.isfinite(ranked_rewards).all():
         row = int((~torch.isfinite(ranked_rewards)).nonzero()[0, 0])
-        raise ValueError(f"ranked_rewards[{row}] is {ranked_rewards[row].tolist()}; every reward must be finite")
-    better, worse = torch.triu_indices(*(ranked_rewards.shape[1],) * 2, offset=1, device=ranked_rewards.device)  # (C,)
+        raise ValueError(
+            f"ranked_rewards[{row}] is {ranked_rewards[row].tolist()}; every reward must be finite"
+        )
+    better, worse = torch.triu_indices(
+        *(ranked_rewards.shape[1],) * 2, offset=1, device=ranked_rewards.device
+    )  # (C,)
     return -F.logsigmoid(ranked_rewards[:, better] - ranked_rewards[:, worse]).mean(1)
 
 
-def unlikelihood_loss(policy_logps: Tensor, chosen: Tensor, rejected: Tensor, alpha: float = 1.0) -> Tensor:
+def unlikelihood_loss(
+    policy_logps: Tensor, chosen: Tensor, rejected: Tensor, alpha: float = 1.0
+) -> Tensor:
     """The paper's unlikelihood baseline: -log pi(chosen) + alpha * log pi(rejected), (P,) nats.
 
     Section 6 of Rafailov et al. 2023, alpha in [0, 1]; alpha = 0 is Preferred-FT. With no sigmoid to weigh the pairs it
     has no lower bound, which is why it degenerates.
     """
-    alpha = _number("alpha", alpha, lambda a: 0 <= a <= 1, "a number in [0, 1], the weight of the rejected completion")
+    alpha = _number(
+        "alpha",
+        alpha,
+        lambda a: 0 <= a <= 1,
+        "a number in [0, 1], the weight of the rejected completion",
+    )
     _check_logps("policy_logps", policy_logps)
     check_pairs(chosen, rejected, len(policy_logps))
     _check_finite("policy_logps", policy_logps, chosen, rejected)
     return -policy_logps[chosen] + alpha * policy_logps[rejected]
 
 
-def ppo_clip_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float = 0.2) -> Tensor:
+def ppo_clip_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float = 0.2
+) -> Tensor:
     """PPO's clipped policy loss of each action, in units of the advantage (Eq. 7 of Schulman et al. 2017, arXiv:1707.06347).
 
     max(-A w, -A clip(w, 1 - c, 1 + c)) with w = pi(a) / pi_old(a): no reward for moving an action's probability further than
@@ -156,7 +169,9 @@ def ppo_clip_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: fl
     return torch.maximum(-advantages * ratios, -advantages * ratios.clamp(1 - clip, 1 + clip))
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2
+) -> Tensor:
     """Half the squared error of each value, the larger of with and without a move of at most `clip` from the old value.
 
     All are (...), in units of the reward. From OpenAI's implementation of PPO; the paper has it without the clip (Eq. 9).
@@ -169,38 +184,60 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 def check_beta(beta: float) -> float:
     """`beta` as a float. Raises ValueError unless it is a positive, finite number."""
-    return _number("beta", beta, lambda b: b > 0, "a positive, finite number (the paper uses 0.1 to 0.5)")
+    return _number(
+        "beta", beta, lambda b: b > 0, "a positive, finite number (the paper uses 0.1 to 0.5)"
+    )
 
 
 def check_kind(kind: str, label_smoothing: float) -> float:
     """`label_smoothing` as a float. Raises ValueError unless `kind` is known and the smoothing in [0, 0.5) and defined for it."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(get_args(Kind))}")
-    e = _number("label_smoothing", label_smoothing, lambda e: 0 <= e < 0.5, "in [0, 0.5), the share of flipped labels")
+    e = _number(
+        "label_smoothing",
+        label_smoothing,
+        lambda e: 0 <= e < 0.5,
+        "in [0, 0.5), the share of flipped labels",
+    )
     if e and kind in ("ipo", "hinge"):
-        raise ValueError(f"label_smoothing is {e!r} with kind={kind!r}; it is defined for sigmoid and robust")
+        raise ValueError(
+            f"label_smoothing is {e!r} with kind={kind!r}; it is defined for sigmoid and robust"
+        )
     return e
 
 
 def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
     """Raise unless `chosen` and `rejected` are (P,) integer indices into `n` completions that differ within each pair."""
     for name, index in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):  # torch takes uint8 for a mask
+        if not isinstance(index, Tensor) or index.dtype not in (
+            torch.int64,
+            torch.int32,
+        ):  # torch takes uint8 for a mask
             kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"{name} is {kind}; it must be a tensor of integer indices (int64 or int32) into the completions")
+            raise TypeError(
+                f"{name} is {kind}; it must be a tensor of integer indices (int64 or int32) into the completions"
+            )
         if index.ndim != 1:
-            raise ValueError(f"{name} has shape {tuple(index.shape)}; it must be (P,), one index a pair")
+            raise ValueError(
+                f"{name} has shape {tuple(index.shape)}; it must be (P,), one index a pair"
+            )
     if len(chosen) != len(rejected):
-        raise ValueError(f"chosen has {len(chosen)} indices and rejected {len(rejected)}; there must be one of each a pair")
+        raise ValueError(
+            f"chosen has {len(chosen)} indices and rejected {len(rejected)}; there must be one of each a pair"
+        )
     for name, index in (("chosen", chosen), ("rejected", rejected)):
         outside = ((index < 0) | (index >= n)).nonzero()
         if len(outside):
             row = int(outside[0])
-            raise ValueError(f"{name}[{row}] is {int(index[row])}; with {n} completions an index must be in 0..{n - 1}")
+            raise ValueError(
+                f"{name}[{row}] is {int(index[row])}; with {n} completions an index must be in 0..{n - 1}"
+            )
     same = (chosen == rejected).nonzero()
     if len(same):
         row = int(same[0])
-        raise ValueError(f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair")
+        raise ValueError(
+            f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair"
+        )
 
 
 def _number(name: str, value: Any, allowed: Callable[[float], bool], says: str) -> float:
@@ -234,7 +271,9 @@ def _check_float(name: str, values: Tensor, shape: str) -> None:
 def _check_logps(name: str, values: Tensor) -> None:
     _check_float(name, values, "(N,)")
     if values.ndim != 1:
-        raise ValueError(f"{name} has shape {tuple(values.shape)}; it must be (N,), one value a completion (sum over tokens)")
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; it must be (N,), one value a completion (sum over tokens)"
+        )
 
 
 def _check_finite(name: str, values: Tensor, chosen: Tensor, rejected: Tensor) -> None:

@@ -41,7 +41,9 @@ class PrecisionTest:
 
 
 @kept_memory()
-def measure_precision(model: nn.Module, batch: CompletionBatch, beta: float, *, repeats: int = 2) -> PrecisionTest:
+def measure_precision(
+    model: nn.Module, batch: CompletionBatch, beta: float, *, repeats: int = 2
+) -> PrecisionTest:
     """Score an even number of completions in both precisions by turns; the fastest pass of each counts."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     seconds: dict[Precision, list[float]] = {"float32": [], "bfloat16": []}
@@ -56,7 +58,10 @@ def measure_precision(model: nn.Module, batch: CompletionBatch, beta: float, *, 
             times.append(time.perf_counter() - began)
     error = logps["bfloat16"] - logps["float32"]
     chosen, rejected = torch.arange(batch.n).chunk(2)
-    losses = [dpo_loss(logps[p], logps["float32"], chosen, rejected, beta).losses for p in ("bfloat16", "float32")]
+    losses = [
+        dpo_loss(logps[p], logps["float32"], chosen, rejected, beta).losses
+        for p in ("bfloat16", "float32")
+    ]
     return PrecisionTest(
         speedup=min(seconds["float32"][1:]) / min(seconds["bfloat16"][1:]),
         logps_error=float(error.square().mean().sqrt()),

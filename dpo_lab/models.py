@@ -32,7 +32,14 @@ from transformers.utils import is_gguf_available
 
 from dpo_lab.layout import CompletionBatch
 from dpo_lab.logprobs import completion_states, logit_path
-from dpo_lab.structure import after_head, beside_modules, check_precision, name_of, structure, unwrapped
+from dpo_lab.structure import (
+    after_head,
+    beside_modules,
+    check_precision,
+    name_of,
+    structure,
+    unwrapped,
+)
 from dpo_lab.structure import context_of as context_of
 from dpo_lab.tuning import matmuls_by_onednn
 
@@ -53,16 +60,24 @@ def load_tokenizer(name: str = "embedded") -> PreTrainedTokenizerBase:
             f"{name!r} holds no tokenizer.json, and nothing that transformers makes one of by itself; save the model's own there "
             "with tokenizer.save_pretrained (a tokenizer.model alone needs the package sentencepiece to be converted)"
         ) from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty GPT-2 one where there are no files
-        raise ValueError(f"{name!r} holds no tokenizer; save the model's own there with tokenizer.save_pretrained")
+    if len(tokenizer) <= len(
+        set(tokenizer.all_special_ids)
+    ):  # transformers makes an empty GPT-2 one where there are no files
+        raise ValueError(
+            f"{name!r} holds no tokenizer; save the model's own there with tokenizer.save_pretrained"
+        )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name!r} has no EOS token, so a completion cannot end; set tokenizer.eos_token")
+        raise ValueError(
+            f"the tokenizer of {name!r} has no EOS token, so a completion cannot end; set tokenizer.eos_token"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    name: str = "embedded", *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A causal LM in evaluation mode: "embedded", a folder, or a hub id. Weights come from safetensors only.
 
     Raises:
@@ -74,14 +89,21 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
     check_device(device)
     config = from_pretrained(AutoConfig, name)
     called = ", ".join(config.architectures or [config.model_type])
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    half = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", True
+    )
+    half = (
+        type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        or type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    )
     if encoder or half or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{name!r} is a {called}; a policy must be a causal LM, which predicts each token from those before it. "
             "Give one of the GPT-2 or Llama families, for instance"
         )
-    model, found = from_pretrained(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    model, found = from_pretrained(
+        AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{name!r} ({called}) has no weights for {len(missing)} of the parameters of {type(model).__name__}, such as "
@@ -99,7 +121,11 @@ def load_model(name: str = "embedded", *, device: str = "cpu", dtype: torch.dtyp
 
 def check_device(device: str) -> None:
     """Raise ValueError unless `device` names one that is here."""
-    if not (device in ("cpu", "cuda", "mps") or isinstance(device, str) and re.fullmatch(r"cuda:\d+", device)):
+    if not (
+        device in ("cpu", "cuda", "mps")
+        or isinstance(device, str)
+        and re.fullmatch(r"cuda:\d+", device)
+    ):
         raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -118,7 +144,10 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     """
     named = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return [tokenizer.eos_token_id, *(int(i) for i in np.ravel(named) if i in special - {tokenizer.eos_token_id})]
+    return [
+        tokenizer.eos_token_id,
+        *(int(i) for i in np.ravel(named) if i in special - {tokenizer.eos_token_id}),
+    ]
 
 
 def check_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -142,20 +171,39 @@ def check_cache(model: nn.Module) -> None:
             f"{name_of(model)} puts virtual tokens before the text, or has adapters that tokens invoke, anew at every step of "
             "sampling; sample with its own generate, or give the model without them, or with LoRA"
         )
-    device, training = model.get_input_embeddings().weight.device, [module for module in model.modules() if module.training]
+    device, training = (
+        model.get_input_embeddings().weight.device,
+        [module for module in model.modules() if module.training],
+    )
     ids = torch.arange(8, device=device).view(2, 4) % len(model.get_input_embeddings().weight)
-    cache, tolerance = DynamicCache(config=model.config), 1e-2 if torch.finfo(model.dtype).bits >= 32 else 0.1
+    cache, tolerance = (
+        DynamicCache(config=model.config),
+        1e-2 if torch.finfo(model.dtype).bits >= 32 else 0.1,
+    )
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            whole = model(input_ids=ids[1:], attention_mask=torch.ones_like(ids[1:]), use_cache=False).logits[0, -1]
-            given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}  # as sampling does
+            whole = model(
+                input_ids=ids[1:], attention_mask=torch.ones_like(ids[1:]), use_cache=False
+            ).logits[0, -1]
+            given = {
+                "past_key_values": cache,
+                "use_cache": True,
+                "logits_to_keep": 1,
+            }  # as sampling does
             model(input_ids=ids[:, :2], attention_mask=torch.ones_like(ids[:, :2]), **given)
             cache.batch_select_indices(torch.tensor([1], device=device))  # the first row is done
-            logits = model(input_ids=ids[1:, 2:], attention_mask=torch.ones_like(ids[1:]), **given).logits[0, -1]
+            logits = model(
+                input_ids=ids[1:, 2:], attention_mask=torch.ones_like(ids[1:]), **given
+            ).logits[0, -1]
         apart = (logits.float().softmax(0) - whole.float().softmax(0)).abs().sum()
         exact = cache.get_seq_length() == 4 and bool(apart < tolerance)
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # each architecture without such a cache fails in its own way
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # each architecture without such a cache fails in its own way
         exact = False
     finally:
         for module in training:
@@ -183,7 +231,9 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
 def check_lora(rank: int) -> None:
     """Raise ValueError for a rank that adapters cannot have."""
     if rank < 0:
-        raise ValueError(f"lora_rank is {rank}; it must be 0 (train all weights) or the rank of the adapters, such as 8")
+        raise ValueError(
+            f"lora_rank is {rank}; it must be 0 (train all weights) or the rank of the adapters, such as 8"
+        )
 
 
 def check_adaptable(model: nn.Module, rank: int) -> None:
@@ -193,7 +243,9 @@ def check_adaptable(model: nn.Module, rank: int) -> None:
     check_precision(dict(model.named_parameters()))
     from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
 
-    if getattr(model, "peft_config", None) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if getattr(model, "peft_config", None) or any(
+        isinstance(module, BaseTunerLayer) for module in model.modules()
+    ):
         raise ValueError(
             f"{name_of(model)} has adapters already, and lora_rank {rank} would put others on top of them; merge them first, with "
             "policy = policy.merge_and_unload(), or train them themselves with lora_rank=0"
@@ -217,10 +269,16 @@ def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Mod
     trainable = [p for p in model.parameters() if p.requires_grad]
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it is about to drop
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft asks transformers by a name that it is about to drop
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     try:
@@ -240,7 +298,9 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model = unwrapped(model)
-        self.head = nn.utils.skip_init(nn.Linear, model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
+        self.head = nn.utils.skip_init(
+            nn.Linear, model.config.hidden_size, 1, device=model.device, dtype=model.dtype
+        )
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -276,10 +336,14 @@ def from_pretrained(loader: type, name: str, **options: object) -> Any:
         )
     if path.suffix == ".gguf" and path.is_file():
         if not is_gguf_available():
-            raise FileNotFoundError(f"{name!r} is a GGUF file, which transformers reads with another package: pip install gguf")
+            raise FileNotFoundError(
+                f"{name!r} is a GGUF file, which transformers reads with another package: pip install gguf"
+            )
         path, options["gguf_file"] = path.parent, path.name
     try:
-        return loader.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False, **options)
+        return loader.from_pretrained(
+            str(path) if path.exists() else name, trust_remote_code=False, **options
+        )
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {name!r} cannot be read ({error}); the file is cut short or altered, get it again"
@@ -295,7 +359,11 @@ def _why_missing(name: str, error: Exception) -> str:
             "`hf auth login`, and try again"
         )
     try:
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
+        folder = (
+            Path(name)
+            if Path(name).is_dir()
+            else Path(snapshot_download(name, local_files_only=True))
+        )
     except (OSError, ValueError):  # not in the cache, or no name that a repository can have
         return (
             f"{name!r} is not a folder here, not in the Hugging Face cache, and the hub did not give it: "

@@ -50,7 +50,9 @@ def _hold(panel: Any, values: Sequence[float], low: float, high: float) -> None:
     panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def moving_optimum(reference: Tensor, labels: Sequence[str], kls: Sequence[float], rewards: Sequence[float]) -> Moving:
+def moving_optimum(
+    reference: Tensor, labels: Sequence[str], kls: Sequence[float], rewards: Sequence[float]
+) -> Moving:
     """Reference and optimum as bars, and the optimum's place on the frontier; a state has `policy`, `kl` and `reward`."""
     figure, (left, right) = _wide(2)
     shown, places = check_labels(labels, len(reference), "outcomes"), np.arange(len(labels))
@@ -58,7 +60,9 @@ def moving_optimum(reference: Tensor, labels: Sequence[str], kls: Sequence[float
     bars = left.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
     left.set_xticks(places, shown)
     left.set(ylim=(0, 1), ylabel="probability")
-    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # where no bar reaches
+    left.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2
+    )  # where no bar reaches
     right.plot(kls, rewards, color=OPTIMUM, label="optimum for every beta")
     (point,) = right.plot([], [], "o", color=CHOSEN, markersize=9)
     right.set(xlabel="KL to the reference (nats)", ylabel="mean reward")
@@ -80,7 +84,9 @@ def moving_bandit(labels: Sequence[str]) -> Moving:
     after = axes.bar(places + 0.2, np.zeros(len(labels)), 0.4, color=CHOSEN, label="optimum")
     axes.set_xticks(places, check_labels(labels, len(labels), "outcomes"))
     axes.set(ylim=(0, 1), ylabel="probability")
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # where no bar reaches
+    axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2
+    )  # where no bar reaches
 
     def update(state: Mapping[str, Any]) -> None:
         for bars, heights in ((before, state["reference"]), (after, state["policy"])):
@@ -90,7 +96,9 @@ def moving_bandit(labels: Sequence[str]) -> Moving:
     return Moving(figure, [*before, *after], update)
 
 
-def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float], most: float = 4.0) -> Moving:
+def moving_comparisons(
+    labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float], most: float = 4.0
+) -> Moving:
     """Rewards as bars beside the likeliest ones, and predicted shares beside `observed`; a state has `rewards`, `predicted`.
 
     Rewards are from -`most` to `most`, in nats.
@@ -98,14 +106,27 @@ def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observ
     figure, (left, right) = _wide(2)
     places = np.arange(len(labels))
     bars = left.bar(places, np.zeros(len(labels)), 0.6, color=POLICY, label="your rewards")
-    marks = left.plot(places, likeliest, "_", color=REJECTED, markersize=30, markeredgewidth=2, label="likeliest rewards")
+    marks = left.plot(
+        places,
+        likeliest,
+        "_",
+        color=REJECTED,
+        markersize=30,
+        markeredgewidth=2,
+        label="likeliest rewards",
+    )
     left.set_xticks(places, check_labels(labels, len(likeliest), "items"))
     left.set(ylim=(-most, 1.375 * most), ylabel="reward (nats)")
     left.axhline(0, color=OPTIMUM, linewidth=0.8)
     left.legend(frameon=False, loc="upper left", ncols=2)
     right.plot([0, 1], [0, 1], "--", color=OPTIMUM, label="prediction = observation")
     (points,) = right.plot([], [], "o", color=POLICY, markersize=8)
-    right.set(xlabel="predicted share won", ylabel="observed share won", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    right.set(
+        xlabel="predicted share won",
+        ylabel="observed share won",
+        xlim=(-0.03, 1.03),
+        ylim=(-0.03, 1.03),
+    )
     right.legend(frameon=False, loc="upper left")
 
     def update(state: Mapping[str, Any]) -> None:
@@ -113,10 +134,14 @@ def moving_comparisons(labels: Sequence[str], likeliest: Sequence[float], observ
             bar.set_height(height)
         points.set_data(state["predicted"], observed)
 
-    return Moving(figure, [*bars, *marks, points], update)  # the marks move not, but stand before the bars
+    return Moving(
+        figure, [*bars, *marks, points], update
+    )  # the marks move not, but stand before the bars
 
 
-def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence[float], furthest: float) -> Moving:
+def moving_run(
+    steps: Sequence[int], chosen: Sequence[float], rejected: Sequence[float], furthest: float
+) -> Moving:
     """Mean log-ratios over a run with the step marked, and pairs at that step; a state has `step`, `chosen`, `rejected`."""
     figure, (left, right) = _wide(2)
     left.plot(steps, chosen, color=CHOSEN, label="chosen")
@@ -128,7 +153,12 @@ def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence
     right.plot([-furthest, furthest], [-furthest, furthest], "--", color=OPTIMUM, label="margin 0")
     (cloud,) = right.plot([], [], "o", color=POLICY, alpha=0.4, markersize=5)
     limits = (-1.05 * furthest, 1.05 * furthest)
-    right.set(xlabel="log-ratio of rejected (nats)", ylabel="log-ratio of chosen (nats)", xlim=limits, ylim=limits)
+    right.set(
+        xlabel="log-ratio of rejected (nats)",
+        ylabel="log-ratio of chosen (nats)",
+        xlim=limits,
+        ylim=limits,
+    )
     right.legend(frameon=False, loc="upper left")
 
     def update(state: Mapping[str, Any]) -> None:
@@ -138,7 +168,9 @@ def moving_run(steps: Sequence[int], chosen: Sequence[float], rejected: Sequence
     return Moving(figure, [mark, cloud], update)
 
 
-def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any, targets: Sequence[float] = ()) -> Moving:
+def moving_contenders(
+    rows: Sequence[Mapping[str, float]], optimal: Any, targets: Sequence[float] = ()
+) -> Moving:
     """One run among all, reward against KL, and its KL as it trains; a state has `kl`, `reward`, `step` and `target`.
 
     `target` is one of the `targets`, a KL in nats, or None.
@@ -147,7 +179,13 @@ def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any, targets
     valid = optimal.valid
     left.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy")
     left.plot(
-        [r["kl"] for r in rows], [r["reward"] for r in rows], "o", color=OPTIMUM, alpha=0.25, markersize=4, markeredgewidth=0
+        [r["kl"] for r in rows],
+        [r["reward"] for r in rows],
+        "o",
+        color=OPTIMUM,
+        alpha=0.25,
+        markersize=4,
+        markeredgewidth=0,
     )
     (path,) = left.plot([], [], "o-", color=POLICY, markersize=5)
     (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
@@ -170,7 +208,10 @@ def moving_contenders(rows: Sequence[Mapping[str, float]], optimal: Any, targets
     return Moving(figure, [path, last, meter, target], update)
 
 
-PAIRS = {"losses": ("loss", POLICY), "weights": ("gradient weight", REJECTED)}  # what a panel shows: its label and colour
+PAIRS = {
+    "losses": ("loss", POLICY),
+    "weights": ("gradient weight", REJECTED),
+}  # what a panel shows: its label and colour
 
 
 def moving_pairs(usual: Mapping[str, np.ndarray]) -> Moving:
@@ -232,7 +273,9 @@ def moving_curves(steps: int) -> Moving:
     return Moving(figure, [loss, margin], update)
 
 
-def moving_betas(paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, usual: Mapping[str, np.ndarray]) -> Moving:
+def moving_betas(
+    paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, usual: Mapping[str, np.ndarray]
+) -> Moving:
     """One recorded run among those of other betas: reward against KL, and its pairs on the curve of the gradient weight.
 
     `paths` have points with `kl` and `reward`; `usual` and a state, beside `kl` and `reward`, are as in `moving_pairs`.
@@ -241,7 +284,14 @@ def moving_betas(paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, u
     valid = optimal.valid
     left.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label="optimal policy")
     for points in paths:
-        left.plot([p["kl"] for p in points], [p["reward"] for p in points], "o-", color=OPTIMUM, alpha=0.25, markersize=4)
+        left.plot(
+            [p["kl"] for p in points],
+            [p["reward"] for p in points],
+            "o-",
+            color=OPTIMUM,
+            alpha=0.25,
+            markersize=4,
+        )
     (path,) = left.plot([], [], "o-", color=POLICY, markersize=5)
     (last,) = left.plot([], [], "o", color=CHOSEN, markersize=10)
     left.set(xlabel="sequence KL (nats)", ylabel="mean reward")

@@ -31,7 +31,9 @@ def log_partition(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     beta = _checked_tilt(reference, reward, beta)
     mean = (reference * reward).sum(-1, keepdim=True)
     tilt = (reward - mean) / beta  # (..., n)
-    small = torch.log1p((reference * torch.expm1(tilt.clamp(max=1.0))).sum(-1))  # exact where beta is large
+    small = torch.log1p(
+        (reference * torch.expm1(tilt.clamp(max=1.0))).sum(-1)
+    )  # exact where beta is large
     wide = torch.logsumexp(_log(reference) + tilt, -1)
     return mean[..., 0] / beta + torch.where((tilt.abs() <= 1).all(-1), small, wide)
 
@@ -63,7 +65,9 @@ def value_gap(policy: Tensor, reference: Tensor, reward: Tensor, beta: float) ->
     _check_distribution("policy", policy)
     beta = _checked_tilt(reference, reward, beta)
     _check_same("policy", policy, "reference", reference)
-    log_best = _log(reference) + reward / beta - log_partition(reference, reward, beta)[..., None]  # (..., n)
+    log_best = (
+        _log(reference) + reward / beta - log_partition(reference, reward, beta)[..., None]
+    )  # (..., n)
     return beta * _mean_log_ratio(policy, log_best)
 
 
@@ -80,22 +84,34 @@ def _mean_log_ratio(p: Tensor, log_q: Tensor) -> Tensor:
 
 def _check_distribution(name: str, p: Tensor) -> None:
     if not isinstance(p, Tensor) or not p.is_floating_point() or p.ndim < 1:
-        raise TypeError(f"{name} must be a floating-point tensor of probabilities (..., n), found {p!r}")
+        raise TypeError(
+            f"{name} must be a floating-point tensor of probabilities (..., n), found {p!r}"
+        )
     if not (p >= 0).all():
         raise ValueError(f"{name} is {p.tolist()}; probabilities must not be negative or NaN")
     off = (p.sum(-1) - 1).abs().max()
     if off > 1e-5:
-        raise ValueError(f"{name} sums to {p.sum(-1).tolist()}; probabilities must sum to 1: divide by their sum")
+        raise ValueError(
+            f"{name} sums to {p.sum(-1).tolist()}; probabilities must sum to 1: divide by their sum"
+        )
 
 
 def _check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"{name_a} has {a.shape[-1]} outcomes and {name_b} {b.shape[-1]}; they must be over the same outcomes")
+        raise ValueError(
+            f"{name_a} has {a.shape[-1]} outcomes and {name_b} {b.shape[-1]}; they must be over the same outcomes"
+        )
 
 
 def _check_reward(reward: Tensor, p: Tensor) -> None:
-    if not isinstance(reward, Tensor) or not reward.is_floating_point() or not torch.isfinite(reward).all():
-        raise ValueError(f"reward is {reward!r}; it must be a tensor of finite floating-point numbers, one an outcome")
+    if (
+        not isinstance(reward, Tensor)
+        or not reward.is_floating_point()
+        or not torch.isfinite(reward).all()
+    ):
+        raise ValueError(
+            f"reward is {reward!r}; it must be a tensor of finite floating-point numbers, one an outcome"
+        )
     _check_same("reward", reward, "the distribution", p)
 
 

@@ -20,19 +20,32 @@ from dpo_lab.imdb import rows_on, sample_completions
 from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
 from dpo_lab.lm_head import IN_CACHE, logits_budget
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps, completion_states
-from dpo_lab.loop import LoopConfig, blocks_of, checkpointed, evaluates, make_optimizers, warn_of_warmup
+from dpo_lab.loop import (
+    LoopConfig,
+    blocks_of,
+    checkpointed,
+    evaluates,
+    make_optimizers,
+    warn_of_warmup,
+)
 from dpo_lab.machine import return_freed_memory
 from dpo_lab.models import lora
 from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, check_config, plan_prompts
 from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
-TRIAL_FLOPS = 3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
+TRIAL_FLOPS = (
+    3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
+)
 TRIAL_TOKENS = 6  # sampled to measure how fast that goes
 SLACK = 0.3  # of activations and logits, as bytes that a CPU's allocator holds in gaps too small for the next tensor: measured
 FRONTIER = (32, 64)  # prompts and completions of each, from which the optimal frontier is estimated
 SNAPSHOT_PAIRS = 128  # scored at every evaluation
-MOMENTS = {"AdamW": 2, "RMSprop": 1, "Muon": 1}  # tensors of the parameter's size that an optimizer keeps
+MOMENTS = {
+    "AdamW": 2,
+    "RMSprop": 1,
+    "Muon": 1,
+}  # tensors of the parameter's size that an optimizer keeps
 COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}  # of each parameter's step
 
 
@@ -74,10 +87,18 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{'plan':<10}{'tokens':>14}{'TFLOPs':>12}{'seconds':>10}"]
         for name in self.tokens:
-            lines.append(f"{name:<10}{self.tokens[name]:>14,}{self.flops[name] / 1e12:>12,.2f}{self.seconds[name]:>10,.0f}")
+            lines.append(
+                f"{name:<10}{self.tokens[name]:>14,}{self.flops[name] / 1e12:>12,.2f}{self.seconds[name]:>10,.0f}"
+            )
         total = sum(self.seconds.values())
-        lines.append(f"{'all':<10}{sum(self.tokens.values()):>14,}{sum(self.flops.values()) / 1e12:>12,.2f}{total:>10,.0f}")
-        for name, parts in (("SFT", self.tuning), ("sampling", self.sampling), ("training", self.training)):
+        lines.append(
+            f"{'all':<10}{sum(self.tokens.values()):>14,}{sum(self.flops.values()) / 1e12:>12,.2f}{total:>10,.0f}"
+        )
+        for name, parts in (
+            ("SFT", self.tuning),
+            ("sampling", self.sampling),
+            ("training", self.training),
+        ):
             if not parts:
                 continue
             listed = ", ".join(f"{part} {n_bytes / 1e6:,.0f}" for part, n_bytes in parts.items())
@@ -125,18 +146,27 @@ def plan(
     evaluations = sum(evaluates(step, len(steps), config.loop) for step in range(1, len(steps) + 1))
     m, (few, many) = eval_prefixes, FRONTIER
     sampled = 2 * m + evaluations * max(8, m // 4) + min(few, m) * many
-    scored = 2 * (m + evaluations * max(8, m // 4)) + (evaluations + 1) * 2 * min(SNAPSHOT_PAIRS, n * comb(k, 2))
+    scored = 2 * (m + evaluations * max(8, m // 4)) + (evaluations + 1) * 2 * min(
+        SNAPSHOT_PAIRS, n * comb(k, 2)
+    )
     completed = {"sample": n * k, "train": config.epochs * n * k, "evaluate": sampled + scored}
 
     forward = forward_flops(reference, micro) / micro.n
-    trained_on = training_flops(reference, micro, precision, again=again, rank=config.lora_rank) / micro.n
+    trained_on = (
+        training_flops(reference, micro, precision, again=again, rank=config.lora_rank) / micro.n
+    )
     drawn = sampling_flops(reference, sum(map(len, prompts)) / n, max_new_tokens)
     flops = {
         "sample": n * k * drawn,
         "train": config.epochs * n * k * trained_on,
         "evaluate": sampled * drawn + scored * forward,
     }
-    trial = _batch(reference, prompts[: _rows(reference, max_new_tokens, device.type, n * k) // k + 1], k, max_new_tokens)
+    trial = _batch(
+        reference,
+        prompts[: _rows(reference, max_new_tokens, device.type, n * k) // k + 1],
+        k,
+        max_new_tokens,
+    )
     rate = {p: training_rate(reference, trial.to(device), p) for p in {"float32", precision}}
     drawing = sampling_rate(reference, prompts, k, max_new_tokens, precision)
     seconds = {
@@ -148,7 +178,9 @@ def plan(
     weights = sum(p.numel() * p.element_size() for p in reference.parameters())
     always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
     if config.lora_rank:
-        always["adapters"] = sum(p.numel() * p.element_size() for p in trained(reference, config.lora_rank).parameters())
+        always["adapters"] = sum(
+            p.numel() * p.element_size() for p in trained(reference, config.lora_rank).parameters()
+        )
     rows, longest = min(rows_on(device), max(n * k, m)), max(map(len, prompts)) + max_new_tokens
     tokens, tuning = {name: count * max_new_tokens for name, count in completed.items()}, {}
     if sft is not None:
@@ -170,20 +202,32 @@ def plan(
 
 def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     """FLOPs of `completion_logps` without gradients."""
-    squares = sum(r * length**2 for (r, length), _ in batch.rows) or batch.input_ids.numel() * batch.input_ids.shape[1]
+    squares = (
+        sum(r * length**2 for (r, length), _ in batch.rows)
+        or batch.input_ids.numel() * batch.input_ids.shape[1]
+    )
     blocks = 2 * block_weights(model) * batch.input_ids.numel()
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * squares
 
 
 @checked
 def training_flops(
-    model: nn.Module, batch: CompletionBatch, precision: Precision, *, again: bool = False, rank: int = 0
+    model: nn.Module,
+    batch: CompletionBatch,
+    precision: Precision,
+    *,
+    again: bool = False,
+    rank: int = 0,
 ) -> float:
     """FLOPs of `completion_logps` and its backward pass; `again` says whether that computes the blocks a second time.
 
     With LoRA adapters of `rank` the frozen weights need no gradients of their own: 2 FLOPs a weight and token backward.
     """
-    forward, head, positions = forward_flops(model, batch), _head_flops(model, batch), batch.input_ids.numel()
+    forward, head, positions = (
+        forward_flops(model, batch),
+        _head_flops(model, batch),
+        batch.input_ids.numel(),
+    )
     total = 3 * forward + again * (forward - head)
     if _logits_bytes(model, batch, precision) > logits_budget(model.device.type)[0]:
         total += head
@@ -197,27 +241,42 @@ def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int) -> f
     """FLOPs of a completion of `new_tokens` after a prompt: each position once, its keys and values from the cache."""
     read = prompt_tokens + new_tokens - 1
     head = model.get_output_embeddings().weight.numel()
-    return 2 * block_weights(model) * read + 2 * head * new_tokens + 4 * _attention_width(model) * read * (read + 1) / 2
+    return (
+        2 * block_weights(model) * read
+        + 2 * head * new_tokens
+        + 4 * _attention_width(model) * read * (read + 1) / 2
+    )
 
 
 def block_weights(model: nn.Module) -> int:
     """Weights of the decoder that multiply every position: its matrices, but for embeddings."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.numel() for p in model.get_decoder().parameters() if p.ndim == 2 and id(p) not in looked_up)
+    return sum(
+        p.numel()
+        for p in model.get_decoder().parameters()
+        if p.ndim == 2 and id(p) not in looked_up
+    )
 
 
 def trained(model: nn.Module, rank: int) -> nn.Module:
     """What the optimizer gets: the model itself, or LoRA's two matrices of each linear layer of its decoder."""
     if not rank:
         return model
-    shapes = [m.weight.shape for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)]
-    return nn.ParameterList(torch.empty(rank, size, dtype=model.dtype) for shape in shapes for size in shape)
+    shapes = [
+        m.weight.shape for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)
+    ]
+    return nn.ParameterList(
+        torch.empty(rank, size, dtype=model.dtype) for shape in shapes for size in shape
+    )
 
 
 @checked
 def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
     """FLOP/s of a forward and a backward pass of `batch`; the second of two counts."""
-    parameters, device = [p for p in model.parameters() if p.requires_grad], batch.sources.device.type
+    parameters, device = (
+        [p for p in model.parameters() if p.requires_grad],
+        batch.sources.device.type,
+    )
     for _ in range(2):
         began = time.perf_counter()
         with autocast(device, precision), matmuls_by_onednn(device):
@@ -228,7 +287,13 @@ def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision
 
 
 @checked
-def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, max_new_tokens: int, precision: Precision) -> float:
+def sampling_rate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    max_new_tokens: int,
+    precision: Precision,
+) -> float:
     """FLOP/s of a few tokens sampled in a batch as large as the run's, or as a fraction of a second allows.
 
     Prompts are cut to one length: what is read token by token beside those that sample weighs little in a long completion.
@@ -237,7 +302,9 @@ def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, ma
     shortest = min(map(len, prompts))
     some = [
         list(ids[:shortest])
-        for ids in prompts[: max(1, _rows(model, new, device.type, min(rows_on(device), len(prompts) * k)) // k)]
+        for ids in prompts[
+            : max(1, _rows(model, new, device.type, min(rows_on(device), len(prompts) * k)) // k)
+        ]
     ]
     for _ in range(2):
         began = time.perf_counter()
@@ -248,7 +315,11 @@ def sampling_rate(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, ma
 
 @checked
 def training_bytes(
-    model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, config: DPOConfig, precision: Precision
+    model: nn.Module,
+    batch: CompletionBatch,
+    trial: CompletionBatch,
+    config: DPOConfig,
+    precision: Precision,
 ) -> dict[str, int]:
     """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits, slack.
 
@@ -257,18 +328,29 @@ def training_bytes(
     the others, and the head in bfloat16 where that is not its own precision.
     """
     head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
-    kept, (most_kept, chunk) = _logits_bytes(model, batch, precision), logits_budget(trial.sources.device.type)
-    with lora(model, config.lora_rank) if config.lora_rank else nullcontext(model) as policy:  # adapters save inputs of their own
-        activations = activation_bytes(policy, batch, trial, precision, again=config.loop.gradient_checkpointing)
+    kept, (most_kept, chunk) = (
+        _logits_bytes(model, batch, precision),
+        logits_budget(trial.sources.device.type),
+    )
+    with (
+        lora(model, config.lora_rank) if config.lora_rank else nullcontext(model) as policy
+    ):  # adapters save inputs of their own
+        activations = activation_bytes(
+            policy, batch, trial, precision, again=config.loop.gradient_checkpointing
+        )
     parts = {
-        "gradients": sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
+        "gradients": sum(
+            p.numel() * p.element_size() for p in module.parameters() if p.requires_grad
+        ),
         "optimizer": optimizer_bytes(module, config.loop),
         "activations": activations,
         "logits": kept * (kept <= most_kept)
         + chunk
         + 3 * 4 * IN_CACHE * len(head)
         + (not config.lora_rank) * head.numel() * head.element_size()
-        + (precision == "bfloat16" and head.dtype != torch.bfloat16) * head.numel() * torch.bfloat16.itemsize,
+        + (precision == "bfloat16" and head.dtype != torch.bfloat16)
+        * head.numel()
+        * torch.bfloat16.itemsize,
     }
     if trial.sources.device.type == "cpu":
         parts["slack"] = round(SLACK * (parts["activations"] + parts["logits"]))
@@ -288,7 +370,12 @@ def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
 
 @checked
 def activation_bytes(
-    model: nn.Module, batch: CompletionBatch, trial: CompletionBatch, precision: Precision, *, again: bool = False
+    model: nn.Module,
+    batch: CompletionBatch,
+    trial: CompletionBatch,
+    precision: Precision,
+    *,
+    again: bool = False,
 ) -> int:
     """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches that are small.
 
@@ -320,13 +407,18 @@ def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) 
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(batch.sources.device.type, precision):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(batch.sources.device.type, precision),
+    ):
         states = completion_states(model, batch)
     return sum(saved.values()) + states.numel() * states.element_size()
 
 
 @checked
-def sampling_bytes(model: nn.Module, rows: int, length: int, precision: Precision) -> dict[str, int]:
+def sampling_bytes(
+    model: nn.Module, rows: int, length: int, precision: Precision
+) -> dict[str, int]:
     """Bytes of sampling `rows` at a time, `length` positions each: keys and values, and logits with their softmax."""
     config, item = model.config, torch.finfo(getattr(torch, precision)).bits // 8
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -361,7 +453,9 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
-def _batch(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, tokens: int) -> CompletionBatch:
+def _batch(
+    model: nn.Module, prompts: Sequence[Sequence[int]], k: int, tokens: int
+) -> CompletionBatch:
     """`k` completions of each prompt, all of `tokens` tokens, as training lays them out."""
     owners = [p for p in range(len(prompts)) for _ in range(k)]
     return completion_batch(prompts, [[0] * tokens] * len(owners), owners, share=can_share(model))
@@ -370,7 +464,9 @@ def _batch(model: nn.Module, prompts: Sequence[Sequence[int]], k: int, tokens: i
 def _rows(model: nn.Module, tokens: int, device: str, most: int) -> int:
     """Rows of a measured pass: as many as its FLOPs allow, 4 to 512."""
     flops_a_row = 6 * tokens * (block_weights(model) + model.get_output_embeddings().weight.numel())
-    return int(min(most, 512, max(4, (1000 if device == "cuda" else 1) * TRIAL_FLOPS / flops_a_row)))
+    return int(
+        min(most, 512, max(4, (1000 if device == "cuda" else 1) * TRIAL_FLOPS / flops_a_row))
+    )
 
 
 def _logits_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:

@@ -33,7 +33,9 @@ from dpo_lab.runs import append_metrics
 from dpo_lab.structure import check_trainable, unwrapped, widest
 from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
-Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]  # from N prompts and N completions to N rewards
+Reward = Callable[
+    [list[list[int]], list[list[int]]], np.ndarray
+]  # from N prompts and N completions to N rewards
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class Rollout:
     returns: Tensor
 
 
-def text_reward(reward: Callable[[Sequence[str]], np.ndarray], tokenizer: PreTrainedTokenizerBase) -> Reward:
+def text_reward(
+    reward: Callable[[Sequence[str]], np.ndarray], tokenizer: PreTrainedTokenizerBase
+) -> Reward:
     """A reward of texts, such as `SentimentReward`, as a reward of token ids."""
 
     def score(prompts: list[list[int]], completions: list[list[int]]) -> np.ndarray:
@@ -161,12 +165,21 @@ def train_ppo(
     check_ppo(policy, value_model, prompts, config, ptx)
     if run:
         from_main(require_unused, run)
-    roles, rng = Roles(policy.eval(), reference.eval(), value_model.eval()), np.random.default_rng(seed)
+    roles, rng = (
+        Roles(policy.eval(), reference.eval(), value_model.eval()),
+        np.random.default_rng(seed),
+    )
     stops = set(np.ravel(eos_token_id).tolist())
-    options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "precision": precision}
+    options = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "precision": precision,
+    }
 
     def sample(model: PreTrainedModel, some: list[list[int]]) -> list[list[int]]:
-        rows = sample_completions(model, some, 1, eos_token_id=eos_token_id, seed=int(rng.integers(2**31)), **options)
+        rows = sample_completions(
+            model, some, 1, eos_token_id=eos_token_id, seed=int(rng.integers(2**31)), **options
+        )
         return [row[0] for row in rows]
 
     first = [prompts[i] for i in rng.choice(len(prompts), min(512, len(prompts)), replace=False)]
@@ -200,7 +213,18 @@ def train_ppo(
             raw = checked_rewards(reward, some, completions)
             cut = np.array([ids[-1] not in stops for ids in completions])
             scores = torch.from_numpy((raw - mean) / deviation - config.no_eos_penalty * cut)
-            rollout, means = learn(roles, optimizer, some, completions, scores, coefficient, config, precision, rng, ptx)
+            rollout, means = learn(
+                roles,
+                optimizer,
+                some,
+                completions,
+                scores,
+                coefficient,
+                config,
+                precision,
+                rng,
+                ptx,
+            )
             kl = float(rollout.log_ratios.sum(1).mean())
             tokens += int(rollout.mask.sum())
             objective = {
@@ -214,12 +238,18 @@ def train_ppo(
                 {"step": step}
                 | {f"objective/{name}": value for name, value in objective.items()}
                 | means
-                | {"kl_coefficient": coefficient, "learning_rate": optimizer.param_groups[0]["lr"], "tokens": tokens}
+                | {
+                    "kl_coefficient": coefficient,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "tokens": tokens,
+                }
                 | {"seconds": time.perf_counter() - began}
             )
             annealing.step()
             if config.kl_target is not None:
-                coefficient = adapted_kl_coefficient(coefficient, kl, config.kl_target, config.kl_gain)
+                coefficient = adapted_kl_coefficient(
+                    coefficient, kl, config.kl_target, config.kl_gain
+                )
             bar.set_postfix(reward=f"{raw.mean():.3f}", kl=f"{kl:.2f}", refresh=False)
             bar.update()
             if evaluate and (step % config.eval_every == 0 or step == config.steps):
@@ -246,11 +276,17 @@ def learn(
         parts = np.split(rng.permutation(config.batch), config.batch // config.minibatch)
         minibatches = [(part, batch_of(roles, prompts, completions, part)) for part in parts]
         if epoch == 0:
-            rollout = assess(roles, completions, scores, minibatches, kl_coefficient, config, precision)
+            rollout = assess(
+                roles, completions, scores, minibatches, kl_coefficient, config, precision
+            )
         for part, batch in minibatches:
-            policy_loss, value_loss, stats = minibatch_losses(roles, rollout, part, batch, config, precision)
+            policy_loss, value_loss, stats = minibatch_losses(
+                roles, rollout, part, batch, config, precision
+            )
             if not history and not stats["policy/ratio_off"] <= 1e-6:
-                raise ValueError(f"before its first update the policy's ratio is off 1 by {stats['policy/ratio_off']:.2g}")
+                raise ValueError(
+                    f"before its first update the policy's ratio is off 1 by {stats['policy/ratio_off']:.2g}"
+                )
             loss = policy_loss + config.value_coefficient * value_loss
             if config.ptx_coefficient:
                 ptx_loss = text_loss(roles.policy, ptx(), precision)
@@ -258,13 +294,19 @@ def learn(
                 stats["policy/ptx_loss"] = ptx_loss.item()
             stats["policy/grad_norm"] = update(roles, optimizer, loss, config.max_grad_norm)
             history.append(stats)
-    return rollout, {name: float(np.mean([stats[name] for stats in history])) for name in history[0]}
+    return rollout, {
+        name: float(np.mean([stats[name] for stats in history])) for name in history[0]
+    }
 
 
-def batch_of(roles: Roles, prompts: list[list[int]], completions: list[list[int]], part: np.ndarray) -> CompletionBatch:
+def batch_of(
+    roles: Roles, prompts: list[list[int]], completions: list[list[int]], part: np.ndarray
+) -> CompletionBatch:
     """The completions of a minibatch, their tokens in its order."""
     share = all(map(can_share, (roles.policy, roles.reference, roles.value.model)))
-    batch = completion_batch([prompts[i] for i in part], [completions[i] for i in part], range(len(part)), share=share)
+    batch = completion_batch(
+        [prompts[i] for i in part], [completions[i] for i in part], range(len(part)), share=share
+    )
     return batch.to(roles.policy.device)
 
 
@@ -288,7 +330,10 @@ def assess(
     logps, reference_logps, values = torch.zeros(3, *mask.shape, dtype=torch.float64)
     for part, batch in minibatches:
         with autocast(roles.policy.device.type, precision):
-            found = [completion_logps(m, batch, reduction="none", temperature=config.temperature) for m in roles[:2]]
+            found = [
+                completion_logps(m, batch, reduction="none", temperature=config.temperature)
+                for m in roles[:2]
+            ]
             found.append(roles.value(batch))
         for array, tokens in zip((logps, reference_logps, values), found):
             rows = torch.zeros(len(part), mask.shape[1], dtype=torch.float64)
@@ -304,7 +349,12 @@ def assess(
 
 @checked
 def minibatch_losses(
-    roles: Roles, rollout: Rollout, part: np.ndarray, batch: CompletionBatch, config: PPOConfig, precision: Precision
+    roles: Roles,
+    rollout: Rollout,
+    part: np.ndarray,
+    batch: CompletionBatch,
+    config: PPOConfig,
+    precision: Precision,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Policy loss and value loss, means over the tokens of a minibatch, and statistics of the ratio pi / pi_old."""
     inside, device = rollout.mask[part], roles.policy.device
@@ -313,7 +363,9 @@ def minibatch_losses(
         for array in (rollout.logps, rollout.values, rollout.advantages, rollout.returns)
     )  # (T,) each
     with autocast(device.type, precision):
-        logps = completion_logps(roles.policy, batch, reduction="none", temperature=config.temperature)
+        logps = completion_logps(
+            roles.policy, batch, reduction="none", temperature=config.temperature
+        )
         new_values = roles.value(batch).to(widest(device))
     policy_loss = ppo_clip_loss(logps, old, advantages, config.clip).mean()
     value_loss = clipped_value_loss(new_values, values, returns, config.value_clip).mean()
@@ -338,27 +390,37 @@ def text_loss(policy: PreTrainedModel, batch: CompletionBatch, precision: Precis
         return -completion_logps(policy, batch.to(policy.device)).sum() / batch.tokens
 
 
-def update(roles: Roles, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float) -> float:
+def update(
+    roles: Roles, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float
+) -> float:
     """One step down the gradient of `loss`; returns the norm of the policy's, before it is cut."""
     with matmuls_by_onednn(roles.policy.device.type):
         loss.backward()
     norm = nn.utils.clip_grad_norm_(roles.policy.parameters(), max_grad_norm)
     nn.utils.clip_grad_norm_(roles.value.parameters(), max_grad_norm)
     if not torch.isfinite(norm):
-        raise ValueError(f"the gradient's norm is {norm}; lower learning_rate ({optimizer.param_groups[0]['lr']:.2g} now)")
+        raise ValueError(
+            f"the gradient's norm is {norm}; lower learning_rate ({optimizer.param_groups[0]['lr']:.2g} now)"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
 
 
-def checked_rewards(reward: Reward, prompts: list[list[int]], completions: list[list[int]]) -> np.ndarray:
+def checked_rewards(
+    reward: Reward, prompts: list[list[int]], completions: list[list[int]]
+) -> np.ndarray:
     """The rewards of N completions, (N,). Raises ValueError unless they are N finite numbers."""
     found = np.asarray(reward(prompts, completions), dtype=np.float64)
     if found.shape != (len(completions),):
-        raise ValueError(f"reward gave the shape {found.shape} for {len(completions)} completions; it must be (N,), one each")
+        raise ValueError(
+            f"reward gave the shape {found.shape} for {len(completions)} completions; it must be (N,), one each"
+        )
     if not np.isfinite(found).all():
         i = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise ValueError(f"reward gave {found[i]} for completion {i}, {completions[i][:8]}...; every reward must be finite")
+        raise ValueError(
+            f"reward gave {found[i]} for completion {i}, {completions[i][:8]}...; every reward must be finite"
+        )
     return found
 
 
@@ -368,7 +430,15 @@ def check_ppo_config(config: PPOConfig) -> None:
     for name in ("steps", "batch", "minibatch", "epochs", "max_new_tokens", "eval_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    positive = ("temperature", "clip", "value_clip", "learning_rate", "value_learning_rate", "adam_eps", "max_grad_norm")
+    positive = (
+        "temperature",
+        "clip",
+        "value_clip",
+        "learning_rate",
+        "value_learning_rate",
+        "adam_eps",
+        "max_grad_norm",
+    )
     for name in positive if config.kl_target is None else (*positive, "kl_target", "kl_gain"):
         finite_positive(name, getattr(config, name))
     for name in ("kl_coefficient", "value_coefficient", "ptx_coefficient", "no_eos_penalty"):
@@ -378,9 +448,13 @@ def check_ppo_config(config: PPOConfig) -> None:
         if not 0 <= (value := getattr(config, name)) <= 1:
             raise ValueError(f"{name} is {value}; it must be in [0, 1]")
     if config.kl_target is not None and not config.kl_coefficient:
-        raise ValueError("kl_coefficient is 0 with a kl_target; a coefficient of 0 stays 0, so begin with a positive one")
+        raise ValueError(
+            "kl_coefficient is 0 with a kl_target; a coefficient of 0 stays 0, so begin with a positive one"
+        )
     if config.batch % config.minibatch:
-        raise ValueError(f"batch is {config.batch} and minibatch {config.minibatch}; a rollout must hold whole minibatches")
+        raise ValueError(
+            f"batch is {config.batch} and minibatch {config.minibatch}; a rollout must hold whole minibatches"
+        )
 
 
 @checked
@@ -394,7 +468,9 @@ def check_ppo(
     """Raise ValueError for what `train_ppo` cannot work with, named with what is allowed."""
     check_ppo_config(config)
     if config.ptx_coefficient and ptx is None:
-        raise ValueError(f"ptx_coefficient is {config.ptx_coefficient} without ptx; give a function that returns batches of text")
+        raise ValueError(
+            f"ptx_coefficient is {config.ptx_coefficient} without ptx; give a function that returns batches of text"
+        )
     check_trainable(policy)
     check_trainable(value_model)
     if not prompts:
@@ -407,7 +483,9 @@ def check_ppo(
         )
     size = value_model.model.config.hidden_size
     if value_model.head.weight.shape != (1, size):
-        raise ValueError(f"the value head has shape {tuple(value_model.head.weight.shape)}; it must be (1, {size}), as its model")
+        raise ValueError(
+            f"the value head has shape {tuple(value_model.head.weight.shape)}; it must be (1, {size}), as its model"
+        )
     if (found := value_model.model.config.vocab_size) != policy.config.vocab_size:
         raise ValueError(
             f"the value model has {found} tokens and the policy {policy.config.vocab_size}; they must share a vocabulary"

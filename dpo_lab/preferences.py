@@ -23,14 +23,26 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.arguments import checked, floats, folder, integer, integers, one_of, token_ids, token_lists
+from dpo_lab.arguments import (
+    checked,
+    floats,
+    folder,
+    integer,
+    integers,
+    one_of,
+    token_ids,
+    token_lists,
+)
 from dpo_lab.layout import begun, ended
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 from dpo_lab.runs import weights_hash, write_whole
 from dpo_lab.structure import unwrapped
 
-SAME_LOGPS = {"float32": 1e-2, "bfloat16": 0.75}  # nats a completion by which batches of other shapes may differ
+SAME_LOGPS = {
+    "float32": 1e-2,
+    "bfloat16": 0.75,
+}  # nats a completion by which batches of other shapes may differ
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
 OPTIONAL = ("tools", "chat_template_kwargs")  # columns of TRL's that the chat template is given
 PICTURES = ("image", "images")  # columns of TRL's that no tokenizer reads
@@ -68,7 +80,9 @@ class Report:
     def __str__(self) -> str:
         counts = {name: value for name, value in asdict(self).items() if name != "unread"}
         said = [f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()]
-        return ", ".join([*said, *([f"columns not read: {', '.join(self.unread)}"] if self.unread else [])])
+        return ", ".join(
+            [*said, *([f"columns not read: {', '.join(self.unread)}"] if self.unread else [])]
+        )
 
 
 @dataclass(frozen=True)
@@ -86,30 +100,51 @@ class Preferences:
     scores: np.ndarray | None = None  # (N,) what the pairs were labelled by
     reference_logps: np.ndarray | None = None  # (N,) nats
     reference_key: str = ""  # which weights and tokens reference_logps belong to
-    reference_precision: Precision = "float32"  # they were computed in; the policy is trained in the same
+    reference_precision: Precision = (
+        "float32"  # they were computed in; the policy is trained in the same
+    )
     report: Report = Report()
 
     def __post_init__(self) -> None:
-        plain: dict[str, Any] = {name: token_lists(name, getattr(self, name)) for name in ("prompts", "completions")}
-        plain |= {name: integers(name, getattr(self, name)) for name in ("prompt_of", "chosen", "rejected")}
+        plain: dict[str, Any] = {
+            name: token_lists(name, getattr(self, name)) for name in ("prompts", "completions")
+        }
+        plain |= {
+            name: integers(name, getattr(self, name))
+            for name in ("prompt_of", "chosen", "rejected")
+        }
         optional = {name: getattr(self, name) for name in ("scores", "reference_logps")}
-        plain |= {name: floats(name, values) for name, values in optional.items() if values is not None}
+        plain |= {
+            name: floats(name, values) for name, values in optional.items() if values is not None
+        }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         one_of("reference_precision", self.reference_precision, Precision)
         n, m = len(self.completions), len(self.prompts)
-        for name, values in (("prompt_of", self.prompt_of), ("scores", self.scores), ("reference_logps", self.reference_logps)):
+        for name, values in (
+            ("prompt_of", self.prompt_of),
+            ("scores", self.scores),
+            ("reference_logps", self.reference_logps),
+        ):
             if values is not None and len(values) != n:
-                raise ValueError(f"{name} has {len(values)} values for {n} completions; there must be one each")
+                raise ValueError(
+                    f"{name} has {len(values)} values for {n} completions; there must be one each"
+                )
         outside = np.flatnonzero((self.prompt_of < 0) | (self.prompt_of >= m))
         if len(outside):
-            raise ValueError(f"prompt_of[{outside[0]}] is {self.prompt_of[outside[0]]}; it must be in 0..{m - 1}")
+            raise ValueError(
+                f"prompt_of[{outside[0]}] is {self.prompt_of[outside[0]]}; it must be in 0..{m - 1}"
+            )
         check_pairs(torch.as_tensor(self.chosen), torch.as_tensor(self.rejected), n)
         if not len(self.chosen):
-            raise ValueError(f"there is no pair left ({self.report}); give completions that differ in text and in score")
+            raise ValueError(
+                f"there is no pair left ({self.report}); give completions that differ in text and in score"
+            )
         apart = np.flatnonzero(self.prompt_of[self.chosen] != self.prompt_of[self.rejected])
         if len(apart):
-            raise ValueError(f"pair {apart[0]} compares completions of two different prompts; both must answer the same one")
+            raise ValueError(
+                f"pair {apart[0]} compares completions of two different prompts; both must answer the same one"
+            )
 
     def pairs_by_prompt(self) -> list[list[int]]:
         """The indices of the pairs of each prompt that has any."""
@@ -123,7 +158,10 @@ class Preferences:
 
         A short prompt may come many times, each time with completions of its own.
         """
-        links = coo_array((np.ones(len(self.chosen)), (self.chosen, self.rejected)), shape=2 * (len(self.completions),))
+        links = coo_array(
+            (np.ones(len(self.chosen)), (self.chosen, self.rejected)),
+            shape=2 * (len(self.completions),),
+        )
         groups: dict[int, list[int]] = {}
         for pair, group in enumerate(connected_components(links, directed=False)[1][self.chosen]):
             groups.setdefault(int(group), []).append(pair)
@@ -147,11 +185,20 @@ class Preferences:
         one_of("precision", precision, Precision)
         key = f"{weights_hash(model)}-{self.tokens_hash()}"
         if known is not None:
-            self = replace(self, reference_logps=known, reference_key=key, reference_precision=precision)
-        if self.reference_logps is not None and (self.reference_key, self.reference_precision) == (key, precision):
+            self = replace(
+                self, reference_logps=known, reference_key=key, reference_precision=precision
+            )
+        if self.reference_logps is not None and (self.reference_key, self.reference_precision) == (
+            key,
+            precision,
+        ):
             some = np.linspace(0, len(self.completions) - 1, 8).astype(int)
             again = score_completions(
-                model, self.prompts, [self.completions[i] for i in some], self.prompt_of[some], precision=precision
+                model,
+                self.prompts,
+                [self.completions[i] for i in some],
+                self.prompt_of[some],
+                precision=precision,
             )
             if not np.allclose(again, self.reference_logps[some], atol=SAME_LOGPS[precision]):
                 raise ValueError(
@@ -159,8 +206,17 @@ class Preferences:
                     "the same weights; the file was altered. Delete it and compute them again"
                 )
             return self
-        logps = score_completions(model, self.prompts, self.completions, self.prompt_of, precision=precision, progress=progress)
-        return replace(self, reference_logps=logps.numpy(), reference_key=key, reference_precision=precision)
+        logps = score_completions(
+            model,
+            self.prompts,
+            self.completions,
+            self.prompt_of,
+            precision=precision,
+            progress=progress,
+        )
+        return replace(
+            self, reference_logps=logps.numpy(), reference_key=key, reference_precision=precision
+        )
 
     def as_text(self, tokenizer: PreTrainedTokenizerBase) -> "Preferences":
         """These preferences without the pairs whose text, tokenised in one piece, has other tokens; the report counts them.
@@ -168,7 +224,11 @@ class Preferences:
         Samples are token ids, and not always those that the tokenizer gives their text: it never writes "film" as "fi" + "lm".
         """
         kept = np.flatnonzero([text is not None for text in self._pair_texts(tokenizer)])
-        report = replace(self.report, pairs=len(kept), retokenised=self.report.retokenised + len(self.chosen) - len(kept))
+        report = replace(
+            self.report,
+            pairs=len(kept),
+            retokenised=self.report.retokenised + len(self.chosen) - len(kept),
+        )
         return replace(self, chosen=self.chosen[kept], rejected=self.rejected[kept], report=report)
 
     def to_trl(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -184,29 +244,51 @@ class Preferences:
         other = [pair for pair, text in enumerate(texts) if text is None]
         if other:
             c, r = self.chosen[other[0]], self.rejected[other[0]]
-            found = [tokenizer.decode(self.prompts[self.prompt_of[i]] + self.completions[i]) for i in (c, r)]
+            found = [
+                tokenizer.decode(self.prompts[self.prompt_of[i]] + self.completions[i])
+                for i in (c, r)
+            ]
             raise ValueError(
                 f"the text of {len(other)} of {len(texts)} pairs has other tokens than the pair, pair {other[0]} for one: {found}. "
                 "Pass the tokenizer that they were made with, and call preferences.as_text(tokenizer) to drop and count such pairs"
             )
-        roles, join = ("user", "assistant", "assistant"), {"chat_template_kwargs": {"chat_template": JOINED}}
-        rows = [[[{"role": role, "content": part}] for role, part in zip(roles, text)] for text in texts if text]
+        roles, join = (
+            ("user", "assistant", "assistant"),
+            {"chat_template_kwargs": {"chat_template": JOINED}},
+        )
+        rows = [
+            [[{"role": role, "content": part}] for role, part in zip(roles, text)]
+            for text in texts
+            if text
+        ]
         return Dataset.from_list([dict(zip(EXAMPLE, row)) | join for row in rows])
 
     def _pair_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, str] | None]:
         """Prompt, chosen and rejected of each pair as text; None where that text has other tokens than the pair."""
         prompts = _exact_texts(tokenizer, self.prompts)
-        wholes = _exact_texts(tokenizer, [self.prompts[p] + ids for p, ids in zip(self.prompt_of, self.completions)])
+        wholes = _exact_texts(
+            tokenizer, [self.prompts[p] + ids for p, ids in zip(self.prompt_of, self.completions)]
+        )
         texts: list[tuple[str, str, str] | None] = []
         for c, r in zip(self.chosen, self.rejected):
             prompt, chosen, rejected = prompts[self.prompt_of[c]], wholes[c], wholes[r]
-            exact = prompt and chosen and rejected and chosen.startswith(prompt) and rejected.startswith(prompt)
-            texts.append((prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if exact else None)
+            exact = (
+                prompt
+                and chosen
+                and rejected
+                and chosen.startswith(prompt)
+                and rejected.startswith(prompt)
+            )
+            texts.append(
+                (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if exact else None
+            )
         return texts
 
     def tokens_hash(self) -> str:
         """16 hexadecimal digits that name the prompts and completions."""
-        digest = hashlib.sha256(json.dumps([self.prompts, self.completions, self.prompt_of.tolist()]).encode())
+        digest = hashlib.sha256(
+            json.dumps([self.prompts, self.completions, self.prompt_of.tolist()]).encode()
+        )
         return digest.hexdigest()[:16]
 
     @checked
@@ -217,21 +299,35 @@ class Preferences:
             ValueError: the directory holds something else than preferences, whose place these take.
         """
         directory = folder("directory", directory)
-        others = directory.is_dir() and any(directory.iterdir()) and not (directory / "preferences.json").exists()
+        others = (
+            directory.is_dir()
+            and any(directory.iterdir())
+            and not (directory / "preferences.json").exists()
+        )
         if others or directory.is_file():
             found = "holds other files" if others else "is a file"
-            raise ValueError(f"{str(directory)!r} {found}; give a folder of its own, such as {str(directory / 'preferences')!r}")
+            raise ValueError(
+                f"{str(directory)!r} {found}; give a folder of its own, such as {str(directory / 'preferences')!r}"
+            )
         columns: dict[str, Any] = {"prompt": self.prompt_of, "ids": self.completions}
-        columns |= {k: getattr(self, k) for k in ("scores", "reference_logps") if getattr(self, k) is not None}
+        columns |= {
+            k: getattr(self, k)
+            for k in ("scores", "reference_logps")
+            if getattr(self, k) is not None
+        }
         parts = DatasetDict(
             prompts=Dataset.from_dict({"ids": self.prompts}),
             completions=Dataset.from_dict(columns),
             pairs=Dataset.from_dict({"chosen": self.chosen, "rejected": self.rejected}),
         )
-        meta = {name: getattr(self, name) for name in ("reference_key", "reference_precision")} | {"report": asdict(self.report)}
+        meta = {name: getattr(self, name) for name in ("reference_key", "reference_precision")} | {
+            "report": asdict(self.report)
+        }
         with write_whole(directory, directory=True) as temporary:
             parts.save_to_disk(temporary)
-            (temporary / "preferences.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            (temporary / "preferences.json").write_text(
+                json.dumps(meta, indent=2) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     @checked
@@ -259,8 +355,15 @@ class Preferences:
                 report=Report(**meta["report"]),
                 **optional,
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:  # of the file system, json, arrow and the checks above
-            raise ValueError(f"{directory} does not hold preferences ({error}); make them with `dpo-lab label`") from error
+        except (
+            OSError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # of the file system, json, arrow and the checks above
+            raise ValueError(
+                f"{directory} does not hold preferences ({error}); make them with `dpo-lab label`"
+            ) from error
 
 
 def from_rows(
@@ -300,14 +403,21 @@ def from_rows(
         elif row.chosen == row.rejected:
             problem = f"{where} has the same text as chosen and as rejected: {row.chosen!r}"
         if problem and bad == "error":
-            raise ValueError(f"{problem}. Mend the row, or pass bad='drop' to drop and count such rows")
+            raise ValueError(
+                f"{problem}. Mend the row, or pass bad='drop' to drop and count such rows"
+            )
         if problem:
             builder.counts["dropped"] += 1
             continue
         p = builder.prompt(row.prompt, where=where, chat=row.chat)
         head = row.prompt if row.joined else ""
         sides = {"chosen": row.chosen, "rejected": row.rejected}
-        builder.pair(*(builder.completion(p, t, where=f"{where}: {name}", chat=row.chat, head=head) for name, t in sides.items()))
+        builder.pair(
+            *(
+                builder.completion(p, t, where=f"{where}: {name}", chat=row.chat, head=head)
+                for name, t in sides.items()
+            )
+        )
     return builder.build()
 
 
@@ -322,14 +432,25 @@ def from_rankings(
     """Preferences from K completions a prompt, best first: K(K-1)/2 pairs. Errors as in `from_rows`."""
     _check_lists(prompts=prompts, rankings=rankings)
     if len(prompts) != len(rankings):
-        raise ValueError(f"{len(prompts)} prompts and {len(rankings)} rankings; there must be one ranking a prompt")
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(rankings)} rankings; there must be one ranking a prompt"
+        )
     builder = _Builder(tokenizer, context, max_completion_tokens)
     for i, (prompt, ranking) in enumerate(zip(prompts, rankings)):
         texts = not isinstance(ranking, str) and all(isinstance(text, str) for text in ranking)
-        if not texts or not len(ranking) == len(set(ranking)) >= 2 or not all(map(str.strip, ranking)):
-            raise ValueError(f"ranking {i} must hold at least two different, non-empty completions, best first; found {ranking}")
+        if (
+            not texts
+            or not len(ranking) == len(set(ranking)) >= 2
+            or not all(map(str.strip, ranking))
+        ):
+            raise ValueError(
+                f"ranking {i} must hold at least two different, non-empty completions, best first; found {ranking}"
+            )
         p = builder.prompt(prompt, where=f"prompt {i}")
-        members = [builder.completion(p, text, where=f"ranking {i}: text {k}") for k, text in enumerate(ranking)]
+        members = [
+            builder.completion(p, text, where=f"ranking {i}: text {k}")
+            for k, text in enumerate(ranking)
+        ]
         for better, worse in combinations(members, 2):
             builder.pair(better, worse)
     return builder.build()
@@ -354,14 +475,20 @@ def from_scores(
     """
     _check_lists(prompts=prompts, completions=completions, scores=scores)
     if not len(prompts) == len(completions) == len(scores):
-        raise ValueError(f"{len(prompts)} prompts, {len(completions)} lists of completions, {len(scores)} of scores; one each")
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(completions)} lists of completions, {len(scores)} of scores; one each"
+        )
     builder = _Builder(tokenizer, context, max_completion_tokens)
     for i, (prompt, texts, values) in enumerate(zip(prompts, completions, scores)):
         values = floats(f"scores[{i}]", values).tolist()
         if isinstance(texts, str):
-            raise ValueError(f"completions[{i}] is one string, {texts!r}; give a list of completions for each prompt")
+            raise ValueError(
+                f"completions[{i}] is one string, {texts!r}; give a list of completions for each prompt"
+            )
         if len(texts) != len(values) or not all(map(math.isfinite, values)):
-            raise ValueError(f"prompt {i} has {len(texts)} completions and scores {values}; one finite score each")
+            raise ValueError(
+                f"prompt {i} has {len(texts)} completions and scores {values}; one finite score each"
+            )
         try:
             empty = 0 in map(len, texts)
         except TypeError:  # of what has no length, and is refused below
@@ -370,7 +497,10 @@ def from_scores(
             raise ValueError(f"prompt {i} has an empty completion; drop it, or end it with EOS")
         p = builder.prompt(prompt, where=f"prompt {i}")
         places = [f"completions[{i}][{k}]" for k in range(len(texts))]
-        members = [builder.completion(p, t, where=w, score=value) for t, w, value in zip(texts, places, values)]
+        members = [
+            builder.completion(p, t, where=w, score=value)
+            for t, w, value in zip(texts, places, values)
+        ]
         for (a, score_a), (b, score_b) in combinations(zip(members, values), 2):
             if a != b and score_a == score_b:
                 builder.counts["ties"] += 1
@@ -382,25 +512,52 @@ def from_scores(
 class _Builder:
     """Collects distinct prompts and completions as token ids, and the pairs among them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, max_completion_tokens: int | None):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, context: int, max_completion_tokens: int | None
+    ):
         self.tokenizer, self.context = tokenizer, integer("context", context)
-        limit = self.context if max_completion_tokens is None else integer("max_completion_tokens", max_completion_tokens)
+        limit = (
+            self.context
+            if max_completion_tokens is None
+            else integer("max_completion_tokens", max_completion_tokens)
+        )
         if limit < 1:
-            raise ValueError(f"max_completion_tokens is {limit}; it must be at least 1, or None for no limit")
+            raise ValueError(
+                f"max_completion_tokens is {limit}; it must be at least 1, or None for no limit"
+            )
         self.limit = limit
-        self.bos, self.eos, self.bos_text = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.bos_token or ""
+        self.bos, self.eos, self.bos_text = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.bos_token or "",
+        )
         self.starts_with_bos = tokenizer("")["input_ids"][:1] == [self.bos]
         doubled = tokenizer.decode(2 * self.encoded("a"))
-        self.newline = self.encoded("\n") if doubled == "a a" else []  # SentencePiece puts a space before every text
+        self.newline = (
+            self.encoded("\n") if doubled == "a a" else []
+        )  # SentencePiece puts a space before every text
         self.prompts: dict[tuple[int, ...], int] = {}
         self.room: list[int] = []  # tokens left for a completion of each prompt
-        self.asked: list[str | tuple[int, ...]] = []  # prompts of two tokens or more as they were given, without BOS
+        self.asked: list[
+            str | tuple[int, ...]
+        ] = []  # prompts of two tokens or more as they were given, without BOS
         self.completions: dict[tuple[int, tuple[int, ...]], int] = {}
         self.scores: list[float | None] = []
         self.pairs: list[tuple[int, int]] = []
-        self.cut: set[tuple[int, tuple[int, ...]]] = set()  # distinct completions that did not fit, whole
+        self.cut: set[tuple[int, tuple[int, ...]]] = (
+            set()
+        )  # distinct completions that did not fit, whole
         self.counts = dict.fromkeys(
-            ("without_eos", "dropped", "identical", "duplicated", "ties", "inner_eos", "prompt_repeated"), 0
+            (
+                "without_eos",
+                "dropped",
+                "identical",
+                "duplicated",
+                "ties",
+                "inner_eos",
+                "prompt_repeated",
+            ),
+            0,
         )
         self.unread: dict[str, None] = {}  # columns, in order
 
@@ -428,7 +585,11 @@ class _Builder:
         if tuple(ids) not in self.prompts:
             self.prompts[tuple(ids)] = len(self.prompts)
             self.room.append(min(self.limit, self.context - len(ids)))
-            asked = prompt.removeprefix(self.bos_text) if isinstance(prompt, str) else self.without_bos(tuple(ids))
+            asked = (
+                prompt.removeprefix(self.bos_text)
+                if isinstance(prompt, str)
+                else self.without_bos(tuple(ids))
+            )
             self.asked.append(asked if len(ids) > 2 and not chat else "")
         return self.prompts[tuple(ids)]
 
@@ -445,7 +606,11 @@ class _Builder:
         """The index of a completion of prompt `p`; `head` is a prompt that it is tokenised in one piece with."""
         if isinstance(completion, str):
             _check_text(where, completion)
-            ids = self.encoded(head + completion)[len(self.encoded(head)) :] if head else self.continued(completion)
+            ids = (
+                self.encoded(head + completion)[len(self.encoded(head)) :]
+                if head
+                else self.continued(completion)
+            )
             ids = ids if chat else ended(ids, self.needed_eos(where))
         else:
             ids = token_ids(where, completion)
@@ -461,7 +626,9 @@ class _Builder:
             inside = kept[: -2 if turn else -1]
             self.counts["inner_eos"] += self.eos in inside or self.bos in inside
             if isinstance(asked, str):
-                self.counts["prompt_repeated"] += bool(asked) and isinstance(completion, str) and completion.startswith(asked)
+                self.counts["prompt_repeated"] += (
+                    bool(asked) and isinstance(completion, str) and completion.startswith(asked)
+                )
             else:
                 self.counts["prompt_repeated"] += self.without_bos(kept)[: len(asked)] == asked
         return self.completions[key]
@@ -471,7 +638,9 @@ class _Builder:
 
     def needed_eos(self, where: str) -> int:
         if self.eos is None:
-            raise ValueError(f"{where}: the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token")
+            raise ValueError(
+                f"{where}: the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token"
+            )
         return self.eos
 
     def pair(self, chosen: int, rejected: int) -> None:
@@ -490,11 +659,15 @@ class _Builder:
             chosen=pairs[:, 0],
             rejected=pairs[:, 1],
             scores=None if None in self.scores else np.array(self.scores),
-            report=Report(pairs=len(pairs), cut=len(self.cut), unread=tuple(self.unread), **self.counts),
+            report=Report(
+                pairs=len(pairs), cut=len(self.cut), unread=tuple(self.unread), **self.counts
+            ),
         )
 
 
-def _exact_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str | None]:
+def _exact_texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
+) -> list[str | None]:
     """The text of each row of ids, special tokens written out; None where that text has other ids."""
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
     again = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -516,7 +689,9 @@ def _check_lists(**lists: Any) -> None:
     """Raise unless each is a sequence and no single text."""
     for name, values in lists.items():
         if isinstance(values, (str, Mapping)) or not hasattr(values, "__len__"):
-            raise TypeError(f"{name} is {values!r} ({type(values).__name__}); it must be a list with one entry for each prompt")
+            raise TypeError(
+                f"{name} is {values!r} ({type(values).__name__}); it must be a list with one entry for each prompt"
+            )
 
 
 def _checked_rows(rows: Any) -> Iterable[Mapping[str, Any]]:
@@ -538,12 +713,18 @@ def _checked_rows(rows: Any) -> Iterable[Mapping[str, Any]]:
         raise ValueError(f"rows is a {kind}{found}. Each row must be a mapping such as {EXAMPLE}")
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise ValueError(f"row {i} is a {type(row).__name__}, {row!r:.200}; each row must be a mapping such as {EXAMPLE}")
+            raise ValueError(
+                f"row {i} is a {type(row).__name__}, {row!r:.200}; each row must be a mapping such as {EXAMPLE}"
+            )
         yield row
 
 
 def _messages(values: Any) -> bool:
-    return isinstance(values, Sequence) and bool(values) and all(isinstance(value, Mapping) for value in values)
+    return (
+        isinstance(values, Sequence)
+        and bool(values)
+        and all(isinstance(value, Mapping) for value in values)
+    )
 
 
 def _check_columns(where: str, row: Mapping[str, Any], unread: dict[str, None]) -> None:
@@ -553,19 +734,25 @@ def _check_columns(where: str, row: Mapping[str, Any], unread: dict[str, None]) 
         near = {name: difflib.get_close_matches(name, row, n=1) for name in missing}
         hints = [f"{found[0]!r} looks like {name!r}" for name, found in near.items() if found]
         if missing == ["prompt"] and not hints:
-            hints = ["chosen and rejected may hold whole conversations: take what both begin with for the prompt"]
+            hints = [
+                "chosen and rejected may hold whole conversations: take what both begin with for the prompt"
+            ]
         raise ValueError(
             f"{where} has no column {', '.join(map(repr, missing))}{' (' + '; '.join(hints) + ')' if hints else ''}: {dict(row)}. "
             f"Rename the columns as in this example: {EXAMPLE}"
         )
     for name in row:
         if name in PICTURES and row[name] is not None:
-            raise ValueError(f"{where} has a column {name!r}; pictures are not read, and its completions would be scored without")
+            raise ValueError(
+                f"{where} has a column {name!r}; pictures are not read, and its completions would be scored without"
+            )
         if name in EXAMPLE or name in OPTIONAL or name in unread:
             continue
         close = difflib.get_close_matches(str(name), OPTIONAL, n=1, cutoff=0.8)
         if close and close[0] not in row:
-            raise ValueError(f"{where} has a column {name!r}, which looks like {close[0]!r} and would not be read; rename it")
+            raise ValueError(
+                f"{where} has a column {name!r}, which looks like {close[0]!r} and would not be read; rename it"
+            )
         unread[str(name)] = None
 
 
@@ -582,7 +769,10 @@ class _Row(NamedTuple):
 
 def _row(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Row:
     """A row as text, messages rendered by the chat template."""
-    values = {name: list(row[name]) if isinstance(row[name], (tuple, np.ndarray)) else row[name] for name in EXAMPLE}
+    values = {
+        name: list(row[name]) if isinstance(row[name], (tuple, np.ndarray)) else row[name]
+        for name in EXAMPLE
+    }
     options = _template_options(where, row)
     if all(isinstance(value, str) for value in values.values()):
         if options:
@@ -596,7 +786,9 @@ def _row(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase)
         hint = ""
         if isinstance(values["prompt"], str) and _messages(values["chosen"]):
             hint = ". Give the prompt as messages too, and in chosen and rejected the assistant's answer alone"
-        raise ValueError(f"{where} must hold three strings or three lists of messages; found {found}{hint}")
+        raise ValueError(
+            f"{where} must hold three strings or three lists of messages; found {found}{hint}"
+        )
     options = {"tools": options.get("tools"), **options.get("chat_template_kwargs", {})}
     if tokenizer.chat_template is None and not options.get("chat_template"):
         raise ValueError(
@@ -622,7 +814,10 @@ def _row(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase)
                 f"{where}: the chat template renders the prompt differently once it is answered, so it cannot be split off"
             )
         answers[name] = whole[len(prompt) :]
-        says = any(m.get("tool_calls") or (m["content"] if joined else m["content"].strip()) for m in values[name])
+        says = any(
+            m.get("tool_calls") or (m["content"] if joined else m["content"].strip())
+            for m in values[name]
+        )
         empty = empty or ("" if says else name)
     return _Row(prompt, **answers, empty=empty, chat=True, joined=joined)
 
@@ -640,7 +835,9 @@ def _template_options(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in (("tools", list), ("chat_template_kwargs", Mapping)):
         if name in options and not isinstance(options[name], kind):
             found = options[name]
-            raise ValueError(f"{where}: {name} is {found!r} ({type(found).__name__}); it must be a {kind.__name__.lower()}")
+            raise ValueError(
+                f"{where}: {name} is {found!r} ({type(found).__name__}); it must be a {kind.__name__.lower()}"
+            )
     return {name: value for name, value in options.items() if value}
 
 
@@ -648,16 +845,24 @@ def _check_messages(where: str, values: Mapping[str, list[Any]]) -> None:
     """Raise unless the prompt is a conversation, and each completion what the assistant says next."""
     for name, messages in values.items():
         if not messages or not all(map(_is_message, messages)):
-            raise ValueError(f"{where}: {name} must hold messages with a 'role' and a text as 'content'; found {messages}")
+            raise ValueError(
+                f"{where}: {name} must hold messages with a 'role' and a text as 'content'; found {messages}"
+            )
     for name in ("chosen", "rejected"):
         messages, n = values[name], len(values["prompt"])
-        if [(m["role"], m["content"]) for m in messages[:n]] == [(m["role"], m["content"]) for m in values["prompt"]]:
+        if [(m["role"], m["content"]) for m in messages[:n]] == [
+            (m["role"], m["content"]) for m in values["prompt"]
+        ]:
             raise ValueError(
                 f"{where}: {name} holds the whole conversation, and begins with the messages of the prompt, which would be there "
                 f"twice; keep the answer alone, as in row[{name!r}][{n}:]"
             )
         for k, message in enumerate(messages):
-            if message["role"] in ("user", "system", "developer") or k == 0 and message["role"] != "assistant":
+            if (
+                message["role"] in ("user", "system", "developer")
+                or k == 0
+                and message["role"] != "assistant"
+            ):
                 raise ValueError(
                     f"{where}: {name}[{k}] has the role {message['role']!r}; a completion holds what the assistant says, so its "
                     "first message has the role 'assistant', and what comes before belongs in the prompt"

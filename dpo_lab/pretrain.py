@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from dpo_lab.arguments import checked
 from dpo_lab.imdb import load_imdb, sample_completions
@@ -58,7 +63,9 @@ class PretrainConfig:
 
 
 @checked
-def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resume: bool = False) -> Path:
+def pretrain(
+    out: Path | str, config: PretrainConfig = PretrainConfig(), *, resume: bool = False
+) -> Path:
     """Train tokenizer and model into the run directory `out`; return the folder that `AutoModelForCausalLM` loads.
 
     The folder, `out/model`, also holds `card.json`: bits per byte on the held-out reviews, samples and provenance. Weights
@@ -75,7 +82,9 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
     tokenizer = train_tokenizer(texts, config.vocabulary)
     rows = pack(whole_documents(tokenizer, texts), config.context, tokenizer.eos_token_id)
     if len(rows) < config.rows:
-        raise ValueError(f"rows is {config.rows} a step, and the reviews fill {len(rows)}; ask for at most as many")
+        raise ValueError(
+            f"rows is {config.rows} a step, and the reviews fill {len(rows)}; ask for at most as many"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = GPT2LMHeadModel(gpt2_config(config))
@@ -85,7 +94,11 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
         epoch, k = divmod(step, per_epoch)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(rows))
         chosen = [rows[i] for i in order[k * config.rows : (k + 1) * config.rows]]
-        return [completion_batch([row[:1] for row in chosen], [row[1:] for row in chosen], range(len(chosen)))]
+        return [
+            completion_batch(
+                [row[:1] for row in chosen], [row[1:] for row in chosen], range(len(chosen))
+            )
+        ]
 
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         return held_out_loss(model, tokenizer, held_out[:200])
@@ -116,7 +129,9 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
             "samples": sample_reviews(saved, tokenizer, 10),
             "provenance": origin,
         }
-        (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "card.json").write_text(
+            json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return run / "model"
 
 
@@ -124,12 +139,23 @@ def pretrain(out: Path | str, config: PretrainConfig = PretrainConfig(), *, resu
 def check_pretrain(config: PretrainConfig) -> None:
     """Raise ValueError for a value that no model can have or be trained with, named with what is allowed."""
     check_loop(config.loop)
-    least = {"vocabulary": 257, "context": 2, "width": 1, "layers": 1, "heads": 1, "rows": 1, "steps": 1, "seed": 0}
+    least = {
+        "vocabulary": 257,
+        "context": 2,
+        "width": 1,
+        "layers": 1,
+        "heads": 1,
+        "rows": 1,
+        "steps": 1,
+        "seed": 0,
+    }
     for name, lowest in least.items():
         if (value := getattr(config, name)) < lowest:
             raise ValueError(f"{name} is {value}; it must be at least {lowest}")
     if config.width % config.heads:
-        raise ValueError(f"width is {config.width} and heads {config.heads}; each head must have as many dimensions")
+        raise ValueError(
+            f"width is {config.width} and heads {config.heads}; each head must have as many dimensions"
+        )
 
 
 @checked
@@ -172,9 +198,15 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
             show_progress=False,
         ),
     )
-    bpe.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, 0)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -211,7 +243,11 @@ def _closed(document: list[int], end: int) -> list[int]:
 
 
 def held_out_loss(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, progress: str | None = None
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    progress: str | None = None,
 ) -> dict[str, float]:
     """Loss on whole reviews: bits per byte of text and nats per token, the end of each review included.
 
@@ -226,7 +262,9 @@ def held_out_loss(
         for i in range(context, len(ids), half):
             prompts.append(ids[i - (context - half) : i])
             completions.append(ids[i : i + half])
-    nats = -float(score_completions(model, prompts, completions, range(len(prompts)), progress=progress).sum())
+    nats = -float(
+        score_completions(model, prompts, completions, range(len(prompts)), progress=progress).sum()
+    )
     n_bytes = sum(len(text.encode()) for text in texts)
     tokens = sum(map(len, completions))
     return {
@@ -237,7 +275,9 @@ def held_out_loss(
     }
 
 
-def sample_reviews(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0) -> list[str]:
+def sample_reviews(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0
+) -> list[str]:
     """`n` unselected samples from the model, from BOS until EOS or 200 tokens, at temperature 1 without top-k or top-p."""
     samples = sample_completions(
         model,

@@ -29,7 +29,9 @@ def join(device: str) -> None:
         from accelerate import PartialState  # takes a second, which a process alone need not spend
 
         PartialState(cpu=device == "cpu")
-        if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate's own FSDP refuses to start without a GPU
+        if (
+            "ACCELERATE_USE_FSDP" in os.environ
+        ):  # accelerate's own FSDP refuses to start without a GPU
             os.environ[SHARD] = os.environ.pop("ACCELERATE_USE_FSDP")
 
 
@@ -126,7 +128,9 @@ def shard(module: nn.Module, model: nn.Module, optimizers: list[Optimizer]) -> N
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
-    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    blocks = [
+        block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part
+    ]
     for part in [*reversed(blocks), module]:  # the inner ones first
         fully_shard(part)
     parts = dict(zip(model.parameters(), module.parameters()))
@@ -138,7 +142,10 @@ def shard(module: nn.Module, model: nn.Module, optimizers: list[Optimizer]) -> N
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [parts[p] for p in group["params"]]
-        states = {parts[p]: {k: cut(v, parts[p]) for k, v in state.items()} for p, state in optimizer.state.items()}
+        states = {
+            parts[p]: {k: cut(v, parts[p]) for k, v in state.items()}
+            for p, state in optimizer.state.items()
+        }
         optimizer.state = defaultdict(dict, states)
 
 

@@ -34,7 +34,13 @@ from dpo_lab.runs import (
 
 REFERENCE = "reference.safetensors"
 AGAIN = "Choose another run directory, or delete this one to begin again"
-IGNORED = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}  # of a model's config
+IGNORED = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+}  # of a model's config
 
 
 @contextmanager
@@ -66,7 +72,11 @@ def training_run(
 
 
 def _open_training(
-    run: Path, describe: Callable[[], dict[str, Any]], resume: bool, logps: np.ndarray | None, atol: float
+    run: Path,
+    describe: Callable[[], dict[str, Any]],
+    resume: bool,
+    logps: np.ndarray | None,
+    atol: float,
 ) -> np.ndarray | None:
     path, checkpoints = run / TRAINING, checkpoints_of(run)
     if path.exists() and checkpoints and not resume:
@@ -82,12 +92,24 @@ def _open_training(
     if resume and path.exists():
         found, began_with = _read_record(path), _read_logps(run / REFERENCE)
         if checkpoints:
-            asked["initial_weights"] = found.get("initial_weights")  # in whose place the checkpoint's come
-        if logps is not None and began_with is not None and _logps_hash(began_with) == found.get("reference_logps"):
-            if logps.shape == began_with.shape and np.allclose(logps, began_with, rtol=0, atol=atol):
+            asked["initial_weights"] = found.get(
+                "initial_weights"
+            )  # in whose place the checkpoint's come
+        if (
+            logps is not None
+            and began_with is not None
+            and _logps_hash(began_with) == found.get("reference_logps")
+        ):
+            if logps.shape == began_with.shape and np.allclose(
+                logps, began_with, rtol=0, atol=atol
+            ):
                 asked["reference_logps"], logps = found["reference_logps"], began_with
         if different := differences(found, asked):
-            anew = " (load the model anew if it was trained since)" if "_weights:" in "".join(different) else ""
+            anew = (
+                " (load the model anew if it was trained since)"
+                if "_weights:" in "".join(different)
+                else ""
+            )
             raise ValueError(
                 f"{run} holds another run ({'; '.join(different)}). Continue it with what is recorded there{anew}, choose another "
                 "run directory, or delete this one to begin again"
@@ -115,7 +137,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:  # not JSON, not text, not an object
-        raise ValueError(f"{path} was altered ({error}), so nobody knows whose checkpoints these are. {AGAIN}") from error
+        raise ValueError(
+            f"{path} was altered ({error}), so nobody knows whose checkpoints these are. {AGAIN}"
+        ) from error
 
 
 def _write_logps(run: Path, logps: np.ndarray) -> None:
@@ -142,14 +166,24 @@ def weights_record(model: nn.Module, *, adapters: bool = False) -> dict[str, str
     """
     trained = {} if adapters else what_is_kept(model)
     frozen = {name: tensor for name, tensor in unique_tensors(model).items() if name not in trained}
-    parameters = [(name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    parameters = [
+        (name, list(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()
+    ]
     config = getattr(getattr(model, "config", None), "to_diff_dict", dict)()
     modules = [(name, type(module).__name__) for name, module in model.named_modules()]
-    shape = [{name: value for name, value in config.items() if name not in IGNORED}, parameters, modules]
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    shape = [
+        {name: value for name, value in config.items() if name not in IGNORED},
+        parameters,
+        modules,
+    ]
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
     return {
         "model": f"{type(model).__name__} {digest}",
-        "frozen_weights": tensors_hash(frozen) if adapters or hasattr(model, "peft_config") else None,
+        "frozen_weights": tensors_hash(frozen)
+        if adapters or hasattr(model, "peft_config")
+        else None,
         "initial_weights": tensors_hash(trained) if trained else None,
     }
 
@@ -162,7 +196,9 @@ def data_hash(*parts: Any) -> str:
         if isinstance(part, Tensor):
             part = part.detach().cpu().numpy()
         if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
+            digest.update(
+                f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
+            )
         elif isinstance(part, (list, tuple)):
             digest.update(f"[{len(part)}]".encode())
             for item in part:
@@ -208,7 +244,9 @@ def _lock(run: Path, name: str, held: list[IO[str]]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{run} is a file or lies in one; give the path of a folder as run directory") from error
+        raise ValueError(
+            f"{run} is a file or lies in one; give the path of a folder as run directory"
+        ) from error
     path = run / name
     while True:
         file = open(path, "a+", encoding="utf-8")
@@ -216,7 +254,9 @@ def _lock(run: Path, name: str, held: list[IO[str]]) -> None:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise ValueError(f"{run} is in use by {holder}. Wait until that ends, stop it, or choose another run directory")
+            raise ValueError(
+                f"{run} is in use by {holder}. Wait until that ends, stop it, or choose another run directory"
+            )
         if _is_open(file, path):
             break
         file.close()  # the one who held it has just removed it

@@ -37,12 +37,18 @@ class LearnedReward:
     """The reward of a model at the last token of each completion: call it with prompts and completions, token ids."""
 
     @checked
-    def __init__(self, model: ScalarModel, *, precision: Precision = "float32", batch_size: int = 128):
+    def __init__(
+        self, model: ScalarModel, *, precision: Precision = "float32", batch_size: int = 128
+    ):
         self.model, self.precision, self.batch_size = unwrapped(model), precision, batch_size
 
-    def batch(self, prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> CompletionBatch:
+    def batch(
+        self, prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]
+    ) -> CompletionBatch:
         """The batch whose last state of each completion has seen all its tokens."""
-        longer = [[*ids, ids[-1]] for ids in completions]  # for the last token of a completion is not read
+        longer = [
+            [*ids, ids[-1]] for ids in completions
+        ]  # for the last token of a completion is not read
         return completion_batch(prompts, longer, prompt_of, share=can_share(self.model.model))
 
     @torch.no_grad()
@@ -51,7 +57,9 @@ class LearnedReward:
         device, rewards = self.model.head.weight.device, []
         for i in range(0, len(completions), self.batch_size):
             part = slice(i, i + self.batch_size)
-            batch = self.batch(prompts[part], completions[part], range(len(completions[part]))).to(device)
+            batch = self.batch(prompts[part], completions[part], range(len(completions[part]))).to(
+                device
+            )
             with autocast(device.type, self.precision):
                 rewards.append(last_values(self.model(batch), batch).cpu().double().numpy())
         return np.concatenate(rewards) if rewards else np.empty(0)
@@ -60,7 +68,11 @@ class LearnedReward:
 def last_values(values: Tensor, batch: CompletionBatch) -> Tensor:
     """Of values (T,), the last one of each completion, (N,)."""
     places = torch.arange(len(values), device=values.device)
-    return values[torch.zeros(batch.n, dtype=places.dtype, device=places.device).scatter_reduce(0, batch.owners, places, "amax")]
+    return values[
+        torch.zeros(batch.n, dtype=places.dtype, device=places.device).scatter_reduce(
+            0, batch.owners, places, "amax"
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,9 @@ def check_reward_model(config: RewardModelConfig) -> None:
     if not 0 < config.held_out < 1:
         raise ValueError(f"held_out is {config.held_out}; give a share in (0, 1) of the prompts")
     if config.loop.tensorboard:
-        raise ValueError("tensorboard is on, and a reward model has no run directory to log to; switch it off")
+        raise ValueError(
+            "tensorboard is on, and a reward model has no run directory to log to; switch it off"
+        )
 
 
 @checked
@@ -115,7 +129,9 @@ def train_reward_model(
     model, p = unwrapped(model), preferences
     groups = p.pairs_by_prompt()
     if len(groups) < 2:
-        raise ValueError(f"held_out is {config.held_out} of {len(groups)} prompts; give a share in (0, 1) of at least 2 prompts")
+        raise ValueError(
+            f"held_out is {config.held_out} of {len(groups)} prompts; give a share in (0, 1) of at least 2 prompts"
+        )
     order = np.random.default_rng(seed).permutation(len(groups))
     n = min(max(1, round(config.held_out * len(groups))), len(groups) - 1)
     held, groups = [groups[g] for g in order[:n]], [groups[g] for g in order[n:]]
@@ -128,8 +144,12 @@ def train_reward_model(
 
     def ranked(some: list[list[int]]) -> _RankedBatch:
         pairs = np.concatenate(some)
-        used, local = np.unique(np.concatenate([p.chosen[pairs], p.rejected[pairs]]), return_inverse=True)
-        batch = reward.batch(p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used])
+        used, local = np.unique(
+            np.concatenate([p.chosen[pairs], p.rejected[pairs]]), return_inverse=True
+        )
+        batch = reward.batch(
+            p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used]
+        )
         chosen, rejected = torch.from_numpy(local).chunk(2)
         weights = torch.tensor([1 / len(group) for group in some for _ in group])
         return _RankedBatch(batch, chosen, rejected, weights)
@@ -142,12 +162,20 @@ def train_reward_model(
 
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
         pairs = np.concatenate(held)
-        used, local = np.unique(np.concatenate([p.chosen[pairs], p.rejected[pairs]]), return_inverse=True)
-        rewards = reward([p.prompts[p.prompt_of[i]] for i in used], [p.completions[i] for i in used])
+        used, local = np.unique(
+            np.concatenate([p.chosen[pairs], p.rejected[pairs]]), return_inverse=True
+        )
+        rewards = reward(
+            [p.prompts[p.prompt_of[i]] for i in used], [p.completions[i] for i in used]
+        )
         margins = np.subtract(*rewards[local.reshape(2, -1)])
         accuracy = float(np.mean((margins > 0) + (margins == 0) / 2))
         if accuracy > best.get("accuracy", -1):
-            best.update(accuracy=accuracy, step=step, state={k: v.clone() for k, v in model.state_dict().items()})
+            best.update(
+                accuracy=accuracy,
+                step=step,
+                state={k: v.clone() for k, v in model.state_dict().items()},
+            )
         return {"accuracy": accuracy, "loss": float(np.logaddexp(0, -margins).mean())}
 
     metrics = fit(

@@ -44,13 +44,21 @@ class SentimentReward:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         if isinstance(texts, str):
-            raise TypeError("texts is one string; give a list of texts, as in reward(['a fine film'])")
-        return np.asarray(self._probabilities(list(texts)), dtype=np.float64) if len(texts) else np.empty(0)
+            raise TypeError(
+                "texts is one string; give a list of texts, as in reward(['a fine film'])"
+            )
+        return (
+            np.asarray(self._probabilities(list(texts)), dtype=np.float64)
+            if len(texts)
+            else np.empty(0)
+        )
 
     @classmethod
     def tfidf(cls, texts: Sequence[str], labels: Sequence[int]) -> "SentimentReward":
         """TF-IDF of words and bigrams with logistic regression, fitted on `texts` once and then read from the cache."""
-        key = hashlib.sha256("\0".join(["min_df 10", sklearn.__version__, *map(str, labels), *texts]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            "\0".join(["min_df 10", sklearn.__version__, *map(str, labels), *texts]).encode()
+        ).hexdigest()[:16]
         path = cache_directory() / f"sentiment-{key}.skops"
         model = _read(path)
         if model is None:
@@ -58,7 +66,9 @@ class SentimentReward:
             try:
                 with write_whole(path) as temporary:
                     skops.io.dump(model, temporary)
-            except OSError as error:  # of a cache that cannot be written, which is no reason to stop
+            except (
+                OSError
+            ) as error:  # of a cache that cannot be written, which is no reason to stop
                 warnings.warn(
                     f"the classifier is not kept, and will be fitted again next time: {error}. "
                     "Set DPO_LAB_CACHE to a directory that can be written",
@@ -67,7 +77,9 @@ class SentimentReward:
         return cls(lambda texts: model.predict_proba(texts)[:, 1], f"tfidf-{key}")
 
     @classmethod
-    def hub(cls, name: str = HUB_CLASSIFIER, *, device: str = "cpu", batch_size: int = 32) -> "SentimentReward":
+    def hub(
+        cls, name: str = HUB_CLASSIFIER, *, device: str = "cpu", batch_size: int = 32
+    ) -> "SentimentReward":
         """A sequence classifier from the Hugging Face hub, or from a folder; its positive label is found by name.
 
         Raises:
@@ -78,15 +90,27 @@ class SentimentReward:
         check_device(device)
         try:
             tokenizer = from_pretrained(AutoTokenizer, name)
-            model = from_pretrained(AutoModelForSequenceClassification, name, use_safetensors=True).to(device).eval()
+            model = (
+                from_pretrained(AutoModelForSequenceClassification, name, use_safetensors=True)
+                .to(device)
+                .eval()
+            )
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"the classifier is not there: {error}. reward='tfidf' needs no hub") from error
-        positive = [i for i, label in model.config.id2label.items() if label.lower().startswith("pos")]
+            raise FileNotFoundError(
+                f"the classifier is not there: {error}. reward='tfidf' needs no hub"
+            ) from error
+        positive = [
+            i for i, label in model.config.id2label.items() if label.lower().startswith("pos")
+        ]
         if len(positive) != 1:
-            raise ValueError(f"{name!r} has the labels {list(model.config.id2label.values())}; exactly one must begin with 'pos'")
+            raise ValueError(
+                f"{name!r} has the labels {list(model.config.id2label.values())}; exactly one must begin with 'pos'"
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if model.config.pad_token_id is None:  # which decoders with a classifier on top look for the last token by
+        if (
+            model.config.pad_token_id is None
+        ):  # which decoders with a classifier on top look for the last token by
             model.config.pad_token_id = tokenizer.pad_token_id
         longest = min(tokenizer.model_max_length, context_of(model))
 
@@ -100,7 +124,9 @@ class SentimentReward:
             return logits.float().softmax(-1)[:, positive[0]].cpu().numpy()
 
         def probabilities(texts: Sequence[str]) -> np.ndarray:
-            parts = [score(texts[i : i + batch_size]) for i in my_share(range(0, len(texts), batch_size))]
+            parts = [
+                score(texts[i : i + batch_size]) for i in my_share(range(0, len(texts), batch_size))
+            ]
             return np.concatenate(whole(parts))
 
         _check_classifier(name, score)
@@ -109,10 +135,19 @@ class SentimentReward:
 
 def _check_classifier(name: str, score: Callable[[Sequence[str]], np.ndarray]) -> None:
     """Raise ValueError unless a classifier gives texts of unequal length, scored together, the values that they have alone."""
-    texts = ["a fine film", "a film that is far too long, and a bore from the first scene to the last", "a film " * 2_000]
+    texts = [
+        "a fine film",
+        "a film that is far too long, and a bore from the first scene to the last",
+        "a film " * 2_000,
+    ]
     try:
         together, alone = score(texts), np.concatenate([score([text]) for text in texts])
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # each architecture fails in its own way
+    except (
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # each architecture fails in its own way
         raise ValueError(
             f"{name!r} cannot score texts of unequal length ({str(error).splitlines()[0]}). Its tokenizer needs a pad_token that "
             "the model knows, and the model's longest input as model_max_length; set them and save it with save_pretrained"
@@ -129,7 +164,9 @@ class BradleyTerryFit:
     """Rewards fitted to comparisons by maximum likelihood."""
 
     rewards: np.ndarray  # (n,) nats, with mean 0: comparisons say nothing about a common shift
-    covariance: np.ndarray  # (n, n) of the estimates, the inverse of the information on vectors of mean 0
+    covariance: (
+        np.ndarray
+    )  # (n, n) of the estimates, the inverse of the information on vectors of mean 0
     nll: float  # nats a comparison, at the fit
 
     def interval(self, a: int, b: int, level: float = 0.95) -> tuple[float, float]:
@@ -148,9 +185,15 @@ def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) ->
         ValueError: there is no comparison, an index is wrong, or some items never lost to the others (or were never
             compared with them): then no finite rewards are most likely (Ford 1957).
     """
-    chosen, rejected, n = integers("chosen", chosen), integers("rejected", rejected), integer("n", n)
+    chosen, rejected, n = (
+        integers("chosen", chosen),
+        integers("rejected", rejected),
+        integer("n", n),
+    )
     if not len(chosen):
-        raise ValueError("there are no comparisons; give at least one pair of indices for every two groups of items")
+        raise ValueError(
+            "there are no comparisons; give at least one pair of indices for every two groups of items"
+        )
     check_pairs(torch.from_numpy(chosen), torch.from_numpy(rejected), n)
     losses_to = coo_array((np.ones(len(chosen)), (rejected, chosen)), shape=(n, n))
     parts, part_of = connected_components(losses_to, directed=True, connection="strong")
@@ -167,8 +210,12 @@ def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) ->
     while True:
         lost = expit(-difference @ rewards)  # the chance that the model gives to the other outcome
         information = difference.T @ (difference * (lost * (1 - lost))[:, None])
-        step = np.linalg.solve(information + 1 / n, difference.T @ lost)  # 1 / n keeps the mean at 0
-        if np.abs(step).max() < 1e-7:  # Newton's error is squared: the step after this one would be of 1e-14
+        step = np.linalg.solve(
+            information + 1 / n, difference.T @ lost
+        )  # 1 / n keeps the mean at 0
+        if (
+            np.abs(step).max() < 1e-7
+        ):  # Newton's error is squared: the step after this one would be of 1e-14
             rewards = rewards + step
             nll = -log_expit(difference @ rewards).mean()
             return BradleyTerryFit(rewards, np.linalg.pinv(information, hermitian=True), float(nll))

@@ -47,7 +47,9 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if directory and Path.cwd().is_relative_to(path.resolve()):
-        raise ValueError(f"{str(path)!r} is the working directory or holds it; give a folder of its own, such as 'new'")
+        raise ValueError(
+            f"{str(path)!r} is the working directory or holds it; give a folder of its own, such as 'new'"
+        )
     if not is_main():
         with tempfile.TemporaryDirectory() as elsewhere:
             inner = Path(elsewhere) / path.name
@@ -103,14 +105,21 @@ def require_space(path: Path, n_bytes: int) -> None:
 @checked
 def require_writable(directory: Path) -> None:
     """Raise OSError unless `directory` can be written, or made where it is not there yet. Nothing is left there."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    existing = next(
+        path for path in (directory, *directory.absolute().parents) if os.path.lexists(path)
+    )
     try:
         with tempfile.TemporaryFile(dir=existing):
             return
     except OSError as error:
-        why = "it is a file" if existing.is_file() else f"nothing can be written into {existing} ({error.strerror})"
+        why = (
+            "it is a file"
+            if existing.is_file()
+            else f"nothing can be written into {existing} ({error.strerror})"
+        )
         raise OSError(
-            error.errno, f"{directory} cannot be written: {why}. Choose another directory with --out (--data for its data)"
+            error.errno,
+            f"{directory} cannot be written: {why}. Choose another directory with --out (--data for its data)",
         ) from error
 
 
@@ -124,23 +133,32 @@ def provenance() -> dict[str, str]:
         "commit": _commit(root),
         "command": " ".join([program, *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_processor()}",
-        "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "datasets", "accelerate")),
+        "versions": ", ".join(
+            f"{p} {version(p)}" for p in ("torch", "transformers", "datasets", "accelerate")
+        ),
     }
 
 
 def _commit(root: Path) -> str:
     """The commit of a checkout. Results and pages that one command after another writes do not make it dirty."""
     git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
-    if not (root / ".git").exists() or (head := git(["git", "rev-parse", "--short=12", "HEAD"])).returncode:
+    if (
+        not (root / ".git").exists()
+        or (head := git(["git", "rev-parse", "--short=12", "HEAD"])).returncode
+    ):
         return "not a git checkout"
-    changed = git(["git", "diff", "--quiet", "HEAD", "--", "dpo_lab", "benchmarks", ":!benchmarks/results"]).returncode
+    changed = git(
+        ["git", "diff", "--quiet", "HEAD", "--", "dpo_lab", "benchmarks", ":!benchmarks/results"]
+    ).returncode
     return head.stdout.strip() + "-dirty" * bool(changed)
 
 
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or "unknown processor"
 
@@ -148,8 +166,14 @@ def _processor() -> str:
 def peak_memory_mb() -> float:
     """Peak resident memory of this process so far, in MB (0 where the system does not tell)."""
     status = Path("/proc/self/status")
-    if status.exists():  # for Linux counts the peak of the process that started this one into ru_maxrss
-        return next(int(line.split()[1]) * 1024 / 1e6 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    if (
+        status.exists()
+    ):  # for Linux counts the peak of the process that started this one into ru_maxrss
+        return next(
+            int(line.split()[1]) * 1024 / 1e6
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     try:
         import resource
     except ImportError:  # Windows
@@ -165,7 +189,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         return json.loads(recorded.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab") from error
+        raise ValueError(
+            f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab"
+        ) from error
 
 
 @checked
@@ -201,7 +227,9 @@ def _open_run(directory: Path, config: dict[str, Any], resume: bool) -> Path:
         found = read_config(directory)
         if differences(found, config):
             different = "; ".join(differences(found, config))
-            raise ValueError(f"{directory} holds a run with another config ({different}). Choose another --out, or delete it")
+            raise ValueError(
+                f"{directory} holds a run with another config ({different}). Choose another --out, or delete it"
+            )
         if not resume:
             raise ValueError(
                 f"{directory} already holds a run with this config; continue it with --resume, or choose another --out"
@@ -220,7 +248,10 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """
 
     def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        parts = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in config.items()]
+        parts = [
+            flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+            for k, v in config.items()
+        ]
         return {name: value for part in parts for name, value in part.items()}
 
     found, asked = flat(found), flat(asked)
@@ -230,9 +261,18 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def _same_place(found: Any, asked: Any) -> bool:
-    if not (isinstance(found, str) and isinstance(asked, str) and Path(asked).is_absolute() and Path(asked).exists()):
+    if not (
+        isinstance(found, str)
+        and isinstance(asked, str)
+        and Path(asked).is_absolute()
+        and Path(asked).exists()
+    ):
         return False
-    return Path(found).absolute() == Path(asked) or Path(found).is_absolute() and not Path(found).exists()
+    return (
+        Path(found).absolute() == Path(asked)
+        or Path(found).is_absolute()
+        and not Path(found).exists()
+    )
 
 
 @checked
@@ -268,7 +308,9 @@ def read_snapshots(run: Path | str) -> list[dict[str, Any]]:
     """
     path = Path(run) / SNAPSHOTS
     if not path.exists():
-        raise ValueError(f"{run} holds no {SNAPSHOTS}; give the run directory of `dpo-lab train`, such as runs/imdb")
+        raise ValueError(
+            f"{run} holds no {SNAPSHOTS}; give the run directory of `dpo-lab train`, such as runs/imdb"
+        )
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -279,7 +321,12 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 @checked
 def save_checkpoint(
-    run: Path, step: int, model: torch.nn.Module, optimizers: list[Optimizer], *, data: str | None = None
+    run: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizers: list[Optimizer],
+    *,
+    data: str | None = None,
 ) -> Path:
     """Write `checkpoints/step-N` (weights, optimizer state, random state, a hash of each) and keep the one before it.
 
@@ -297,18 +344,36 @@ def save_checkpoint(
     return from_main(_write_checkpoint, path, step, model, state, data)
 
 
-def _write_checkpoint(path: Path, step: int, model: torch.nn.Module, state: dict[str, torch.Tensor], data: str | None) -> Path:
-    weights, owners = what_is_kept(model), Counter(t.untyped_storage().data_ptr() for t in what_is_kept(model).values())
+def _write_checkpoint(
+    path: Path, step: int, model: torch.nn.Module, state: dict[str, torch.Tensor], data: str | None
+) -> Path:
+    weights, owners = (
+        what_is_kept(model),
+        Counter(t.untyped_storage().data_ptr() for t in what_is_kept(model).values()),
+    )
     for name, tensor in weights.items():  # safetensors takes no tensor that is a part of another
-        weights[name] = tensor.clone() if owners[tensor.untyped_storage().data_ptr()] > 1 else tensor.contiguous()
-    require_space(path, sum(t.numel() * t.element_size() for t in [*weights.values(), *state.values()]))
+        weights[name] = (
+            tensor.clone()
+            if owners[tensor.untyped_storage().data_ptr()] > 1
+            else tensor.contiguous()
+        )
+    require_space(
+        path, sum(t.numel() * t.element_size() for t in [*weights.values(), *state.values()])
+    )
     with write_whole(path, directory=True) as temporary:
         save_weights(weights, temporary / WEIGHTS)
         save_file(state, temporary / OPTIMIZER)
         hashes = {name: file_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
-        recorded = {"step": step, "training": _record_hash(path.parents[1]), "data": data, "sha256": hashes}
+        recorded = {
+            "step": step,
+            "training": _record_hash(path.parents[1]),
+            "data": data,
+            "sha256": hashes,
+        }
         (temporary / "state.json").write_text(json.dumps(recorded, indent=2) + "\n")
-    for older in [other for other in checkpoints_of(path.parents[1]) if other.name < path.name][:-1]:
+    for older in [other for other in checkpoints_of(path.parents[1]) if other.name < path.name][
+        :-1
+    ]:
         shutil.rmtree(older)
     return path
 
@@ -321,7 +386,11 @@ def unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a model's state by name; of those that are tied, which share their memory, the first one."""
     found: dict[Any, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        place = (
+            (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if tensor.numel()
+            else name
+        )
         found.setdefault(place, (name, tensor))
     return dict(found.values())
 
@@ -335,7 +404,11 @@ def what_is_kept(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @checked
 def load_checkpoint(
-    run: Path, model: torch.nn.Module, optimizers: list[Optimizer], *, data_of: Callable[[int], str] | None = None
+    run: Path,
+    model: torch.nn.Module,
+    optimizers: list[Optimizer],
+    *,
+    data_of: Callable[[int], str] | None = None,
 ) -> int:
     """Load the newest checkpoint of `run` into model and optimizers; return its step, 0 when there is none.
 
@@ -353,32 +426,55 @@ def load_checkpoint(
     try:
         recorded = json.loads((path / "state.json").read_text())
         if path.name != f"step-{recorded['step']:08d}":
-            raise ValueError(f"{path / 'state.json'} was altered: it says step {recorded['step']}. {advice}")
+            raise ValueError(
+                f"{path / 'state.json'} was altered: it says step {recorded['step']}. {advice}"
+            )
         for name in (WEIGHTS, OPTIMIZER):
             if not (path / name).exists() or file_hash(path / name) != recorded["sha256"][name]:
-                raise ValueError(f"{path / name} is missing, truncated or altered: its sha256 is not the recorded one. {advice}")
+                raise ValueError(
+                    f"{path / name} is missing, truncated or altered: its sha256 is not the recorded one. {advice}"
+                )
         weights, state = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
         step, training, data = recorded["step"], recorded["training"], recorded["data"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        SafetensorError,
+    ) as error:
         raise ValueError(f"{path} cannot be read ({error!r}). {advice}") from error
     if training != _record_hash(run):
         raise ValueError(f"{path} belongs to another run than {run / TRAINING} records. {advice}")
     kept = what_is_kept(model)
     if different := _unlike(weights, kept):
         raise ValueError(f"{path} holds another model ({different}). {advice}")
-    sizes = {(k, i): p.shape for k, optimizer in enumerate(optimizers) for i, p in enumerate(_parameters(optimizer))}
+    sizes = {
+        (k, i): p.shape
+        for k, optimizer in enumerate(optimizers)
+        for i, p in enumerate(_parameters(optimizer))
+    }
     states = _optimizer_states(state)
-    if any(tensor.shape not in ((), sizes.get(place)) for place, found in states.items() for tensor in found.values()):
+    if any(
+        tensor.shape not in ((), sizes.get(place))
+        for place, found in states.items()
+        for tensor in found.values()
+    ):
         raise ValueError(f"{path} holds the state of another optimizer. {advice}")
     if data_of is not None and data != data_of(step):
-        raise ValueError(f"{path} was trained on other data: the batches up to step {step} are not those that it read. {advice}")
+        raise ValueError(
+            f"{path} was trained on other data: the batches up to step {step} are not those that it read. {advice}"
+        )
 
     with torch.no_grad():
         for name, tensor in kept.items():
             tensor.copy_(weights[name])
     for k, optimizer in enumerate(optimizers):
         mine = {i: found for (owner, i), found in states.items() if owner == k}
-        optimizer.load_state_dict({"state": mine, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": mine, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
     torch.set_rng_state(state["rng.cpu"])
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
@@ -388,7 +484,10 @@ def load_checkpoint(
 def _unlike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
     """How the tensors of a checkpoint differ from a model's, the first difference by name; empty where they do not."""
     for name in sorted({*found, *expected}):
-        a, b = ("nothing" if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (found.get(name), expected.get(name)))
+        a, b = (
+            "nothing" if t is None else f"{t.dtype} {tuple(t.shape)}"
+            for t in (found.get(name), expected.get(name))
+        )
         if a != b:
             return f"{name}: {a} there, {b} in the model"
     return ""
@@ -398,7 +497,9 @@ def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _optimizer_states(state: dict[str, torch.Tensor]) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+def _optimizer_states(
+    state: dict[str, torch.Tensor],
+) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     """By optimizer and parameter, the tensors of a checkpoint, which are called `optimizer.parameter.name`."""
     states: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
@@ -417,7 +518,9 @@ def file_hash(path: Path | str) -> str:
 
 def weights_hash(model: torch.nn.Module) -> str:
     """16 hexadecimal digits that name the model's weights: the key under which its log-probs are stored."""
-    return tensors_hash(dict([*model.named_parameters(), *model.named_buffers()]))  # which have a tied tensor once
+    return tensors_hash(
+        dict([*model.named_parameters(), *model.named_buffers()])
+    )  # which have a tied tensor once
 
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
@@ -425,11 +528,15 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     named = sorted(tensors.items())
 
     def digest(tensor: torch.Tensor) -> bytes:
-        return hashlib.sha256(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()).digest()
+        return hashlib.sha256(
+            tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+        ).digest()
 
     with ThreadPoolExecutor() as pool:
         parts = pool.map(digest, (tensor for _, tensor in named))
-        return hashlib.sha256(b"".join(name.encode() + part for (name, _), part in zip(named, parts))).hexdigest()[:16]
+        return hashlib.sha256(
+            b"".join(name.encode() + part for (name, _), part in zip(named, parts))
+        ).hexdigest()[:16]
 
 
 @contextmanager
@@ -441,11 +548,15 @@ def interruptible() -> Iterator[threading.Event]:
         return
 
     def handler(number: int, frame: Any) -> None:
-        if stop.is_set() and count() == 1:  # a launcher sends on what its processes have had from the terminal already
+        if (
+            stop.is_set() and count() == 1
+        ):  # a launcher sends on what its processes have had from the terminal already
             raise KeyboardInterrupt
         stop.set()
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     finally:

@@ -17,7 +17,11 @@ AFTER_HEAD = (  # what families call a cap or a factor on the logits; None or 1 
     "logits_soft_cap",
     "output_logit_soft_cap",
 )
-CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # what families call the longest text
+CONTEXTS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_target_positions",
+)  # what families call the longest text
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -55,11 +59,22 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
         ValueError: the model has no LM head, or reads one text and writes another.
     """
     if vars(model.config).get("is_encoder_decoder"):
-        raise ValueError(f"{name_of(model)} is an encoder and a decoder; a policy must be a causal LM, such as a GPT-2 or Llama")
+        raise ValueError(
+            f"{name_of(model)} is an encoder and a decoder; a policy must be a causal LM, such as a GPT-2 or Llama"
+        )
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{name_of(model)} has no LM head, so it gives no log-probs; load it with AutoModelForCausalLM")
-    return type(model), type(head), touched(head), touched(model), after_head(model), beside_modules(model)
+        raise ValueError(
+            f"{name_of(model)} has no LM head, so it gives no log-probs; load it with AutoModelForCausalLM"
+        )
+    return (
+        type(model),
+        type(head),
+        touched(head),
+        touched(model),
+        after_head(model),
+        beside_modules(model),
+    )
 
 
 def touched(module: nn.Module) -> bool:
@@ -76,7 +91,10 @@ def after_head(model: nn.Module) -> tuple[str, ...]:
 def beside_modules(model: nn.Module) -> bool:
     """Whether a PEFT model's own forward does what its decoder's does not: virtual tokens, or adapters that tokens invoke."""
     configs = getattr(model, "peft_config", None) or {}
-    return any(config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None) for config in configs.values())
+    return any(
+        config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)
+        for config in configs.values()
+    )
 
 
 def context_of(model: nn.Module) -> int:
@@ -88,14 +106,23 @@ def context_of(model: nn.Module) -> int:
     """
     model = unwrapped(model)
     config, adapters = text_config(model), (getattr(model, "peft_config", None) or {}).values()
-    declared = next((limit for name in CONTEXTS if (limit := getattr(config, name, None)) is not None), sys.maxsize)
-    return min(declared, _longrope(config)) - max((getattr(one, "num_virtual_tokens", None) or 0 for one in adapters), default=0)
+    declared = next(
+        (limit for name in CONTEXTS if (limit := getattr(config, name, None)) is not None),
+        sys.maxsize,
+    )
+    return min(declared, _longrope(config)) - max(
+        (getattr(one, "num_virtual_tokens", None) or 0 for one in adapters), default=0
+    )
 
 
 def _longrope(config: Any) -> int:
     """Up to how many tokens longrope, in any layer, leaves the frequencies alone; `sys.maxsize` without it."""
     rope = vars(config).get("rope_parameters") or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    kinds = [
+        kind
+        for kind in (rope, *rope.values())
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope"
+    ]
     name = "original_max_position_embeddings"
     return min((kind.get(name) or getattr(config, name) for kind in kinds), default=sys.maxsize)
 
@@ -104,8 +131,14 @@ def check_fits(model: nn.Module, tokens: int) -> None:
     """Raise ValueError when prompt and completion have more tokens than the model's context."""
     if tokens > (context := context_of(model)):
         changes = context == _longrope(text_config(unwrapped(model)))
-        why = ", for beyond that its longrope takes other frequencies, for all rows of a batch" if changes else ""
-        raise ValueError(f"prompt and completion have {tokens} tokens, the model's context is {context}{why}; shorten them")
+        why = (
+            ", for beyond that its longrope takes other frequencies, for all rows of a batch"
+            if changes
+            else ""
+        )
+        raise ValueError(
+            f"prompt and completion have {tokens} tokens, the model's context is {context}{why}; shorten them"
+        )
 
 
 def check_vocabulary(model: nn.Module, ids: Collection[int]) -> None:
@@ -113,7 +146,9 @@ def check_vocabulary(model: nn.Module, ids: Collection[int]) -> None:
     vocabulary = len(model.get_input_embeddings().weight)
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocabulary:
-            raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary}; use this model's own tokenizer")
+            raise ValueError(
+                f"token id {token} is outside the vocabulary of {vocabulary}; use this model's own tokenizer"
+            )
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -80,13 +80,20 @@ class Derivation:
 
 def is_zero(expression: Expr) -> bool:
     """Prove that an expression in probabilities, rewards, logs and exponentials is zero; False where it cannot."""
-    weights = {s: Symbol(f"w_{s.name}", positive=True) for s in expression.free_symbols if s.name.startswith(("pi_", "rho_"))}
+    weights = {
+        s: Symbol(f"w_{s.name}", positive=True)
+        for s in expression.free_symbols
+        if s.name.startswith(("pi_", "rho_"))
+    }
     for family in ("pi_", "rho_"):
         members = {s: w for s, w in weights.items() if s.name.startswith(family)}
         total = sp.Add(*members.values())
         weights |= {s: w / total for s, w in members.items()}
     flat = sp.expand_log(sp.powsimp(expression.doit().subs(weights)).rewrite(exp), force=True)
-    flat = sp.expand_log(flat.replace(lambda e: e.func is log, lambda e: log(sp.factor(sp.together(e.args[0])))), force=True)
+    flat = sp.expand_log(
+        flat.replace(lambda e: e.func is log, lambda e: log(sp.factor(sp.together(e.args[0])))),
+        force=True,
+    )
     flat = sp.expand(sp.expand_log(flat, force=True), power_exp=True, mul=True)
     atoms = sorted(flat.atoms(log) | flat.atoms(exp), key=sp.default_sort_key, reverse=True)
     for atom in atoms:
@@ -145,7 +152,9 @@ def optimum(n: int) -> Derivation:
         "The optimum of the KL-constrained objective (Appendix A.1)",
         (
             Step(
-                equation(value, sp.Add(*(p * (s - beta * log(p / q)) for p, q, s in zip(pi, rho, r)))),
+                equation(
+                    value, sp.Add(*(p * (s - beta * log(p / q)) for p, q, s in zip(pi, rho, r)))
+                ),
                 "Eq. 11",
                 "The objective of Eq. 3 is the mean, under the policy, of the reward less beta times the log-ratio.",
             ),
@@ -197,7 +206,9 @@ def optimum_for_any_n() -> Derivation:
         "The same for any number of outcomes",
         (
             Step(
-                equation(p * s - beta * p * log(p / q), p * beta * log(Z) - beta * p * log(p / star)),
+                equation(
+                    p * s - beta * p * log(p / q), p * beta * log(Z) - beta * p * log(p / star)
+                ),
                 "Eq. 14",
                 "What outcome y adds to J is what it adds to beta log Z - beta KL(pi || pi*). Sum over y; the policy sums to 1.",
             ),
@@ -210,7 +221,9 @@ def optimum_by_lagrange(n: int) -> Derivation:
     pi, rho, r = policy(n), reference(n), reward(n)
     mu = Symbol("mu", real=True)
     lagrangian = objective(pi, rho, r) + mu * (1 - sp.Add(*pi))
-    free = {p: Symbol(f"x_{i}", positive=True) for i, p in enumerate(pi, start=1)}  # not yet a distribution
+    free = {
+        p: Symbol(f"x_{i}", positive=True) for i, p in enumerate(pi, start=1)
+    }  # not yet a distribution
     x, q, s = free[pi[0]], rho[0], r[0]
     slope = sp.diff(lagrangian.subs(free), x)
     at_optimum = slope.subs(x, q * exp(s / beta) / Z)
@@ -239,7 +252,12 @@ def optimum_by_lagrange(n: int) -> Derivation:
 def reparametrisation(n: int) -> Derivation:
     """Eq. 5: the reward in terms of its optimal policy."""
     steps = tuple(
-        Step(equation(s, implicit(p, q) + beta * log(Z)), "Eq. 5", f"The reward of outcome {i}, from Eq. 4.", shorthands(n))
+        Step(
+            equation(s, implicit(p, q) + beta * log(Z)),
+            "Eq. 5",
+            f"The reward of outcome {i}, from Eq. 4.",
+            shorthands(n),
+        )
         for i, (s, p, q) in enumerate(zip(reward(n), best(n), reference(n)), start=1)
     )
     return Derivation("The reward that a policy is optimal for", steps)
@@ -247,15 +265,25 @@ def reparametrisation(n: int) -> Derivation:
 
 def bradley_terry() -> Derivation:
     """Eq. 1 and Eq. 6 (Appendix A.2): the preference probability, and how Z cancels in it."""
-    (r1, r2), (p1, p2), (q1, q2) = reward(2), outcomes("p", 2, positive=True), outcomes("q", 2, positive=True)
+    (r1, r2), (p1, p2), (q1, q2) = (
+        reward(2),
+        outcomes("p", 2, positive=True),
+        outcomes("q", 2, positive=True),
+    )
     by_policy = {r1: implicit(p1, q1) + beta * log(Z), r2: implicit(p2, q2) + beta * log(Z)}
     preferred = exp(r1) / (exp(r1) + exp(r2))
     return Derivation(
         "Bradley-Terry, without the reward (Appendix A.2)",
         (
-            Step(equation(preferred, sigmoid(r1 - r2)), "Eq. 1", "Only the difference of the rewards counts."),
             Step(
-                equation(preferred.subs(by_policy), 1 / (1 + exp(implicit(p2, q2) - implicit(p1, q1)))),
+                equation(preferred, sigmoid(r1 - r2)),
+                "Eq. 1",
+                "Only the difference of the rewards counts.",
+            ),
+            Step(
+                equation(
+                    preferred.subs(by_policy), 1 / (1 + exp(implicit(p2, q2) - implicit(p1, q1)))
+                ),
                 "Eq. 6",
                 "With Eq. 5 for both rewards, beta log Z is in both and cancels.",
             ),
@@ -284,7 +312,9 @@ def plackett_luce(k: int) -> Derivation:
 def loss_and_gradient() -> Derivation:
     """Eq. 7 and Appendix A.4: the loss, and its gradient with the weight that makes it DPO."""
     theta = Symbol("theta", real=True)
-    log_w, log_l = (sp.Function(name)(theta) for name in ("ell_w", "ell_l"))  # log pi of chosen and rejected
+    log_w, log_l = (
+        sp.Function(name)(theta) for name in ("ell_w", "ell_l")
+    )  # log pi of chosen and rejected
     ref_w, ref_l = sp.symbols("ell_w^ref ell_l^ref", real=True)
     m = Symbol("m", real=True)
     margin = beta * (log_w - ref_w) - beta * (log_l - ref_l)
@@ -298,9 +328,16 @@ def loss_and_gradient() -> Derivation:
                 "The loss of a pair is the negative log-likelihood of its label, with the margin m of the implicit rewards.",
             ),
             Step(equation(1 - sigmoid(m), sigmoid(-m)), "", "The chance of the other label."),
-            Step(equation(sp.Derivative(sigmoid(m), m), sigmoid(m) * sigmoid(-m)), "", "The slope of the sigmoid."),
             Step(
-                equation(sp.Derivative(loss, theta), -beta * sigmoid(-margin) * (sp.diff(log_w, theta) - sp.diff(log_l, theta))),
+                equation(sp.Derivative(sigmoid(m), m), sigmoid(m) * sigmoid(-m)),
+                "",
+                "The slope of the sigmoid.",
+            ),
+            Step(
+                equation(
+                    sp.Derivative(loss, theta),
+                    -beta * sigmoid(-margin) * (sp.diff(log_w, theta) - sp.diff(log_l, theta)),
+                ),
                 "Eq. 21",
                 "The gradient raises log pi of the chosen and lowers that of the rejected, the more the wronger the margin.",
             ),
@@ -364,7 +401,12 @@ def equation_index() -> list[dict[str, str]]:
     )
     any_test = "test_every_derivation_holds"
     rows = (
-        ("Eq. 1", "bradley_terry", "losses.bradley_terry_nll", "test_the_proved_preference_probability_is_the_one_computed"),
+        (
+            "Eq. 1",
+            "bradley_terry",
+            "losses.bradley_terry_nll",
+            "test_the_proved_preference_probability_is_the_one_computed",
+        ),
         ("Eq. 3", "optimum", "objective.objective_value", objective_test),
         ("Eq. 4", "optimum, optimum_by_lagrange", "objective.optimal_policy", objective_test),
         ("Eq. 5", "reparametrisation", "objective.implicit_reward", objective_test),

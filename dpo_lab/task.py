@@ -22,14 +22,25 @@ from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.pretrain import pack
 from dpo_lab.processes import from_main, join, say
 from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import check_run, open_run, read_config, require_space, require_writable, weights_hash, write_whole
+from dpo_lab.runs import (
+    check_run,
+    open_run,
+    read_config,
+    require_space,
+    require_writable,
+    weights_hash,
+    write_whole,
+)
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
 SFT_ROWS, SFT_ACCUMULATE = 64, 8  # a step of SFT, and the forward passes that it is done in
 LANES = {
     "laptop": {"model": "embedded", "reward": "tfidf"},
-    "gpu": {"model": "openai-community/gpt2-large", "reward": "siebert/sentiment-roberta-large-english"},
+    "gpu": {
+        "model": "openai-community/gpt2-large",
+        "reward": "siebert/sentiment-roberta-large-english",
+    },
 }
 
 
@@ -81,7 +92,14 @@ class Parts:
 @checked
 def check_task(config: TaskConfig) -> None:
     """Raise ValueError for a value that no task can have, named with what is allowed."""
-    least = {"completions": 2, "max_new_tokens": 1, "prefixes": 1, "eval_prefixes": 8, "sft_epochs": 0, "seed": 0}
+    least = {
+        "completions": 2,
+        "max_new_tokens": 1,
+        "prefixes": 1,
+        "eval_prefixes": 8,
+        "sft_epochs": 0,
+        "seed": 0,
+    }
     for name, lowest in least.items():
         if (value := getattr(config, name)) < lowest:
             raise ValueError(f"{name} is {value}; it must be at least {lowest}")
@@ -108,7 +126,9 @@ def load_parts(config: TaskConfig) -> Parts:
             f"eval_prefixes is {config.eval_prefixes}, and there are {held_out} held-out reviews; ask for at most as many"
         )
     if (reward := config.reward or names["reward"]) == "tfidf":
-        judge = SentimentReward.tfidf(list(reviews["train"]["text"]), list(reviews["train"]["label"]))
+        judge = SentimentReward.tfidf(
+            list(reviews["train"]["text"]), list(reviews["train"]["label"])
+        )
     else:
         judge = SentimentReward.hub(reward, device=config.device)
     return_freed_memory()
@@ -123,7 +143,9 @@ def located(config: TaskConfig) -> TaskConfig:
         path = None if name in (None, own) else Path(name).expanduser()
         return str(path.absolute()) if path and path.exists() else name
 
-    return replace(config, model=place(config.model, "embedded"), reward=place(config.reward, "tfidf"))
+    return replace(
+        config, model=place(config.model, "embedded"), reward=place(config.reward, "tfidf")
+    )
 
 
 @checked
@@ -137,15 +159,28 @@ def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
 
 
 @checked
-def measured_precision(config: TaskConfig, parts: Parts, beta: float = DPOConfig.beta) -> TaskConfig:
+def measured_precision(
+    config: TaskConfig, parts: Parts, beta: float = DPOConfig.beta
+) -> TaskConfig:
     """`config` with the precision that is faster here, where it asks for "auto"; prints the measurement."""
     if config.precision != "auto":
         return config
     rows = parts.tokenizer(list(parts.reviews["train"]["text"][:64]))["input_ids"]
-    prompts, completions = [row[:1] for row in rows], [row[1 : 1 + config.max_new_tokens] for row in rows]
-    for n, repeats in ((2, 1), (len(rows), 2)):  # a few first: all of them take minutes where the processor has no bfloat16
+    prompts, completions = (
+        [row[:1] for row in rows],
+        [row[1 : 1 + config.max_new_tokens] for row in rows],
+    )
+    for n, repeats in (
+        (2, 1),
+        (len(rows), 2),
+    ):  # a few first: all of them take minutes where the processor has no bfloat16
         batch = completion_batch(prompts[:n], completions[:n], range(n))
-        test = from_main(partial(measure_precision, repeats=repeats), parts.reference, batch.to(config.device), beta)
+        test = from_main(
+            partial(measure_precision, repeats=repeats),
+            parts.reference,
+            batch.to(config.device),
+            beta,
+        )
         if test.speedup < 0.5:
             break
     say(test)
@@ -161,7 +196,11 @@ def data_config(config: TaskConfig) -> dict[str, Any]:
 @checked
 def initial_policy(config: TaskConfig, data: Path) -> str:
     """Where the weights come from that policy and reference begin with: the lane's model, or what `sft` made of it."""
-    return str((data / "sft" / "model").absolute()) if config.sft_epochs else config.model or LANES[config.lane]["model"]
+    return (
+        str((data / "sft" / "model").absolute())
+        if config.sft_epochs
+        else config.model or LANES[config.lane]["model"]
+    )
 
 
 def sft_length(model: PreTrainedModel) -> int:
@@ -174,16 +213,28 @@ def planned_sft(config: TaskConfig, parts: Parts) -> tuple[CompletionBatch | Non
     """A batch as `sft` reads them, and how many it will read, by the rows that some 500 reviews fill. None and 0 without SFT."""
     if not config.sft_epochs:
         return None, 0
-    texts, length, n = list(parts.reviews["train"]["text"]), sft_length(parts.reference), SFT_ROWS // SFT_ACCUMULATE
+    texts, length, n = (
+        list(parts.reviews["train"]["text"]),
+        sft_length(parts.reference),
+        SFT_ROWS // SFT_ACCUMULATE,
+    )
     some = texts[:: max(1, len(texts) // 500)]
     rows = len(_sft_rows(some, parts)) * len(texts) / len(some) * config.sft_epochs
     return completion_batch([[0]] * n, [[0] * (length - 1)] * n, range(n)), round(rows / n)
 
 
 def _sft_rows(texts: list[str], parts: Parts) -> list[list[int]]:
-    start = parts.tokenizer.eos_token_id if parts.tokenizer.bos_token_id is None else parts.tokenizer.bos_token_id
+    start = (
+        parts.tokenizer.eos_token_id
+        if parts.tokenizer.bos_token_id is None
+        else parts.tokenizer.bos_token_id
+    )
     encoded = parts.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return pack([begun(ids, start) for ids in encoded], sft_length(parts.reference), parts.tokenizer.eos_token_id)
+    return pack(
+        [begun(ids, start) for ids in encoded],
+        sft_length(parts.reference),
+        parts.tokenizer.eos_token_id,
+    )
 
 
 @checked
@@ -208,9 +259,22 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
 
         def batches(step: int) -> list[CompletionBatch]:
             some = [rows[i] for i in plan[step]]
-            return [completion_batch([row[:1] for row in some], [row[1:] for row in some], range(len(some)))]
+            return [
+                completion_batch(
+                    [row[:1] for row in some], [row[1:] for row in some], range(len(some))
+                )
+            ]
 
-        train_sft(parts.reference, batches, len(plan), loop, precision=config.precision, run=run, resume=True, progress="SFT")
+        train_sft(
+            parts.reference,
+            batches,
+            len(plan),
+            loop,
+            precision=config.precision,
+            run=run,
+            resume=True,
+            progress="SFT",
+        )
         save_policy(parts.reference, parts.tokenizer, model)
     return replace(parts, reference=load_model(str(model), device=config.device))
 
@@ -232,7 +296,9 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     parts = parts or load_parts(config)
     config = measured_precision(config, parts)
     require_space(data, 4_000 * config.prefixes * config.completions)
-    prompts = sample_prefixes(list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed)
+    prompts = sample_prefixes(
+        list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed
+    )
     open_run(data, data_config(config), resume=True)
     parts = sft(config, data, parts)
     completions, logps = sample_with_logps(
@@ -280,7 +346,10 @@ def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Prefere
         for prompt, rows, logps in zip(samples["prompts"], samples["completions"], samples["logps"])
         for ids, logp in zip(rows, logps)
     }
-    drawn = zip((tuple(preferences.prompts[p]) for p in preferences.prompt_of), map(tuple, preferences.completions))
+    drawn = zip(
+        (tuple(preferences.prompts[p]) for p in preferences.prompt_of),
+        map(tuple, preferences.completions),
+    )
     preferences = preferences.with_reference(
         parts.reference, known=np.array([known[row] for row in drawn]), precision=config.precision
     )
@@ -300,12 +369,18 @@ def check_reference(preferences: Preferences, parts: Parts, data: Path) -> None:
 @checked
 def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
     """Prefixes of held-out reviews, the same for every seed but for `seed` itself."""
-    return sample_prefixes(list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed)
+    return sample_prefixes(
+        list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed
+    )
 
 
 @checked
 def task_evaluation(
-    config: TaskConfig, parts: Parts, policy: nn.Module, prompts: list[list[int]], progress: str | None = None
+    config: TaskConfig,
+    parts: Parts,
+    policy: nn.Module,
+    prompts: list[list[int]],
+    progress: str | None = None,
 ) -> Evaluation:
     """`evaluate_policy` on the task: its reference, reward, longest completion, seed and precision."""
     return evaluate_policy(
@@ -322,7 +397,9 @@ def task_evaluation(
 
 
 @checked
-def reference_frontier(config: TaskConfig, parts: Parts, prompts: list[list[int]]) -> OptimalFrontier:
+def reference_frontier(
+    config: TaskConfig, parts: Parts, prompts: list[list[int]]
+) -> OptimalFrontier:
     """The optimal reward-KL frontier, from 64 reference completions of 32 held-out prefixes."""
     few = prompts[:32]
     completions = sample_completions(

@@ -48,14 +48,18 @@ def check_config(config: DPOConfig) -> None:
     check_lora(config.lora_rank)
     check_loop(config.loop)
     if config.lora_rank and config.loop.optimizer == "muon":
-        raise ValueError("optimizer is 'muon' with a lora_rank; train adapters by 'adamw' or 'rmsprop'")
+        raise ValueError(
+            "optimizer is 'muon' with a lora_rank; train adapters by 'adamw' or 'rmsprop'"
+        )
     check_epochs(config.epochs, config.batch_pairs)
 
 
 def check_alpha(alpha: float) -> float:
     """`alpha` of the unlikelihood loss as a float. Raises ValueError unless it is in [0, 1]."""
     if not 0 <= (found := number("alpha", alpha)) <= 1:
-        raise ValueError(f"alpha is {found}; it must be in [0, 1], the weight of the rejected completion")
+        raise ValueError(
+            f"alpha is {found}; it must be in [0, 1], the weight of the rejected completion"
+        )
     return found
 
 
@@ -113,12 +117,16 @@ def train_dpo(
     """
     check_config(config)
     if preferences.reference_logps is None:
-        raise ValueError("preferences has no reference_logps; call preferences.with_reference(model) with the reference model")
+        raise ValueError(
+            "preferences has no reference_logps; call preferences.with_reference(model) with the reference model"
+        )
     if config.lora_rank:
         check_adaptable(policy, config.lora_rank)
     check_policy(policy, config.loop, adapters=bool(config.lora_rank))
 
-    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(
+        score: Callable[[CompletionBatch], Tensor], micro: PairBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(micro.batch)
         result = dpo_loss(
             logps,
@@ -153,10 +161,14 @@ def train_dpo(
     options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
     with (
         training_run(run, describe, resume=resume, logps=logps, atol=atol) as began_with,
-        lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy) as trained,
+        lora(policy, config.lora_rank, seed=seed)
+        if config.lora_rank
+        else nullcontext(policy) as trained,
     ):
         p = preferences if began_with is logps else replace(preferences, reference_logps=began_with)
-        return _fit_pairs(trained, p, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options)
+        return _fit_pairs(
+            trained, p, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options
+        )
 
 
 @checked
@@ -180,7 +192,9 @@ def train_unlikelihood(
     check_epochs(epochs, batch_pairs)
     alpha = check_alpha(alpha)
 
-    def loss_of(score: Callable[[CompletionBatch], Tensor], micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(
+        score: Callable[[CompletionBatch], Tensor], micro: PairBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(micro.batch)
         sums = {
             f"logps/{side}": logps.detach()[index].sum()
@@ -188,7 +202,17 @@ def train_unlikelihood(
         }
         return unlikelihood_loss(logps, micro.chosen, micro.rejected, alpha).sum(), sums
 
-    return _fit_pairs(policy, preferences, loss_of, epochs, batch_pairs, config, seed, evaluate=evaluate, progress=progress)
+    return _fit_pairs(
+        policy,
+        preferences,
+        loss_of,
+        epochs,
+        batch_pairs,
+        config,
+        seed,
+        evaluate=evaluate,
+        progress=progress,
+    )
 
 
 def _fit_pairs(
@@ -211,14 +235,19 @@ def _fit_pairs(
 
     def micro_batches(step: int, accumulate: int) -> list[PairBatch]:
         parts = np.array_split(np.array(plan[step]), min(accumulate * count(), len(plan[step])))
-        return [_pair_batch(preferences, [pair for g in part for pair in groups[g]], share) for part in my_share(parts)]
+        return [
+            _pair_batch(preferences, [pair for g in part for pair in groups[g]], share)
+            for part in my_share(parts)
+        ]
 
     def weigh(micro: PairBatch) -> int:
         return len(micro.chosen)
 
     precision = preferences.reference_precision
     options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
-    return fit(policy, len(plan), micro_batches, loss_of, weigh, loop, precision=precision, **options)
+    return fit(
+        policy, len(plan), micro_batches, loss_of, weigh, loop, precision=precision, **options
+    )
 
 
 @checked
@@ -240,7 +269,10 @@ def train_sft(
     batch a step). The rest is as in `train_dpo`; `sft_batches` makes the batches from preferences.
     """
     check_loop(config)
-    run, listed = None if run is None else folder("run", run), None if callable(batches) else list(batches)
+    run, listed = (
+        None if run is None else folder("run", run),
+        None if callable(batches) else list(batches),
+    )
     newest: list[Any] = [None, None]  # the step asked for last, and its batches
     read = [""]  # after each number of steps, what names all batches so far
     if listed is not None and not listed:
@@ -261,9 +293,13 @@ def train_sft(
     def micro_batches(step: int, accumulate: int) -> list[CompletionBatch]:
         if run and listed is None:
             data_of(step + 1)
-        return my_share([part for batch in batches_of(step) for part in split(batch, accumulate * count())])
+        return my_share(
+            [part for batch in batches_of(step) for part in split(batch, accumulate * count())]
+        )
 
-    def loss_of(score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(
+        score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         logps = score(batch)
         return -logps.sum(), {}
 
@@ -271,8 +307,15 @@ def train_sft(
         return batch.tokens
 
     def describe() -> dict[str, Any]:
-        found = {"method": "SFT", "config": asdict(settled(config)), "steps": integer("steps", steps), "precision": precision}
-        return found | {"data": None if listed is None else data_hash(listed)} | weights_record(policy)
+        found = {
+            "method": "SFT",
+            "config": asdict(settled(config)),
+            "steps": integer("steps", steps),
+            "precision": precision,
+        }
+        return (
+            found | {"data": None if listed is None else data_hash(listed)} | weights_record(policy)
+        )
 
     with training_run(run, describe, resume=resume):
         return fit(
@@ -294,11 +337,20 @@ def train_sft(
 def pairs_hash(preferences: Preferences) -> str:
     """16 hexadecimal digits that name prompts, completions and pairs, without scores and reference log-probs."""
     p = preferences
-    return data_hash(p.tokens_hash(), np.asarray(p.chosen, dtype=np.int64), np.asarray(p.rejected, dtype=np.int64))
+    return data_hash(
+        p.tokens_hash(),
+        np.asarray(p.chosen, dtype=np.int64),
+        np.asarray(p.rejected, dtype=np.int64),
+    )
 
 
 def sft_batches(
-    preferences: Preferences, size: int, *, chosen_only: bool = True, share: bool = False, seed: int = 0
+    preferences: Preferences,
+    size: int,
+    *,
+    chosen_only: bool = True,
+    share: bool = False,
+    seed: int = 0,
 ) -> list[CompletionBatch]:
     """One epoch of shuffled batches of `size` completions: the chosen one of every pair (Preferred-FT), or all of them (SFT).
 
@@ -308,12 +360,16 @@ def sft_batches(
     which = p.chosen if chosen_only else np.arange(len(p.completions))
     order = np.random.default_rng(seed).permutation(which)
     return [
-        completion_batch(p.prompts, [p.completions[i] for i in part], [p.prompt_of[i] for i in part], share=share)
+        completion_batch(
+            p.prompts, [p.completions[i] for i in part], [p.prompt_of[i] for i in part], share=share
+        )
         for part in np.split(order, range(size, len(order), size))
     ]
 
 
-def plan_prompts(groups: list[list[int]], epochs: int, batch_pairs: int, seed: int) -> list[list[int]]:
+def plan_prompts(
+    groups: list[list[int]], epochs: int, batch_pairs: int, seed: int
+) -> list[list[int]]:
     """Which groups of pairs each step takes: every epoch shuffled by (seed, epoch), groups kept whole, about `batch_pairs` pairs."""
     plan: list[list[int]] = []
     for epoch in range(epochs):
@@ -332,7 +388,13 @@ def _pair_batch(preferences: Preferences, pairs: Sequence[int], share: bool) -> 
     p = preferences
     ends = np.concatenate([p.chosen[pairs], p.rejected[pairs]])
     used, local = np.unique(ends, return_inverse=True)
-    batch = completion_batch(p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], share=share)
+    batch = completion_batch(
+        p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], share=share
+    )
     chosen, rejected = torch.from_numpy(local).chunk(2)
-    reference = torch.zeros(len(used)) if p.reference_logps is None else torch.as_tensor(p.reference_logps[used])
+    reference = (
+        torch.zeros(len(used))
+        if p.reference_logps is None
+        else torch.as_tensor(p.reference_logps[used])
+    )
     return PairBatch(batch, reference, chosen, rejected)

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = (
+    -1,
+    -2,
+    -3,
+    -4,
+    -8,
+)  # malloc.h
 KEEPING = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_ARENA_MAX, 1))
 USUAL = (  # glibc's, with the thresholds at which its own adaptation ends; what they were cannot be asked
     (M_MMAP_MAX, 2**16),
@@ -83,7 +89,9 @@ def onednn_is_exact() -> bool:
             if torch.backends.cpu.get_cpu_capability() != "AVX512":
                 return False
             exact, matmul.fp32_precision = a.double() @ b.double(), ONEDNN
-            return bool((a @ b - exact).norm() < 2e-6 * exact.norm())  # float32 is off by 3e-7, bfloat16 by 2e-3
+            return bool(
+                (a @ b - exact).norm() < 2e-6 * exact.norm()
+            )  # float32 is off by 3e-7, bfloat16 by 2e-3
     finally:
         matmul.fp32_precision = before
         if found is None:

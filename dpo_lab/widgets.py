@@ -81,8 +81,12 @@ class Picture:
         for artist in sorted(self.artists, key=Artist.get_zorder):
             artist.axes.draw_artist(artist)
         image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
-        image = image.quantize(method=Image.Quantize.FASTOCTREE)  # with its PNG, half the time of all colours
-        image.putpalette([255 if value > 252 else value for value in image.getpalette()])  # the octree's white is 254
+        image = image.quantize(
+            method=Image.Quantize.FASTOCTREE
+        )  # with its PNG, half the time of all colours
+        image.putpalette(
+            [255 if value > 252 else value for value in image.getpalette()]
+        )  # the octree's white is 254
         out = io.BytesIO()
         image.save(out, format="png", compress_level=1)
         return out.getvalue()
@@ -103,7 +107,11 @@ class Explorer:
 
 
 def _explorer(
-    show: Callable[..., str], picture: Picture, sliders: Mapping[str, widgets.Widget], caption: str, *below: widgets.Widget
+    show: Callable[..., str],
+    picture: Picture,
+    sliders: Mapping[str, widgets.Widget],
+    caption: str,
+    *below: widgets.Widget,
 ) -> Explorer:
     start = {name: slider.value for name, slider in sliders.items()}
     readout = widgets.Label(show(**start))
@@ -113,7 +121,9 @@ def _explorer(
 
     def moved(_: Any) -> None:
         says = show(**{name: slider.value for name, slider in sliders.items()})
-        image.value = picture.png()  # first: the browser decodes it while the read-out is on its way
+        image.value = (
+            picture.png()
+        )  # first: the browser decodes it while the read-out is on its way
         readout.value = says
 
     def put_back(_: Any) -> None:
@@ -123,21 +133,42 @@ def _explorer(
     for slider in sliders.values():
         slider.observe(moved, names="value")
     reset.on_click(put_back)
-    box = widgets.VBox([*sliders.values(), widgets.HBox([reset, readout]), image, *below, widgets.HTML(f"<em>{caption}</em>")])
+    box = widgets.VBox(
+        [
+            *sliders.values(),
+            widgets.HBox([reset, readout]),
+            image,
+            *below,
+            widgets.HTML(f"<em>{caption}</em>"),
+        ]
+    )
     return Explorer(show, picture, sliders, box)
 
 
 def beta_slider(value: float = 1.0) -> widgets.FloatLogSlider:
     """Beta from 0.01 to 100, in twenty steps a decade."""
     return widgets.FloatLogSlider(
-        value=value, base=10, min=-2, max=2, step=0.05, description="beta", readout_format=".3g", layout={"width": "420px"}
+        value=value,
+        base=10,
+        min=-2,
+        max=2,
+        step=0.05,
+        description="beta",
+        readout_format=".3g",
+        layout={"width": "420px"},
     )
 
 
-def _slider(description: str, value: float, low: float, high: float, step: float) -> widgets.FloatSlider:
+def _slider(
+    description: str, value: float, low: float, high: float, step: float
+) -> widgets.FloatSlider:
     """A slider that can be exactly `value`: its range holds it, and so do its steps."""
-    below, above = (math.ceil(round(max(gap, 0.0) / step, 6)) for gap in (value - low, high - value))
-    off = value - round(value, 9)  # 0 for a value of few digits, whose range ends at such values too
+    below, above = (
+        math.ceil(round(max(gap, 0.0) / step, 6)) for gap in (value - low, high - value)
+    )
+    off = value - round(
+        value, 9
+    )  # 0 for a value of few digits, whose range ends at such values too
     lowest, highest = (round(value - off + n * step, 9) + off for n in (-below, above))
     return widgets.FloatSlider(
         value,
@@ -154,15 +185,22 @@ def _slider(description: str, value: float, low: float, high: float, step: float
 
 def _outcomes(reference: Any, reward: Any, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Reference and reward as float64 (n,). Raises ValueError or TypeError unless they are that, of as many outcomes as labels."""
-    reference, reward = (torch.from_numpy(floats(name, v)) for name, v in (("reference", reference), ("reward", reward)))
+    reference, reward = (
+        torch.from_numpy(floats(name, v))
+        for name, v in (("reference", reference), ("reward", reward))
+    )
     if reference.ndim != 1 or reward.ndim != 1:
-        raise ValueError(f"reference has shape {tuple(reference.shape)} and reward {tuple(reward.shape)}; both must be (n,)")
+        raise ValueError(
+            f"reference has shape {tuple(reference.shape)} and reward {tuple(reward.shape)}; both must be (n,)"
+        )
     check_labels(labels, len(reference), "outcomes")
     optimal_policy(reference, reward, 1.0)  # which names what is no distribution, or not finite
     return reference, reward
 
 
-def beta_state(beta: float, reference: Tensor = REFERENCE, reward: Tensor = REWARD) -> dict[str, Any]:
+def beta_state(
+    beta: float, reference: Tensor = REFERENCE, reward: Tensor = REWARD
+) -> dict[str, Any]:
     """The optimal policy at beta (n,), its mean reward, its KL in nats, and log Z."""
     best = optimal_policy(reference, reward, beta)
     return {
@@ -174,10 +212,14 @@ def beta_state(beta: float, reference: Tensor = REFERENCE, reward: Tensor = REWA
 
 
 def _optimum_readout(state: Mapping[str, Any]) -> str:
-    return f"mean reward {state['reward']:.3f}, KL {state['kl']:.3f} nats, log Z {state['log_z']:.3f}"
+    return (
+        f"mean reward {state['reward']:.3f}, KL {state['kl']:.3f} nats, log Z {state['log_z']:.3f}"
+    )
 
 
-def beta_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS) -> Explorer:
+def beta_explorer(
+    reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS
+) -> Explorer:
     """Reference, optimum and the point on the reward-KL frontier, as beta moves. Pass your own distribution and rewards.
 
     Raises:
@@ -200,16 +242,25 @@ def bandit_state(beta: float, reward: Sequence[float], weight: Sequence[float]) 
     """`beta_state` for a reference proportional to `weight`, with that reference."""
     reference = torch.from_numpy(floats("weight", weight))
     reference = reference / reference.sum()
-    return {"reference": reference, **beta_state(beta, reference, torch.from_numpy(floats("reward", reward)))}
+    return {
+        "reference": reference,
+        **beta_state(beta, reference, torch.from_numpy(floats("reward", reward))),
+    }
 
 
-def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS) -> Explorer:
+def bandit_explorer(
+    reference: Tensor = REFERENCE, reward: Tensor = REWARD, labels: Sequence[str] = LABELS
+) -> Explorer:
     """Rewards and reference under your hands, and the optimal policy that follows. Errors are those of `beta_explorer`."""
     reference, reward = _outcomes(reference, reward, labels)
     n, moving = len(reference), moving_bandit(labels)
 
     def show(beta: float, **values: float) -> str:
-        state = bandit_state(beta, [values[f"reward_{i}"] for i in range(n)], [values[f"weight_{i}"] for i in range(n)])
+        state = bandit_state(
+            beta,
+            [values[f"reward_{i}"] for i in range(n)],
+            [values[f"weight_{i}"] for i in range(n)],
+        )
         moving.update(state)
         return _optimum_readout(state)
 
@@ -223,13 +274,19 @@ def bandit_explorer(reference: Tensor = REFERENCE, reward: Tensor = REWARD, labe
 
 
 @checked
-def gradient_weight_state(beta: float, log_ratios: Sequence[float] | Tensor, kind: Kind = "sigmoid") -> dict[str, np.ndarray]:
+def gradient_weight_state(
+    beta: float, log_ratios: Sequence[float] | Tensor, kind: Kind = "sigmoid"
+) -> dict[str, np.ndarray]:
     """Margins, losses and gradient weights of pairs whose log-ratios differ by `log_ratios` (P,) nats, chosen less rejected."""
     log_ratios = torch.from_numpy(floats("log_ratios", log_ratios))
     logps = torch.stack([log_ratios, torch.zeros_like(log_ratios)], 1).flatten()  # (2 P,)
     index = torch.arange(0, 2 * len(log_ratios), 2)
     result = dpo_loss(logps, torch.zeros_like(logps), index, index + 1, beta, kind=kind)
-    return {"margins": result.margins.numpy(), "losses": result.losses.numpy(), "weights": result.gradient_weights.numpy()}
+    return {
+        "margins": result.margins.numpy(),
+        "losses": result.losses.numpy(),
+        "weights": result.gradient_weights.numpy(),
+    }
 
 
 def _on_curve(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[str, Any]:
@@ -237,12 +294,18 @@ def _on_curve(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[s
     state = gradient_weight_state(beta, log_ratios, kind)
     _, most = holding(np.abs(state["margins"]), 0, 1.0 if kind == "ipo" else 6.0)
     line = torch.linspace(-most, most, 241, dtype=torch.float64) / beta
-    return {**state, "curve": gradient_weight_state(beta, torch.cat([line, log_ratios]).sort().values, kind)}
+    return {
+        **state,
+        "curve": gradient_weight_state(beta, torch.cat([line, log_ratios]).sort().values, kind),
+    }
 
 
 @checked
 def gradient_weight_explorer(
-    log_ratios: Sequence[float] | Tensor | None = None, *, run: Path | str | None = None, kind: Kind = "sigmoid"
+    log_ratios: Sequence[float] | Tensor | None = None,
+    *,
+    run: Path | str | None = None,
+    kind: Kind = "sigmoid",
 ) -> Explorer:
     """The loss and its gradient weight against the margin, with your pairs on the curve as beta moves.
 
@@ -258,7 +321,9 @@ def gradient_weight_explorer(
         log_ratios = torch.linspace(-12, 20, 60, dtype=torch.float64)
     pairs = torch.from_numpy(floats("log_ratios", log_ratios))
     if pairs.ndim != 1 or not len(pairs) or not torch.isfinite(pairs).all():
-        raise ValueError(f"log_ratios has shape {tuple(pairs.shape)}; it must be (P,) finite numbers, one a pair")
+        raise ValueError(
+            f"log_ratios has shape {tuple(pairs.shape)}; it must be (P,) finite numbers, one a pair"
+        )
     moving = moving_pairs(_on_curve(1.0, torch.zeros(1, dtype=torch.float64), kind)["curve"])
 
     def show(beta: float) -> str:
@@ -267,7 +332,9 @@ def gradient_weight_explorer(
         ranked = np.mean(state["margins"] > 0)
         return f"mean weight {state['weights'].mean():.3f}, mean loss {state['losses'].mean():.3f}, ranked rightly {ranked:.0%}"
 
-    caption = "With a small beta all pairs weigh one half. Which pairs keep their weight as beta grows?"
+    caption = (
+        "With a small beta all pairs weigh one half. Which pairs keep their weight as beta grows?"
+    )
     return _explorer(show, Picture(moving), {"beta": beta_slider(0.1)}, caption)
 
 
@@ -281,11 +348,14 @@ CHOICES = (
     ("a bore", "fine", 5),
 )
 CHOSEN_FILMS, REJECTED_FILMS = (
-    np.repeat([FILMS.index(row[side]) for row in CHOICES], [row[2] for row in CHOICES]) for side in (0, 1)
+    np.repeat([FILMS.index(row[side]) for row in CHOICES], [row[2] for row in CHOICES])
+    for side in (0, 1)
 )
 
 
-def bradley_terry_state(rewards: Sequence[float], chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
+def bradley_terry_state(
+    rewards: Sequence[float], chosen: np.ndarray, rejected: np.ndarray
+) -> dict[str, Any]:
     """Likelihood of P comparisons under rewards (n,): `nll` in nats a comparison, and the share won that they predict.
 
     `predicted` and `observed` have one value for every two items that were compared, the lower index first.
@@ -297,29 +367,42 @@ def bradley_terry_state(rewards: Sequence[float], chosen: np.ndarray, rejected: 
     won = np.bincount(which.ravel(), weights=chosen == first) / np.bincount(which.ravel())
     return {
         "rewards": values.tolist(),
-        "nll": float(bradley_terry_nll(values, torch.as_tensor(chosen), torch.as_tensor(rejected)).mean()),
+        "nll": float(
+            bradley_terry_nll(values, torch.as_tensor(chosen), torch.as_tensor(rejected)).mean()
+        ),
         "predicted": torch.sigmoid(values[pairs[:, 0]] - values[pairs[:, 1]]).tolist(),
         "observed": won.tolist(),
     }
 
 
 def bradley_terry_explorer(
-    chosen: Sequence[int] = CHOSEN_FILMS, rejected: Sequence[int] = REJECTED_FILMS, labels: Sequence[str] = FILMS
+    chosen: Sequence[int] = CHOSEN_FILMS,
+    rejected: Sequence[int] = REJECTED_FILMS,
+    labels: Sequence[str] = FILMS,
 ) -> Explorer:
     """Find the rewards that make comparisons likeliest by hand. Pass your own: indices into `labels`, one pair a comparison."""
-    from dpo_lab.rewards import fit_bradley_terry  # here: scikit-learn takes seconds to import, and no other slider needs it
+    from dpo_lab.rewards import (
+        fit_bradley_terry,
+    )  # here: scikit-learn takes seconds to import, and no other slider needs it
 
     chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     fit = fit_bradley_terry(chosen, rejected, len(labels))
     most = max(4.0, math.ceil(np.abs(fit.rewards).max()) + 1.0)
-    moving = moving_comparisons(labels, fit.rewards, bradley_terry_state(fit.rewards, chosen, rejected)["observed"], most)
+    moving = moving_comparisons(
+        labels, fit.rewards, bradley_terry_state(fit.rewards, chosen, rejected)["observed"], most
+    )
 
     def show(**rewards: float) -> str:
-        state = bradley_terry_state([rewards[f"reward_{i}"] for i in range(len(labels))], chosen, rejected)
+        state = bradley_terry_state(
+            [rewards[f"reward_{i}"] for i in range(len(labels))], chosen, rejected
+        )
         moving.update(state)
         return f"negative log-likelihood {state['nll']:.4f} nats a comparison; the least there is, {fit.nll:.4f}"
 
-    sliders = {f"reward_{i}": _slider(f"reward of {label}", 0.0, -most, most, 0.05) for i, label in enumerate(labels)}
+    sliders = {
+        f"reward_{i}": _slider(f"reward of {label}", 0.0, -most, most, 0.05)
+        for i, label in enumerate(labels)
+    }
     caption = "Reach the least. Then raise every reward by one: why does the likelihood not mind?"
     return _explorer(show, Picture(moving), sliders, caption)
 
@@ -357,7 +440,9 @@ def training_explorer(run: Path | str) -> Explorer:
         return f"step {state['step']}: mean margin {margins.mean():.3f} (beta x nats), ranked rightly {ranked:.0%}"
 
     slider = widgets.SelectionSlider(
-        options=[(str(s["step"]), i) for i, s in enumerate(snapshots)], description="step", layout={"width": "420px"}
+        options=[(str(s["step"]), i) for i, s in enumerate(snapshots)],
+        description="step",
+        layout={"width": "420px"},
     )
     caption = "The margin grows. Does the chosen completion grow likelier, or only the rejected one less likely?"
     return _explorer(show, Picture(moving), {"snapshot": slider}, caption, samples)
@@ -432,15 +517,25 @@ def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -
         raise ValueError("runs is empty; give at least one run directory, as in {0.1: 'runs/imdb'}")
     snapshots = {beta: read_snapshots(folder(f"runs[{beta}]", runs[beta])) for beta in sorted(runs)}
     paths = {
-        beta: [{name: snapshot[name] for name in ("kl", "reward")} for snapshot in found] for beta, found in snapshots.items()
+        beta: [{name: snapshot[name] for name in ("kl", "reward")} for snapshot in found]
+        for beta, found in snapshots.items()
     }
-    moving = moving_betas(list(paths.values()), optimal, _on_curve(1.0, torch.zeros(1, dtype=torch.float64))["curve"])
+    moving = moving_betas(
+        list(paths.values()), optimal, _on_curve(1.0, torch.zeros(1, dtype=torch.float64))["curve"]
+    )
     samples = widgets.HTML()
 
     def show(beta: float) -> str:
         last = snapshots[beta][-1]
-        state = _on_curve(beta, torch.from_numpy(floats("chosen", last["chosen"]) - floats("rejected", last["rejected"])))
-        moving.update({**state, **{name: [point[name] for point in paths[beta]] for name in ("kl", "reward")}})
+        state = _on_curve(
+            beta,
+            torch.from_numpy(
+                floats("chosen", last["chosen"]) - floats("rejected", last["rejected"])
+            ),
+        )
+        moving.update(
+            {**state, **{name: [point[name] for point in paths[beta]] for name in ("kl", "reward")}}
+        )
         samples.value = _sample_table(last["texts"], last["rewards"])
         return (
             f"step {last['step']}: reward {last['reward']:.3f} at {last['kl']:.2f} nats, mean weight {state['weights'].mean():.3f}, "
@@ -448,7 +543,9 @@ def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -
         )
 
     slider = widgets.SelectionSlider(
-        options=[(f"{beta:g}", beta) for beta in snapshots], description="beta", layout={"width": "420px"}
+        options=[(f"{beta:g}", beta) for beta in snapshots],
+        description="beta",
+        layout={"width": "420px"},
     )
     caption = "Which beta lets its pairs rest, and which never does? What does that do to the KL?"
     return _explorer(show, Picture(moving), {"beta": slider}, caption, samples)

@@ -15,7 +15,9 @@ from pathlib import Path
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @contextmanager
@@ -32,7 +34,13 @@ def jupyterlab(folder: Path, python: str | Path = sys.executable) -> Iterator[st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token="]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--IdentityProvider.token=",
+    ]
     environment = {
         **os.environ,
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
@@ -73,11 +81,15 @@ def chromium(folder: Path) -> Iterator[BrowserContext]:
 
 
 @contextmanager
-def open_notebook(browser: BrowserContext, address: str, notebook: str) -> Iterator[tuple[Page, list[str]]]:
+def open_notebook(
+    browser: BrowserContext, address: str, notebook: str
+) -> Iterator[tuple[Page, list[str]]]:
     """A page with the notebook alone, and the list that its errors go to: uncaught ones, and those on the console."""
     page, errors = browser.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     page.goto(f"{address}/lab/workspaces/{notebook}/tree/{notebook}.ipynb")
     page.locator(".jp-CodeCell").first.wait_for(timeout=90_000)
     # before there is a kernel it says idle, too

@@ -9,7 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2LMHeadModel, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    GPT2LMHeadModel,
+    set_seed,
+)
 from xdist.scheduler import LoadScopeScheduling
 
 from dpo_lab import task
@@ -45,7 +51,9 @@ def make_reviews(n, seed=0):
 def make_classifier(folder, labels):
     """A tiny sequence classifier with random weights in `folder`."""
     folder.mkdir(exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]))
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"])
+    )
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder)
     config = BertConfig(
         vocab_size=8,
@@ -68,7 +76,9 @@ def forbidden(tmp_path, monkeypatch):
 
     def refuse(call):
         def wrapped(path, *arguments, **options):
-            if not isinstance(path, int) and Path(os.fsdecode(path)).absolute().is_relative_to(directory):
+            if not isinstance(path, int) and Path(os.fsdecode(path)).absolute().is_relative_to(
+                directory
+            ):
                 raise PermissionError(errno.EACCES, "Permission denied", os.fsdecode(path))
             return call(path, *arguments, **options)
 

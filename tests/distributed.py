@@ -28,7 +28,12 @@ SMALL = "--prefixes 180 --eval-prefixes 48 --max-new-tokens 8 --batch-pairs 90 -
 
 def made_up_reviews(source="package"):
     parts = {name: make_reviews(n, seed=n) for name, n in (("train", 200), ("test", 60))}
-    return DatasetDict({name: Dataset.from_dict({"text": t, "label": labels}) for name, (t, labels) in parts.items()})
+    return DatasetDict(
+        {
+            name: Dataset.from_dict({"text": t, "label": labels})
+            for name, (t, labels) in parts.items()
+        }
+    )
 
 
 def losses(tiny):
@@ -42,13 +47,17 @@ def losses(tiny):
         "dpo, muon": replace(CONFIG, loop=replace(LOOP, optimizer="muon")),
     }.items():
         found[name] = train_dpo(load_model(tiny), preferences, config, progress=None)
-    found["unlikelihood"] = train_unlikelihood(load_model(tiny), preferences, 0.5, LOOP, batch_pairs=9, progress=None)
+    found["unlikelihood"] = train_unlikelihood(
+        load_model(tiny), preferences, 0.5, LOOP, batch_pairs=9, progress=None
+    )
     for share in (True, False):
         policy = load_model(tiny)
         batches = sft_batches(preferences, 5, chosen_only=False, share=share and can_share(policy))
         found[f"sft, share {share}"] = train_sft(policy, batches, len(batches), LOOP, progress=None)
     config = RewardModelConfig(batch_pairs=9, loop=LOOP)
-    found["reward model"] = train_reward_model(ScalarModel(load_model(tiny)), preferences, config, progress=None)
+    found["reward model"] = train_reward_model(
+        ScalarModel(load_model(tiny)), preferences, config, progress=None
+    )
     return {name: timeless(metrics) for name, metrics in found.items()}
 
 
@@ -62,7 +71,14 @@ def stopped(tiny, run):
 
     from_main(run.mkdir)
     try:
-        train_dpo(load_model(tiny), make_preferences(tiny), LONG, run=run, evaluate=evaluate, progress=None)
+        train_dpo(
+            load_model(tiny),
+            make_preferences(tiny),
+            LONG,
+            run=run,
+            evaluate=evaluate,
+            progress=None,
+        )
     except Interrupted as error:
         return str(error)
 
@@ -70,15 +86,25 @@ def stopped(tiny, run):
 def finished(tiny, run=None):
     """Metrics and final weights of the run that was stopped in `run`, or of one that never was."""
     policy = load_model(tiny)
-    options = {"run": run, "resume": run is not None, "evaluate": lambda model, step: {}, "progress": None}
+    options = {
+        "run": run,
+        "resume": run is not None,
+        "evaluate": lambda model, step: {},
+        "progress": None,
+    }
     metrics = train_dpo(policy, make_preferences(tiny), LONG, **options)
-    return {"metrics": timeless(metrics), "weights": [p.flatten()[::97].tolist() for p in policy.parameters()]}
+    return {
+        "metrics": timeless(metrics),
+        "weights": [p.flatten()[::97].tolist() for p in policy.parameters()],
+    }
 
 
 def samples(tiny):
     rng = np.random.default_rng(0)
     prompts = [[0, *map(int, rng.integers(1, 512, n))] for n in rng.integers(1, 40, 30)]
-    return sample_completions(load_model(tiny), prompts, 3, eos_token_id=17, max_new_tokens=9, seed=3, rows=16)
+    return sample_completions(
+        load_model(tiny), prompts, 3, eos_token_id=17, max_new_tokens=9, seed=3, rows=16
+    )
 
 
 def train(tiny, out):
@@ -88,7 +114,11 @@ def train(tiny, out):
 def together(tiny, folder, earlier):
     """What each of the processes does; `earlier` holds a run that one process began."""
     join("cpu")
-    found = {"sharded": processes.sharding(), "shares": gathered(my_share([0, 1, 2, 3, 4])), "whole": whole(my_share("abcde"))}
+    found = {
+        "sharded": processes.sharding(),
+        "shares": gathered(my_share([0, 1, 2, 3, 4])),
+        "whole": whole(my_share("abcde")),
+    }
     for kind, sharded in (("fsdp", "true"), ("ddp", "false")):
         os.environ[processes.SHARD] = sharded
         found[kind] = {

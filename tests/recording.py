@@ -10,7 +10,9 @@ def record_run(run: Path) -> None:
     """Make `run` a run directory with four steps and two snapshots."""
     write_json(run / "config.json", {"dpo": {"beta": 0.5}})
     for step in range(1, 5):
-        append_metrics(run, {"step": step, "rewards/chosen": 0.5 * step, "rewards/rejected": -1.0 * step})
+        append_metrics(
+            run, {"step": step, "rewards/chosen": 0.5 * step, "rewards/rejected": -1.0 * step}
+        )
     snapshots = [
         {
             "step": 0,

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab.arguments import finite_positive, floats, folder, integer, integers, number, one_of, settled, token_ids, token_lists
+from dpo_lab.arguments import (
+    finite_positive,
+    floats,
+    folder,
+    integer,
+    integers,
+    number,
+    one_of,
+    settled,
+    token_ids,
+    token_lists,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,9 @@ def test_numbers_of_every_library_become_float(value):
         integer("n", value)
 
 
-@pytest.mark.parametrize("value", ["2", None, True, np.bool_(True), torch.tensor(True), [2], torch.tensor([2, 3]), 2j])
+@pytest.mark.parametrize(
+    "value", ["2", None, True, np.bool_(True), torch.tensor(True), [2], torch.tensor([2, 3]), 2j]
+)
 def test_what_is_no_number_is_refused_by_name(value):
     for take in (integer, number, finite_positive):
         with pytest.raises(TypeError, match="steps is"):
@@ -66,10 +79,21 @@ def test_one_of_names_what_is_allowed(value):
 
 
 def test_settled_brings_nested_configs_to_plain_python():
-    config = Outer(Inner(rate=np.float32(0.5)), steps=np.int64(3), on=np.bool_(True), sizes=[np.int8(1)], out="~/y")
+    config = Outer(
+        Inner(rate=np.float32(0.5)),
+        steps=np.int64(3),
+        on=np.bool_(True),
+        sizes=[np.int8(1)],
+        out="~/y",
+    )
     found = settled(config)
     assert found == Outer(Inner(0.5), 3, True, None, (1,), Path.home() / "y")
-    assert type(found.inner.rate) is float and type(found.steps) is int and found.on is True and type(found.sizes[0]) is int
+    assert (
+        type(found.inner.rate) is float
+        and type(found.steps) is int
+        and found.on is True
+        and type(found.sizes[0]) is int
+    )
 
 
 @pytest.mark.parametrize(

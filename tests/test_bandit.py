@@ -26,12 +26,16 @@ REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)
 def population_loss(reference, reward, beta, **options):
     chosen, rejected = all_pairs(len(reference))
     weights = pair_weights(reference, reward)
-    return lambda logps: weights @ dpo_loss(logps, reference.log(), chosen, rejected, beta, **options).losses
+    return lambda logps: (
+        weights @ dpo_loss(logps, reference.log(), chosen, rejected, beta, **options).losses
+    )
 
 
 @settings(deadline=None, max_examples=20)
 @given(
-    st.lists(st.floats(0.05, 1), min_size=3, max_size=5), st.lists(st.floats(-2, 2), min_size=5, max_size=5), st.floats(0.2, 3)
+    st.lists(st.floats(0.05, 1), min_size=3, max_size=5),
+    st.lists(st.floats(-2, 2), min_size=5, max_size=5),
+    st.floats(0.2, 3),
 )
 def test_with_labels_without_end_dpo_ends_at_the_optimal_policy(weights, rewards, beta):
     reference = torch.tensor(weights, dtype=torch.float64) / sum(weights)
@@ -42,16 +46,28 @@ def test_with_labels_without_end_dpo_ends_at_the_optimal_policy(weights, rewards
 
 def test_pairs_and_their_shares_are_those_of_a_double_loop():
     chosen, rejected = all_pairs(4)
-    assert list(zip(chosen.tolist(), rejected.tolist())) == [(i, j) for i in range(4) for j in range(4) if i != j]
-    by_loop = [REFERENCE[i] * REFERENCE[j] / (1 + torch.exp(REWARD[j] - REWARD[i])) for i in range(4) for j in range(4) if i != j]
+    assert list(zip(chosen.tolist(), rejected.tolist())) == [
+        (i, j) for i in range(4) for j in range(4) if i != j
+    ]
+    by_loop = [
+        REFERENCE[i] * REFERENCE[j] / (1 + torch.exp(REWARD[j] - REWARD[i]))
+        for i in range(4)
+        for j in range(4)
+        if i != j
+    ]
     expected = torch.stack(by_loop) / sum(by_loop)
     torch.testing.assert_close(pair_weights(REFERENCE, REWARD), expected, rtol=0, atol=1e-15)
 
 
 def test_sampled_pairs_come_as_often_as_their_shares_say():
     chosen, rejected = sample_pairs(REFERENCE, REWARD, 100_000, torch.Generator().manual_seed(0))
-    counts = torch.zeros(4, 4).index_put((chosen, rejected), torch.ones(100_000), accumulate=True) / 100_000
-    expected = torch.zeros(4, 4, dtype=torch.float64).index_put(all_pairs(4), pair_weights(REFERENCE, REWARD))
+    counts = (
+        torch.zeros(4, 4).index_put((chosen, rejected), torch.ones(100_000), accumulate=True)
+        / 100_000
+    )
+    expected = torch.zeros(4, 4, dtype=torch.float64).index_put(
+        all_pairs(4), pair_weights(REFERENCE, REWARD)
+    )
     assert (counts - expected).abs().max() < 0.006 and (chosen != rejected).all()
 
 
@@ -69,7 +85,9 @@ def test_descent_takes_the_gradient_step_and_starts_at_the_reference():
 
 
 def test_descent_reaches_the_optimum_too():
-    path = descend(population_loss(REFERENCE, REWARD, 1.0), REFERENCE, steps=3_000, learning_rate=3.0)
+    path = descend(
+        population_loss(REFERENCE, REWARD, 1.0), REFERENCE, steps=3_000, learning_rate=3.0
+    )
     gaps = kl(path, optimal_policy(REFERENCE, REWARD, 1.0).expand_as(path))
     assert gaps[-1] < 1e-8 and gaps[0] > 0.1
 
@@ -78,7 +96,9 @@ def test_descent_reaches_the_optimum_too():
 def test_other_losses_end_elsewhere(kind):
     found = minimise(population_loss(REFERENCE, REWARD, 1.0, kind=kind), REFERENCE, iterations=100)
     assert torch.isfinite(found).all()
-    assert (kl(found, optimal_policy(REFERENCE, REWARD, 1.0)) < 1e-8) == (kind == "robust")  # without smoothing it is sigmoid
+    assert (kl(found, optimal_policy(REFERENCE, REWARD, 1.0)) < 1e-8) == (
+        kind == "robust"
+    )  # without smoothing it is sigmoid
 
 
 LOGITS = torch.tensor([0.3, -0.2, 0.1, -1.0], dtype=torch.float64)
@@ -87,18 +107,32 @@ LOGITS = torch.tensor([0.3, -0.2, 0.1, -1.0], dtype=torch.float64)
 @pytest.mark.parametrize("baseline", ["none", "mean return", "a constant"])
 def test_the_policy_gradient_s_mean_is_the_exact_gradient(baseline):
     """Within 3 standard errors in every direction, whatever the baseline."""
-    actions = torch.multinomial(torch.softmax(LOGITS, 0), 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    actions = torch.multinomial(
+        torch.softmax(LOGITS, 0),
+        200_000,
+        replacement=True,
+        generator=torch.Generator().manual_seed(0),
+    )
     returns = penalised_rewards(LOGITS, REFERENCE, REWARD, 0.5)[actions]
     b = {"none": 0.0, "mean return": returns.mean(), "a constant": 3.0}[baseline]
     estimates = reinforce_gradients(LOGITS, actions, returns, b)
     error = estimates.std(0) / len(actions) ** 0.5
-    assert ((estimates.mean(0) - exact_gradient(LOGITS, REFERENCE, REWARD, 0.5)).abs() < 3 * error).all()
+    assert (
+        (estimates.mean(0) - exact_gradient(LOGITS, REFERENCE, REWARD, 0.5)).abs() < 3 * error
+    ).all()
 
 
 def test_a_baseline_takes_from_the_variance():
-    actions = torch.multinomial(torch.softmax(LOGITS, 0), 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    actions = torch.multinomial(
+        torch.softmax(LOGITS, 0),
+        20_000,
+        replacement=True,
+        generator=torch.Generator().manual_seed(0),
+    )
     returns = penalised_rewards(LOGITS, REFERENCE, REWARD + 5, 0.5)[actions]
-    spread = [reinforce_gradients(LOGITS, actions, returns, b).var(0).sum() for b in (0.0, returns.mean())]
+    spread = [
+        reinforce_gradients(LOGITS, actions, returns, b).var(0).sum() for b in (0.0, returns.mean())
+    ]
     assert spread[1] < spread[0] / 10
 
 
@@ -107,15 +141,32 @@ def test_ppo_s_first_gradient_is_that_of_reinforce():
     advantages = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0], dtype=torch.float64)
     logits = LOGITS.clone().requires_grad_()
     logps = torch.log_softmax(logits, 0)[actions]
-    (gradient,) = torch.autograd.grad(-ppo_clip_loss(logps, logps.detach(), advantages).mean(), logits)
-    torch.testing.assert_close(gradient, reinforce_gradients(LOGITS, actions, advantages).mean(0), rtol=0, atol=1e-15)
+    (gradient,) = torch.autograd.grad(
+        -ppo_clip_loss(logps, logps.detach(), advantages).mean(), logits
+    )
+    torch.testing.assert_close(
+        gradient, reinforce_gradients(LOGITS, actions, advantages).mean(0), rtol=0, atol=1e-15
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"baseline": False}, {"clip": 0.2, "epochs": 4}], ids=["baseline", "plain", "ppo"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"baseline": False}, {"clip": 0.2, "epochs": 4}],
+    ids=["baseline", "plain", "ppo"],
+)
 def test_policy_gradients_come_near_the_optimal_policy(options):
     best = optimal_policy(REFERENCE, REWARD, 0.5)
     generator = torch.Generator().manual_seed(0)
-    path = policy_gradient(REFERENCE, REWARD, 0.5, steps=400, samples=256, learning_rate=0.2, generator=generator, **options)
+    path = policy_gradient(
+        REFERENCE,
+        REWARD,
+        0.5,
+        steps=400,
+        samples=256,
+        learning_rate=0.2,
+        generator=generator,
+        **options,
+    )
     assert path.shape == (401, 4) and torch.equal(path[0], REFERENCE)
     torch.testing.assert_close(path.sum(1), torch.ones(401, dtype=torch.float64))
     assert kl(path[-1], best) < 0.01 < kl(REFERENCE, best) / 50

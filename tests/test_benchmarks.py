@@ -34,7 +34,9 @@ def measured(name, precision="float32", job="dpo"):
         "--workload=embedded",
         '--change={"prompts": 2, "steps": 2, "passes": 2}',
     ]
-    output = subprocess.check_output([sys.executable, str(BENCHMARKS / "contender.py"), *arguments], text=True)
+    output = subprocess.check_output(
+        [sys.executable, str(BENCHMARKS / "contender.py"), *arguments], text=True
+    )
     return json.loads(output.strip().splitlines()[-1])
 
 
@@ -58,7 +60,11 @@ def test_a_workload_is_what_it_says(name):
     workload = contender.WORKLOADS[name]
     preferences = contender.make_preferences(replace(workload, steps=50), seed=0)
     lengths = [len(ids) for ids in preferences.completions]
-    assert 8 <= min(lengths) and max(lengths) <= workload.most and abs(np.mean(lengths) / workload.mean - 1) < 0.15
+    assert (
+        8 <= min(lengths)
+        and max(lengths) <= workload.most
+        and abs(np.mean(lengths) / workload.mean - 1) < 0.15
+    )
     k = workload.completions
     assert len(preferences.chosen) == 50 * workload.prompts * k * (k - 1) // 2
     assert all(ids[-1] == 0 and 0 not in ids[:-1] for ids in preferences.completions)
@@ -69,7 +75,9 @@ def test_a_workload_is_what_it_says(name):
 def test_a_cost_curve_has_the_same_completions_at_every_point():
     base = contender.WORKLOADS["short"]
     changed = [base, replace(base, prompt_tokens=(256, 256)), replace(base, vocabulary=8_000)]
-    first, *others = ([len(ids) for ids in contender.make_preferences(w, seed=0).completions] for w in changed)
+    first, *others = (
+        [len(ids) for ids in contender.make_preferences(w, seed=0).completions] for w in changed
+    )
     assert all(lengths == first for lengths in others)
 
 
@@ -97,7 +105,9 @@ def test_the_reference_is_hashed_once_before_the_clock_and_not_kept(monkeypatch)
 
     trained = []
     monkeypatch.setattr(contender.data_format, "weights_hash", slow)
-    monkeypatch.setattr(contender.loop, "make_optimizers", contender.loop.make_optimizers)  # both are set, and put back
+    monkeypatch.setattr(
+        contender.loop, "make_optimizers", contender.loop.make_optimizers
+    )  # both are set, and put back
     for name in ("KEEPING", "USUAL", "onednn_is_exact"):
         monkeypatch.setattr(contender.tuning, name, getattr(contender.tuning, name))
     monkeypatch.setattr(contender, "train_dpo", train)
@@ -116,14 +126,19 @@ def test_the_least_flops_are_those_of_the_matmuls():
     seen = sum(map(len, preferences.prompts)) + predicted - len(preferences.completions)
     block = 768 * (3 * 768 + 768 + 4 * 768 + 4 * 768)  # query, key and value; out; up; down
     forward = 2 * (12 * block * seen + 768 * 50_257 * predicted)
-    assert speed.least_flops("dpo", workload, 0) == 4 * forward and speed.least_flops("sft", workload, 0) == 3 * forward
+    assert (
+        speed.least_flops("dpo", workload, 0) == 4 * forward
+        and speed.least_flops("sft", workload, 0) == 3 * forward
+    )
 
 
 def test_the_prediction_is_the_arithmetic_that_its_page_tells():
     a, seven = scale.Assumptions(), scale.MODELS[0]
     assert scale.state_bytes(seven, 8, "DDP", a) == 16 * 7e9
     assert scale.state_bytes(seven, 8, "FSDP", a) == 2 * 7e9 + 4 * 7e9 / 32
-    assert scale.state_bytes(seven, 8, "LoRA", a) == pytest.approx(2 * 7e9 * 0.995 + 16 * 7e9 * 0.005)
+    assert scale.state_bytes(seven, 8, "LoRA", a) == pytest.approx(
+        2 * 7e9 * 0.995 + 16 * 7e9 * 0.005
+    )
     assert scale.traffic_bytes(seven, 2, "DDP", a) == 4 * 7e9  # each of two sends a half twice
     assert scale.passes(8, a) == (16, 4) and scale.passes(512, a) == (1, 1)
     eight, more = (scale.predict(seven, gpus, "FSDP", a) for gpus in (8, 64))
@@ -138,13 +153,19 @@ def test_the_prediction_is_the_arithmetic_that_its_page_tells():
 def test_each_learned_reward_is_pushed_and_its_run_recorded(tiny, tmp_path):
     task = TaskConfig(model=str(tiny), eval_prefixes=8, max_new_tokens=6, precision="float32")
     ppo = PPOConfig(steps=2, batch=8, minibatch=4, eval_every=1)
-    fitting = RewardModelConfig(epochs=4, batch_pairs=12, held_out=0.5, loop=LoopConfig(learning_rate=1e-2, eval_every=1))
-    config = hacking.HackingConfig(rewards=2, prefixes=12, prompts=12, task=task, reward_model=fitting, ppo=ppo)
+    fitting = RewardModelConfig(
+        epochs=4, batch_pairs=12, held_out=0.5, loop=LoopConfig(learning_rate=1e-2, eval_every=1)
+    )
+    config = hacking.HackingConfig(
+        rewards=2, prefixes=12, prompts=12, task=task, reward_model=fitting, ppo=ppo
+    )
     hacking.main(config, tmp_path / "hacking.json")
     found = json.loads((tmp_path / "hacking.json").read_text())
     assert [[row["step"] for row in run] for run in found["runs"]] == [[0, 1, 2]] * 2
     first, second = found["runs"]
-    assert first[0]["reward"] == second[0]["reward"] and first[0]["kl"] == 0  # one policy to begin with
+    assert (
+        first[0]["reward"] == second[0]["reward"] and first[0]["kl"] == 0
+    )  # one policy to begin with
     assert np.isfinite([row["given"] for run in found["runs"] for row in run]).all()
     assert first[0]["given"] != second[0]["given"] and first[-1]["kl"] > 0  # two rewards
     assert found["config"]["task"]["prefixes"] == 24 and found["commit"]

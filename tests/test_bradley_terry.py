@@ -24,7 +24,9 @@ def test_the_fit_is_that_of_logistic_regression_on_differences(seed):
     difference = np.zeros((300, n))
     difference[np.arange(300), chosen], difference[np.arange(300), rejected] = 1, -1
     rows, labels = np.concatenate([difference, -difference]), np.repeat([1, 0], 300)
-    other = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-12, max_iter=10_000).fit(rows[:, 1:], labels)
+    other = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-12, max_iter=10_000).fit(
+        rows[:, 1:], labels
+    )
     np.testing.assert_allclose(fit.rewards - fit.rewards[0], [0, *other.coef_[0]], atol=1e-6)
     assert abs(fit.rewards.mean()) < 1e-12
 
@@ -40,7 +42,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 def test_more_comparisons_narrow_the_interval_by_the_root():
     truth = np.array([0.4, -0.4, 0.1])
-    widths = [np.diff(fit_bradley_terry(*simulate(truth, pairs, 0), 3).interval(0, 1))[0] for pairs in (500, 50_000)]
+    widths = [
+        np.diff(fit_bradley_terry(*simulate(truth, pairs, 0), 3).interval(0, 1))[0]
+        for pairs in (500, 50_000)
+    ]
     assert widths[0] / widths[1] == pytest.approx(10, rel=0.15)
 
 

@@ -29,7 +29,10 @@ from dpo_lab.widgets import (
     training_explorer,
 )
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; .ci/run installs it")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; .ci/run installs it"),
+]
 FAILED = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']"
 SCREENSHOTS = Path(__file__).parent.parent / "screenshots"
 STDERR = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']"
@@ -70,8 +73,14 @@ class Shown:
 
     def __init__(self, page, output, twin):
         self.page, self.twin = page, twin
-        self.readout, self.picture = output.locator(".widget-hbox .widget-label").last, output.locator("img.dpo-lab-picture")
-        self.handles, self.numbers = output.locator(".noUi-handle"), output.locator(".widget-readout")
+        self.readout, self.picture = (
+            output.locator(".widget-hbox .widget-label").last,
+            output.locator("img.dpo-lab-picture"),
+        )
+        self.handles, self.numbers = (
+            output.locator(".noUi-handle"),
+            output.locator(".widget-readout"),
+        )
 
     def now(self):
         read = "async image => btoa(String.fromCharCode(...new Uint8Array(await (await fetch(image.src)).arrayBuffer())))"
@@ -80,7 +89,9 @@ class Shown:
     def expected(self):
         """Read-out and picture for the numbers that stand beside the sliders."""
         values = {}
-        for (name, slider), text in zip(self.twin.sliders.items(), self.numbers.all_inner_texts(), strict=True):
+        for (name, slider), text in zip(
+            self.twin.sliders.items(), self.numbers.all_inner_texts(), strict=True
+        ):
             if isinstance(slider, SelectionSlider):
                 values[name] = dict(slider.options)[text]
             elif name == "beta":  # it shows three digits
@@ -96,7 +107,9 @@ class Shown:
             if self.now() == expected:
                 return values
             self.page.wait_for_timeout(100)
-        raise AssertionError(f"sliders at {values}: {self.now()[0]!r} in the page, {expected[0]!r} expected, or another picture")
+        raise AssertionError(
+            f"sliders at {values}: {self.now()[0]!r} in the page, {expected[0]!r} expected, or another picture"
+        )
 
     def press(self, i, key):
         self.handles.nth(i).scroll_into_view_if_needed()
@@ -186,9 +199,15 @@ def test_a_walk_through_recorded_runs_shows_each_with_its_samples(lab, browser, 
     make, source = RECORDED[name]
     run = folder / f"run-{name}"
     record_run(run)
-    lines = ["from dpo_lab.contenders import recorded", "from dpo_lab.widgets import *", source.format(run=str(run))]
+    lines = [
+        "from dpo_lab.contenders import recorded",
+        "from dpo_lab.widgets import *",
+        source.format(run=str(run)),
+    ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    notebook = nbformat.v4.new_notebook(metadata=kernel, cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    notebook = nbformat.v4.new_notebook(
+        metadata=kernel, cells=[nbformat.v4.new_code_cell("\n".join(lines))]
+    )
     nbformat.write(notebook, folder / "notebooks" / f"walk_{name}.ipynb")
     with open_notebook(browser, lab, f"walk_{name}") as (page, errors):
         cell = run_first_cell(page)
@@ -198,7 +217,11 @@ def test_a_walk_through_recorded_runs_shows_each_with_its_samples(lab, browser, 
         shown.press(0, "ArrowRight")
         by_key = shown.moved(start)
         cell.screenshot(path=SCREENSHOTS / f"walk-{name}.png")
-        table = next(child.value for child in shown.twin.box.children if isinstance(child, HTML) and "<table" in child.value)
+        table = next(
+            child.value
+            for child in shown.twin.box.children
+            if isinstance(child, HTML) and "<table" in child.value
+        )
         words = unescape(re.sub("<[^>]+>", " ", table)).split()
         assert cell.locator(".widget-html", has=page.locator("table")).inner_text().split() == words
         shown.drag(0, -400)
@@ -212,16 +235,22 @@ def test_a_notebook_that_trains_runs_and_its_slider_moves(lab, browser, notebook
     with open_notebook(browser, lab, notebook) as (page, errors):
         run_all_cells(page, seconds)
         assert not page.locator(FAILED).count()
-        output = page.locator(".jp-OutputArea-output", has=page.locator("img.dpo-lab-picture")).filter(
-            has=page.locator(".noUi-handle")
-        )
+        output = page.locator(
+            ".jp-OutputArea-output", has=page.locator("img.dpo-lab-picture")
+        ).filter(has=page.locator(".noUi-handle"))
         assert output.count() == 1
         shown = Shown(page, output, None)
         states = [shown.now()]
-        for move in (lambda: shown.press(0, "ArrowRight"), lambda: shown.press(0, "ArrowRight"), lambda: shown.drag(0, -600)):
+        for move in (
+            lambda: shown.press(0, "ArrowRight"),
+            lambda: shown.press(0, "ArrowRight"),
+            lambda: shown.drag(0, -600),
+        ):
             move()
             page.wait_for_timeout(2_000)
             states.append(shown.now())
             output.screenshot(path=SCREENSHOTS / f"{notebook}-{len(states)}.png")
-        assert all(one[0] != other[0] and one[1] != other[1] for one, other in zip(states, states[1:]))
+        assert all(
+            one[0] != other[0] and one[1] != other[1] for one, other in zip(states, states[1:])
+        )
         assert errors == []

@@ -36,7 +36,9 @@ def one(tiny, tmp_path_factory):
     said = distributed.stopped(str(tiny), folder / "fsdp")
     assert "after step 3 of 6" in said
     shutil.copytree(folder / "fsdp", folder / "ddp")
-    found = {name: getattr(distributed, name)(str(tiny)) for name in ("losses", "finished", "samples")}
+    found = {
+        name: getattr(distributed, name)(str(tiny)) for name in ("losses", "finished", "samples")
+    }
     return {"folder": folder, **found}
 
 
@@ -45,13 +47,29 @@ def two(one, tiny, tmp_path_factory):
     """What two processes found, begun by the launcher."""
     folder, tests = tmp_path_factory.mktemp("two"), Path(__file__).parent
     launch = "-m accelerate.commands.launch --use_fsdp --num_processes 2 --num_machines 1 --mixed_precision no"
-    command = [sys.executable, *launch.split(), *"--dynamo_backend no --main_process_port 0".split()]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), *sys.path]), "OMP_NUM_THREADS": "1"}
-    environment |= {"DPO_LAB_CACHE": str(tmp_path_factory.getbasetemp() / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        *launch.split(),
+        *"--dynamo_backend no --main_process_port 0".split(),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment |= {
+        "DPO_LAB_CACHE": str(tmp_path_factory.getbasetemp() / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     arguments = [str(tests / "distributed.py"), str(tiny), str(folder), str(one["folder"])]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-5000:]
-    return {"folder": folder, "said": done.stdout, **json.loads((folder / "found.json").read_text())}
+    return {
+        "folder": folder,
+        "said": done.stdout,
+        **json.loads((folder / "found.json").read_text()),
+    }
 
 
 def assert_same(a, b, tolerance=TOLERANCE):
@@ -92,18 +110,27 @@ def test_one_process_resumes_what_two_began(tiny, one, two, kind):
 
 def test_samples_are_the_same_token_by_token(one, two):
     assert two["samples"] == one["samples"]
-    data = [json.loads((found["folder"] / "run/data/samples.json").read_text()) for found in (one, two)]
+    data = [
+        json.loads((found["folder"] / "run/data/samples.json").read_text()) for found in (one, two)
+    ]
     assert data[0] == data[1] and sum(map(len, data[0]["completions"])) == 720  # more than a batch
 
 
 def test_reference_log_probs_and_pairs_are_the_same(one, two):
     a, b = (Preferences.load(found["folder"] / "run/data/preferences") for found in (one, two))
     assert b.reference_logps == pytest.approx(a.reference_logps, abs=TOLERANCE)
-    assert (a.chosen == b.chosen).all() and (a.rejected == b.rejected).all() and a.reference_key == b.reference_key
+    assert (
+        (a.chosen == b.chosen).all()
+        and (a.rejected == b.rejected).all()
+        and a.reference_key == b.reference_key
+    )
 
 
 def test_the_experiment_ends_the_same_and_says_so_once(one, two):
-    assert two["status"] == 0 and two["said"].count("before  reward") == two["said"].count("policy in") == 1
+    assert (
+        two["status"] == 0
+        and two["said"].count("before  reward") == two["said"].count("policy in") == 1
+    )
     a, b = (found["folder"] / "run" for found in (one, two))
     assert_same(*(distributed.timeless(read_metrics(run)) for run in (b, a)))
     summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
@@ -111,7 +138,9 @@ def test_the_experiment_ends_the_same_and_says_so_once(one, two):
         assert summaries[1][when] == pytest.approx(summaries[0][when], abs=TOLERANCE)
     assert summaries[0]["after"]["kl"] != 0
     for mine, theirs in zip(read_snapshots(a), read_snapshots(b)):
-        assert mine["texts"] == theirs["texts"] and mine["chosen"] == pytest.approx(theirs["chosen"], abs=10 * TOLERANCE)
+        assert mine["texts"] == theirs["texts"] and mine["chosen"] == pytest.approx(
+            theirs["chosen"], abs=10 * TOLERANCE
+        )
     names = [{str(p.relative_to(run)) for p in run.rglob("*")} for run in (a, b)]
     assert names[0] == names[1]
 
@@ -124,7 +153,10 @@ def test_a_split_batch_scores_each_completion_as_the_whole_does(tiny, share, lon
     prompts = [[0, *map(int, rng.integers(1, 512, 12))] for _ in range(4)]
     owners = [0, 1, 0, 2, 2, 1, 0]
     completions = [list(map(int, rng.integers(1, 512, 2 + longer * (i % 2)))) for i in range(7)]
-    batch, model = completion_batch(prompts, completions, owners, share=share), load_model(str(tiny)).double()
+    batch, model = (
+        completion_batch(prompts, completions, owners, share=share),
+        load_model(str(tiny)).double(),
+    )
     assert (batch.segments is not None) == (share and not longer) or longer
     with torch.no_grad():
         expected = completion_logps(model, batch).sort().values

@@ -18,7 +18,9 @@ def test_the_python_of_the_page_runs_on_any_folder(tiny, tmp_path):
     training, messages = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {"name": str(tiny), "folder": tmp_path / "policy"}
     exec(training, names)
-    assert names["metrics"][0]["loss"] > 0 and AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert names["metrics"][0]["loss"] > 0 and AutoModelForCausalLM.from_pretrained(
+        tmp_path / "policy"
+    )
     assert len(AutoTokenizer.from_pretrained(tmp_path / "policy")) == 512
     exec(messages, names)
     tokenizer = load_tokenizer(str(tiny))

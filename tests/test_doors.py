@@ -30,8 +30,12 @@ from dpo_lab.task import TaskConfig
 from dpo_lab.train import DPOConfig, check_config, train_dpo, train_sft, train_unlikelihood
 
 WRONG = "a name that nobody allowed"
-SETTLED_BEFORE = {"loop.evaluates"}  # takes the numbers of a config once a step, after its loop has settled it
-MODULES = [importlib.import_module(f"dpo_lab.{m.name}") for m in pkgutil.iter_modules(dpo_lab.__path__)]
+SETTLED_BEFORE = {
+    "loop.evaluates"
+}  # takes the numbers of a config once a step, after its loop has settled it
+MODULES = [
+    importlib.import_module(f"dpo_lab.{m.name}") for m in pkgutil.iter_modules(dpo_lab.__path__)
+]
 
 
 class Untouched:
@@ -40,7 +44,9 @@ class Untouched:
     def __getattribute__(self, name: str) -> Any:
         raise AssertionError(f"the argument's {name} was used before the check")
 
-    __len__ = __iter__ = __call__ = __eq__ = __lt__ = __float__ = __bool__ = __fspath__ = lambda self, *rest: self.used
+    __len__ = __iter__ = __call__ = __eq__ = __lt__ = __float__ = __bool__ = __fspath__ = (
+        lambda self, *rest: self.used
+    )
     __hash__ = None
 
 
@@ -50,7 +56,11 @@ def literals(hint: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
         return [path]
     if is_config(hint):
         hints = get_type_hints(hint)
-        return [found for field in fields(hint) for found in literals(hints[field.name], (*path, field.name))]
+        return [
+            found
+            for field in fields(hint)
+            for found in literals(hints[field.name], (*path, field.name))
+        ]
     return [found for part in get_args(hint) for found in literals(part, path)]
 
 
@@ -77,7 +87,11 @@ def public_functions():
                 for method, function in vars(found).items():
                     function = getattr(function, "__func__", function)
                     made = method == "__init__" and is_dataclass(found)
-                    if inspect.isfunction(function) and (method == "__init__" or method[0] != "_") and not made:
+                    if (
+                        inspect.isfunction(function)
+                        and (method == "__init__" or method[0] != "_")
+                        and not made
+                    ):
                         yield f"{module.__name__[8:]}.{name}.{method}", function
 
 
@@ -128,7 +142,9 @@ def harmless(hint: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(("function", "parameter", "path"), DOORS)
-def test_a_wrong_name_is_refused_before_any_other_argument_is_touched(function, parameter, path, tmp_path):
+def test_a_wrong_name_is_refused_before_any_other_argument_is_touched(
+    function, parameter, path, tmp_path
+):
     hints, arguments, named = get_type_hints(function), [], {}
     for p in inspect.signature(function).parameters.values():
         hint = hints.get(p.name)
@@ -137,7 +153,9 @@ def test_a_wrong_name_is_refused_before_any_other_argument_is_touched(function, 
             arguments.append(value)
         elif p.name == parameter or p.default is p.empty:
             named[p.name] = value
-    with pytest.raises(ValueError, match=rf"{(path or (parameter,))[-1]}.* is '{WRONG}'; it must be"):
+    with pytest.raises(
+        ValueError, match=rf"{(path or (parameter,))[-1]}.* is '{WRONG}'; it must be"
+    ):
         function(*arguments, **named)
     assert not list(tmp_path.iterdir())
 
@@ -147,7 +165,11 @@ def test_a_wrong_name_makes_no_object(kind, name):
     given = {
         Contender: {"method": "dpo", "setting": 0.1, "seed": 0},
         Preferences: dict(
-            prompts=[[1]], completions=[[2], [3]], prompt_of=np.zeros(2, int), chosen=np.array([0]), rejected=np.array([1])
+            prompts=[[1]],
+            completions=[[2], [3]],
+            prompt_of=np.zeros(2, int),
+            chosen=np.array([0]),
+            rejected=np.array([1]),
         ),
     }[kind]
     kind(**given)
@@ -167,15 +189,21 @@ def test_a_literal_without_a_check_does_not_pass(tmp_path):
 
     for function in (early, late):
         with pytest.raises((AssertionError, pytest.fail.Exception)):
-            test_a_wrong_name_is_refused_before_any_other_argument_is_touched(function, "kind", (), tmp_path)
-    test_a_wrong_name_is_refused_before_any_other_argument_is_touched(checked(early), "kind", (), tmp_path)
+            test_a_wrong_name_is_refused_before_any_other_argument_is_touched(
+                function, "kind", (), tmp_path
+            )
+    test_a_wrong_name_is_refused_before_any_other_argument_is_touched(
+        checked(early), "kind", (), tmp_path
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "AdamW", "sgd", "Muon", None, 0])
 def test_no_other_name_means_muon(model, name):
     loop = LoopConfig(optimizer=name)
     for door in (lambda: check_config(DPOConfig(loop=loop)), lambda: make_optimizers(model, loop)):
-        with pytest.raises(ValueError, match="optimizer is .* must be one of 'adamw', 'rmsprop', 'muon'"):
+        with pytest.raises(
+            ValueError, match="optimizer is .* must be one of 'adamw', 'rmsprop', 'muon'"
+        ):
             door()
 
 
@@ -211,8 +239,15 @@ CONFIGS = {
 def numbers(config: type, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Where a config has a number, in it or in a config inside it."""
     hints = get_type_hints(config)
-    found = [(*path, name) for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
-    return found + [inner for name, hint in hints.items() if is_config(hint) for inner in numbers(hint, (*path, name))]
+    found = [
+        (*path, name) for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}
+    ]
+    return found + [
+        inner
+        for name, hint in hints.items()
+        if is_config(hint)
+        for inner in numbers(hint, (*path, name))
+    ]
 
 
 def changed(config: Any, path: tuple[str, ...], value: Any) -> Any:
@@ -229,8 +264,15 @@ def changed(config: Any, path: tuple[str, ...], value: Any) -> Any:
         for path in numbers(config)
     ],
 )
-def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded_or_written(monkeypatch, tmp_path, door, path, value):
-    for module, name in ((task, "load_model"), (task, "load_imdb"), (pretrain, "load_imdb"), (frontier, "load_model")):
+def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded_or_written(
+    monkeypatch, tmp_path, door, path, value
+):
+    for module, name in (
+        (task, "load_model"),
+        (task, "load_imdb"),
+        (pretrain, "load_imdb"),
+        (frontier, "load_model"),
+    ):
         monkeypatch.setattr(module, name, Untouched())
     arguments, hints = {}, get_type_hints(door)
     for p in inspect.signature(door).parameters.values():
@@ -249,7 +291,10 @@ def test_runs_of_a_sweep_are_refused_before_anything_is_loaded(monkeypatch, tmp_
         (Contender("dpo", -0.1, 0), "beta is -0.1"),
         (Contender("ppo", 0.0, 0), "kl_target is 0"),
         (Contender("unlikelihood", 2.0, 0), "alpha is 2"),
-        (Contender("best-of-n", 4, 0), "method is 'best-of-n'; it must be one of 'dpo', 'ppo', 'ppo-gt', 'unlikelihood'"),
+        (
+            Contender("best-of-n", 4, 0),
+            "method is 'best-of-n'; it must be one of 'dpo', 'ppo', 'ppo-gt', 'unlikelihood'",
+        ),
     ):
         with pytest.raises(ValueError, match=found):
             frontier.frontier(FrontierConfig(), tmp_path / "out", runs=[run])
@@ -260,10 +305,15 @@ def test_runs_of_a_sweep_are_refused_before_anything_is_loaded(monkeypatch, tmp_
 
 def test_a_run_of_numpy_numbers_is_that_of_pythons():
     run = Contender("dpo", np.float32(0.5), np.int64(3))
-    assert run == Contender("dpo", 0.5, 3) and json.loads(json.dumps([run.setting, run.seed])) == [0.5, 3]
+    assert run == Contender("dpo", 0.5, 3) and json.loads(json.dumps([run.setting, run.seed])) == [
+        0.5,
+        3,
+    ]
 
 
-def test_a_sweep_of_a_model_without_blocks_is_refused_before_anything_is_sampled(monkeypatch, tmp_path, made_up_reviews, tiny):
+def test_a_sweep_of_a_model_without_blocks_is_refused_before_anything_is_sampled(
+    monkeypatch, tmp_path, made_up_reviews, tiny
+):
     monkeypatch.setattr(frontier, "label", Untouched())
     monkeypatch.setattr(loop, "GradientCheckpointingLayer", type("Absent", (), {}))
     config = FrontierConfig(
@@ -295,7 +345,10 @@ def test_tensorboard_needs_a_run_directory(door, tmp_path):
 
 def test_a_warm_up_longer_than_the_run_is_said(tiny, tokenizer):
     """By the plan, before anything is written, and by the run; not where the peak is reached, if only at the last step."""
-    rows = [{"prompt": f"Kettle {i}", "chosen": f" boils {i}", "rejected": f" leaks {i}"} for i in range(3)]
+    rows = [
+        {"prompt": f"Kettle {i}", "chosen": f" boils {i}", "rejected": f" leaks {i}"}
+        for i in range(3)
+    ]
     reference = load_model(str(tiny))
     preferences = from_rows(rows, tokenizer, context=64).with_reference(reference)
     config = DPOConfig(batch_pairs=1, loop=LoopConfig(learning_rate=1e-4, warmup_steps=4))

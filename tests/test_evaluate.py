@@ -22,9 +22,18 @@ from dpo_lab.objective import optimal_policy
 
 
 def test_a_policy_that_is_its_reference_has_no_kl(model, tokenizer):
-    result = evaluate_policy(model, model, [[0, 5, 9]] * 16, lambda t: np.linspace(0, 1, len(t)), tokenizer, max_new_tokens=8)
+    result = evaluate_policy(
+        model,
+        model,
+        [[0, 5, 9]] * 16,
+        lambda t: np.linspace(0, 1, len(t)),
+        tokenizer,
+        max_new_tokens=8,
+    )
     assert (result.kl, result.kl_se) == (0, 0)
-    assert result.reward == pytest.approx(0.5) and result.reward_se == pytest.approx(np.linspace(0, 1, 16).std(ddof=1) / 4)
+    assert result.reward == pytest.approx(0.5) and result.reward_se == pytest.approx(
+        np.linspace(0, 1, 16).std(ddof=1) / 4
+    )
     assert len(result.texts) == len(result.rewards) == len(result.completions) == 16
 
 
@@ -37,13 +46,18 @@ def test_the_sequence_kl_matches_enumeration(model, tiny, tokenizer):
             p.add_(0.05 * torch.randn_like(p))
     prompt, kl = [0, 7], 0.0
     with torch.no_grad():
-        first = [m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (model, reference)]
+        first = [
+            m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+            for m in (model, reference)
+        ]
         kl += float((first[0].exp() * (first[0] - first[1])).sum())
         ids = torch.tensor([[*prompt, t] for t in range(512)])
         second = [m(ids).logits[:, -1].double().log_softmax(-1) for m in (model, reference)]
         per_token = (second[0].exp() * (second[0] - second[1])).sum(-1)
         kl += float((first[0].exp() * per_token)[1:].sum())  # token 0 ends the completion
-    result = evaluate_policy(model, reference, [prompt] * 4_000, lambda t: np.zeros(len(t)), tokenizer, max_new_tokens=2)
+    result = evaluate_policy(
+        model, reference, [prompt] * 4_000, lambda t: np.zeros(len(t)), tokenizer, max_new_tokens=2
+    )
     assert kl > 0.05 and abs(result.kl - kl) < 4 * result.kl_se < kl / 2
 
 
@@ -60,7 +74,9 @@ def test_the_frontier_is_exact_when_every_outcome_is_listed_once():
             rewards.append(sum(p * r for p, r in zip(pi, row)))
             kls.append(sum(p * np.log(p * len(row)) for p in pi))
             sizes.append(1 / sum(p * p for p in pi))
-        assert (reward[b], kl[b], effective[b]) == pytest.approx((np.mean(rewards), np.mean(kls), np.mean(sizes)), abs=1e-12)
+        assert (reward[b], kl[b], effective[b]) == pytest.approx(
+            (np.mean(rewards), np.mean(kls), np.mean(sizes)), abs=1e-12
+        )
 
 
 def test_no_tilt_of_the_samples_beats_the_frontier():
@@ -93,26 +109,36 @@ def test_on_a_bandit_the_estimate_finds_the_exact_frontier():
     estimate = optimal_frontier(bandit_scores(200, 2_000), betas)
     best = [optimal_policy(REFERENCE, REWARD, float(beta)) for beta in betas]
     np.testing.assert_allclose(estimate.reward, [float(p @ REWARD) for p in best], atol=0.003)
-    np.testing.assert_allclose(estimate.kl, [float(exact_kl(p, REFERENCE)) for p in best], atol=0.02)
+    np.testing.assert_allclose(
+        estimate.kl, [float(exact_kl(p, REFERENCE)) for p in best], atol=0.02
+    )
 
 
 def test_the_band_holds_the_exact_frontier_as_often_as_it_says():
     """90 % bands of 40 data sets at two KLs: between 75 % and all of them hold the exact value."""
     fine = [optimal_policy(REFERENCE, REWARD, float(beta)) for beta in np.geomspace(20, 0.05, 400)]
     at = [0.1, 0.4]
-    exact = np.interp(at, [float(exact_kl(p, REFERENCE)) for p in fine], [float(p @ REWARD) for p in fine])
+    exact = np.interp(
+        at, [float(exact_kl(p, REFERENCE)) for p in fine], [float(p @ REWARD) for p in fine]
+    )
     held = []
     for seed in range(40):
-        low, high = frontier_band(bandit_scores(40, 100, seed), np.geomspace(10, 0.05, 30), at, resamples=100)
+        low, high = frontier_band(
+            bandit_scores(40, 100, seed), np.geomspace(10, 0.05, 30), at, resamples=100
+        )
         held += ((low <= exact) & (exact <= high)).tolist()
     assert 0.75 <= np.mean(held)
 
 
 def test_a_frontier_ends_where_too_few_samples_bear_it():
-    frontier = OptimalFrontier(np.array([0.9, 0.5, 0.7]), np.array([3.0, 0.0, 1.0]), np.array([4.9, 64.0, 5.0]))
+    frontier = OptimalFrontier(
+        np.array([0.9, 0.5, 0.7]), np.array([3.0, 0.0, 1.0]), np.array([4.9, 64.0, 5.0])
+    )
     assert frontier.valid.tolist() == [False, True, True]
     assert frontier.reward_at(0.5) == pytest.approx(0.6) and np.isnan(frontier.reward_at(1.01))
-    assert frontier.share(0.6, 1.0, 0.5) == pytest.approx(0.5) and np.isnan(frontier.share(0.6, 2.0, 0.5))
+    assert frontier.share(0.6, 1.0, 0.5) == pytest.approx(0.5) and np.isnan(
+        frontier.share(0.6, 2.0, 0.5)
+    )
     low, high = frontier_band(bandit_scores(10, 8), [1.0, 0.5], [0.01, 50.0], resamples=20)
     assert np.isfinite([low[0], high[0]]).all() and np.isnan([low[1], high[1]]).all()
 
@@ -137,7 +163,9 @@ def test_the_best_of_n_is_the_mean_over_all_subsets(n):
 
 def test_a_bad_n_is_named():
     for n in (0, 6):
-        with pytest.raises(ValueError, match=f"n is {n} with scores of shape .*; it must be from 1 to K"):
+        with pytest.raises(
+            ValueError, match=f"n is {n} with scores of shape .*; it must be from 1 to K"
+        ):
             best_of_n(np.zeros((3, 5)), n)
     with pytest.raises(ValueError, match=r"scores of shape \(5,\); .* for scores \(M, K\)"):
         best_of_n(np.zeros(5), 1)

@@ -35,12 +35,22 @@ def finished(tiny, tmp_path_factory):
 def test_train_writes_everything_the_readme_promises(tiny, finished, capsys):
     assert main(["train", "--model", str(tiny), "--out", str(finished), *SMALL]) == 0
     out = capsys.readouterr().out
-    assert "before  reward 0." in out and "after   reward" in out and str(finished / "policy") in out
+    assert (
+        "before  reward 0." in out and "after   reward" in out and str(finished / "policy") in out
+    )
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["before"]["kl"] == summary["before"]["kl_se"] == 0
     for when in ("before", "after"):
-        assert set(summary[when]) == {"reward", "reward_se", "kl", "kl_se"} and 0 < summary[when]["reward"] < 1
-    assert summary["seconds"] > 0 and summary["peak_memory_mb"] > 100 and summary["seed"] == 0 and summary["commit"]
+        assert (
+            set(summary[when]) == {"reward", "reward_se", "kl", "kl_se"}
+            and 0 < summary[when]["reward"] < 1
+        )
+    assert (
+        summary["seconds"] > 0
+        and summary["peak_memory_mb"] > 100
+        and summary["seed"] == 0
+        and summary["commit"]
+    )
     assert json.loads((finished / "config.json").read_text())["dpo"]["batch_pairs"] == 20
     metrics = read_metrics(finished)
     assert metrics[0]["step"] == 0 and metrics[0]["eval/kl/sequence"] == 0
@@ -49,8 +59,14 @@ def test_train_writes_everything_the_readme_promises(tiny, finished, capsys):
         assert (finished / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (finished / "samples.md").read_text().count("\n") >= 18
     snapshots = read_snapshots(finished)
-    assert [s["step"] for s in snapshots] == [line["step"] for line in metrics if "eval/reward" in line]
-    assert np.abs(snapshots[0]["chosen"]).max() < 1e-4 < np.subtract(snapshots[-1]["chosen"], snapshots[-1]["rejected"]).mean()
+    assert [s["step"] for s in snapshots] == [
+        line["step"] for line in metrics if "eval/reward" in line
+    ]
+    assert (
+        np.abs(snapshots[0]["chosen"]).max()
+        < 1e-4
+        < np.subtract(snapshots[-1]["chosen"], snapshots[-1]["rejected"]).mean()
+    )
     assert len(snapshots[0]["texts"]) == len(snapshots[0]["rewards"]) == 8
     assert not [p for p in finished.rglob(".*")]
 
@@ -61,7 +77,10 @@ def test_the_checkpoint_loads_with_transformers_alone(tiny, finished):
         AutoTokenizer.from_pretrained(finished / "policy"),
     )
     reference = AutoModelForCausalLM.from_pretrained(tiny)
-    moved = sum(float((a - b).detach().abs().sum()) for a, b in zip(model.parameters(), reference.parameters()))
+    moved = sum(
+        float((a - b).detach().abs().sum())
+        for a, b in zip(model.parameters(), reference.parameters())
+    )
     assert moved > 0 and tokenizer("this")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -69,7 +88,9 @@ def test_a_finished_run_is_not_repeated_and_not_mixed(tiny, finished, capsys):
     before = (finished / "metrics.jsonl").stat().st_mtime_ns
     assert main(["train", "--model", str(tiny), "--out", str(finished), *SMALL]) == 0
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
-    assert main(["train", "--model", str(tiny), "--out", str(finished), "--beta", "0.7", *SMALL]) == 2
+    assert (
+        main(["train", "--model", str(tiny), "--out", str(finished), "--beta", "0.7", *SMALL]) == 2
+    )
     assert "another config" in capsys.readouterr().err
 
 
@@ -85,16 +106,24 @@ def test_evaluate_repeats_the_summary_s_evaluation(finished, capsys):
     assert "holds no finished run" in capsys.readouterr().err
 
 
-def test_steps_run_alone_are_cached_and_give_the_same_run(tiny, finished, tmp_path, monkeypatch, capsys):
+def test_steps_run_alone_are_cached_and_give_the_same_run(
+    tiny, finished, tmp_path, monkeypatch, capsys
+):
     data, small = tmp_path / "data", SMALL[:8]
     assert main(["sample", "--model", str(tiny), "--data", str(data), *small]) == 0
     assert main(["label", "--model", str(tiny), "--data", str(data), *small]) == 0
     out = capsys.readouterr().out
-    assert "48 completions of 12 prefixes" in out and f"preferences in {data / 'preferences'}" in out and "ties" in out
+    assert (
+        "48 completions of 12 prefixes" in out
+        and f"preferences in {data / 'preferences'}" in out
+        and "ties" in out
+    )
     sampled = []
     monkeypatch.setattr(task, "sample", lambda *a: sampled.append(a))
     run = tmp_path / "run"
-    assert main(["train", "--model", str(tiny), "--out", str(run), "--data", str(data), *SMALL]) == 0
+    assert (
+        main(["train", "--model", str(tiny), "--out", str(run), "--data", str(data), *SMALL]) == 0
+    )
     assert not sampled
     for name in ("policy/model.safetensors", "samples.md", "snapshots.jsonl"):
         assert (run / name).read_bytes() == (finished / name).read_bytes()
@@ -104,13 +133,33 @@ def test_steps_run_alone_are_cached_and_give_the_same_run(tiny, finished, tmp_pa
 
 def test_adapters_end_in_a_policy_that_loads_without_peft(tiny, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    arguments = ["train", "--model", str(tiny), "--out", str(run), "--lora-rank", "2", "--gradient-checkpointing", *SMALL]
+    arguments = [
+        "train",
+        "--model",
+        str(tiny),
+        "--out",
+        str(run),
+        "--lora-rank",
+        "2",
+        "--gradient-checkpointing",
+        *SMALL,
+    ]
     assert main([*arguments, "--learning-rate", "1e-2"]) == 0
-    assert {p.name for p in (run / "policy").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in (run / "policy").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert not list((run / "policy").glob("adapter*"))
     monkeypatch.setitem(sys.modules, "peft", None)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "policy", tiny))
-    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, reference.get_parameter(name))}
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "policy", tiny)
+    )
+    moved = {
+        name
+        for name, p in policy.named_parameters()
+        if not torch.equal(p, reference.get_parameter(name))
+    }
     assert moved == {name for name, p in policy.named_parameters() if p.ndim == 2 and ".h." in name}
     summary = json.loads((run / "summary.json").read_text())
     last = [line for line in read_metrics(run) if "eval/kl/sequence" in line][-1]
@@ -136,11 +185,17 @@ def test_sft_makes_the_reference_that_everything_else_starts_from(tiny, tmp_path
     summary = json.loads((out / "summary.json").read_text())
     assert summary["reference"] == "data/sft/model" and summary["before"]["kl"] == 0
     preferences, reference = Preferences.load(out / "data" / "preferences"), load_model(str(tuned))
-    assert preferences.with_reference(reference, precision=preferences.reference_precision) is preferences
+    assert (
+        preferences.with_reference(reference, precision=preferences.reference_precision)
+        is preferences
+    )
     assert main(["evaluate", "--run", str(out)]) == 0
     again = json.loads((out / "evaluation.json").read_text())
     assert again["kl"] == pytest.approx(summary["after"]["kl"], abs=1e-6)
-    for recorded in (summary["reference"], str(tuned)):  # as it is recorded, and as earlier versions did
+    for recorded in (
+        summary["reference"],
+        str(tuned),
+    ):  # as it is recorded, and as earlier versions did
         moved = tmp_path / "elsewhere é" / recorded.replace("/", "-")
         moved.parent.mkdir(exist_ok=True)
         out.rename(moved)
@@ -152,14 +207,21 @@ def test_sft_makes_the_reference_that_everything_else_starts_from(tiny, tmp_path
         moved.rename(out)
 
 
-def test_a_run_names_the_folder_of_its_model_wherever_it_is_called_from(tiny, finished, tmp_path, monkeypatch, capsys):
+def test_a_run_names_the_folder_of_its_model_wherever_it_is_called_from(
+    tiny, finished, tmp_path, monkeypatch, capsys
+):
     """And goes on after the folder was moved, but not with other weights in its place."""
-    home, precision = tmp_path / "one", json.loads((finished / "config.json").read_text())["task"]["precision"]
+    home, precision = (
+        tmp_path / "one",
+        json.loads((finished / "config.json").read_text())["task"]["precision"],
+    )
     options = [*SMALL[2:], "--precision", precision]
     shutil.copytree(tiny, home / "m")
     monkeypatch.chdir(home)
     assert main(["train", "--model", "m", "--out", "run", *options]) == 0
-    assert json.loads((home / "run" / "config.json").read_text())["task"]["model"] == str(home / "m")
+    assert json.loads((home / "run" / "config.json").read_text())["task"]["model"] == str(
+        home / "m"
+    )
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "--run", "one/run"]) == 0
     assert main(["train", "--model", "one/m", "--out", "one/run", *options]) == 0
@@ -184,11 +246,14 @@ def test_a_run_names_the_folder_of_its_model_wherever_it_is_called_from(tiny, fi
     shutil.copytree(tmp_path / "two" / "m", tmp_path / "three")
     assert main([*resume[:2], "three", *resume[3:]]) == 2
     assert (
-        f"task.model: '{home / 'm'}' there" not in (error := capsys.readouterr().err) and "was made with other weights" in error
+        f"task.model: '{home / 'm'}' there" not in (error := capsys.readouterr().err)
+        and "was made with other weights" in error
     )
 
 
-def test_an_earlier_record_of_a_model_by_its_relative_path_is_still_read(tiny, finished, tmp_path, monkeypatch):
+def test_an_earlier_record_of_a_model_by_its_relative_path_is_still_read(
+    tiny, finished, tmp_path, monkeypatch
+):
     shutil.copytree(tiny, tmp_path / "m")
     shutil.copytree(finished, tmp_path / "run")
     for name in ("run/config.json", "run/data/config.json"):
@@ -198,10 +263,14 @@ def test_an_earlier_record_of_a_model_by_its_relative_path_is_still_read(tiny, f
     (tmp_path / "run" / "summary.json").unlink()
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--model", "m", "--out", "run", *SMALL, "--resume"]) == 0
-    assert (tmp_path / "run/policy/model.safetensors").read_bytes() == (finished / "policy/model.safetensors").read_bytes()
+    assert (tmp_path / "run/policy/model.safetensors").read_bytes() == (
+        finished / "policy/model.safetensors"
+    ).read_bytes()
 
 
-def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothing(tiny, tmp_path, monkeypatch, capsys):
+def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothing(
+    tiny, tmp_path, monkeypatch, capsys
+):
     """Here the second one comes from the evaluation of the first, whose directory it finds taken."""
     run, evaluation, statuses = tmp_path / "run", experiment.task_evaluation, []
     command = ["train", "--model", str(tiny), "--out", str(run), *SMALL]
@@ -223,15 +292,34 @@ def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothin
 def test_the_paper_s_config_is_the_paper_s():
     config = experiment.CONFIGS["paper"]
     task, dpo, loop = config.task, config.dpo, config.dpo.loop
-    assert (task.sft_epochs, task.prefixes, task.completions, task.imdb, task.lane) == (1, 25_000, 4, "hub", "gpu")
+    assert (task.sft_epochs, task.prefixes, task.completions, task.imdb, task.lane) == (
+        1,
+        25_000,
+        4,
+        "hub",
+        "gpu",
+    )
     assert (dpo.beta, dpo.batch_pairs, dpo.kind) == (0.1, 64, "sigmoid")
-    assert (loop.optimizer, loop.learning_rate, loop.warmup_steps, loop.eval_every) == ("rmsprop", 1e-6, 150, 100)
-    assert named_config(["train", "--config", "paper", "--seed", "3"]) == ("paper", ["train", "--seed", "3"])
+    assert (loop.optimizer, loop.learning_rate, loop.warmup_steps, loop.eval_every) == (
+        "rmsprop",
+        1e-6,
+        150,
+        100,
+    )
+    assert named_config(["train", "--config", "paper", "--seed", "3"]) == (
+        "paper",
+        ["train", "--seed", "3"],
+    )
 
 
 def test_another_seed_gives_another_run(tiny, finished, tmp_path):
-    assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), "--seed", "1", *SMALL]) == 0
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (finished, tmp_path / "run")]
+    assert (
+        main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), "--seed", "1", *SMALL])
+        == 0
+    )
+    summaries = [
+        json.loads((run / "summary.json").read_text()) for run in (finished, tmp_path / "run")
+    ]
     assert summaries[0]["after"] != summaries[1]["after"] and summaries[1]["seed"] == 1
 
 
@@ -255,7 +343,9 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--config", "papers"], "--config is 'papers'; it must be one of laptop, paper"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch, arguments, message):
+def test_bad_input_is_named_and_nothing_is_written(
+    tiny, tmp_path, capsys, monkeypatch, arguments, message
+):
     if "hub" in arguments:
         monkeypatch.undo()
         monkeypatch.setenv("DPO_LAB_CACHE", str(tmp_path / "cache"))
@@ -280,7 +370,9 @@ def test_the_gpu_lane_without_a_gpu_says_so(tmp_path, capsys):
 
 
 def test_no_disk_space_is_said_before_anything_is_written(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10)
+    )
     assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), *SMALL]) == 2
     assert "MB free" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -306,7 +398,21 @@ def test_other_data_in_the_data_directory_is_refused(tiny, tmp_path, capsys, fin
     shutil.copytree(finished / "data", data)
     recorded = json.loads((data / "config.json").read_text())
     (data / "config.json").write_text(json.dumps({**recorded, "max_new_tokens": 9}))
-    assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "run"), "--data", str(data), *SMALL]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(tiny),
+                "--out",
+                str(tmp_path / "run"),
+                "--data",
+                str(data),
+                *SMALL,
+            ]
+        )
+        == 2
+    )
     assert "max_new_tokens: 9 there, 8 asked" in capsys.readouterr().err
 
 
@@ -319,7 +425,9 @@ def test_help_lists_every_command_and_explains_beta(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and all(name in out for name in ("doctor", "train", "sample", "label", "evaluate", "pretrain"))
+    assert stop.value.code == 0 and all(
+        name in out for name in ("doctor", "train", "sample", "label", "evaluate", "pretrain")
+    )
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "strength of the KL" in capsys.readouterr().out
@@ -335,20 +443,34 @@ def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
     def command(run, *more):
         return [sys.executable, "-m", "dpo_lab.cli", "train", "--out", str(run), *arguments, *more]
 
-    whole = subprocess.run(command(tmp_path / "whole"), env=environment, capture_output=True, text=True)
+    whole = subprocess.run(
+        command(tmp_path / "whole"), env=environment, capture_output=True, text=True
+    )
     assert whole.returncode == 0, whole.stderr
     stopped = tmp_path / "stopped"
-    process = subprocess.Popen(command(stopped), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(stopped), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while len(read_metrics(stopped)) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and "--resume" in error, error
-    resumed = subprocess.run(command(stopped, "--resume"), env=environment, capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(stopped, "--resume"), env=environment, capture_output=True, text=True
+    )
     assert resumed.returncode == 0, resumed.stderr
-    for name in ("policy/model.safetensors", "policy/config.json", "samples.md", "snapshots.jsonl", "config.json"):
+    for name in (
+        "policy/model.safetensors",
+        "policy/config.json",
+        "samples.md",
+        "snapshots.jsonl",
+        "config.json",
+    ):
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    results = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "whole", stopped)]
+    results = [
+        json.loads((run / "summary.json").read_text()) for run in (tmp_path / "whole", stopped)
+    ]
     assert results[0]["after"] == results[1]["after"] and np.isfinite(results[0]["after"]["kl"])
 
 
@@ -364,13 +486,37 @@ def test_the_precision_is_measured_once_and_kept(tiny, tmp_path, monkeypatch, ca
     data, out = tmp_path / "data", tmp_path / "run"
     assert main(["sample", "--model", str(tiny), "--data", str(data), *SMALL[2:8]]) == 0
     assert "precision bfloat16" in capsys.readouterr().out
-    assert main(["train", "--model", str(tiny), "--data", str(data), "--out", str(out), *SMALL[2:]]) == 0
+    assert (
+        main(["train", "--model", str(tiny), "--data", str(data), "--out", str(out), *SMALL[2:]])
+        == 0
+    )
     assert json.loads((out / "config.json").read_text())["task"]["precision"] == "bfloat16"
     assert Preferences.load(data / "preferences").reference_precision == "bfloat16"
-    assert main(["train", "--model", str(tiny), "--data", str(data), "--out", str(out), *SMALL[2:]]) == 0
+    assert (
+        main(["train", "--model", str(tiny), "--data", str(data), "--out", str(out), *SMALL[2:]])
+        == 0
+    )
     assert main(["train", "--model", str(tiny), "--out", str(tmp_path / "slow"), *SMALL[2:]]) == 0
-    assert Preferences.load(tmp_path / "slow" / "data" / "preferences").reference_precision == "float32"
-    assert measured == [2, 64, 2], "the whole batch is measured only where a few rows are not slow already"
-    wrong = ["train", "--model", str(tiny), "--precision=float32", "--data", str(data), "--out", str(tmp_path / "b"), *SMALL[2:]]
-    assert main(wrong) == 2 and "precision: 'bfloat16' there, 'float32' asked" in capsys.readouterr().err
+    assert (
+        Preferences.load(tmp_path / "slow" / "data" / "preferences").reference_precision
+        == "float32"
+    )
+    assert measured == [2, 64, 2], (
+        "the whole batch is measured only where a few rows are not slow already"
+    )
+    wrong = [
+        "train",
+        "--model",
+        str(tiny),
+        "--precision=float32",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "b"),
+        *SMALL[2:],
+    ]
+    assert (
+        main(wrong) == 2
+        and "precision: 'bfloat16' there, 'float32' asked" in capsys.readouterr().err
+    )
     assert not (tmp_path / "b").exists()

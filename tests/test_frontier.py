@@ -37,7 +37,9 @@ RUNS = [
 def config(tiny):
     loop = LoopConfig(eval_every=3, warmup_steps=1)
     return FrontierConfig(
-        task=TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=8, max_new_tokens=6, precision="float32"),
+        task=TaskConfig(
+            model=str(tiny), prefixes=12, eval_prefixes=8, max_new_tokens=6, precision="float32"
+        ),
         loop=loop,
         ppo=PPOConfig(steps=2, batch=8, minibatch=8, epochs=1, eval_every=1),
         reward_model=RewardModelConfig(batch_pairs=12, loop=loop),
@@ -49,20 +51,35 @@ def config(tiny):
 def test_the_paper_s_sweep_has_22_runs():
     runs = contenders()
     assert len(runs) == len({run.name for run in runs}) == 22
-    by_method = {method: [run.setting for run in runs if run.method == method] for method in {run.method for run in runs}}
-    assert by_method["dpo"] == [0.05, 0.1, 1, 5] and by_method["unlikelihood"] == [0.05, 0.1, 0.5, 1]
-    assert by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12] and len(by_method["preferred-ft"]) == 6
+    by_method = {
+        method: [run.setting for run in runs if run.method == method]
+        for method in {run.method for run in runs}
+    }
+    assert by_method["dpo"] == [0.05, 0.1, 1, 5] and by_method["unlikelihood"] == [
+        0.05,
+        0.1,
+        0.5,
+        1,
+    ]
+    assert (
+        by_method["ppo"] == by_method["ppo-gt"] == [3, 6, 9, 12]
+        and len(by_method["preferred-ft"]) == 6
+    )
 
 
 def test_two_settings_never_share_a_directory():
-    names = [Contender("dpo", setting, 0).name for setting in (0.1, 0.1 + 1e-9, 0.1 + 2e-9, 1.0, 5e-7)]
+    names = [
+        Contender("dpo", setting, 0).name for setting in (0.1, 0.1 + 1e-9, 0.1 + 2e-9, 1.0, 5e-7)
+    ]
     assert len(set(names)) == 5 and names[0] == "dpo-0.1-seed0" and names[3] == "dpo-1-seed0"
 
 
 def test_a_repeat_is_one_setting_of_a_method_in_three_seeds():
     assert repeats("unlikelihood") == [Contender("unlikelihood", 0.5, seed) for seed in (0, 1, 2)]
     runs = repeats("dpo", "ppo", "ppo-gt")
-    assert len(runs) == len({run.name for run in runs}) == 9 and [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert len(runs) == len({run.name for run in runs}) == 9 and [
+        run.seed for run in runs
+    ] == sorted(run.seed for run in runs)
 
 
 def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
@@ -70,40 +87,67 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     assert {row["method"] for row in rows} == {"dpo", "ppo", "sft", "best-of-n"}
     assert isinstance(recorded(tmp_path).seconds, int)  # one call made it all
     ran, original = [], frontier.run_contender
-    monkeypatch.setattr(frontier, "run_contender", lambda run, *rest: ran.append(run) or original(run, *rest))
+    monkeypatch.setattr(
+        frontier, "run_contender", lambda run, *rest: ran.append(run) or original(run, *rest)
+    )
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS)
     assert ran == RUNS[2:]
-    assert frontier.frontier(config(tiny), tmp_path, runs=RUNS[:1]) == rows  # what else has finished there stays in the table
+    assert (
+        frontier.frontier(config(tiny), tmp_path, runs=RUNS[:1]) == rows
+    )  # what else has finished there stays in the table
     with open(tmp_path / "frontier.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) and tuple(table[0]) == COLUMNS
     shipped = json.loads((tmp_path / "frontier.json").read_text())
-    assert shipped["commit"] and shipped["config"]["samples"] == 16 and len(shipped["optimal"]["kl"]) == 100
+    assert (
+        shipped["commit"]
+        and shipped["config"]["samples"] == 16
+        and len(shipped["optimal"]["kl"]) == 100
+    )
     assert all(len(shipped["runs"][run.name]["samples"]) == 8 for run in RUNS)
     sweep = recorded(tmp_path)
     assert sweep.seconds is None  # two calls
-    assert sweep.rows == rows and set(sweep.runs()) >= set(RUNS) and sweep.provenance["commit"] == shipped["commit"]
+    assert (
+        sweep.rows == rows
+        and set(sweep.runs()) >= set(RUNS)
+        and sweep.provenance["commit"] == shipped["commit"]
+    )
     assert sweep.before == next(row["reward"] for row in rows if row["method"] == "sft")
-    assert {name: len(scores) for name, scores in sweep.scores.items()} == {RUNS[1].name: 2, RUNS[2].name: 2}
+    assert {name: len(scores) for name, scores in sweep.scores.items()} == {
+        RUNS[1].name: 2,
+        RUNS[2].name: 2,
+    }
     for best in sweep.summary(at_most=1e9):
-        assert best["reward"] == max(row["reward"] for row in rows if row["method"] == best["method"])
+        assert best["reward"] == max(
+            row["reward"] for row in rows if row["method"] == best["method"]
+        )
     assert all(best["kl"] <= 0 for best in sweep.summary(at_most=0))
     assert sweep.spread() == []
     double = replace(
         sweep,
-        rows=rows + [{**row, "seed": 9, "reward": row["reward"] + 0.2} for row in rows if row["method"] == "dpo"],
+        rows=rows
+        + [
+            {**row, "seed": 9, "reward": row["reward"] + 0.2}
+            for row in rows
+            if row["method"] == "dpo"
+        ],
         peak_memory_mb=sweep.peak_memory_mb | {"dpo-0.1-seed9": 10**6},
     )
     (dpo,) = double.spread()
     assert dpo["peak_memory_mb"] == 10**6 > max(sweep.peak_memory_mb.values()) > 100
     assert (dpo["name"], dpo["seeds"]) == ("DPO, beta 0.1", 2)
     last = sweep.runs()[RUNS[0]][-1]
-    assert dpo["reward"] == pytest.approx(last["reward"] + 0.1) and dpo["reward_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert dpo["reward"] == pytest.approx(last["reward"] + 0.1) and dpo[
+        "reward_sd"
+    ] == pytest.approx(0.2 / 2**0.5)
     assert dpo["least_gain"] == pytest.approx(last["reward"] - sweep.before)
     explorer = frontier_explorer(sweep)
     for label, run in explorer.sliders["run"].options:
         last = sweep.runs()[run][-1]
-        assert label == run.label and f"reward {last['reward']:.2f} at {last['kl']:.1f} nats" in explorer.show(run=run)
+        assert (
+            label == run.label
+            and f"reward {last['reward']:.2f} at {last['kl']:.1f} nats" in explorer.show(run=run)
+        )
         path = explorer.picture.artists[0]
         assert list(path.get_xdata()) == [row["kl"] for row in sweep.runs()[run]]
         assert list(path.get_ydata()) == [row["reward"] for row in sweep.runs()[run]]
@@ -113,13 +157,26 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     assert set(by_method) < {text.get_text() for text in axes.get_legend().get_texts()}
     for run in RUNS:
         mine = [row for row in rows if (row["method"], row["seed"]) == (run.method, run.seed)]
-        assert len(mine) >= 2 and mine[0]["step"] == 0 and mine[0]["kl"] == pytest.approx(0, abs=1e-4)
+        assert (
+            len(mine) >= 2 and mine[0]["step"] == 0 and mine[0]["kl"] == pytest.approx(0, abs=1e-4)
+        )
         assert all(0 <= row["reward"] <= 1 and row["seconds"] >= 0 for row in mine)
         assert mine[-1]["kl"] != mine[0]["kl"]
-    assert len({(row["reward"], row["reward_se"]) for row in rows if row["step"] == 0 and row["method"] in METHODS}) == 1
+    assert (
+        len(
+            {
+                (row["reward"], row["reward_se"])
+                for row in rows
+                if row["step"] == 0 and row["method"] in METHODS
+            }
+        )
+        == 1
+    )
     tokens = [row["tokens"] for row in rows if row["method"] == "ppo-gt"]
     assert tokens[0] > 0 and tokens[1] - tokens[0] <= 8 * 6 and tokens == sorted(tokens)
-    monkeypatch.setattr(frontier, "load_parts", lambda task: pytest.fail("everything has run already"))
+    monkeypatch.setattr(
+        frontier, "load_parts", lambda task: pytest.fail("everything has run already")
+    )
     finished = tmp_path / RUNS[1].name / "rows.json"
     finished.write_text(json.dumps({**json.loads(finished.read_text()), "commit": "0123456789ab"}))
     assert frontier.frontier(config(tiny), tmp_path, runs=RUNS) == rows
@@ -135,10 +192,18 @@ def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
     parts = load_parts(config(tiny).task)
     found = frontier.baselines(config(tiny).task, parts, k=16)
     rows, optimal = found["rows"], found["optimal"]
-    assert [(row["method"], row["setting"]) for row in rows] == [("sft", 1)] + [("best-of-n", n) for n in (2, 4, 8, 16)]
+    assert [(row["method"], row["setting"]) for row in rows] == [("sft", 1)] + [
+        ("best-of-n", n) for n in (2, 4, 8, 16)
+    ]
     rewards = [row["reward"] for row in rows]
-    assert rewards == sorted(rewards) and rows[0]["kl"] == 0 and rows[1]["kl"] == pytest.approx(np.log(2) - 0.5)
-    assert min(optimal["reward"]) == pytest.approx(rows[0]["reward"], abs=1e-2) and max(optimal["kl"]) <= np.log(16)
+    assert (
+        rewards == sorted(rewards)
+        and rows[0]["kl"] == 0
+        and rows[1]["kl"] == pytest.approx(np.log(2) - 0.5)
+    )
+    assert min(optimal["reward"]) == pytest.approx(rows[0]["reward"], abs=1e-2) and max(
+        optimal["kl"]
+    ) <= np.log(16)
     inside = [(low, high) for low, high in zip(optimal["low"], optimal["high"]) if low is not None]
     assert inside and all(low <= high for low, high in inside)
 
@@ -149,7 +214,9 @@ def test_runs_side_by_side_find_what_they_find_alone(tiny, tmp_path, monkeypatch
     small = replace(config(tiny), task=replace(config(tiny).task, reward=str(judge)))
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # as in each process, for sums in another order end in other samples
+        torch.set_num_threads(
+            1
+        )  # as in each process, for sums in another order end in other samples
         alone = frontier.frontier(small, tmp_path / "alone", runs=RUNS[2:4])
     finally:
         torch.set_num_threads(threads)
@@ -162,16 +229,21 @@ def test_runs_side_by_side_find_what_they_find_alone(tiny, tmp_path, monkeypatch
 
 def test_another_task_in_the_same_directory_is_refused(tiny, tmp_path):
     frontier.frontier(config(tiny), tmp_path, runs=RUNS[:1])
-    for changed in (replace(config(tiny), ppo=PPOConfig(steps=9)), replace(config(tiny), loop=LoopConfig(learning_rate=1.0))):
+    for changed in (
+        replace(config(tiny), ppo=PPOConfig(steps=9)),
+        replace(config(tiny), loop=LoopConfig(learning_rate=1.0)),
+    ):
         with pytest.raises(ValueError, match="another config"):
             frontier.frontier(changed, tmp_path, runs=RUNS[:1])
 
 
 def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "repeats", lambda *methods: RUNS[4:] if methods == ("dpo", "ppo") else pytest.fail(str(methods)))
-    options = (
-        f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
+    monkeypatch.setattr(
+        cli,
+        "repeats",
+        lambda *methods: RUNS[4:] if methods == ("dpo", "ppo") else pytest.fail(str(methods)),
     )
+    options = f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
     assert (
         main(
             [
@@ -193,8 +265,12 @@ def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch,
 
 
 def test_a_share_has_two_ends_past_the_estimate_s_end():
-    optimal = OptimalFrontier(np.array([0.5, 0.8, 0.9]), np.array([0.0, 1.0, 2.0]), np.array([64.0, 20.0, 9.0]))
-    sweep = Recorded([{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {}, None)
+    optimal = OptimalFrontier(
+        np.array([0.5, 0.8, 0.9]), np.array([0.0, 1.0, 2.0]), np.array([64.0, 20.0, 9.0])
+    )
+    sweep = Recorded(
+        [{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {}, None
+    )
     assert sweep.share_bounds(0.65, 1.0) == pytest.approx((0.5, 0.5))
     assert sweep.share_bounds(0.85, 2.5) == pytest.approx((0.35 / 0.45, 0.35 / 0.4))
     assert sweep.share_bounds(0.85, 9.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
@@ -212,12 +288,17 @@ def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_pe
     }
     for name in ("DPO, beta 0.37", "PPO, true reward, target KL 5.1"):
         assert rows[name]["share"][0] >= 0.85 and rows[name]["kl"] <= 5
-    assert all(row["least_gain"] > (0.2 if name.startswith(("DPO", "PPO")) else 0.05) for name, row in rows.items())
+    assert all(
+        row["least_gain"] > (0.2 if name.startswith(("DPO", "PPO")) else 0.05)
+        for name, row in rows.items()
+    )
     assert all(samples for folder in REPEATS for samples in recorded(folder).samples.values())
 
 
 def test_after_sft_every_contender_starts_from_the_tuned_reference(tiny, tmp_path, monkeypatch):
-    tuned = replace(config(tiny), task=replace(config(tiny).task, sft_epochs=1, sft_learning_rate=1e-2))
+    tuned = replace(
+        config(tiny), task=replace(config(tiny).task, sft_epochs=1, sft_learning_rate=1e-2)
+    )
     seen, task_evaluation = [], frontier.task_evaluation
 
     def spy(config, parts, policy, prompts):

@@ -30,7 +30,11 @@ from transformers import (
 from dpo_lab import models
 from dpo_lab.runs import read_metrics
 
-GPT2, CLASSIFIER, IMDB = "openai-community/gpt2", "siebert/sentiment-roberta-large-english", "stanfordnlp/imdb"
+GPT2, CLASSIFIER, IMDB = (
+    "openai-community/gpt2",
+    "siebert/sentiment-roberta-large-english",
+    "stanfordnlp/imdb",
+)
 CARD = """---
 configs:
 - config_name: plain_text
@@ -43,12 +47,17 @@ configs:
 ---
 """
 ARGUMENTS = ["--model", GPT2, "--imdb", "hub", "--reward", CLASSIFIER, "--precision", "float32"]
-ARGUMENTS += "--prefixes 10 --completions 2 --max-new-tokens 4 --eval-prefixes 8 --batch-pairs 2".split()
+ARGUMENTS += (
+    "--prefixes 10 --completions 2 --max-new-tokens 4 --eval-prefixes 8 --batch-pairs 2".split()
+)
 
 
 def into_cache(hub, kind, name, folder):
     """Move the files of `folder` into the cache as the hub's client stores them: blobs, and links to them in a snapshot."""
-    repository, commit = hub / f"{kind}--{name.replace('/', '--')}", hashlib.sha1(name.encode()).hexdigest()
+    repository, commit = (
+        hub / f"{kind}--{name.replace('/', '--')}",
+        hashlib.sha1(name.encode()).hexdigest(),
+    )
     for part in ("blobs", "refs"):
         (repository / part).mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
@@ -65,9 +74,16 @@ def write_bpe(folder, first, size, last):
     bpe = json.loads((models.EMBEDDED / "tokenizer.json").read_text())
     special = {token["content"] for token in bpe["added_tokens"]}
     words = [word for word in bpe["model"]["vocab"] if word not in special]
-    words = [*first, *words, *(f"Ġw{i}" for i in range(size - len(first) - len(words) - len(last))), *last]
+    words = [
+        *first,
+        *words,
+        *(f"Ġw{i}" for i in range(size - len(first) - len(words) - len(last))),
+        *last,
+    ]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["model"]["merges"]]
+    merges = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["model"]["merges"]
+    ]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
 
@@ -77,10 +93,15 @@ def home(tmp_path_factory):
     home, made = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("made")
     set_seed(0)
     (gpt2 := made / "gpt2").mkdir()
-    config = GPT2Config(architectures=["GPT2LMHeadModel"], task_specific_params={"text-generation": {"max_length": 50}})
+    config = GPT2Config(
+        architectures=["GPT2LMHeadModel"],
+        task_specific_params={"text-generation": {"max_length": 50}},
+    )
     config.save_pretrained(gpt2)
     tensors = {name: value.contiguous() for name, value in GPT2Model(config).state_dict().items()}
-    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(12)}  # the hub's file has them too
+    tensors |= {
+        f"h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(12)
+    }  # the hub's file has them too
     save_file(tensors, gpt2 / "model.safetensors", metadata={"format": "pt"})
     write_bpe(gpt2, [], 50_257, ["<|endoftext|>"])
     (gpt2 / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
@@ -88,7 +109,12 @@ def home(tmp_path_factory):
     into_cache(home / "hub", "models", GPT2, gpt2)
 
     (roberta := made / "roberta").mkdir()
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     classifier = RobertaForSequenceClassification(
         RobertaConfig(
             **small,
@@ -109,13 +135,21 @@ def home(tmp_path_factory):
     (imdb.parent / "README.md").write_text(CARD)
     for split, n in (("train", 2_600), ("test", 20)):
         texts, labels = make_reviews(n, seed=n)
-        Dataset.from_dict({"text": texts, "label": labels}).to_parquet(str(imdb / f"{split}-00000-of-00001.parquet"))
+        Dataset.from_dict({"text": texts, "label": labels}).to_parquet(
+            str(imdb / f"{split}-00000-of-00001.parquet")
+        )
     into_cache(home / "hub", "datasets", IMDB, imdb.parent)
     return home
 
 
 def environment(home):
-    hidden = {"HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"}
+    hidden = {
+        "HF_HUB_CACHE",
+        "HF_DATASETS_CACHE",
+        "HF_TOKEN",
+        "HUGGINGFACE_HUB_CACHE",
+        "TRANSFORMERS_CACHE",
+    }
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     threads = str(torch.get_num_threads())
     return kept | {
@@ -129,7 +163,14 @@ def environment(home):
 def start(home, *arguments):
     command = [sys.executable, "-m", "dpo_lab.cli", *map(str, arguments)]
     where = Path(models.__file__).parent.parent
-    return subprocess.Popen(command, env=environment(home), cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment(home),
+        cwd=where,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp_path):
@@ -153,12 +194,21 @@ def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp
     prompts = json.loads((run / "data" / "samples.json").read_text())["prompts"]
     assert all(prompt[0] == 50_256 for prompt in prompts)
 
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(run / "policy"), AutoTokenizer.from_pretrained(run / "policy")
+    policy, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(run / "policy"),
+        AutoTokenizer.from_pretrained(run / "policy"),
+    )
     assert sum(p.numel() for p in policy.parameters()) == 124_439_808 and len(tokenizer) == 50_257
     (snapshot,) = (home / "hub" / "models--openai-community--gpt2" / "snapshots").iterdir()
     reference = AutoModelForCausalLM.from_pretrained(snapshot)
-    assert tokenizer("a lovely film")["input_ids"] == AutoTokenizer.from_pretrained(snapshot)("a lovely film")["input_ids"]
-    moved = [float((a - b).detach().abs().max()) for a, b in zip(policy.parameters(), reference.parameters())]
+    assert (
+        tokenizer("a lovely film")["input_ids"]
+        == AutoTokenizer.from_pretrained(snapshot)("a lovely film")["input_ids"]
+    )
+    moved = [
+        float((a - b).detach().abs().max())
+        for a, b in zip(policy.parameters(), reference.parameters())
+    ]
     assert 0 < max(moved) < 1e-3
 
     process = start(home, "evaluate", "--run", run)

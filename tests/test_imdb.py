@@ -34,7 +34,10 @@ def reviews():
 
 def test_the_split_is_22500_and_2500_with_no_review_on_both_sides(reviews):
     assert (len(reviews["train"]), len(reviews["test"])) == (22_500, 2_500)
-    letters = [{"".join(c for c in t.lower() if c.isascii() and c.isalnum()) for t in part["text"]} for part in reviews.values()]
+    letters = [
+        {"".join(c for c in t.lower() if c.isascii() and c.isalnum()) for t in part["text"]}
+        for part in reviews.values()
+    ]
     assert not letters[0] & letters[1]
     assert 0.47 < np.mean(reviews["test"]["label"]) < 0.53
 
@@ -84,16 +87,24 @@ def test_prefixes_are_2_to_8_tokens_of_different_reviews(tokenizer):
     assert {len(p) - 1 for p in prefixes} == set(range(2, 9))
     starts = [t for t in texts]
     assert all(any(s.startswith(tokenizer.decode(p[1:])) for s in starts) for p in prefixes[:20])
-    assert prefixes == sample_prefixes(texts, tokenizer, 200, seed=0) != sample_prefixes(texts, tokenizer, 200, seed=1)
+    assert (
+        prefixes
+        == sample_prefixes(texts, tokenizer, 200, seed=0)
+        != sample_prefixes(texts, tokenizer, 200, seed=1)
+    )
     again = sample_prefixes(texts, tokenizer, 600, seed=0)
-    assert [again[i][1:3] for i in range(300)] == [again[i + 300][1:3] for i in range(300)]  # the same reviews in the same order
+    assert [again[i][1:3] for i in range(300)] == [
+        again[i + 300][1:3] for i in range(300)
+    ]  # the same reviews in the same order
     assert [len(ids) for ids in again[:300]] != [len(ids) for ids in again[300:]]
 
 
 def test_samples_follow_the_model_exactly(model):
     """First tokens against the softmax of the logits: chi-squared over the whole vocabulary."""
     prompt, n = [0, 300, 17], 20_000
-    samples = sample_completions(model, [prompt], n, eos_token_id=0, max_new_tokens=1, rows=5_000)[0]
+    samples = sample_completions(model, [prompt], n, eos_token_id=0, max_new_tokens=1, rows=5_000)[
+        0
+    ]
     counts = np.bincount([s[0] for s in samples], minlength=512)
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy() * n
@@ -107,14 +118,21 @@ def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
     probabilities = torch.zeros(n).index_fill(0, torch.tensor([0, n // 3, n - 1]), 1.0)
     probabilities[n // 3] *= 3
     probabilities /= probabilities.sum()
-    drawn, chances = (x[:, 0] for x in _draw(probabilities.log().expand(30_000, n), 1.0, torch.Generator().manual_seed(0)))
+    drawn, chances = (
+        x[:, 0]
+        for x in _draw(probabilities.log().expand(30_000, n), 1.0, torch.Generator().manual_seed(0))
+    )
     torch.testing.assert_close(chances, probabilities[drawn])
     counts = torch.bincount(drawn, minlength=n)
     assert len(counts) == n and not counts[probabilities == 0].any()
-    assert ((counts - 30_000 * probabilities).abs() < 5 * (30_000 * probabilities).sqrt() + 1e-9).all()
+    assert (
+        (counts - 30_000 * probabilities).abs() < 5 * (30_000 * probabilities).sqrt() + 1e-9
+    ).all()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory where Linux keeps it")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="reads the process's memory where Linux keeps it"
+)
 def test_sampling_from_adapters_leaves_no_gaps_in_the_heap():
     """In a process of its own: where oneDNN computes float32 matmuls it came to 2 GB."""
     source = """
@@ -129,7 +147,9 @@ with lora(load_model(), 8) as model:
     sample_completions(model, [[0, 5, 7]] * 256, 1, eos_token_id=0, max_new_tokens=48)
     print(resident() - before)
 """
-    found = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
     assert float(found.stdout) < 600, found.stdout
 
 
@@ -157,10 +177,18 @@ def test_at_temperature_near_zero_it_is_greedy_search_whatever_the_prompts_besid
     prompts = [[0, *map(int, rng.integers(1, 512, n))] for n in (1, 2, 3, 8, 8, 20, 49)]
     for prompt in prompts[2:]:
         prompt[2] = 17
-    samples = sample_completions(model, prompts, 2, eos_token_id=17, max_new_tokens=12, temperature=1e-5)
+    samples = sample_completions(
+        model, prompts, 2, eos_token_id=17, max_new_tokens=12, temperature=1e-5
+    )
     for prompt, row in zip(prompts, samples):
         ids = torch.tensor([prompt])
-        greedy = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=17)
+        greedy = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=17,
+        )
         assert row == [greedy[0, len(prompt) :].tolist()] * 2
 
 
@@ -171,8 +199,12 @@ def test_completions_end_with_eos_or_at_the_limit(model):
     for ids in (ids for row in samples for ids in row):
         assert 17 not in ids[:-1] and (ids[-1] == 17 or len(ids) == 30)
     assert any(ids[-1] == 17 for row in samples for ids in row)
-    assert samples == sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=1)
-    assert samples != sample_completions(model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=2)
+    assert samples == sample_completions(
+        model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=1
+    )
+    assert samples != sample_completions(
+        model, prompts, 40, eos_token_id=17, max_new_tokens=30, seed=2
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -187,7 +219,10 @@ def test_log_probs_beside_samples_are_those_of_a_plain_loop(model, temperature):
     for prompt, rows, found in zip(prompts, completions, logps):
         for ids, logp in zip(rows, found):
             with torch.no_grad():
-                logits = exact(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
+                logits = (
+                    exact(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+                    / temperature
+                )
             expected = sum(float(row.log_softmax(-1)[token]) for row, token in zip(logits, ids))
             assert logp == pytest.approx(expected, abs=1e-3)
     assert completions == sample_completions(
@@ -200,7 +235,11 @@ def test_threads_share_the_batches_and_sample_the_same(model):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(sample_completions(model, prompts, 2, eos_token_id=17, max_new_tokens=9, seed=3, rows=4))
+            found.append(
+                sample_completions(
+                    model, prompts, 2, eos_token_id=17, max_new_tokens=9, seed=3, rows=4
+                )
+            )
             assert torch.get_num_threads() == threads and torch.is_grad_enabled()
     finally:
         torch.set_num_threads(before)
@@ -242,4 +281,6 @@ def test_texts_join_prompt_and_completion(tokenizer):
         tokenizer("this film")["input_ids"],
         tokenizer(" was lovely", add_special_tokens=False)["input_ids"] + [0],
     )
-    assert texts_of(tokenizer, [prompt], [[completion, completion[:-1]]]) == [["this film was lovely"] * 2]
+    assert texts_of(tokenizer, [prompt], [[completion, completion[:-1]]]) == [
+        ["this film was lovely"] * 2
+    ]

@@ -16,13 +16,26 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dpo_lab import attention, layout, lm_head, logprobs
 from dpo_lab.layout import completion_batch
 from dpo_lab.lm_head import token_logps
-from dpo_lab.logprobs import can_share, completion_logps, logit_path, score_completions, use_packed_attention
+from dpo_lab.logprobs import (
+    can_share,
+    completion_logps,
+    logit_path,
+    score_completions,
+    use_packed_attention,
+)
 
 MODELS = ["gpt2", "gpt2-bias", "llama-tied", "llama-grouped"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -49,8 +62,12 @@ def make_model(name, vocabulary=40, context=48, width=16, spread=0.3):
         )  # fmt: skip
         model = LlamaForCausalLM(config)
         for module in model.modules():
-            if isinstance(module, LlamaRMSNorm):  # the library's own computes in float32 whatever the model's dtype
-                module.forward = lambda x, m=module: m.weight * x * (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+            if isinstance(
+                module, LlamaRMSNorm
+            ):  # the library's own computes in float32 whatever the model's dtype
+                module.forward = lambda x, m=module: (
+                    m.weight * x * (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+                )
     if name == "gpt2-bias":
         model.lm_head.bias = nn.Parameter(torch.randn(vocabulary))
     return model.double().eval()
@@ -64,12 +81,17 @@ def by_loop(model, prompt, completion):
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *completion]])).logits[0].double()
     position = len(prompt) - 1
-    logps = [torch.log_softmax(logits[position + k], 0)[token].item() for k, token in enumerate(completion)]
+    logps = [
+        torch.log_softmax(logits[position + k], 0)[token].item()
+        for k, token in enumerate(completion)
+    ]
     return math.fsum(logps)
 
 
 def loops(model, prompts=PROMPTS, completions=COMPLETIONS, prompt_of=PROMPT_OF):
-    return torch.tensor([by_loop(model, prompts[p], c) for c, p in zip(completions, prompt_of)], dtype=torch.float64)
+    return torch.tensor(
+        [by_loop(model, prompts[p], c) for c, p in zip(completions, prompt_of)], dtype=torch.float64
+    )
 
 
 def close(found, expected, atol=1e-10):
@@ -107,13 +129,18 @@ def test_a_batch_agrees_with_the_loop(name):
 def test_padding_does_not_show(name):
     model = shared_model(name)
     together = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF))
-    alone = [completion_logps(model, completion_batch([PROMPTS[p]], [c], [0])) for c, p in zip(COMPLETIONS, PROMPT_OF)]
+    alone = [
+        completion_logps(model, completion_batch([PROMPTS[p]], [c], [0]))
+        for c, p in zip(COMPLETIONS, PROMPT_OF)
+    ]
     close(together, torch.cat(alone), atol=1e-12)
 
 
 tokens = st.integers(0, 39)
 prompt_lists = st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=3)
-completion_lists = st.lists(st.tuples(st.integers(0, 2), st.lists(tokens, min_size=1, max_size=5)), min_size=1, max_size=6)
+completion_lists = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(tokens, min_size=1, max_size=5)), min_size=1, max_size=6
+)
 
 
 @every_model
@@ -131,8 +158,14 @@ def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, membe
 @every_model
 def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
     model = make_model(name)
-    apart, together = (completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share) for share in (False, True))
-    assert apart.input_ids.shape[0] == 6 and sum(r for (r, _), _ in together.rows) == 3 and len(together.rows) > 1
+    apart, together = (
+        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share) for share in (False, True)
+    )
+    assert (
+        apart.input_ids.shape[0] == 6
+        and sum(r for (r, _), _ in together.rows) == 3
+        and len(together.rows) > 1
+    )
     close(completion_logps(model, together), completion_logps(model, apart))
     expected = gradients(model, completion_logps(model, apart))
     for parameter, gradient in gradients(model, completion_logps(model, together)).items():
@@ -144,7 +177,10 @@ def test_a_shared_row_may_be_longer_than_the_context(name):
     model, completions = shared_model(name), [[k] * 20 for k in range(1, 5)]
     batch = completion_batch([list(range(20))], completions, [0] * 4, share=True)
     assert batch.input_ids.shape == (1, 96)  # the context is 48
-    close(completion_logps(model, batch).detach(), loops(model, [list(range(20))], completions, [0] * 4))
+    close(
+        completion_logps(model, batch).detach(),
+        loops(model, [list(range(20))], completions, [0] * 4),
+    )
 
 
 def test_prompts_are_shared_only_where_that_saves_a_quarter_of_the_tokens():
@@ -159,9 +195,14 @@ def test_prompts_are_shared_only_where_that_saves_a_quarter_of_the_tokens():
 def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(name, prompt_of):
     model, prompts = make_model(name), [PROMPTS[i % 3] for i in range(6)]
     completions = [c * (i + 1) for i, c in enumerate(COMPLETIONS)]
-    packed, padded = (completion_batch(prompts, completions, prompt_of, share=share) for share in (True, False))
+    packed, padded = (
+        completion_batch(prompts, completions, prompt_of, share=share) for share in (True, False)
+    )
     assert packed.rows and not padded.rows
-    expected_values, expected = completion_logps(model, padded), gradients(model, completion_logps(model, padded))
+    expected_values, expected = (
+        completion_logps(model, padded),
+        gradients(model, completion_logps(model, padded)),
+    )
     model.train()  # or transformers does not checkpoint; there is no dropout in these models
     for checkpointing in (False, True):
         if checkpointing:
@@ -176,14 +217,25 @@ class PlainFlash:
 
     @staticmethod
     def apply(query, key, value, query_ends, key_ends, longest, scale):
-        assert query.shape[1:] == key.shape[1:] == value.shape[1:] and query_ends.dtype == key_ends.dtype == torch.int32
+        assert (
+            query.shape[1:] == key.shape[1:] == value.shape[1:]
+            and query_ends.dtype == key_ends.dtype == torch.int32
+        )
         ends = list(zip(query_ends.tolist(), key_ends.tolist()))
         assert longest == tuple(max(b[i] - a[i] for a, b in zip(ends, ends[1:])) for i in (0, 1))
-        out = torch.full_like(query, float("nan"))  # the kernel leaves what belongs to no piece as it was
+        out = torch.full_like(
+            query, float("nan")
+        )  # the kernel leaves what belongs to no piece as it was
         for (q0, k0), (q1, k1) in zip(ends, ends[1:]):
             scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1]) * scale
-            unseen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0)).logical_not()
-            out[q0:q1] = torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value[k0:k1])
+            unseen = (
+                torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+                .tril(k1 - k0 - (q1 - q0))
+                .logical_not()
+            )
+            out[q0:q1] = torch.einsum(
+                "hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value[k0:k1]
+            )
         return out
 
 
@@ -196,20 +248,29 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of
     monkeypatch.setattr(layout, "SHARE_FROM", share)
     monkeypatch.setattr(layout, "PACK_FROM", pack)
     model, prompt_of = make_model(name), list(prompt_of)
-    prompts = PROMPTS if len(set(prompt_of)) == 3 else [[0, *range(1, n)] for n in (9, 1, 3, 1, 6, 2)]
+    prompts = (
+        PROMPTS if len(set(prompt_of)) == 3 else [[0, *range(1, n)] for n in (9, 1, 3, 1, 6, 2)]
+    )
     completions = [[6, 6, 1] * 4, *COMPLETIONS[1:]]
     batch = completion_batch(prompts, completions, prompt_of, share=True)
     assert batch.pieces is None  # until it goes to a GPU
     batch = replace(batch, pieces=layout._pieces(batch.spans))
-    assert bool(batch.rows) == (pack < 0) and int(batch.pieces.query_ends[-1]) == batch.input_ids.numel()
-    for i, completion in enumerate(completions):  # a sum over a GPU's matrix of tokens needs each one's place
+    assert (
+        bool(batch.rows) == (pack < 0)
+        and int(batch.pieces.query_ends[-1]) == batch.input_ids.numel()
+    )
+    for i, completion in enumerate(
+        completions
+    ):  # a sum over a GPU's matrix of tokens needs each one's place
         assert batch.places[batch.owners == i].tolist() == list(range(len(completion)))
     assert batch.longest_completion == 12 and batch.longest == max(
         len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of)
     )
     # by itself, and by two completions of more than a token, which attend to their prompt
     assert batch.pieces.uses.shape[1] == (1 if share > 1 else 3 if len(prompts) == 3 else 2)
-    plain = gradients(model, completion_logps(model, completion_batch(prompts, completions, prompt_of)))
+    plain = gradients(
+        model, completion_logps(model, completion_batch(prompts, completions, prompt_of))
+    )
     monkeypatch.setattr(logprobs, "takes_pieces", lambda model, device: True)
     monkeypatch.setattr(attention, "_Flash", PlainFlash)
     close(completion_logps(model, batch), loops(model, prompts, completions, prompt_of))
@@ -218,16 +279,25 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of
 
 def test_only_a_gpu_in_half_precision_takes_pieces(monkeypatch):
     model, cuda = shared_model("gpt2"), torch.device("cuda")  # float64, heads of 8
-    assert not attention.takes_pieces(model, torch.device("cpu")) and not attention.takes_pieces(model, cuda)
+    assert not attention.takes_pieces(model, torch.device("cpu")) and not attention.takes_pieces(
+        model, cuda
+    )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    assert attention.takes_pieces(model, cuda) and not attention.takes_pieces(make_model("gpt2", width=10), cuda)
+    assert attention.takes_pieces(model, cuda) and not attention.takes_pieces(
+        make_model("gpt2", width=10), cuda
+    )
 
 
 def test_a_fixed_order_is_asked_for_meanwhile_and_what_was_set_comes_back():
     def settings():
-        switches = torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled
-        return [switch() for switch in switches] + [torch.utils.deterministic.fill_uninitialized_memory]
+        switches = (
+            torch.are_deterministic_algorithms_enabled,
+            torch.is_deterministic_algorithms_warn_only_enabled,
+        )
+        return [switch() for switch in switches] + [
+            torch.utils.deterministic.fill_uninitialized_memory
+        ]
 
     for mine in (False, True):
         torch.use_deterministic_algorithms(mine, warn_only=mine)
@@ -251,13 +321,17 @@ def test_rows_of_like_length_go_through_attention_together():
     lengths = [30, 2, 29, 10, 9, 20, 1]
     batch = completion_batch([[0]], [[1] * n for n in lengths], [0] * 7, share=True)
     assert [shape for shape, _ in batch.rows] == [(3, 30), (2, 10), (1, 2), (1, 1)]
-    assert batch.spread[batch.pack[: sum(lengths)]].tolist() == list(range(sum(lengths)))  # there and back
+    assert batch.spread[batch.pack[: sum(lengths)]].tolist() == list(
+        range(sum(lengths))
+    )  # there and back
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(monkeypatch, matmul, name, share, precision):
+def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(
+    monkeypatch, matmul, name, share, precision
+):
     """In the forward and in the backward pass, and then the setting is back; a model that is called directly changes none."""
     matmul.fp32_precision, seen = attention.ONEDNN, []
 
@@ -278,7 +352,10 @@ def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(monkeypa
 
     logprobs_sdpa = attention.sdpa_attention_forward
     monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
-    model, batch = make_model(name).float(), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
+    model, batch = (
+        make_model(name).float(),
+        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share),
+    )
     logit_path(model)  # which computes a few tokens, once
     seen.clear()
     with logprobs.autocast("cpu", precision):
@@ -298,16 +375,27 @@ def test_a_model_that_has_scored_packed_rows_generates_as_before(name):
     batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True)
     completion_logps(model, batch)
     ids = torch.tensor([[0, 0, 5, 7], [3, 8, 2, 9]])
-    options = {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), "do_sample": False, "max_new_tokens": 6}
+    options = {
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+        "do_sample": False,
+        "max_new_tokens": 6,
+    }
     assert model.generate(ids, **options).tolist() == fresh.generate(ids, **options).tolist()
-    scores = [m.bfloat16()(ids, attention_mask=options["attention_mask"]).logits for m in (model, fresh)]
-    torch.testing.assert_close(*scores, rtol=0, atol=0.1)  # logits are near 3; without the mask they differ by more than 1
+    scores = [
+        m.bfloat16()(ids, attention_mask=options["attention_mask"]).logits for m in (model, fresh)
+    ]
+    torch.testing.assert_close(
+        *scores, rtol=0, atol=0.1
+    )  # logits are near 3; without the mask they differ by more than 1
 
 
 @every_model
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 def test_a_token_after_the_cache_sees_what_it_sees_in_the_whole_text(name, precision):
-    model, ids = make_model(name), torch.randint(40, (3, 20), generator=torch.Generator().manual_seed(0))
+    model, ids = (
+        make_model(name),
+        torch.randint(40, (3, 20), generator=torch.Generator().manual_seed(0)),
+    )
     model = model if precision == "float64" else model.float()
     cache, steps = DynamicCache(config=model.config), []
     with torch.no_grad():
@@ -315,14 +403,22 @@ def test_a_token_after_the_cache_sees_what_it_sees_in_the_whole_text(name, preci
         assert use_packed_attention(model)
         for t, step in enumerate(ids.split([12, *[1] * 8], dim=1), start=12):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                steps.append(model(step, attention_mask=torch.ones(3, t), past_key_values=cache, use_cache=True).logits[:, -1])
+                steps.append(
+                    model(
+                        step, attention_mask=torch.ones(3, t), past_key_values=cache, use_cache=True
+                    ).logits[:, -1]
+                )
     error = (torch.stack(steps, 1) - expected).abs().max() / expected.abs().max()
     assert error < (1e-12 if precision == "float64" else 0.03)
 
 
 def test_prompts_are_shared_only_by_models_that_allow_it():
     assert can_share(shared_model("gpt2")) and can_share(shared_model("llama-grouped"))
-    for config in ({"model_type": "bloom"}, {"sliding_window": 8}, {"_attn_implementation": "eager"}):
+    for config in (
+        {"model_type": "bloom"},
+        {"sliding_window": 8},
+        {"_attn_implementation": "eager"},
+    ):
         options = {"model_type": "llama", "_attn_implementation": "sdpa", **config}
         assert not can_share(SimpleNamespace(config=SimpleNamespace(**options)))
 
@@ -330,12 +426,16 @@ def test_prompts_are_shared_only_by_models_that_allow_it():
 def test_a_batch_moves_as_a_whole():
     moved = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True).to("meta")
     assert moved.n == 6
-    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert {
+        value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)
+    } == {"meta"}
 
 
 def test_the_mean_divides_each_sum_by_its_number_of_tokens():
     model = shared_model("gpt2")
-    mean = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF), reduction="mean")
+    mean = completion_logps(
+        model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF), reduction="mean"
+    )
     close(mean.detach(), loops(model) / torch.tensor([len(c) for c in COMPLETIONS]))
 
 
@@ -351,7 +451,10 @@ def test_tokens_at_a_temperature_are_those_of_a_loop(name, share):
         table = torch.log_softmax(model(ids).logits[0, len(PROMPTS[p]) - 1 : -1] / 0.7, 1)
         close(found[batch.owners == i], table.gather(1, torch.tensor(completion)[:, None])[:, 0])
     sums = completion_logps(model, batch, temperature=0.7)
-    close(torch.zeros(6, dtype=torch.float64).index_add(0, batch.owners, found).detach(), sums.detach())
+    close(
+        torch.zeros(6, dtype=torch.float64).index_add(0, batch.owners, found).detach(),
+        sums.detach(),
+    )
 
 
 def test_float32_is_exact_to_a_ten_thousandth_near_minus_700():
@@ -374,10 +477,16 @@ def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, 
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", chunk)
     model = make_model(name)
     generator = torch.Generator().manual_seed(0)
-    completions = [torch.randint(40, (n,), generator=generator).tolist() for n in (40, 3, 30, 39, 1, 20)]  # 133 tokens
+    completions = [
+        torch.randint(40, (n,), generator=generator).tolist() for n in (40, 3, 30, 39, 1, 20)
+    ]  # 133 tokens
     plain = []
     for completion, p in zip(completions, PROMPT_OF):
-        logps = model(torch.tensor([PROMPTS[p] + completion])).logits[0].log_softmax(1)[len(PROMPTS[p]) - 1 : -1]
+        logps = (
+            model(torch.tensor([PROMPTS[p] + completion]))
+            .logits[0]
+            .log_softmax(1)[len(PROMPTS[p]) - 1 : -1]
+        )
         plain.append(logps[range(len(completion)), completion].sum())
     expected = gradients(model, torch.stack(plain))
     for parameter, gradient in gradients(
@@ -392,10 +501,13 @@ def test_token_logps_pass_gradcheck(monkeypatch, kept, bias):
     monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", kept)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, b = (
-        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in ((3, 4), (5, 4), (5,))
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((3, 4), (5, 4), (5,))
     )
     targets = torch.tensor([4, 0, 4])
-    assert torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, b if bias else None, targets), (hidden, weight, b))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: token_logps(h, w, b if bias else None, targets), (hidden, weight, b)
+    )
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_rest_does():
@@ -409,13 +521,17 @@ def test_a_frozen_head_gets_no_gradient_and_the_rest_does():
 def test_a_second_backward_pass_over_logits_that_the_first_has_used_gives_the_same():
     model = shared_model("gpt2")
     loss = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF)).sum()
-    first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2)
+    )
     assert all(torch.equal(*pair) for pair in zip(first, second))
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
     hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    logps = token_logps(hidden, torch.randn(5, 4, dtype=torch.float64), None, torch.tensor([4, 0, 4]))
+    logps = token_logps(
+        hidden, torch.randn(5, 4, dtype=torch.float64), None, torch.tensor([4, 0, 4])
+    )
     (gradient,) = torch.autograd.grad((logps**2).sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -431,7 +547,9 @@ def test_the_head_sees_completion_positions_only(monkeypatch, share):
 
     logit_path(shared_model("gpt2"))  # which computes a few tokens, once
     monkeypatch.setattr(logprobs, "token_logps", recorded)
-    completion_logps(shared_model("gpt2"), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share))
+    completion_logps(
+        shared_model("gpt2"), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
+    )
     assert seen == [sum(map(len, COMPLETIONS))]
 
 
@@ -448,7 +566,9 @@ def test_memory_does_not_grow_with_the_completions_beyond_a_chunk(monkeypatch):
     monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", 0)
     model = make_model("gpt2", vocabulary=20_032, context=101).float()
     with LargestTensor() as largest:
-        completion_logps(model, completion_batch([[1]] * 3, [[2] * 100] * 3, range(3))).sum().backward()
+        completion_logps(
+            model, completion_batch([[1]] * 3, [[2] * 100] * 3, range(3))
+        ).sum().backward()
     assert largest.numel <= 64 * 20_032  # 300 completion tokens
 
 
@@ -468,20 +588,28 @@ def test_scoring_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
 def test_bfloat16_autocast_gives_finite_sums_near_those_of_float32(name):
-    model, batch = make_model(name).float(), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True)
+    model, batch = (
+        make_model(name).float(),
+        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True),
+    )
     expected = completion_logps(model, batch).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = completion_logps(model, batch)
     assert found.dtype == torch.float64
     assert not torch.equal(found, expected)
     per_token = torch.tensor([len(c) for c in COMPLETIONS])
-    assert ((found - expected).abs() / per_token).max() < 0.03  # nats; logits near 4, rounded to 1 in 256
+    assert (
+        (found - expected).abs() / per_token
+    ).max() < 0.03  # nats; logits near 4, rounded to 1 in 256
     assert all(gradient.isfinite().all() for gradient in gradients(model, found).values())
 
 
 def test_bfloat16_logits_are_normalised_in_float32():
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(9, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    hidden, weight = (
+        torch.randn(9, 16, generator=generator),
+        torch.randn(50, 16, generator=generator),
+    )
     targets = torch.arange(9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = token_logps(hidden, weight, None, targets)
@@ -507,7 +635,10 @@ def test_scores_come_in_the_order_given_and_the_mode_is_put_back(training):
 @pytest.mark.parametrize("batch_tokens", [1, 24, 10**6])
 def test_scores_do_not_depend_on_the_size_of_a_batch(batch_tokens):
     model = shared_model("llama-grouped")
-    close(score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF, batch_tokens=batch_tokens), loops(model))
+    close(
+        score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF, batch_tokens=batch_tokens),
+        loops(model),
+    )
 
 
 def test_of_no_completions_there_are_no_scores():
@@ -536,7 +667,9 @@ BAD = [  # prompts, completions, prompt_of, words of the message
 ]
 
 
-@pytest.mark.parametrize("prompts, completions, prompt_of, words", BAD, ids=[" ".join(bad[-1]) for bad in BAD])
+@pytest.mark.parametrize(
+    "prompts, completions, prompt_of, words", BAD, ids=[" ".join(bad[-1]) for bad in BAD]
+)
 @pytest.mark.parametrize("how", ["a batch", "scores"])
 def test_wrong_tokens_are_named(how, prompts, completions, prompt_of, words):
     model = shared_model("gpt2")
@@ -550,21 +683,30 @@ def test_wrong_tokens_are_named(how, prompts, completions, prompt_of, words):
 
 
 def test_a_batch_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="0 completions and 0 values in prompt_of; need one each, at least one"):
+    with pytest.raises(
+        ValueError, match="0 completions and 0 values in prompt_of; need one each, at least one"
+    ):
         completion_batch([[0]], [], [])
 
 
 def test_a_completion_may_fill_the_context():
     model = shared_model("gpt2")
-    close(completion_logps(model, completion_batch([[0]], [[1] * 47], [0])).detach(), loops(model, [[0]], [[1] * 47], [0]))
+    close(
+        completion_logps(model, completion_batch([[0]], [[1] * 47], [0])).detach(),
+        loops(model, [[0]], [[1] * 47], [0]),
+    )
 
 
 def test_an_unknown_reduction_is_named():
     with pytest.raises(ValueError, match="reduction is 'average'; it must be 'sum' .* or 'none'"):
-        completion_logps(shared_model("gpt2"), completion_batch([[0]], [[1]], [0]), reduction="average")
+        completion_logps(
+            shared_model("gpt2"), completion_batch([[0]], [[1]], [0]), reduction="average"
+        )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory where Linux keeps it")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="reads the process's memory where Linux keeps it"
+)
 def test_memory_does_not_grow_with_the_batches_scored():
     """In a process of its own, whose heap nothing has cut into pieces yet."""
     source = """
@@ -586,7 +728,11 @@ model = prepare_model(GPT2LMHeadModel(GPT2Config(vocab_size=8192, n_positions=64
 print(score(200), score(1200))
 """
     found = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     few, many = map(float, found.stdout.split())
     assert many < few + 200, (few, many)

@@ -20,7 +20,14 @@ from dpo_lab.losses import (
     unlikelihood_loss,
 )
 
-KINDS = [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.0), ("robust", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
+KINDS = [
+    ("sigmoid", 0.0),
+    ("sigmoid", 0.2),
+    ("robust", 0.0),
+    ("robust", 0.2),
+    ("ipo", 0.0),
+    ("hinge", 0.0),
+]
 INF, NAN = math.inf, math.nan
 every_kind = pytest.mark.parametrize("kind, smoothing", KINDS)
 margins_and_betas = given(margin=st.floats(-700, 700), log_beta=st.floats(-3, 3))
@@ -41,7 +48,10 @@ def terms(kind, log_ratio, beta, e):
         return [(1 - mpf(e)) * mpmath.log1p(mpmath.exp(-m)), mpf(e) * mpmath.log1p(mpmath.exp(m))]
     if kind == "robust":
         scale = 1 - 2 * mpf(e)
-        return [(1 - mpf(e)) * mpmath.log1p(mpmath.exp(-m)) / scale, -mpf(e) * mpmath.log1p(mpmath.exp(m)) / scale]
+        return [
+            (1 - mpf(e)) * mpmath.log1p(mpmath.exp(-m)) / scale,
+            -mpf(e) * mpmath.log1p(mpmath.exp(m)) / scale,
+        ]
     if kind == "ipo":
         return [mpf(log_ratio) ** 2, -mpf(log_ratio) / mpf(beta), 1 / (2 * mpf(beta)) ** 2]
     return [mpf(1), -m] if m < 1 else [mpf(1), mpf(-1), m, -m]
@@ -49,14 +59,24 @@ def terms(kind, log_ratio, beta, e):
 
 def pair_loss(log_ratio, beta, kind, smoothing, dtype=torch.float64):
     policy = torch.tensor([log_ratio, 0.0], dtype=dtype)
-    return dpo_loss(policy, torch.zeros(2, dtype=dtype), index(0), index(1), beta, kind=kind, label_smoothing=smoothing)
+    return dpo_loss(
+        policy,
+        torch.zeros(2, dtype=dtype),
+        index(0),
+        index(1),
+        beta,
+        kind=kind,
+        label_smoothing=smoothing,
+    )
 
 
 def random_completions(n=6, seed=0, dtype=torch.float64):
     """Policy and reference log-probs of n completions, of the size that reviews have."""
     generator = torch.Generator().manual_seed(seed)
     reference = -200 * torch.rand(n, generator=generator, dtype=torch.float64)
-    return (reference + 3 * torch.randn(n, generator=generator, dtype=torch.float64)).to(dtype), reference.to(dtype)
+    return (reference + 3 * torch.randn(n, generator=generator, dtype=torch.float64)).to(
+        dtype
+    ), reference.to(dtype)
 
 
 @every_kind
@@ -71,7 +91,9 @@ def test_the_loss_agrees_with_50_digits(kind, smoothing, margin, log_beta):
     beta = 10**log_beta
     with mpmath.workdps(50):
         exact = terms(kind, margin / beta, beta, smoothing)
-        difference = abs(mpf(pair_loss(margin / beta, beta, kind, smoothing).losses.item()) - sum(exact))
+        difference = abs(
+            mpf(pair_loss(margin / beta, beta, kind, smoothing).losses.item()) - sum(exact)
+        )
         assert difference <= 1e-12 * sum(map(abs, exact))
 
 
@@ -80,7 +102,10 @@ def test_the_loss_agrees_with_50_digits(kind, smoothing, margin, log_beta):
 def test_the_loss_agrees_with_50_digits_in_float32(kind, smoothing, margin):
     with mpmath.workdps(50):
         exact = terms(kind, margin / 0.125, 0.125, smoothing)
-        difference = abs(mpf(pair_loss(margin / 0.125, 0.125, kind, smoothing, torch.float32).losses.item()) - sum(exact))
+        difference = abs(
+            mpf(pair_loss(margin / 0.125, 0.125, kind, smoothing, torch.float32).losses.item())
+            - sum(exact)
+        )
         assert difference <= 1e-6 * sum(map(abs, exact))
 
 
@@ -92,10 +117,14 @@ def test_the_loss_agrees_with_50_digits_in_float32(kind, smoothing, margin):
 def test_gradient_weights_are_minus_the_derivative_by_the_margin(kind, smoothing, margin, log_beta):
     beta = 10**log_beta
     policy = doubles(margin / beta, 0.0).requires_grad_()
-    result = dpo_loss(policy, doubles(0, 0), index(0), index(1), beta, kind=kind, label_smoothing=smoothing)
+    result = dpo_loss(
+        policy, doubles(0, 0), index(0), index(1), beta, kind=kind, label_smoothing=smoothing
+    )
     result.losses.sum().backward()
     derivative = policy.grad[0].item() / beta  # d margin / d policy_logps[chosen] = beta
-    assert result.gradient_weights.item() == pytest.approx(-derivative, rel=1e-9, abs=0 if not smoothing else 1e-14)
+    assert result.gradient_weights.item() == pytest.approx(
+        -derivative, rel=1e-9, abs=0 if not smoothing else 1e-14
+    )
     assert policy.grad[1] == -policy.grad[0]
 
 
@@ -103,7 +132,10 @@ def test_gradient_weights_are_minus_the_derivative_by_the_margin(kind, smoothing
 def test_the_gradient_weight_of_dpo_is_sigma_of_minus_the_margin(margin):
     with mpmath.workdps(50):
         exact = 1 / (1 + mpmath.exp(mpf(margin)))
-        assert abs(mpf(pair_loss(margin, 1.0, "sigmoid", 0.0).gradient_weights.item()) - exact) <= 1e-13 * exact
+        assert (
+            abs(mpf(pair_loss(margin, 1.0, "sigmoid", 0.0).gradient_weights.item()) - exact)
+            <= 1e-13 * exact
+        )
 
 
 @every_kind
@@ -112,7 +144,9 @@ def test_gradients_with_respect_to_the_policy_pass_gradcheck(kind, smoothing):
     chosen, rejected = index(0, 0, 1, 3, 5), index(1, 2, 2, 4, 0)
 
     def losses(policy):
-        return dpo_loss(policy, reference, chosen, rejected, 0.3, kind=kind, label_smoothing=smoothing).losses
+        return dpo_loss(
+            policy, reference, chosen, rejected, 0.3, kind=kind, label_smoothing=smoothing
+        ).losses
 
     assert torch.autograd.gradcheck(losses, policy.requires_grad_())
 
@@ -121,7 +155,9 @@ def test_gradients_with_respect_to_the_policy_pass_gradcheck(kind, smoothing):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_dtype_and_one_value_a_pair_are_kept(kind, smoothing, dtype):
     policy, reference = random_completions(dtype=dtype)
-    result = dpo_loss(policy, reference, index(0, 1), index(2, 3), 0.1, kind=kind, label_smoothing=smoothing)
+    result = dpo_loss(
+        policy, reference, index(0, 1), index(2, 3), 0.1, kind=kind, label_smoothing=smoothing
+    )
     assert [tuple(part.shape) for part in result] == [(2,), (6,), (2,), (2,)]
     assert {part.dtype for part in result} == {dtype}
 
@@ -132,7 +168,9 @@ def test_completions_stacked_chosen_first_give_the_textbook_loss():
     policy_chosen, policy_rejected = policy.chunk(2)
     reference_chosen, reference_rejected = reference.chunk(2)
     logits = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)
-    torch.testing.assert_close(result.losses, -torch.log(torch.sigmoid(0.1 * logits)), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        result.losses, -torch.log(torch.sigmoid(0.1 * logits)), rtol=1e-10, atol=0
+    )
     torch.testing.assert_close(result.rewards[:4], 0.1 * (policy_chosen - reference_chosen))
     torch.testing.assert_close(result.rewards[4:], 0.1 * (policy_rejected - reference_rejected))
 
@@ -140,7 +178,9 @@ def test_completions_stacked_chosen_first_give_the_textbook_loss():
 def test_a_ranking_of_k_completions_is_a_loop_over_its_pairs():
     policy, reference = random_completions(5)
     pairs = [(a, b) for a in range(5) for b in range(a + 1, 5)]
-    result = dpo_loss(policy, reference, index(*(a for a, _ in pairs)), index(*(b for _, b in pairs)), 0.2)
+    result = dpo_loss(
+        policy, reference, index(*(a for a, _ in pairs)), index(*(b for _, b in pairs)), 0.2
+    )
     for k, (a, b) in enumerate(pairs):
         margin = 0.2 * ((policy[a] - reference[a]) - (policy[b] - reference[b])).item()
         assert result.margins[k].item() == pytest.approx(margin, rel=1e-12)
@@ -169,7 +209,9 @@ def test_the_robust_loss_is_unbiased_under_flipped_labels(margin, flipped):
 
     clean = pair_loss(margin, 1.0, "sigmoid", 0.0).losses.item()
     expected = (1 - flipped) * loss(margin) + flipped * loss(-margin)
-    assert expected == pytest.approx(clean, rel=1e-12, abs=1e-13 * (1 + abs(margin)) / (1 - 2 * flipped))
+    assert expected == pytest.approx(
+        clean, rel=1e-12, abs=1e-13 * (1 + abs(margin)) / (1 - 2 * flipped)
+    )
 
 
 @pytest.mark.parametrize("beta", [0.125, 0.5, 4.0])
@@ -185,7 +227,10 @@ def test_ipo_is_least_where_the_log_ratio_is_one_over_two_beta(beta):
 def test_bradley_terry_agrees_with_50_digits(margin):
     with mpmath.workdps(50):
         exact = mpmath.log1p(mpmath.exp(-mpf(margin)))
-        assert abs(mpf(bradley_terry_nll(doubles(0, margin), index(1), index(0)).item()) - exact) <= 1e-14 * exact
+        assert (
+            abs(mpf(bradley_terry_nll(doubles(0, margin), index(1), index(0)).item()) - exact)
+            <= 1e-14 * exact
+        )
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -194,7 +239,9 @@ def test_the_reward_model_loss_is_the_mean_over_the_pairs_of_a_ranking(k):
     losses = reward_model_loss(rewards)
     assert losses.shape == (4,)
     for row, loss in zip(rewards.tolist(), losses.tolist()):
-        total = sum(math.log1p(math.exp(row[b] - row[a])) for a in range(k) for b in range(a + 1, k))
+        total = sum(
+            math.log1p(math.exp(row[b] - row[a])) for a in range(k) for b in range(a + 1, k)
+        )
         assert loss == pytest.approx(total / math.comb(k, 2), rel=1e-13)
 
 
@@ -238,28 +285,74 @@ BAD = [  # what is changed in GOOD, the error, words that its message must hold
     ({"rejected": index(1, 1)}, ValueError, ["pair 1", "completion 1", "chosen and as rejected"]),
     ({"chosen": doubles(0, 1)}, TypeError, ["chosen is torch.float64", "integer"]),
     ({"rejected": torch.tensor([True, False])}, TypeError, ["rejected is torch.bool", "integer"]),
-    ({"chosen": index(0, 1).to(torch.uint8)}, TypeError, ["chosen is torch.uint8", "integer"]),  # torch reads it as a mask
-    ({"chosen": index(0, 1).to(torch.int16)}, TypeError, ["chosen is torch.int16", "integer"]),  # torch cannot index with it
-    ({"chosen": index(0, 1).to(torch.complex64)}, TypeError, ["chosen is torch.complex64", "integer"]),
+    (
+        {"chosen": index(0, 1).to(torch.uint8)},
+        TypeError,
+        ["chosen is torch.uint8", "integer"],
+    ),  # torch reads it as a mask
+    (
+        {"chosen": index(0, 1).to(torch.int16)},
+        TypeError,
+        ["chosen is torch.int16", "integer"],
+    ),  # torch cannot index with it
+    (
+        {"chosen": index(0, 1).to(torch.complex64)},
+        TypeError,
+        ["chosen is torch.complex64", "integer"],
+    ),
     ({"chosen": [0, 1]}, TypeError, ["chosen is list", "tensor of integer indices"]),
     ({"chosen": index(0, 1)[None]}, ValueError, ["chosen has shape (1, 2)", "(P,)"]),
     ({"chosen": index(0)}, ValueError, ["chosen has 1", "rejected 2"]),
-    ({"reference_logps": doubles(-1, -2)}, ValueError, ["policy_logps has shape (3,)", "reference_logps (2,)"]),
-    ({"policy_logps": doubles(-1, -2, -3)[None]}, ValueError, ["policy_logps has shape (1, 3)", "(N,)"]),
-    ({"reference_logps": index(-1, -2, -3)}, TypeError, ["reference_logps", "torch.int64", "floating-point"]),
+    (
+        {"reference_logps": doubles(-1, -2)},
+        ValueError,
+        ["policy_logps has shape (3,)", "reference_logps (2,)"],
+    ),
+    (
+        {"policy_logps": doubles(-1, -2, -3)[None]},
+        ValueError,
+        ["policy_logps has shape (1, 3)", "(N,)"],
+    ),
+    (
+        {"reference_logps": index(-1, -2, -3)},
+        TypeError,
+        ["reference_logps", "torch.int64", "floating-point"],
+    ),
     ({"policy_logps": [-1.0, -2.0, -3.0]}, TypeError, ["policy_logps", "list", "floating-point"]),
-    ({"policy_logps": doubles(-1, -2, NAN)}, ValueError, ["policy_logps[2]", "rejected of pair 1", "nan", "finite"]),
-    ({"policy_logps": doubles(-1, INF, -3)}, ValueError, ["policy_logps[1]", "chosen of pair 1", "rejected of pair 0", "inf"]),
-    ({"reference_logps": doubles(-INF, -2, -3)}, ValueError, ["reference_logps[0]", "chosen of pair 0", "-inf"]),
+    (
+        {"policy_logps": doubles(-1, -2, NAN)},
+        ValueError,
+        ["policy_logps[2]", "rejected of pair 1", "nan", "finite"],
+    ),
+    (
+        {"policy_logps": doubles(-1, INF, -3)},
+        ValueError,
+        ["policy_logps[1]", "chosen of pair 1", "rejected of pair 0", "inf"],
+    ),
+    (
+        {"reference_logps": doubles(-INF, -2, -3)},
+        ValueError,
+        ["reference_logps[0]", "chosen of pair 0", "-inf"],
+    ),
     (
         {"policy_logps": doubles(-1, -2, -3, NAN), "reference_logps": doubles(-1, -2, -3, -4)},
         ValueError,
         ["policy_logps[3]", "in no pair", "nan"],
     ),
-    *(({"beta": beta}, ValueError, [f"beta is {beta!r}", "positive, finite"]) for beta in (0, -1, INF, NAN, True, "0.1")),
-    *(({"label_smoothing": e}, ValueError, [f"label_smoothing is {e!r}", "[0, 0.5)"]) for e in (0.5, -0.1, NAN, "0.1")),
     *(
-        ({"label_smoothing": 0.1, "kind": kind}, ValueError, ["label_smoothing is 0.1", f"kind='{kind}'", "sigmoid and robust"])
+        ({"beta": beta}, ValueError, [f"beta is {beta!r}", "positive, finite"])
+        for beta in (0, -1, INF, NAN, True, "0.1")
+    ),
+    *(
+        ({"label_smoothing": e}, ValueError, [f"label_smoothing is {e!r}", "[0, 0.5)"])
+        for e in (0.5, -0.1, NAN, "0.1")
+    ),
+    *(
+        (
+            {"label_smoothing": 0.1, "kind": kind},
+            ValueError,
+            ["label_smoothing is 0.1", f"kind='{kind}'", "sigmoid and robust"],
+        )
         for kind in ("ipo", "hinge")
     ),
     ({"kind": "dpo"}, ValueError, ["kind is 'dpo'", "sigmoid, ipo, hinge, robust"]),
@@ -293,7 +386,12 @@ def test_indices_of_32_bits_are_as_good_as_those_of_64():
     ],
 )
 def test_bradley_terry_names_the_wrong_argument(change, error, words):
-    says({"rewards": doubles(1, 0), "chosen": index(0), "rejected": index(1)} | change, bradley_terry_nll, error, words)
+    says(
+        {"rewards": doubles(1, 0), "chosen": index(0), "rejected": index(1)} | change,
+        bradley_terry_nll,
+        error,
+        words,
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,7 +399,11 @@ def test_bradley_terry_names_the_wrong_argument(change, error, words):
     [
         (doubles(1, 2), ValueError, ["ranked_rewards has shape (2,)", "(B, K)", "K >= 2"]),
         (doubles(1, 2)[:, None], ValueError, ["ranked_rewards has shape (2, 1)", "K >= 2"]),
-        (torch.tensor([[2.0, 1.0], [NAN, 1.0]]), ValueError, ["ranked_rewards[1]", "nan", "finite"]),
+        (
+            torch.tensor([[2.0, 1.0], [NAN, 1.0]]),
+            ValueError,
+            ["ranked_rewards[1]", "nan", "finite"],
+        ),
         (torch.tensor([[2.0, -INF]]), ValueError, ["ranked_rewards[0]", "-inf", "finite"]),
         (index(2, 1)[None], TypeError, ["ranked_rewards", "torch.int64", "floating-point"]),
         ([[2.0, 1.0]], TypeError, ["ranked_rewards", "list", "floating-point"]),
@@ -314,13 +416,25 @@ def test_the_reward_model_loss_names_what_is_wrong(rewards, error, words):
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        *(({"alpha": alpha}, ValueError, [f"alpha is {alpha!r}", "[0, 1]"]) for alpha in (-0.1, 1.1, NAN, "1")),
-        ({"policy_logps": doubles(-INF, -1)}, ValueError, ["policy_logps[0]", "chosen of pair 0", "-inf"]),
+        *(
+            ({"alpha": alpha}, ValueError, [f"alpha is {alpha!r}", "[0, 1]"])
+            for alpha in (-0.1, 1.1, NAN, "1")
+        ),
+        (
+            {"policy_logps": doubles(-INF, -1)},
+            ValueError,
+            ["policy_logps[0]", "chosen of pair 0", "-inf"],
+        ),
         ({"chosen": index(1)}, ValueError, ["pair 0", "completion 1"]),
     ],
 )
 def test_unlikelihood_names_the_wrong_argument(change, error, words):
-    says({"policy_logps": doubles(-1, -2), "chosen": index(0), "rejected": index(1)} | change, unlikelihood_loss, error, words)
+    says(
+        {"policy_logps": doubles(-1, -2), "chosen": index(0), "rejected": index(1)} | change,
+        unlikelihood_loss,
+        error,
+        words,
+    )
 
 
 def test_the_checks_are_silent_on_good_arguments():
@@ -334,22 +448,32 @@ def test_the_checks_are_silent_on_good_arguments():
 def test_ppo_s_loss_is_the_worse_of_the_plain_and_the_clipped_gain(logp, old, advantage, clip):
     ratio = math.exp(logp - old)
     clipped = 1 + clip if ratio > 1 + clip else 1 - clip if ratio < 1 - clip else ratio
-    found = ppo_clip_loss(*(torch.tensor([x], dtype=torch.float64) for x in (logp, old, advantage)), clip)
+    found = ppo_clip_loss(
+        *(torch.tensor([x], dtype=torch.float64) for x in (logp, old, advantage)), clip
+    )
     assert float(found) == pytest.approx(-min(ratio * advantage, clipped * advantage), abs=1e-12)
 
 
-@pytest.mark.parametrize("ratio, advantage, moves", [(1.3, 1, False), (1.3, -1, True), (0.7, 1, True), (0.7, -1, False)])
+@pytest.mark.parametrize(
+    "ratio, advantage, moves", [(1.3, 1, False), (1.3, -1, True), (0.7, 1, True), (0.7, -1, False)]
+)
 def test_ppo_has_no_gradient_where_the_clip_holds_an_action_back(ratio, advantage, moves):
     logps = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    ppo_clip_loss(logps, torch.zeros(1, dtype=torch.float64), torch.tensor([float(advantage)]), 0.2).sum().backward()
+    ppo_clip_loss(
+        logps, torch.zeros(1, dtype=torch.float64), torch.tensor([float(advantage)]), 0.2
+    ).sum().backward()
     assert (logps.grad.item() != 0) == moves
 
 
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3), st.floats(0.01, 1))
 def test_the_value_loss_is_the_larger_of_two_squares(value, old, target, clip):
     near = old + clip if value > old + clip else old - clip if value < old - clip else value
-    found = clipped_value_loss(*(torch.tensor([x], dtype=torch.float64) for x in (value, old, target)), clip)
-    assert float(found) == pytest.approx(max((value - target) ** 2, (near - target) ** 2) / 2, abs=1e-12)
+    found = clipped_value_loss(
+        *(torch.tensor([x], dtype=torch.float64) for x in (value, old, target)), clip
+    )
+    assert float(found) == pytest.approx(
+        max((value - target) ** 2, (near - target) ** 2) / 2, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("loss", [ppo_clip_loss, clipped_value_loss])

@@ -23,7 +23,9 @@ def test_the_measured_errors_are_those_of_the_log_probs_and_of_the_loss(tiny, mo
     """The clock is made up, float32 three times as slow; log-probs, loss and gradients are real."""
     model = load_model(str(tiny))
     batch = completion_batch([[1, 2, 3]], [[i + 4] * 9 for i in range(6)], [0] * 6)
-    clock = itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.0]))  # begin, end in float32, begin, end in bfloat16
+    clock = itertools.accumulate(
+        itertools.cycle([0.0, 3.0, 0.0, 1.0])
+    )  # begin, end in float32, begin, end in bfloat16
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
     test = measure_precision(model, batch, beta=0.5, repeats=2)
     wide = completion_logps(model, batch).detach()
@@ -31,6 +33,9 @@ def test_the_measured_errors_are_those_of_the_log_probs_and_of_the_loss(tiny, mo
         error = completion_logps(model, batch).detach() - wide
     loss_error = torch.log1p(torch.exp(-0.5 * (error[:3] - error[3:]))) - math.log(2)
     assert test.speedup == pytest.approx(3)
-    assert test.logps_error == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6) and test.logps_error > 0
+    assert (
+        test.logps_error == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6)
+        and test.logps_error > 0
+    )
     assert test.loss_error == pytest.approx(loss_error.square().mean().sqrt().item(), rel=1e-4)
     assert all(p.grad is None for p in model.parameters())

@@ -31,7 +31,13 @@ from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import can_share, completion_logps
 from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer, lora, prepare_model
 
-GEMMA = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 GEMMA |= {
     "num_key_value_heads": 1,
     "head_dim": 8,
@@ -44,7 +50,15 @@ GEMMA |= {
 
 def small_gpt2(vocabulary=8):
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=vocabulary, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=8,
+            n_embd=8,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
 
 
@@ -60,7 +74,9 @@ def test_a_folder_gives_its_model_ready_to_evaluate(tiny):
     saved = GPT2LMHeadModel.from_pretrained(tiny)
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_the_dtype_asked_for_is_given(tiny):
@@ -68,7 +84,9 @@ def test_the_dtype_asked_for_is_given(tiny):
 
 
 def test_a_llama_with_a_plain_head_is_taken(tmp_path):
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).config.model_type == "llama"
 
@@ -83,7 +101,10 @@ def test_embedded_is_the_folder_inside_the_package(tiny, monkeypatch):
 def test_a_missing_embedded_model_says_how_to_make_it(load, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=re.escape(f"missing from {tmp_path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`")
+        FileNotFoundError,
+        match=re.escape(
+            f"missing from {tmp_path}; reinstall dpo-lab, or train it with `dpo-lab pretrain`"
+        ),
     ):
         load()
 
@@ -92,7 +113,12 @@ def test_a_missing_embedded_model_says_how_to_make_it(load, tmp_path, monkeypatc
 def test_an_unknown_name_says_what_can_be_given_instead(load):
     with pytest.raises(FileNotFoundError) as caught:
         load("no-such-owner/no-such-model")
-    for words in ("'no-such-owner/no-such-model'", "'embedded'", "config.json and model.safetensors", "`hf download`"):
+    for words in (
+        "'no-such-owner/no-such-model'",
+        "'embedded'",
+        "config.json and model.safetensors",
+        "`hf download`",
+    ):
         assert words in str(caught.value)
 
 
@@ -138,10 +164,15 @@ def test_half_a_file_of_weights_is_named(tmp_path):
 @pytest.mark.parametrize("spread", [1.0, 0.02])
 def test_a_model_that_caps_its_logits_is_refused(tmp_path, spread):
     set_seed(0)
-    Gemma2ForCausalLM(Gemma2Config(**GEMMA | {"initializer_range": spread})).save_pretrained(tmp_path / "capped")
-    Gemma2ForCausalLM(Gemma2Config(**GEMMA, final_logit_softcapping=None)).save_pretrained(tmp_path / "plain")
+    Gemma2ForCausalLM(Gemma2Config(**GEMMA | {"initializer_range": spread})).save_pretrained(
+        tmp_path / "capped"
+    )
+    Gemma2ForCausalLM(Gemma2Config(**GEMMA, final_logit_softcapping=None)).save_pretrained(
+        tmp_path / "plain"
+    )
     with pytest.raises(
-        ValueError, match="capped' changes its logits after the LM head .* use a model with a plain linear LM head"
+        ValueError,
+        match="capped' changes its logits after the LM head .* use a model with a plain linear LM head",
     ):
         load_model(str(tmp_path / "capped"))
     assert load_model(str(tmp_path / "plain")).config.model_type == "gemma2"
@@ -150,19 +181,26 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path, spread):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_gpu_that_is_not_there_is_named(tiny, device):
-    with pytest.raises(ValueError, match=f"device is '{device}' and torch sees no GPU; .*device='cpu'"):
+    with pytest.raises(
+        ValueError, match=f"device is '{device}' and torch sees no GPU; .*device='cpu'"
+    ):
         load_model(str(tiny), device=device)
 
 
 def test_a_tokenizer_pads_with_eos_unless_it_has_a_pad_token(tmp_path):
     tokenizer = load_tokenizer(save_words(tmp_path / "a", eos_token="<end>"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
-    assert load_tokenizer(save_words(tmp_path / "b", eos_token="<end>", pad_token="bad")).pad_token_id == 2
+    assert (
+        load_tokenizer(save_words(tmp_path / "b", eos_token="<end>", pad_token="bad")).pad_token_id
+        == 2
+    )
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     name = save_words(tmp_path)
-    with pytest.raises(ValueError, match="tokenizer of .* has no EOS token, .*set tokenizer.eos_token"):
+    with pytest.raises(
+        ValueError, match="tokenizer of .* has no EOS token, .*set tokenizer.eos_token"
+    ):
         load_tokenizer(name)
 
 
@@ -174,7 +212,10 @@ def test_a_folder_without_a_tokenizer_gives_none(tmp_path):
 
 def test_policy_and_reference_must_have_as_many_tokens():
     check_same_vocabulary(small_gpt2(8), small_gpt2(8))
-    with pytest.raises(ValueError, match="policy has a vocabulary of 8 tokens and reference one of 9; .*reference's weights"):
+    with pytest.raises(
+        ValueError,
+        match="policy has a vocabulary of 8 tokens and reference one of 9; .*reference's weights",
+    ):
         check_same_vocabulary(small_gpt2(8), small_gpt2(9))
 
 
@@ -193,16 +234,28 @@ def test_the_merged_model_is_the_one_with_adapters(tiny, tmp_path, family, share
     if family == "gpt2":
         model = load_model(str(tiny))
     else:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path)
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)
+        ).save_pretrained(tmp_path)
         model = load_model(str(tmp_path))
     ids = torch.arange(12)[None] + 3
     batches = [
-        completion_batch([list(range(1, 10))], [[i + 4] * 9 for i in range(6)], [0] * 6, share=share),
+        completion_batch(
+            [list(range(1, 10))], [[i + 4] * 9 for i in range(6)], [0] * 6, share=share
+        ),
         completion_batch([[1], [2, 3], [9]], [[4] * 20, [5] * 2, [6] * 3], [0, 1, 2], share=share),
     ]
     assert not share or (batches[0].segments is not None and batches[1].rows)
-    plain, before = model(ids).logits.detach(), {name: p.clone() for name, p in model.state_dict().items()}
+    plain, before = (
+        model(ids).logits.detach(),
+        {name: p.clone() for name, p in model.state_dict().items()},
+    )
     with lora(model, 3, seed=1) as adapted:
         torch.testing.assert_close(adapted(input_ids=ids).logits.detach(), plain, rtol=0, atol=0)
         for name, parameter in adapted.named_parameters():
@@ -237,7 +290,11 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "left, words", [(None, "is here (.*), but not whole: .*hf download someone/model"), ("pytorch_model.bin", "pickle")]
+    "left, words",
+    [
+        (None, "is here (.*), but not whole: .*hf download someone/model"),
+        ("pytorch_model.bin", "pickle"),
+    ],
 )
 def test_a_cache_without_safetensors_says_what_is_there(cache, tmp_path, capsys, left, words):
     assert load_model("someone/model").config.n_embd == 8
@@ -259,7 +316,12 @@ def test_a_gated_model_says_how_to_be_let_in(tmp_path, monkeypatch, capsys):
         return httpx.Response(403, headers={"X-Error-Code": "GatedRepo"}, request=request)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT", httpx.Client(transport=httpx.MockTransport(answer)))
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http._GLOBAL_CLIENT",
+        httpx.Client(transport=httpx.MockTransport(answer)),
+    )
     assert main(["train", "--model", "someone/gated", "--out", str(tmp_path / "run")]) == 2
-    assert asked and re.search("'someone/gated' is gated, .*`hf auth login`", capsys.readouterr().err)
+    assert asked and re.search(
+        "'someone/gated' is gated, .*`hf auth login`", capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()

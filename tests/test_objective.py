@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from dpo_lab.losses import bradley_terry_nll, dpo_loss
-from dpo_lab.objective import implicit_reward, kl, log_partition, objective_value, optimal_policy, value_gap
+from dpo_lab.objective import (
+    implicit_reward,
+    kl,
+    log_partition,
+    objective_value,
+    optimal_policy,
+    value_gap,
+)
 
 mpmath.mp.dps = 60
 betas = st.floats(-6, 6).map(lambda e: 10.0**e)
-rewards = st.lists(st.floats(-5, 5), min_size=4, max_size=4).map(lambda r: torch.tensor(r, dtype=torch.float64))
+rewards = st.lists(st.floats(-5, 5), min_size=4, max_size=4).map(
+    lambda r: torch.tensor(r, dtype=torch.float64)
+)
 weights = st.lists(st.integers(0, 9), min_size=4, max_size=4).filter(any)
 
 
@@ -26,11 +35,15 @@ def distribution(counts):
 def exact_log_partition(reference, reward, beta):
     """For the reference as if it summed to exactly 1."""
     q = [mpmath.mpf(value) for value in reference.tolist()]
-    return mpmath.log(sum(a * mpmath.exp(mpmath.mpf(r) / beta) for a, r in zip(q, reward.tolist())) / sum(q))
+    return mpmath.log(
+        sum(a * mpmath.exp(mpmath.mpf(r) / beta) for a, r in zip(q, reward.tolist())) / sum(q)
+    )
 
 
 def exact_kl(p, q):
-    return sum(mpmath.mpf(a) * mpmath.log(mpmath.mpf(a) / b) for a, b in zip(p.tolist(), q.tolist()) if a)
+    return sum(
+        mpmath.mpf(a) * mpmath.log(mpmath.mpf(a) / b) for a, b in zip(p.tolist(), q.tolist()) if a
+    )
 
 
 @settings(deadline=None)
@@ -38,10 +51,13 @@ def exact_kl(p, q):
 def test_log_partition_and_optimum_are_exact_from_tiny_to_huge_beta(counts, reward, beta):
     reference = distribution(counts)
     exact = exact_log_partition(reference, reward, beta)
-    assert abs(float((log_partition(reference, reward, beta).item() - exact) * beta)) < 1e-13 * (1 + reward.abs().max())
+    assert abs(float((log_partition(reference, reward, beta).item() - exact) * beta)) < 1e-13 * (
+        1 + reward.abs().max()
+    )
     best = optimal_policy(reference, reward, beta)
     expected = [
-        float(mpmath.mpf(q) * mpmath.exp(r / mpmath.mpf(beta) - exact)) for q, r in zip(reference.tolist(), reward.tolist())
+        float(mpmath.mpf(q) * mpmath.exp(r / mpmath.mpf(beta) - exact))
+        for q, r in zip(reference.tolist(), reward.tolist())
     ]
     np.testing.assert_allclose(best, expected, atol=1e-9)
     assert best.sum().item() == pytest.approx(1, abs=1e-12) and not best[reference == 0].any()
@@ -53,11 +69,17 @@ def test_the_value_gap_is_what_the_objective_loses(policy_counts, reference_coun
     policy, reference = distribution(policy_counts), distribution(reference_counts)
     gap = value_gap(policy, reference, reward, beta).item()
     if ((policy > 0) & (reference == 0)).any():
-        assert gap == math.inf and objective_value(policy, reference, reward, beta).item() == -math.inf
+        assert (
+            gap == math.inf and objective_value(policy, reference, reward, beta).item() == -math.inf
+        )
         return
     best = beta * exact_log_partition(reference, reward, beta)
-    value = sum(mpmath.mpf(p) * r for p, r in zip(policy.tolist(), reward.tolist())) - beta * exact_kl(policy, reference)
-    assert objective_value(policy, reference, reward, beta).item() == pytest.approx(float(value), rel=1e-12, abs=1e-12)
+    value = sum(
+        mpmath.mpf(p) * r for p, r in zip(policy.tolist(), reward.tolist())
+    ) - beta * exact_kl(policy, reference)
+    assert objective_value(policy, reference, reward, beta).item() == pytest.approx(
+        float(value), rel=1e-12, abs=1e-12
+    )
     assert gap == pytest.approx(float(best - value), rel=1e-6, abs=1e-9 * max(1, beta))
 
 
@@ -68,13 +90,21 @@ def test_the_optimal_policy_has_no_gap_and_gives_the_reward_back(counts, reward,
     best = optimal_policy(reference, reward, beta)
     assert value_gap(best, reference, reward, beta).abs() < 1e-12
     some = best > 0
-    recovered = implicit_reward(best, reference, beta) + beta * log_partition(reference, reward, beta)
-    torch.testing.assert_close(recovered[some & (best > 1e-290)], reward[some & (best > 1e-290)], rtol=1e-9, atol=1e-9)
+    recovered = implicit_reward(best, reference, beta) + beta * log_partition(
+        reference, reward, beta
+    )
+    torch.testing.assert_close(
+        recovered[some & (best > 1e-290)], reward[some & (best > 1e-290)], rtol=1e-9, atol=1e-9
+    )
     assert (implicit_reward(best, reference, beta)[reference == 0] == 0).all()
 
 
 def test_an_independent_optimiser_finds_the_same_optimum():
-    reference, reward, beta = distribution([4, 3, 2, 1]), torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64), 0.7
+    reference, reward, beta = (
+        distribution([4, 3, 2, 1]),
+        torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64),
+        0.7,
+    )
 
     def loss(logits):
         policy = torch.softmax(torch.tensor(logits), 0)
@@ -85,11 +115,17 @@ def test_an_independent_optimiser_finds_the_same_optimum():
 
 
 def test_the_dpo_loss_at_the_optimum_is_bradley_terry_on_the_reward():
-    reference, reward, beta = distribution([4, 3, 2, 1]), torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64), 0.2
+    reference, reward, beta = (
+        distribution([4, 3, 2, 1]),
+        torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64),
+        0.2,
+    )
     best = optimal_policy(reference, reward, beta)
     chosen, rejected = torch.tensor([2, 0, 3]), torch.tensor([1, 1, 0])
     losses = dpo_loss(best.log(), reference.log(), chosen, rejected, beta).losses
-    torch.testing.assert_close(losses, bradley_terry_nll(reward, chosen, rejected), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        losses, bradley_terry_nll(reward, chosen, rejected), rtol=0, atol=1e-12
+    )
 
 
 def test_kl_allows_zeros_and_is_infinite_outside_the_support():
@@ -101,7 +137,9 @@ def test_kl_allows_zeros_and_is_infinite_outside_the_support():
 def test_gradients_are_finite_where_an_outcome_has_no_probability():
     logits = torch.tensor([0.2, -0.1, -math.inf], dtype=torch.float64, requires_grad=True)
     reference = distribution([1, 1, 0])
-    objective_value(torch.softmax(logits, 0), reference, torch.tensor([1.0, 0, 2], dtype=torch.float64), 0.5).backward()
+    objective_value(
+        torch.softmax(logits, 0), reference, torch.tensor([1.0, 0, 2], dtype=torch.float64), 0.5
+    ).backward()
     assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
 
 
@@ -120,14 +158,23 @@ UNIFORM, REWARD = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: optimal_policy(torch.tensor([0.5, 0.6]), REWARD, 1.0), r"reference sums to 1\.1.*divide by their sum"),
+        (
+            lambda: optimal_policy(torch.tensor([0.5, 0.6]), REWARD, 1.0),
+            r"reference sums to 1\.1.*divide by their sum",
+        ),
         (lambda: kl(torch.tensor([1.5, -0.5]), UNIFORM), "p is .* must not be negative"),
         (lambda: kl(UNIFORM, torch.ones(3) / 3), "p has 2 outcomes and q 3"),
-        (lambda: optimal_policy(UNIFORM, torch.zeros(3), 1.0), "reward has 3 outcomes and the distribution 2"),
+        (
+            lambda: optimal_policy(UNIFORM, torch.zeros(3), 1.0),
+            "reward has 3 outcomes and the distribution 2",
+        ),
         (lambda: optimal_policy(UNIFORM, torch.tensor([0.0, math.nan]), 1.0), "finite"),
         (lambda: optimal_policy(UNIFORM, REWARD, 0.0), "beta is 0.0; it must be a positive"),
         (lambda: value_gap(torch.tensor([0.5, 0.6]), UNIFORM, REWARD, 1.0), "policy sums to"),
-        (lambda: implicit_reward(UNIFORM, torch.ones(3) / 3, 1.0), "policy has 2 outcomes and reference 3"),
+        (
+            lambda: implicit_reward(UNIFORM, torch.ones(3) / 3, 1.0),
+            "policy has 2 outcomes and reference 3",
+        ),
     ],
 )
 def test_bad_input_is_named(call, words):

@@ -22,12 +22,18 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PIN_LINES = (ROOT / "constraints.txt").read_text().splitlines()
 REQUIREMENTS = [
-    Requirement(line) for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for line in group
+    Requirement(line)
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for line in group
 ]
 
 
 def test_every_pin_is_a_plain_version_and_they_are_sorted():
-    assert [line for line in PIN_LINES if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", line)] == []
+    assert [
+        line
+        for line in PIN_LINES
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.]*", line)
+    ] == []
     names = [canonicalize_name(line.split("==")[0]) for line in PIN_LINES]
     assert names == sorted(set(names)), "pins must be sorted by name, each name once"
 
@@ -36,13 +42,19 @@ def test_every_pin_is_a_plain_version_and_they_are_sorted():
 def test_every_dependency_is_pinned_within_its_bound(requirement):
     assert requirement.specifier, f"{requirement} has no bound"
     pins = [Requirement(line) for line in PIN_LINES]
-    versions = [str(pin.specifier)[2:] for pin in pins if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+    versions = [
+        str(pin.specifier)[2:]
+        for pin in pins
+        if canonicalize_name(pin.name) == canonicalize_name(requirement.name)
+    ]
     assert len(versions) == 1
     assert requirement.specifier.contains(versions[0], prereleases=True)
 
 
 def test_every_pin_installs_on_the_oldest_python_that_is_allowed():
-    oldest = re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])[1] + ".0"  # Debian 12 has 3.11.2
+    oldest = (
+        re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])[1] + ".0"
+    )  # Debian 12 has 3.11.2
     refused, seen = [], 0
     for line in PIN_LINES:
         try:
@@ -74,7 +86,9 @@ def test_everything_the_installed_dependencies_need_is_pinned():
             # A CUDA build of torch pins its own GPU libraries exactly.
             if name == "torch" and re.match(r"nvidia|cuda|triton", need.name):
                 continue
-            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+            if need.marker is None or any(
+                need.marker.evaluate({"extra": extra}) for extra in {"", *extras}
+            ):
                 queue.append((need.name, frozenset(need.extras)))
     assert len(seen) > len(REQUIREMENTS)
     assert missing == set()
@@ -113,11 +127,25 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")}
-    return subprocess.run(["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS")
+    }
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
-@pytest.mark.parametrize("target, command", [("lab", "jupyter lab notebooks/"), ("test", "-m pytest"), ("demo", "dpo-lab train")])
+@pytest.mark.parametrize(
+    "target, command",
+    [("lab", "jupyter lab notebooks/"), ("test", "-m pytest"), ("demo", "dpo-lab train")],
+)
 def test_a_second_call_sets_nothing_up_again(checkout, target, command):
     printed = make(checkout, "-n", target).stdout
     assert command in printed
@@ -130,7 +158,9 @@ def test_changed_dependencies_are_installed_with_the_constraints(checkout, newer
     os.utime(checkout / newer, (3_000_000, 3_000_000))
     printed = make(checkout, "-n", "test").stdout
     installs = [line for line in printed.splitlines() if "pip install" in line]
-    assert [re.search(r" -c constraints\.txt (?:-e|-U) '?([^' ]*)", line)[1] for line in installs] == ["pip", ".", ".[test]"]
+    assert [
+        re.search(r" -c constraints\.txt (?:-e|-U) '?([^' ]*)", line)[1] for line in installs
+    ] == ["pip", ".", ".[test]"]
     assert "[test]" not in make(checkout, "-n", "lab").stdout
 
 
@@ -170,7 +200,9 @@ def test_a_file_s_tests_share_a_worker_and_notebooks_do_not():
     assert split("tests/test_notebooks.py::test_a_notebook_runs[04]") != split(
         "tests/test_notebooks.py::test_a_notebook_runs[05]"
     )
-    assert "--dist loadscope --no-loadscope-reorder" in (ROOT / "Makefile").read_text()  # which ask the scheduler of conftest
+    assert (
+        "--dist loadscope --no-loadscope-reorder" in (ROOT / "Makefile").read_text()
+    )  # which ask the scheduler of conftest
 
 
 def test_the_gpu_benchmark_is_given_the_pinned_versions():

@@ -46,16 +46,29 @@ LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", "<b>&\n\\$"]
 REFERENCE, REWARD = [0.6, 0.3, 0.099, 0.001], [-5.0, 0.0, 1.0, 8.0]
 LOG_RATIOS = [1.0, 3.0, -40.0, 250.0, 0.0]
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
-CHAIN = [0] * 300 + [1] + [1] * 300 + [2], [1] * 300 + [0] + [2] * 300 + [1]  # rewards of 5.7, 0 and -5.7
+CHAIN = (
+    [0] * 300 + [1] + [1] * 300 + [2],
+    [1] * 300 + [0] + [2] * 300 + [1],
+)  # rewards of 5.7, 0 and -5.7
 
 
 def far_run(folder):
     """A recorded run whose log-ratios, KLs and rewards lie far out, below 0 too."""
     write_json(folder / "config.json", {"dpo": {"beta": 0.5}})
     for step in range(1, 5):
-        append_metrics(folder, {"step": step, "rewards/chosen": -90.0 * step, "rewards/rejected": 70.0 * step})
+        append_metrics(
+            folder, {"step": step, "rewards/chosen": -90.0 * step, "rewards/rejected": 70.0 * step}
+        )
     lines = [
-        {"step": 0, "chosen": [0.0, 0.0], "rejected": [0.0, 0.0], "texts": ["a"], "rewards": [0.25], "reward": 0.5, "kl": -0.4},
+        {
+            "step": 0,
+            "chosen": [0.0, 0.0],
+            "rejected": [0.0, 0.0],
+            "texts": ["a"],
+            "rewards": [0.25],
+            "reward": 0.5,
+            "kl": -0.4,
+        },
         {
             "step": 4,
             "chosen": [400.0, -3.0],
@@ -73,8 +86,14 @@ def far_run(folder):
 def far_sweep():
     """The shipped sweep, with a run that ends below a KL of 0 and one whose target lies above every KL."""
     sweep = recorded()
-    rows = [row | ({"kl": -0.3} if row["method"] == "dpo" and row["step"] == 0 else {}) for row in sweep.rows]
-    rows = [row | ({"setting": 400.0} if (row["method"], row["setting"]) == ("ppo", 12.0) else {}) for row in rows]
+    rows = [
+        row | ({"kl": -0.3} if row["method"] == "dpo" and row["step"] == 0 else {})
+        for row in sweep.rows
+    ]
+    rows = [
+        row | ({"setting": 400.0} if (row["method"], row["setting"]) == ("ppo", 12.0) else {})
+        for row in rows
+    ]
     samples = {name.replace("ppo-12-", "ppo-400-"): found for name, found in sweep.samples.items()}
     return replace(sweep, rows=rows, samples=samples)
 
@@ -90,7 +109,9 @@ EXPLORERS = {
     "beta": lambda runs: beta_explorer(REFERENCE, REWARD, LABELS),
     "bandit": lambda runs: bandit_explorer(REFERENCE, REWARD, LABELS),
     **{
-        f"gradient weight, {kind}": lambda runs, kind=kind: gradient_weight_explorer(LOG_RATIOS, kind=kind)
+        f"gradient weight, {kind}": lambda runs, kind=kind: gradient_weight_explorer(
+            LOG_RATIOS, kind=kind
+        )
         for kind in ("sigmoid", "ipo", "hinge", "robust")
     },
     "gradient weight of a run": lambda runs: gradient_weight_explorer(run=str(runs[1])),
@@ -104,7 +125,10 @@ EXPLORERS = {
 def grid(slider):
     if isinstance(slider, SelectionSlider):
         return [value for _, value in slider.options]
-    steps = [slider.min + k * slider.step for k in range(round((slider.max - slider.min) / slider.step) + 1)]
+    steps = [
+        slider.min + k * slider.step
+        for k in range(round((slider.max - slider.min) / slider.step) + 1)
+    ]
     return [slider.base**step for step in steps] if hasattr(slider, "base") else steps
 
 
@@ -113,11 +137,18 @@ def outside(artist):
     if isinstance(artist, Rectangle):
         points = np.array([[artist.get_x(), artist.get_height()]])
     else:
-        points = np.column_stack([np.broadcast_to(values, (len(artist.get_xdata()),)) for values in artist.get_data()])
-    pixels, box = artist.get_transform().transform(points) if not isinstance(artist, Rectangle) else None, artist.axes.bbox
+        points = np.column_stack(
+            [np.broadcast_to(values, (len(artist.get_xdata()),)) for values in artist.get_data()]
+        )
+    pixels, box = (
+        artist.get_transform().transform(points) if not isinstance(artist, Rectangle) else None,
+        artist.axes.bbox,
+    )
     if pixels is None:
         pixels = artist.axes.transData.transform(points)
-    inside = (pixels >= [box.x0 - 1, box.y0 - 1]).all(1) & (pixels <= [box.x1 + 1, box.y1 + 1]).all(1)
+    inside = (pixels >= [box.x0 - 1, box.y0 - 1]).all(1) & (pixels <= [box.x1 + 1, box.y1 + 1]).all(
+        1
+    )
     return points[~inside].tolist()
 
 
@@ -138,7 +169,11 @@ def test_every_state_of_every_slider_lies_within_the_axes(name, runs):
 def test_what_stands_still_lies_within_the_axes_too(name, runs):
     explorer = EXPLORERS[name](runs)
     for axes in explorer.picture.canvas.figure.axes:
-        lines = [line for line in axes.get_lines() if line not in explorer.picture.artists and line.get_color() != plots.OPTIMUM]
+        lines = [
+            line
+            for line in axes.get_lines()
+            if line not in explorer.picture.artists and line.get_color() != plots.OPTIMUM
+        ]
         assert [outside(artist) for artist in [*lines, *axes.patches] if outside(artist)] == []
 
 
@@ -146,7 +181,10 @@ def test_the_background_follows_the_limits():
     explorer = gradient_weight_explorer(LOG_RATIOS, kind="ipo")
     for beta in (0.01, 100.0, 0.1):
         explorer.show(beta=beta)
-        quick = (explorer.picture.png(), np.asarray(explorer.picture.canvas.buffer_rgba()).astype(int))[1]
+        quick = (
+            explorer.picture.png(),
+            np.asarray(explorer.picture.canvas.buffer_rgba()).astype(int),
+        )[1]
         for artist in explorer.picture.artists:
             artist.set_animated(False)
         explorer.picture.canvas.draw()
@@ -156,15 +194,28 @@ def test_the_background_follows_the_limits():
         assert (np.abs(quick - whole).max(-1) > 60).mean() < 0.002, beta
 
 
-@pytest.mark.parametrize("of", [list, np.array, torch.tensor, lambda values: np.array(values, dtype=np.float32)])
+@pytest.mark.parametrize(
+    "of", [list, np.array, torch.tensor, lambda values: np.array(values, dtype=np.float32)]
+)
 def test_an_explorer_starts_with_exactly_what_it_was_given(of):
     sliders = bandit_explorer(of(REFERENCE), of(REWARD), LABELS).sliders
-    shown = {name: [sliders[f"{name}_{i}"].value for i in range(4)] for name in ("reward", "weight")}
-    assert shown == {"reward": floats("reward", of(REWARD)).tolist(), "weight": floats("weight", of(REFERENCE)).tolist()}
-    expected = optimal_policy(*(torch.tensor(shown[name], dtype=torch.float64) for name in ("weight", "reward")), 1.0)
-    assert bandit_state(1.0, shown["reward"], shown["weight"])["policy"].tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    shown = {
+        name: [sliders[f"{name}_{i}"].value for i in range(4)] for name in ("reward", "weight")
+    }
+    assert shown == {
+        "reward": floats("reward", of(REWARD)).tolist(),
+        "weight": floats("weight", of(REFERENCE)).tolist(),
+    }
+    expected = optimal_policy(
+        *(torch.tensor(shown[name], dtype=torch.float64) for name in ("weight", "reward")), 1.0
+    )
+    assert bandit_state(1.0, shown["reward"], shown["weight"])["policy"].tolist() == pytest.approx(
+        expected.tolist(), abs=1e-9
+    )
     bars = bandit_explorer(of(REFERENCE), of(REWARD), LABELS).picture.artists
-    assert [bar.get_height() for bar in bars] == pytest.approx(REFERENCE + expected.tolist(), abs=1e-7)
+    assert [bar.get_height() for bar in bars] == pytest.approx(
+        REFERENCE + expected.tolist(), abs=1e-7
+    )
     points = gradient_weight_explorer(of(LOG_RATIOS)).picture.artists[0]
     assert points.get_xdata() == pytest.approx(0.1 * np.array(LOG_RATIOS), rel=1e-6)
 
@@ -183,7 +234,11 @@ def test_a_slider_can_be_exactly_what_it_is_given(value, bounds):
     assert abs(steps - round(steps)) < 1e-3
     digits = {".2f": f"{value:.2f}", ".12": f"{value:.12g}"}[slider.readout_format]
     assert float(digits) == pytest.approx(value, rel=1e-11, abs=1e-300)
-    if round(value, 2) == value and low <= value <= high and abs(value / step - round(value / step)) < 1e-9:
+    if (
+        round(value, 2) == value
+        and low <= value <= high
+        and abs(value / step - round(value / step)) < 1e-9
+    ):
         assert (slider.min, slider.max) == (low, high)
 
 
@@ -205,9 +260,13 @@ def test_the_pairs_lie_on_the_curve_at_every_beta(kind):
     logps = torch.tensor(LOG_RATIOS + [0.0] * 5, dtype=torch.float64)
     for beta in grid(explorer.sliders["beta"]):
         explorer.show(beta=beta)
-        loss = dpo_loss(logps, torch.zeros(10, dtype=torch.float64), index, index + 5, beta, kind=kind)
+        loss = dpo_loss(
+            logps, torch.zeros(10, dtype=torch.float64), index, index + 5, beta, kind=kind
+        )
         for panel, points, expected in zip(
-            explorer.picture.canvas.figure.axes, explorer.picture.artists, (loss.losses, loss.gradient_weights)
+            explorer.picture.canvas.figure.axes,
+            explorer.picture.artists,
+            (loss.losses, loss.gradient_weights),
         ):
             assert points.get_xdata() == pytest.approx(loss.margins.numpy())
             assert points.get_ydata() == pytest.approx(expected.numpy())
@@ -228,11 +287,18 @@ def test_limits_hold_the_values_and_are_not_moved_without_need(values, limits):
 def test_live_curves_hold_losses_margins_and_steps_of_any_size(tmp_path):
     curves = live_curves(str(tmp_path), np.int64(2))
     assert [axes.get_xlim() for axes in curves.picture.canvas.figure.axes] == [(0, 2), (0, 2)]
-    for step, (loss, margin) in enumerate([(0.7, 0.0), (25.0, -30.0), (-2.0, 90.0), (float("nan"), 1.0)], start=1):
+    for step, (loss, margin) in enumerate(
+        [(0.7, 0.0), (25.0, -30.0), (-2.0, 90.0), (float("nan"), 1.0)], start=1
+    ):
         append_metrics(tmp_path, {"step": step, "loss": loss, "rewards/margins": margin})
         curves(None, step)
         for artist in curves.picture.artists:
-            artist.set_data(*(values[np.isfinite(artist.get_ydata())] for values in map(np.array, artist.get_data())))
+            artist.set_data(
+                *(
+                    values[np.isfinite(artist.get_ydata())]
+                    for values in map(np.array, artist.get_data())
+                )
+            )
             assert outside(artist) == []
 
 
@@ -261,15 +327,25 @@ POINTS = [
 ]
 MANY = {
     "distributions": lambda: plots.plot_distributions(["a", "b"], dict.fromkeys(NAMES, [0.5, 0.5])),
-    "beta path": lambda: plots.plot_beta_path([1.0, 2.0], np.full((2, 16), 1 / 16), NAMES, [0, 1], [0, 1]),
+    "beta path": lambda: plots.plot_beta_path(
+        [1.0, 2.0], np.full((2, 16), 1 / 16), NAMES, [0, 1], [0, 1]
+    ),
     "lines": lambda: plots.plot_lines("t", [0, 1], dict.fromkeys(NAMES, [0, 1]), "x", "y"),
-    "band": lambda: plots.plot_band("t", [1, 2], np.ones((2, 3)), dict.fromkeys(NAMES, [1, 1]), "x", "y"),
+    "band": lambda: plots.plot_band(
+        "t", [1, 2], np.ones((2, 3)), dict.fromkeys(NAMES, [1, 1]), "x", "y"
+    ),
     "race": lambda: plots.plot_race("t", dict.fromkeys(NAMES, ([1, 2], np.ones((2, 3)))), "x", "y"),
     "simplex": lambda: plots.plot_simplex(
-        lambda p: p[:, 0], LABELS[:3], dict.fromkeys(NAMES[:9], torch.eye(3)), dict.fromkeys(NAMES[9:], torch.ones(3) / 3), 8
+        lambda p: p[:, 0],
+        LABELS[:3],
+        dict.fromkeys(NAMES[:9], torch.eye(3)),
+        dict.fromkeys(NAMES[9:], torch.ones(3) / 3),
+        8,
     ),
     "frontier": lambda: plots.plot_frontier(dict.fromkeys(NAMES, POINTS), OPTIMAL),
-    "contenders": lambda: plots.plot_contenders(dict.fromkeys(NAMES, POINTS), OPTIMAL, np.array([[0, 1], [0, 1], [0, 1]])),
+    "contenders": lambda: plots.plot_contenders(
+        dict.fromkeys(NAMES, POINTS), OPTIMAL, np.array([[0, 1], [0, 1], [0, 1]])
+    ),
 }
 
 
@@ -280,7 +356,10 @@ def test_everything_that_is_given_is_drawn_and_named(name):
     assert [text for text in texts(figure) if text in NAMES] == NAMES
 
 
-@pytest.mark.parametrize("name, n", [("distributions", 16), ("lines", 16), ("race", 16), ("beta path", 12), ("contenders", 16)])
+@pytest.mark.parametrize(
+    "name, n",
+    [("distributions", 16), ("lines", 16), ("race", 16), ("beta path", 12), ("contenders", 16)],
+)
 def test_what_is_drawn_together_can_be_told_apart(name, n):
     axes = MANY[name]().axes[0]
     artists = [artist for artist in axes.get_lines() if text_of(artist.get_label()) in NAMES]
@@ -302,24 +381,38 @@ def test_points_of_any_size_lie_within_the_axes(name):
     axes = MANY[name]().axes[0]
     lines = [line for line in axes.get_lines() if line.get_color() != plots.OPTIMUM]
     assert len(lines) > 9 and [outside(line) for line in lines if outside(line)] == []
-    near = plots.plot_frontier({"DPO": [{"reward": 0.5, "reward_se": 0.01, "kl": 1.0, "kl_se": 0.1}]}).axes[0]
+    near = plots.plot_frontier(
+        {"DPO": [{"reward": 0.5, "reward_se": 0.01, "kl": 1.0, "kl_se": 0.1}]}
+    ).axes[0]
     assert near.get_ylim() == (0.4, 1.0)
 
 
 @pytest.mark.parametrize("least", [0.0, -0.3])
 def test_the_scale_of_roots_goes_below_zero_where_a_kl_does(least):
-    axes = plots.plot_betas({0.1: [{"kl": least, "reward": 0.5}, {"kl": 9.0, "reward": 0.9}]}, OPTIMAL).axes[0]
+    axes = plots.plot_betas(
+        {0.1: [{"kl": least, "reward": 0.5}, {"kl": 9.0, "reward": 0.9}]}, OPTIMAL
+    ).axes[0]
     line = axes.get_lines()[1]
     assert outside(line) == [] and line.get_xdata()[0] == least
     assert axes.get_xlim()[0] == pytest.approx(1.1 * least)
 
 
 LABELLED = {
-    "bars": lambda labels: ticks(plots.plot_distributions(labels, {"one": [0.25] * 4}).axes[0].xaxis),
-    "intervals": lambda labels: ticks(plots.plot_intervals(labels, [0] * 4, [1] * 4, [2] * 4).axes[0].yaxis),
-    "beta path": lambda labels: texts(plots.plot_beta_path([1, 2], np.full((2, 4), 0.25), labels, [0, 1], [0, 1]))[:4],
-    "beta explorer": lambda labels: ticks(beta_explorer(REFERENCE, REWARD, labels).picture.canvas.figure.axes[0].xaxis),
-    "bandit explorer": lambda labels: ticks(bandit_explorer(REFERENCE, REWARD, labels).picture.canvas.figure.axes[0].xaxis),
+    "bars": lambda labels: ticks(
+        plots.plot_distributions(labels, {"one": [0.25] * 4}).axes[0].xaxis
+    ),
+    "intervals": lambda labels: ticks(
+        plots.plot_intervals(labels, [0] * 4, [1] * 4, [2] * 4).axes[0].yaxis
+    ),
+    "beta path": lambda labels: texts(
+        plots.plot_beta_path([1, 2], np.full((2, 4), 0.25), labels, [0, 1], [0, 1])
+    )[:4],
+    "beta explorer": lambda labels: ticks(
+        beta_explorer(REFERENCE, REWARD, labels).picture.canvas.figure.axes[0].xaxis
+    ),
+    "bandit explorer": lambda labels: ticks(
+        bandit_explorer(REFERENCE, REWARD, labels).picture.canvas.figure.axes[0].xaxis
+    ),
 }
 
 
@@ -327,7 +420,10 @@ LABELLED = {
 def test_labels_are_shown_letter_by_letter_one_for_each(name):
     assert LABELLED[name](LABELS) == LABELS
     for labels in (LABELS[:3], [*LABELS, "more"], []):
-        with pytest.raises(ValueError, match=f"labels has {len(labels)} entries.* there are 4 .*give one label for each"):
+        with pytest.raises(
+            ValueError,
+            match=f"labels has {len(labels)} entries.* there are 4 .*give one label for each",
+        ):
             LABELLED[name](labels)
 
 
@@ -336,7 +432,10 @@ def test_labels_of_the_other_pictures_are_shown_letter_by_letter():
     simplex = [text_of(text.get_text()) for text in MANY["simplex"]().axes[0].texts]
     assert bars == simplex == LABELS[:3]
     axes = plots.plot_memory({LABELS[0]: {LABELS[1]: LABELS[2]}}, 1.0).axes[0]
-    assert ticks(axes.yaxis) == LABELS[:1] and text_of(axes.texts[0].get_text()) == f"{LABELS[1]}\n{LABELS[2]}"
+    assert (
+        ticks(axes.yaxis) == LABELS[:1]
+        and text_of(axes.texts[0].get_text()) == f"{LABELS[1]}\n{LABELS[2]}"
+    )
     sliders = bandit_explorer(REFERENCE, REWARD, LABELS).sliders
     for i, label in enumerate(LABELS):
         assert (
@@ -348,13 +447,25 @@ def test_labels_of_the_other_pictures_are_shown_letter_by_letter():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: beta_explorer([0.5, 0.5], [0.0, 1.0, 2.0], ["a", "b"]), "reward has 3 outcomes and the distribution 2"),
+        (
+            lambda: beta_explorer([0.5, 0.5], [0.0, 1.0, 2.0], ["a", "b"]),
+            "reward has 3 outcomes and the distribution 2",
+        ),
         (lambda: bandit_explorer([0.5, 0.6], [0.0, 1.0], ["a", "b"]), "reference sums to 1.1"),
         (lambda: bandit_explorer([0.5, 0.5], [0.0, np.nan], ["a", "b"]), "reward is .*finite"),
-        (lambda: bandit_explorer([[0.5, 0.5]], [0.0, 1.0], ["a", "b"]), r"reference has shape \(1, 2\)"),
+        (
+            lambda: bandit_explorer([[0.5, 0.5]], [0.0, 1.0], ["a", "b"]),
+            r"reference has shape \(1, 2\)",
+        ),
         (lambda: beta_explorer(["x", "y"], [0.0, 1.0], ["a", "b"]), "reference holds 'x'"),
-        (lambda: plots.plot_simplex(lambda p: p[:, 0], ["a", "b"], {}, {}, 8), "labels has 2 entries"),
-        (lambda: plots.plot_lines("t", [0, 1], {"one": [0, 1], "two": [0]}, "x", "y"), "line 'two' has 1 values and x has 2"),
+        (
+            lambda: plots.plot_simplex(lambda p: p[:, 0], ["a", "b"], {}, {}, 8),
+            "labels has 2 entries",
+        ),
+        (
+            lambda: plots.plot_lines("t", [0, 1], {"one": [0, 1], "two": [0]}, "x", "y"),
+            "line 'two' has 1 values and x has 2",
+        ),
         (lambda: plots.token_html(["a"], [1.0, 2.0]), "1 tokens and 2 values"),
         (lambda: gradient_weight_explorer([1.0], kind="dpo"), "kind is 'dpo'"),
     ],
@@ -441,7 +552,9 @@ marked = st.lists(st.sampled_from(MARKUP), max_size=12).map("".join) | st.text(
 def test_html_shows_the_text_and_no_markup_or_formula(text):
     shown, reader = read_html(for_html(text))
     assert shown == text and set(reader.tags) <= {"span"}
-    assert all(len(node) == 1 for node in reader.nodes if "$" in node or "\\" in node)  # alone in its element
+    assert all(
+        len(node) == 1 for node in reader.nodes if "$" in node or "\\" in node
+    )  # alone in its element
 
 
 @settings(max_examples=300, deadline=None)
@@ -449,9 +562,9 @@ def test_html_shows_the_text_and_no_markup_or_formula(text):
 def test_a_cell_of_a_markdown_table_shows_the_text_on_one_line(text):
     cell = for_markdown(text)
     assert len(cell.splitlines()) <= 1
-    table = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "math", "url"])(
-        f"| head |\n|---|\n| {cell} |\n"
-    )
+    table = mistune.create_markdown(
+        escape=False, plugins=["table", "strikethrough", "math", "url"]
+    )(f"| head |\n|---|\n| {cell} |\n")
     (found,) = re.findall("<td>(.*?)</td>", table, re.DOTALL) or [""]
     shown, reader = read_html(found)
     lines = re.sub("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]", "\n", text)
@@ -462,7 +575,9 @@ def test_a_cell_of_a_markdown_table_shows_the_text_on_one_line(text):
 @given(st.text(), st.sampled_from(LABELS))
 def test_a_label_of_a_figure_is_no_mathematics(text, label):
     for one in (text, label, label + text):
-        assert text_of(for_figure(one)) == one.removeprefix("\u200b") and not for_figure(one).startswith("_")
+        assert text_of(for_figure(one)) == one.removeprefix("\u200b") and not for_figure(
+            one
+        ).startswith("_")
 
 
 def evaluation(texts):
@@ -475,7 +590,11 @@ def test_samples_are_a_row_each_whatever_they_hold(tmp_path):
     save_samples(str(tmp_path), evaluation(texts), evaluation(texts[::-1]), n=np.int64(100))
     lines = (tmp_path / "samples.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 + len(texts) and all(line.count("|") == 5 for line in lines)
-    rows = re.findall("<tr>(.*?)</tr>", mistune.create_markdown(escape=False, plugins=["table"])("\n".join(lines)), re.DOTALL)
+    rows = re.findall(
+        "<tr>(.*?)</tr>",
+        mistune.create_markdown(escape=False, plugins=["table"])("\n".join(lines)),
+        re.DOTALL,
+    )
     assert len(rows) == 1 + len(texts)
 
 
@@ -495,4 +614,7 @@ def test_notebooks_show_texts_of_models_escaped():
             source = "".join(cell["source"])
             if cell["cell_type"] == "code" and "HTML(" in source:
                 for line in source.splitlines():
-                    assert not re.search(r"f\"<.*\{(?!for_html)[^}]*(decode|texts?\b)", line), (path.name, line)
+                    assert not re.search(r"f\"<.*\{(?!for_html)[^}]*(decode|texts?\b)", line), (
+                        path.name,
+                        line,
+                    )

@@ -40,20 +40,35 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("command", "option"), COMMANDS)
-@pytest.mark.parametrize("kind", ["a directory that may not be made", "the forbidden directory itself", "a file", "below a file"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a directory that may not be made",
+        "the forbidden directory itself",
+        "a file",
+        "below a file",
+    ],
+)
 def test_nowhere_to_write_is_said_before_anything_is_loaded(
     forbidden, nothing_is_loaded, tmp_path, monkeypatch, capsys, command, option, kind
 ):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "file"
     file.write_text("mine")
-    where = {"a file": file, "below a file": file / "run", "the forbidden directory itself": forbidden}.get(
-        kind, forbidden / "run"
-    )
+    where = {
+        "a file": file,
+        "below a file": file / "run",
+        "the forbidden directory itself": forbidden,
+    }.get(kind, forbidden / "run")
     before = sorted(tmp_path.rglob("*"))
     assert main([command, option, str(where)]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("dpo-lab: error:") and str(where) in said and "--out" in said and len(said.splitlines()) == 1
+    assert (
+        said.startswith("dpo-lab: error:")
+        and str(where) in said
+        and "--out" in said
+        and len(said.splitlines()) == 1
+    )
     assert sorted(tmp_path.rglob("*")) == before and file.read_text() == "mine"
 
 
@@ -78,8 +93,16 @@ def test_a_directory_of_something_else_is_refused_before_anything_is_loaded(
     out = ["--out", str(tmp_path / "out")] if option == "--data" and command == "train" else []
     assert main([command, option, str(file.parent), *out]) == 2
     said = capsys.readouterr().err
-    assert ("holds a run with another config" if kind == "another config" else "is not empty and has no config.json") in said
-    assert file.read_text() == '{"mine": 1}' and [*file.parent.iterdir()] == [file] and not (tmp_path / "out").exists()
+    assert (
+        "holds a run with another config"
+        if kind == "another config"
+        else "is not empty and has no config.json"
+    ) in said
+    assert (
+        file.read_text() == '{"mine": 1}'
+        and [*file.parent.iterdir()] == [file]
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path):
@@ -95,7 +118,12 @@ def test_what_the_system_refuses_later_is_one_line_with_what_to_set(monkeypatch,
     monkeypatch.setattr(experiment, "evaluate", refused)
     assert main(["evaluate"]) == 2
     said = capsys.readouterr().err
-    assert "/somewhere/cache" in said and "--out" in said and "DPO_LAB_CACHE" in said and "Traceback" not in said
+    assert (
+        "/somewhere/cache" in said
+        and "--out" in said
+        and "DPO_LAB_CACHE" in said
+        and "Traceback" not in said
+    )
 
 
 def test_a_classifier_that_cannot_be_kept_is_used_all_the_same(forbidden, tmp_path, monkeypatch):
@@ -129,11 +157,19 @@ def test_doctor_looks_at_every_place(forbidden, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "latin-1", "utf-8"])
 def test_a_terminal_without_a_character_is_no_reason_to_fail(monkeypatch, encoding):
-    monkeypatch.setattr(experiment, "evaluate", lambda *a, **k: {"reward": 0.5, "reward_se": 0.1, "kl": 1, "kl_se": 0.2})
+    monkeypatch.setattr(
+        experiment,
+        "evaluate",
+        lambda *a, **k: {"reward": 0.5, "reward_se": 0.1, "kl": 1, "kl_se": 0.2},
+    )
     shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding, write_through=True))
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(shown, encoding=encoding, write_through=True)
+    )
     assert cli.main(["evaluate"]) == 0
-    assert "reward 0.500" in (text := shown.getvalue().decode(encoding)) and ("±" in text or "xb1" in text)
+    assert "reward 0.500" in (text := shown.getvalue().decode(encoding)) and (
+        "±" in text or "xb1" in text
+    )
 
 
 def test_a_tilde_is_the_home_directory(tiny, tmp_path, monkeypatch, made_up_reviews):

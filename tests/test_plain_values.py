@@ -11,13 +11,32 @@ from datasets import Dataset, DatasetDict
 
 from dpo_lab import bandit, contenders, plots
 from dpo_lab.advantages import adapted_kl_coefficient, gae
-from dpo_lab.evaluate import best_of_n, distinct_n, evaluate_policy, frontier_band, optimal_frontier, win_rate
+from dpo_lab.evaluate import (
+    best_of_n,
+    distinct_n,
+    evaluate_policy,
+    frontier_band,
+    optimal_frontier,
+    win_rate,
+)
 from dpo_lab.imdb import texts_of
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import score_completions
-from dpo_lab.losses import bradley_terry_nll, clipped_value_loss, dpo_loss, ppo_clip_loss, unlikelihood_loss
+from dpo_lab.losses import (
+    bradley_terry_nll,
+    clipped_value_loss,
+    dpo_loss,
+    ppo_clip_loss,
+    unlikelihood_loss,
+)
 from dpo_lab.models import EMBEDDED, ScalarModel, load_model, load_tokenizer
-from dpo_lab.objective import implicit_reward, log_partition, objective_value, optimal_policy, value_gap
+from dpo_lab.objective import (
+    implicit_reward,
+    log_partition,
+    objective_value,
+    optimal_policy,
+    value_gap,
+)
 from dpo_lab.ppo import PPOConfig, train_ppo
 from dpo_lab.preferences import Preferences, from_rankings, from_rows, from_scores
 from dpo_lab.rewards import fit_bradley_terry
@@ -39,7 +58,9 @@ FLOATS = {
     "torch": torch.tensor,
     "torch bfloat16": lambda values: torch.tensor(values, dtype=torch.bfloat16),
     "torch with a gradient": lambda values: torch.tensor(values, requires_grad=True),
-    "list of tensors": lambda values: [torch.tensor(value, dtype=torch.bfloat16, requires_grad=True) for value in values],
+    "list of tensors": lambda values: [
+        torch.tensor(value, dtype=torch.bfloat16, requires_grad=True) for value in values
+    ],
     "tuple": tuple,
 }
 as_sequence = pytest.mark.parametrize("of", SEQUENCES.values(), ids=SEQUENCES)
@@ -56,7 +77,10 @@ NO_IDS += [(np.array([0.5]), "0.5"), (torch.tensor([1.0]), "1.0"), (None, "None"
 
 
 def fields(p):
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(p).items()}
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in vars(p).items()
+    }
 
 
 # Token ids and indices
@@ -66,17 +90,32 @@ def fields(p):
 def test_scored_ids_become_plain(of, tokenizer, model):
     prompts, completions, scores = [[0, 7]], [[[5, 6, 0], [7, 0], [7, 0]]], [[2.0, 1.0, 0.0]]
     plain = from_scores(prompts, completions, scores, tokenizer, context=64)
-    found = from_scores([of(p) for p in prompts], [[of(c) for c in row] for row in completions], scores, tokenizer, context=64)
+    found = from_scores(
+        [of(p) for p in prompts],
+        [[of(c) for c in row] for row in completions],
+        scores,
+        tokenizer,
+        context=64,
+    )
     assert fields(found) == fields(plain) and found.report.identical == 1
     assert {type(token) for ids in found.prompts + found.completions for token in ids} == {int}
-    assert found.with_reference(model).reference_logps.tolist() == plain.with_reference(model).reference_logps.tolist()
+    assert (
+        found.with_reference(model).reference_logps.tolist()
+        == plain.with_reference(model).reference_logps.tolist()
+    )
 
 
 @pytest.mark.parametrize("of", [np.array, torch.tensor])
 def test_whole_arrays_are_taken_as_a_model_gives_them(of, tokenizer):
-    prompts, completions, scores = [[0, 7], [0, 8]], [[[5, 0], [6, 0]], [[5, 0], [9, 0]]], [[2.0, 1.0], [0.0, 1.0]]
+    prompts, completions, scores = (
+        [[0, 7], [0, 8]],
+        [[[5, 0], [6, 0]], [[5, 0], [9, 0]]],
+        [[2.0, 1.0], [0.0, 1.0]],
+    )
     plain = from_scores(prompts, completions, scores, tokenizer, context=64)
-    assert fields(from_scores(of(prompts), of(completions), of(scores), tokenizer, context=64)) == fields(plain)
+    assert fields(
+        from_scores(of(prompts), of(completions), of(scores), tokenizer, context=64)
+    ) == fields(plain)
 
 
 @as_floats
@@ -86,7 +125,11 @@ def test_scores_become_float64(of, tokenizer):
 
 
 def small(**changes):
-    parts = {"prompts": [[0], [0, 1]], "completions": [[2, 0], [3, 0], [2, 0], [3, 0]], "prompt_of": [0, 0, 1, 1]}
+    parts = {
+        "prompts": [[0], [0, 1]],
+        "completions": [[2, 0], [3, 0], [2, 0], [3, 0]],
+        "prompt_of": [0, 0, 1, 1],
+    }
     return Preferences(**parts | {"chosen": [0, 3], "rejected": [1, 2]} | changes)
 
 
@@ -95,7 +138,10 @@ def test_preferences_built_by_hand_become_plain(of, model, tmp_path):
     plain = small()
     assert plain.prompt_of.dtype == plain.chosen.dtype == plain.rejected.dtype == np.int64
     ids = {name: [of(row) for row in getattr(plain, name)] for name in ("prompts", "completions")}
-    found = small(**ids, **{name: of(getattr(plain, name).tolist()) for name in ("prompt_of", "chosen", "rejected")})
+    found = small(
+        **ids,
+        **{name: of(getattr(plain, name).tolist()) for name in ("prompt_of", "chosen", "rejected")},
+    )
     assert fields(found) == fields(plain) and found.tokens_hash() == plain.tokens_hash()
     assert found.pairs_by_prompt() == [[0], [1]]
     scored = found.with_reference(model)
@@ -112,27 +158,41 @@ def test_scores_and_log_probs_built_by_hand_become_float64(of, name):
 
 @as_sequence
 def test_batches_are_made_of_any_sequence(of, model):
-    prompts, completions, prompt_of = [[0, 1, 2], [3], [4, 5]], [[6, 0], [7, 8, 0], [9], [10, 11]], [0, 0, 2, 2]
+    prompts, completions, prompt_of = (
+        [[0, 1, 2], [3], [4, 5]],
+        [[6, 0], [7, 8, 0], [9], [10, 11]],
+        [0, 0, 2, 2],
+    )
     given = [of(p) for p in prompts], [of(c) for c in completions], of(prompt_of)
     for share in (False, True):
-        plain, found = completion_batch(prompts, completions, prompt_of, share=share), completion_batch(*given, share=share)
+        plain, found = (
+            completion_batch(prompts, completions, prompt_of, share=share),
+            completion_batch(*given, share=share),
+        )
         for name in ("input_ids", "position_ids", "sources", "targets", "owners", "spread", "pack"):
             a, b = getattr(plain, name), getattr(found, name)
             assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b)), name
-    assert score_completions(model, *given).tolist() == score_completions(model, prompts, completions, prompt_of).tolist()
+    assert (
+        score_completions(model, *given).tolist()
+        == score_completions(model, prompts, completions, prompt_of).tolist()
+    )
 
 
 def test_a_batch_of_one_array_is_a_batch(model):
     prompts, completions = np.array([[0, 1], [0, 2]]), np.array([[3, 0], [4, 0]])
     found = completion_batch(prompts, completions, range(2))
-    assert torch.equal(found.targets, completion_batch(prompts.tolist(), completions.tolist(), [0, 1]).targets)
+    assert torch.equal(
+        found.targets, completion_batch(prompts.tolist(), completions.tolist(), [0, 1]).targets
+    )
 
 
 ID_DOORS = {
     "completions[0]": lambda ids, t: completion_batch([[0]], [ids], [0]),
     "prompts[1]": lambda ids, t: completion_batch([[0], ids], [[1]], [1]),
     "prompt_of": lambda ids, t: completion_batch([[0]], [[1]], ids),
-    "completions[0][1]": lambda ids, t: from_scores([[0]], [[[5, 0], ids]], [[1, 0]], t, context=64),
+    "completions[0][1]": lambda ids, t: from_scores(
+        [[0]], [[[5, 0], ids]], [[1, 0]], t, context=64
+    ),
     "prompt 0": lambda ids, t: from_scores([ids], [[[5, 0], [6, 0]]], [[1, 0]], t, context=64),
     "prompts[1] ": lambda ids, t: small(prompts=[[0], ids]),
     "completions[2]": lambda ids, t: small(completions=[[2, 0], [3, 0], ids, [3, 0]]),
@@ -142,20 +202,31 @@ ID_DOORS = {
 }
 
 
-@pytest.mark.parametrize("ids, shown", NO_IDS, ids=[f"{type(ids).__name__} {shown}" for ids, shown in NO_IDS])
+@pytest.mark.parametrize(
+    "ids, shown", NO_IDS, ids=[f"{type(ids).__name__} {shown}" for ids, shown in NO_IDS]
+)
 @pytest.mark.parametrize("name", ID_DOORS)
 def test_what_is_no_token_or_index_is_refused_by_name(name, ids, shown, tokenizer):
-    if isinstance(ids, str) and name == "completions[0][1]" or name == "prompt 0" and isinstance(ids, str):
+    if (
+        isinstance(ids, str)
+        and name == "completions[0][1]"
+        or name == "prompt 0"
+        and isinstance(ids, str)
+    ):
         return  # a text, which these take
     with pytest.raises((TypeError, ValueError)) as caught:
         ID_DOORS[name](ids, tokenizer)
     one_each = name == "prompt_of" and "need one each" in str(caught.value)
-    assert one_each or (name.strip() in str(caught.value) and shown in str(caught.value)), caught.value
+    assert one_each or (name.strip() in str(caught.value) and shown in str(caught.value)), (
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("name", ["completions[0][1]", "prompt 0", "prompts[1] ", "completions[2]"])
 def test_negative_ids_are_refused_by_name(name, tokenizer):
-    with pytest.raises(ValueError, match=r"\[1\] is -100; a token id is an index into the vocabulary") as caught:
+    with pytest.raises(
+        ValueError, match=r"\[1\] is -100; a token id is an index into the vocabulary"
+    ) as caught:
         ID_DOORS[name]([5, -100], tokenizer)
     assert name.strip() in str(caught.value)
 
@@ -163,13 +234,28 @@ def test_negative_ids_are_refused_by_name(name, tokenizer):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda t: from_scores("ab", [[" a", " b"]] * 2, [[1, 0]] * 2, t, context=64), "prompts is 'ab' .str"),
-        (lambda t: from_scores(["a"], [" bore"], [[1, 0, 0, 0, 0]], t, context=64), r"completions\[0\] is one string, ' bore'"),
-        (lambda t: from_scores(["a"], [[" a", " b"]], [["x", "y"]], t, context=64), r"scores\[0\] holds 'x'"),
+        (
+            lambda t: from_scores("ab", [[" a", " b"]] * 2, [[1, 0]] * 2, t, context=64),
+            "prompts is 'ab' .str",
+        ),
+        (
+            lambda t: from_scores(["a"], [" bore"], [[1, 0, 0, 0, 0]], t, context=64),
+            r"completions\[0\] is one string, ' bore'",
+        ),
+        (
+            lambda t: from_scores(["a"], [[" a", " b"]], [["x", "y"]], t, context=64),
+            r"scores\[0\] holds 'x'",
+        ),
         (lambda t: from_rankings("ab", [[" a", " b"]] * 2, t, context=64), "prompts is 'ab' .str"),
-        (lambda t: from_rankings(["a"], [[" a", None]], t, context=64), "ranking 0 must hold at least two different"),
+        (
+            lambda t: from_rankings(["a"], [[" a", None]], t, context=64),
+            "ranking 0 must hold at least two different",
+        ),
         (lambda t: from_rows([ROW], t, context=64.0), "context is 64.0 .float"),
-        (lambda t: from_rows([ROW], t, context=64, max_completion_tokens="9"), "max_completion_tokens is '9'"),
+        (
+            lambda t: from_rows([ROW], t, context=64, max_completion_tokens="9"),
+            "max_completion_tokens is '9'",
+        ),
         (lambda t: replace(small(), reference_precision="bf16"), "reference_precision is 'bf16'"),
         (lambda t: small(scores=["a"] * 4), "scores holds 'a'"),
     ],
@@ -185,10 +271,16 @@ def test_other_values_of_the_wrong_kind_are_named(make, words, tokenizer):
 @pytest.mark.parametrize(
     "rows, words",
     [
-        (DatasetDict(train=Dataset.from_list([ROW])), ["rows is a DatasetDict", "['train']", "rows['train']"]),
+        (
+            DatasetDict(train=Dataset.from_list([ROW])),
+            ["rows is a DatasetDict", "['train']", "rows['train']"],
+        ),
         (pandas.DataFrame([ROW]), ["rows is a DataFrame", "Dataset.from_pandas(rows)"]),
         (ROW, ["rows is a dict that is one row", "[row]"]),
-        ({name: [text] for name, text in ROW.items()}, ["rows is a dict of columns", "Dataset.from_dict(rows)"]),
+        (
+            {name: [text] for name, text in ROW.items()},
+            ["rows is a dict of columns", "Dataset.from_dict(rows)"],
+        ),
         ("rows.jsonl", ["rows is a str and no rows", "load_dataset"]),
         (3, ["rows is a int, 3", "holds no rows"]),
         (None, ["rows is a NoneType"]),
@@ -200,25 +292,44 @@ def test_other_values_of_the_wrong_kind_are_named(make, words, tokenizer):
 def test_what_holds_no_rows_is_named_with_what_to_pass(rows, words, tokenizer):
     with pytest.raises(ValueError) as caught:
         from_rows(rows, tokenizer, context=64)
-    assert [word for word in [*words, "'chosen': ' was a joy.'"] if word not in str(caught.value)] == [], caught.value
+    assert [
+        word for word in [*words, "'chosen': ' was a joy.'"] if word not in str(caught.value)
+    ] == [], caught.value
 
 
-@pytest.mark.parametrize("wrap", [iter, tuple, Dataset.from_list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
+@pytest.mark.parametrize(
+    "wrap",
+    [iter, tuple, Dataset.from_list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()],
+)
 def test_any_iterable_of_rows_is_read(wrap, tokenizer):
     rows = [ROW, ROW | {"prompt": "the plot"}]
-    assert fields(from_rows(wrap(rows), tokenizer, context=np.int64(64))) == fields(from_rows(rows, tokenizer, context=64))
+    assert fields(from_rows(wrap(rows), tokenizer, context=np.int64(64))) == fields(
+        from_rows(rows, tokenizer, context=64)
+    )
 
 
 # Settings
 
-NUMBERS = {"numpy float64": np.float64, "numpy float32": np.float32, "torch": torch.tensor, "numpy array": np.array}
+NUMBERS = {
+    "numpy float64": np.float64,
+    "numpy float32": np.float32,
+    "torch": torch.tensor,
+    "numpy array": np.array,
+}
 LOGPS = torch.tensor([-1.0, -2.0, -3.0])
 CHOSEN, REJECTED = torch.tensor([0, 1]), torch.tensor([1, 2])
-P, Q, R = (torch.tensor(row, dtype=torch.float64) for row in ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [1.0, 0.0, -1.0]))
+P, Q, R = (
+    torch.tensor(row, dtype=torch.float64)
+    for row in ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [1.0, 0.0, -1.0])
+)
 SETTINGS = {
     "dpo_loss beta": lambda x: dpo_loss(LOGPS, LOGPS - 1, CHOSEN, REJECTED, x),
-    "dpo_loss label_smoothing": lambda x: dpo_loss(LOGPS, LOGPS - 1, CHOSEN, REJECTED, 0.1, label_smoothing=x),
-    "robust label_smoothing": lambda x: dpo_loss(LOGPS, LOGPS, CHOSEN, REJECTED, 0.1, kind="robust", label_smoothing=x),
+    "dpo_loss label_smoothing": lambda x: dpo_loss(
+        LOGPS, LOGPS - 1, CHOSEN, REJECTED, 0.1, label_smoothing=x
+    ),
+    "robust label_smoothing": lambda x: dpo_loss(
+        LOGPS, LOGPS, CHOSEN, REJECTED, 0.1, kind="robust", label_smoothing=x
+    ),
     "unlikelihood_loss alpha": lambda x: unlikelihood_loss(LOGPS, CHOSEN, REJECTED, x),
     "ppo_clip_loss clip": lambda x: ppo_clip_loss(LOGPS, LOGPS - 1, LOGPS, x),
     "clipped_value_loss clip": lambda x: clipped_value_loss(LOGPS, LOGPS - 1, LOGPS, x),
@@ -229,14 +340,32 @@ SETTINGS = {
     "value_gap beta": lambda x: value_gap(P, Q, R, x),
     "exact_gradient beta": lambda x: bandit.exact_gradient(P, Q, R, x),
     "penalised_rewards beta": lambda x: bandit.penalised_rewards(P, Q, R, x),
-    "descend learning_rate": lambda x: bandit.descend(lambda logps: -logps[0], Q, steps=2, learning_rate=x),
+    "descend learning_rate": lambda x: bandit.descend(
+        lambda logps: -logps[0], Q, steps=2, learning_rate=x
+    ),
     "policy_gradient learning_rate": lambda x: bandit.policy_gradient(
-        Q, R, 0.5, steps=2, samples=4, learning_rate=x, generator=torch.Generator().manual_seed(0), clip=0.25
+        Q,
+        R,
+        0.5,
+        steps=2,
+        samples=4,
+        learning_rate=x,
+        generator=torch.Generator().manual_seed(0),
+        clip=0.25,
     ),
     "policy_gradient clip": lambda x: bandit.policy_gradient(
-        Q, R, 0.5, steps=2, samples=4, learning_rate=0.5, generator=torch.Generator().manual_seed(0), clip=x
+        Q,
+        R,
+        0.5,
+        steps=2,
+        samples=4,
+        learning_rate=0.5,
+        generator=torch.Generator().manual_seed(0),
+        clip=x,
     ),
-    "gae gamma": lambda x: gae(LOGPS[None], LOGPS[None], torch.ones(1, 3, dtype=torch.bool), x, 0.5),
+    "gae gamma": lambda x: gae(
+        LOGPS[None], LOGPS[None], torch.ones(1, 3, dtype=torch.bool), x, 0.5
+    ),
     "gae lam": lambda x: gae(LOGPS[None], LOGPS[None], torch.ones(1, 3, dtype=torch.bool), 0.5, x),
     "adapted_kl_coefficient coefficient": lambda x: adapted_kl_coefficient(x, 2.0, 1.0, 0.5),
     "adapted_kl_coefficient kl": lambda x: adapted_kl_coefficient(1.0, x, 1.0, 0.5),
@@ -256,7 +385,10 @@ def test_a_number_of_any_library_gives_what_a_float_gives(call, of):
     assert results(call(of(0.25))) == results(call(0.25))
 
 
-@pytest.mark.parametrize("value", ["0.25", None, True, [0.25], torch.tensor([0.25, 0.5]), torch.tensor(0.25, requires_grad=True)])
+@pytest.mark.parametrize(
+    "value",
+    ["0.25", None, True, [0.25], torch.tensor([0.25, 0.5]), torch.tensor(0.25, requires_grad=True)],
+)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_no_number_is_refused_by_name(name, value):
     if name == "policy_gradient clip" and value is None:
@@ -270,11 +402,20 @@ INTEGERS = {
     "fit_bradley_terry n": lambda n: fit_bradley_terry([0, 1], [1, 0], n).rewards.tolist(),
     "best_of_n n": lambda n: best_of_n(np.arange(12.0).reshape(3, 4), n).tolist(),
     "distinct_n n": lambda n: distinct_n([[1, 2, 1, 2, 3]], n),
-    "sample_pairs n": lambda n: [x.tolist() for x in bandit.sample_pairs(Q, R, n, torch.Generator().manual_seed(0))],
-    "descend steps": lambda n: bandit.descend(lambda logps: -logps[0], Q, steps=n, learning_rate=0.5).tolist(),
-    "minimise iterations": lambda n: bandit.minimise(lambda logps: (logps**2).sum(), Q, iterations=n).tolist(),
+    "sample_pairs n": lambda n: [
+        x.tolist() for x in bandit.sample_pairs(Q, R, n, torch.Generator().manual_seed(0))
+    ],
+    "descend steps": lambda n: bandit.descend(
+        lambda logps: -logps[0], Q, steps=n, learning_rate=0.5
+    ).tolist(),
+    "minimise iterations": lambda n: bandit.minimise(
+        lambda logps: (logps**2).sum(), Q, iterations=n
+    ).tolist(),
     "frontier_band resamples": lambda n: [
-        end.tolist() for end in frontier_band(np.linspace(0, 1, 24).reshape(2, 12), [1.0, 9.0], [0.01], resamples=n)
+        end.tolist()
+        for end in frontier_band(
+            np.linspace(0, 1, 24).reshape(2, 12), [1.0, 9.0], [0.01], resamples=n
+        )
     ],
     "from_rows max_completion_tokens": lambda n: fields(
         from_rows([ROW | {"chosen": "joy"}], load_tokenizer(), context=64, max_completion_tokens=n)
@@ -296,14 +437,25 @@ def test_rewards_of_any_kind_are_evaluated(model, tokenizer):
     prompts = [[0, 5], [0, 6, 7]]
     kinds = (list, np.array, lambda r: np.array(r, dtype=np.float32), torch.tensor)
     found = [
-        evaluate_policy(model, model, prompts, lambda texts, of=of: of([0.25, 0.75]), tokenizer, max_new_tokens=2) for of in kinds
+        evaluate_policy(
+            model,
+            model,
+            prompts,
+            lambda texts, of=of: of([0.25, 0.75]),
+            tokenizer,
+            max_new_tokens=2,
+        )
+        for of in kinds
     ]
     assert all(one == found[0] for one in found) and json.dumps(vars(found[0]))
     with pytest.raises(ValueError, match=r"reward gave the shape \(1,\) for 2 texts"):
         evaluate_policy(model, model, prompts, lambda texts: [0.5], tokenizer, max_new_tokens=2)
     assert win_rate(torch.tensor([1.0, 0.0]), (0.0, 1.0)) == win_rate([1.0, 0.0], [0.0, 1.0])
     scores = torch.rand(4, 3)
-    assert optimal_frontier(scores, torch.tensor([1.0])).kl.tolist() == optimal_frontier(scores.numpy(), [1.0]).kl.tolist()
+    assert (
+        optimal_frontier(scores, torch.tensor([1.0])).kl.tolist()
+        == optimal_frontier(scores.numpy(), [1.0]).kl.tolist()
+    )
 
 
 @as_sequence
@@ -311,7 +463,10 @@ def test_completions_of_any_kind_are_counted_and_read(of, model, tokenizer):
     completions, prompts = [[1, 2, 1, 2], [1, 2]], [[0, 5], [0, 6]]
     assert distinct_n([of(ids) for ids in completions], 2) == distinct_n(completions, 2) == 0.5
     plain = texts_of(tokenizer, prompts, [[ids] for ids in completions])
-    assert texts_of(tokenizer, [of(ids) for ids in prompts], [[of(ids)] for ids in completions]) == plain
+    assert (
+        texts_of(tokenizer, [of(ids) for ids in prompts], [[of(ids)] for ids in completions])
+        == plain
+    )
     found = [
         evaluate_policy(model, model, given, lambda texts: np.ones(2), tokenizer, max_new_tokens=2)
         for given in (prompts, [of(ids) for ids in prompts])
@@ -319,7 +474,9 @@ def test_completions_of_any_kind_are_counted_and_read(of, model, tokenizer):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("of", [list, np.array, torch.tensor, lambda values: torch.tensor(values, requires_grad=True)])
+@pytest.mark.parametrize(
+    "of", [list, np.array, torch.tensor, lambda values: torch.tensor(values, requires_grad=True)]
+)
 def test_figures_take_arrays_of_any_kind(of):
     two, table = of([0.25, 0.75]), of([[1.0, 2.0], [3.0, 4.0]])
     figures = [
@@ -341,7 +498,10 @@ def test_figures_take_arrays_of_any_kind(of):
 def test_comparisons_of_any_kind_are_fitted():
     plain = fit_bradley_terry([0, 1, 0], [1, 0, 1], 2)
     for of in SEQUENCES.values():
-        assert fit_bradley_terry(of([0, 1, 0]), of([1, 0, 1]), 2).rewards.tolist() == plain.rewards.tolist()
+        assert (
+            fit_bradley_terry(of([0, 1, 0]), of([1, 0, 1]), 2).rewards.tolist()
+            == plain.rewards.tolist()
+        )
     nll = bradley_terry_nll(torch.from_numpy(plain.rewards), CHOSEN[:1], REJECTED[:1])
     assert nll.dtype == torch.float64
 
@@ -355,11 +515,27 @@ def test_ppo_writes_plain_numbers(model, tiny, tmp_path):
     prompts = [np.array([0, 5]), torch.tensor([0, 6])]
     reward = lambda prompts, completions: np.arange(len(completions))  # noqa: E731
     found = train_ppo(
-        model, load_model(str(tiny)), value, reward, prompts, config, eos_token_id=0, run=str(tmp_path), progress=None
+        model,
+        load_model(str(tiny)),
+        value,
+        reward,
+        prompts,
+        config,
+        eos_token_id=0,
+        run=str(tmp_path),
+        progress=None,
     )
     assert read_metrics(tmp_path) == json.loads(json.dumps(found))
     with pytest.raises(TypeError, match="learning_rate is 'fast'"):
-        train_ppo(model, model, value, reward, prompts, replace(config, learning_rate="fast"), eos_token_id=0)
+        train_ppo(
+            model,
+            model,
+            value,
+            reward,
+            prompts,
+            replace(config, learning_rate="fast"),
+            eos_token_id=0,
+        )
 
 
 def test_folders_are_strings_or_paths(monkeypatch):

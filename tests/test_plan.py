@@ -41,15 +41,21 @@ def padded_batch(lengths=(20, 20, 20, 20)):
 
 
 def shared_batch():
-    return completion_batch([list(range(30))] * 2, [[1] * 20 for _ in range(8)], [0] * 4 + [1] * 4, share=True)
+    return completion_batch(
+        [list(range(30))] * 2, [[1] * 20 for _ in range(8)], [0] * 4 + [1] * 4, share=True
+    )
 
 
 @pytest.mark.parametrize(
-    "batch", [padded_batch(), padded_batch((20, 3, 9, 20)), shared_batch()], ids=["padded", "packed", "shared"]
+    "batch",
+    [padded_batch(), padded_batch((20, 3, 9, 20)), shared_batch()],
+    ids=["padded", "packed", "shared"],
 )
 def test_flops_are_those_that_torch_counts(model, batch):
     with torch.no_grad():
-        assert forward_flops(model, batch) == pytest.approx(counted(lambda: completion_logps(model, batch)), rel=0.1)
+        assert forward_flops(model, batch) == pytest.approx(
+            counted(lambda: completion_logps(model, batch)), rel=0.1
+        )
     work = counted(lambda: completion_logps(model, batch).sum().backward())
     assert training_flops(model, batch, "float32") == pytest.approx(work, rel=0.1)
 
@@ -57,18 +63,24 @@ def test_flops_are_those_that_torch_counts(model, batch):
 def test_flops_with_blocks_that_are_computed_again(model):
     with loop.checkpointed(loop.blocks_of(model)):
         work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
-    assert training_flops(model, padded_batch(), "float32", again=True) == pytest.approx(work, rel=0.1)
+    assert training_flops(model, padded_batch(), "float32", again=True) == pytest.approx(
+        work, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
-    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(
+        vocab_size=64, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
     model = GPT2LMHeadModel(config).eval()
     expected = training_flops(model, padded_batch(), "float32", again=again, rank=4)
     assert expected < 0.85 * training_flops(model, padded_batch(), "float32", again=again)
     with lora(model, 4) as adapted, loop.checkpointed(loop.blocks_of(adapted) if again else []):
         logit_path(adapted)  # which computes a few tokens, once
-        assert expected == pytest.approx(counted(lambda: completion_logps(adapted, padded_batch()).sum().backward()), rel=0.1)
+        assert expected == pytest.approx(
+            counted(lambda: completion_logps(adapted, padded_batch()).sum().backward()), rel=0.1
+        )
 
 
 def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
@@ -79,15 +91,21 @@ def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
 
 def test_flops_of_sampling_are_those_that_torch_counts(model, monkeypatch):
     monkeypatch.setattr("dpo_lab.imdb.side_by_side", map)  # torch counts what its own thread does
-    work = counted(lambda: sample_completions(model, PROMPTS, 3, eos_token_id=-1, max_new_tokens=20))
-    assert sum(3 * sampling_flops(model, len(ids), 20) for ids in PROMPTS) == pytest.approx(work, rel=0.1)
+    work = counted(
+        lambda: sample_completions(model, PROMPTS, 3, eos_token_id=-1, max_new_tokens=20)
+    )
+    assert sum(3 * sampling_flops(model, len(ids), 20) for ids in PROMPTS) == pytest.approx(
+        work, rel=0.1
+    )
 
 
 def n_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize("optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 3), ("rmsprop", 3)])
+@pytest.mark.parametrize(
+    "optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 3), ("rmsprop", 3)]
+)
 def test_bytes_of_weights_gradients_and_optimizer_are_those_after_a_step(tiny, optimizer, rank):
     model, kept = load_model(str(tiny)), []
     config = DPOConfig(lora_rank=rank, loop=LoopConfig(optimizer=optimizer))
@@ -98,15 +116,26 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_after_a_step(tiny, o
         trained = [p for p in policy.parameters() if p.requires_grad]
         for one in loop.make_optimizers(policy, config.loop):
             one.step()
-            kept += [t for values in one.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
-        assert made["gradients"] == n_bytes(p.grad for p in trained) == made.get("adapters", made["gradients"])
+            kept += [
+                t
+                for values in one.state.values()
+                for t in values.values()
+                if isinstance(t, torch.Tensor)
+            ]
+        assert (
+            made["gradients"]
+            == n_bytes(p.grad for p in trained)
+            == made.get("adapters", made["gradients"])
+        )
         assert made["optimizer"] == n_bytes(kept)
 
 
 def test_activations_grow_with_the_batch_as_those_of_a_batch_of_its_size(model):
     batch = completion_batch(PROMPTS, [[1] * 40 for _ in range(16)], list(range(4)) * 4)
     direct = planning.saved_bytes(model, batch, "float32")
-    assert planning.activation_bytes(model, batch, padded_batch(), "float32") == pytest.approx(direct, rel=0.05)
+    assert planning.activation_bytes(model, batch, padded_batch(), "float32") == pytest.approx(
+        direct, rel=0.05
+    )
     with loop.checkpointed(loop.blocks_of(model)):
         inputs = planning.saved_bytes(model, batch, "float32")
     again = planning.activation_bytes(model, batch, padded_batch(), "float32", again=True)
@@ -115,11 +144,16 @@ def test_activations_grow_with_the_batch_as_those_of_a_batch_of_its_size(model):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_adapters_keep_inputs_of_their_own_and_leave_the_model_as_it_was(model, precision):
-    batch, before = completion_batch(PROMPTS, [[1] * 40 for _ in range(16)], list(range(4)) * 4), weights_hash(model)
+    batch, before = (
+        completion_batch(PROMPTS, [[1] * 40 for _ in range(16)], list(range(4)) * 4),
+        weights_hash(model),
+    )
     with lora(model, 4) as adapted:
         kept = planning.saved_bytes(adapted, batch, precision)
     made = [
-        planning.training_bytes(model, batch, padded_batch(), DPOConfig(lora_rank=rank), precision)["activations"]
+        planning.training_bytes(model, batch, padded_batch(), DPOConfig(lora_rank=rank), precision)[
+            "activations"
+        ]
         for rank in (4, 0)
     ]
     assert made[0] == pytest.approx(kept, rel=0.05) and made[0] != made[1]
@@ -137,7 +171,10 @@ def test_the_head_that_waits_in_bfloat16_is_counted(tiny, dtype):
             copies.append(tensor.nbytes)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         completion_logps(model, batch)
     narrow, wide = (
         planning.training_bytes(model, batch, padded_batch(), DPOConfig(), precision)["logits"]
@@ -149,7 +186,9 @@ def test_the_head_that_waits_in_bfloat16_is_counted(tiny, dtype):
 
 
 @pytest.mark.usefixtures("made_up_reviews")
-def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_path, monkeypatch, capsys):
+def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
+    tiny, tmp_path, monkeypatch, capsys
+):
     counts = {"sampled": 0, "scored": 0, "trained": 0}
 
     def endless(sampling):
@@ -170,7 +209,9 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_p
         return micro
 
     def judge(texts):
-        return np.random.default_rng(len(texts)).random(len(texts))  # no ties, which would leave completions out
+        return np.random.default_rng(len(texts)).random(
+            len(texts)
+        )  # no ties, which would leave completions out
 
     scoring = preferences.score_completions
     for module in (evaluate, task_steps):
@@ -180,8 +221,12 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_p
         monkeypatch.setattr(module, "score_completions", score)
     monkeypatch.setattr(loop, "_to", to)
     monkeypatch.setattr(task_steps.SentimentReward, "tfidf", lambda texts, labels: judge)
-    task = TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=40, max_new_tokens=8, precision="float32")
-    config = ExperimentConfig(task, DPOConfig(batch_pairs=20, epochs=2, loop=LoopConfig(eval_every=3)))
+    task = TaskConfig(
+        model=str(tiny), prefixes=12, eval_prefixes=40, max_new_tokens=8, precision="float32"
+    )
+    config = ExperimentConfig(
+        task, DPOConfig(batch_pairs=20, epochs=2, loop=LoopConfig(eval_every=3))
+    )
     summary = experiment.train(config, tmp_path / "run")
     made = experiment.planned(config, task_steps.load_parts(task))
     assert f"{'train':<10}{counts['trained']:>14,}" in capsys.readouterr().out
@@ -189,13 +234,23 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(tiny, tmp_p
     assert summary["pairs"] == 6 * 12 and counts["trained"] == made.tokens["train"]
     again = 2 * 8 * 8  # the spot checks of stored log-probs
     assert made.tokens["sample"] == sum(map(len, found.completions))
-    assert made.tokens["sample"] + made.tokens["evaluate"] + again == counts["sampled"] + counts["scored"]
+    assert (
+        made.tokens["sample"] + made.tokens["evaluate"] + again
+        == counts["sampled"] + counts["scored"]
+    )
 
 
 @pytest.mark.usefixtures("made_up_reviews")
 def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
     """As many rows as SFT reads, their tokens if every row is full, FLOPs in that proportion, and a memory of its own."""
-    task = TaskConfig(model=str(tiny), prefixes=12, eval_prefixes=40, max_new_tokens=8, precision="float32", sft_epochs=2)
+    task = TaskConfig(
+        model=str(tiny),
+        prefixes=12,
+        eval_prefixes=40,
+        max_new_tokens=8,
+        precision="float32",
+        sft_epochs=2,
+    )
     parts, read = task_steps.load_parts(task), []
     config = ExperimentConfig(task, DPOConfig(batch_pairs=20))
     made = experiment.planned(config, parts)
@@ -206,28 +261,52 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
     assert batches * batch.n == sum(micro.n for micro in read)
     assert made.tokens == {"SFT": batch.tokens * batches} | without.tokens
     per_token = made.flops["SFT"] / made.tokens["SFT"]
-    assert per_token == pytest.approx(planning.training_flops(parts.reference, read[0], "float32") / read[0].tokens, rel=0.1)
-    assert not without.tuning and made.tuning["activations"] > 0 and "SFT, MB" in str(made) and "SFT" not in str(without)
+    assert per_token == pytest.approx(
+        planning.training_flops(parts.reference, read[0], "float32") / read[0].tokens, rel=0.1
+    )
+    assert (
+        not without.tuning
+        and made.tuning["activations"] > 0
+        and "SFT, MB" in str(made)
+        and "SFT" not in str(without)
+    )
     assert replace(made, tuning=made.tuning | {"logits": 10**13}).peak > 10**13
 
 
 def small_plan(**changes):
     numbers = dict.fromkeys(("sample", "train", "evaluate"), 1_000_000)
     parts = {"process": 10**9, "weights": 2 * 10**9}
-    return replace(Plan(numbers, numbers, numbers, parts | {"cache": 10**9}, parts | {"logits": 3 * 10**9}, 7 * 10**9), **changes)
+    return replace(
+        Plan(
+            numbers,
+            numbers,
+            numbers,
+            parts | {"cache": 10**9},
+            parts | {"logits": 3 * 10**9},
+            7 * 10**9,
+        ),
+        **changes,
+    )
 
 
 def test_the_peak_is_the_larger_phase_and_the_table_says_all_of_it():
     made = small_plan()
     assert made.peak == 6 * 10**9 and replace(made, sampling={"cache": 10**10}).peak == 10**10
     text = str(made)
-    assert "3,000,000" in text and "peak 6.0 GB, of 7.0 GB" in text and "logits 3,000" in text and len(text.splitlines()) == 8
+    assert (
+        "3,000,000" in text
+        and "peak 6.0 GB, of 7.0 GB" in text
+        and "logits 3,000" in text
+        and len(text.splitlines()) == 8
+    )
     assert "of unknown" in str(small_plan(available=None))
     made.check()
     small_plan(available=None).check()
 
 
-def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(tiny, tmp_path, monkeypatch, capsys, made_up_reviews):
+def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(
+    tiny, tmp_path, monkeypatch, capsys, made_up_reviews
+):
     with pytest.raises(
         ValueError,
         match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--accumulate.*checkpointing.*--lora-rank.*bfloat16",

@@ -55,8 +55,14 @@ def test_the_running_mean_is_a_mean_of_the_last_tenth():
 
 
 def test_a_bar_for_every_model_in_memory():
-    axes = plot_memory({"PPO": {"policy": "trained", "reference": "read"}, "DPO": {"policy": "trained"}}, 14).axes[0]
-    assert [bar.get_x() for bar in axes.patches] == [0, 14, 0] and axes.get_xticks().tolist() == [0, 14, 28]
+    axes = plot_memory(
+        {"PPO": {"policy": "trained", "reference": "read"}, "DPO": {"policy": "trained"}}, 14
+    ).axes[0]
+    assert [bar.get_x() for bar in axes.patches] == [0, 14, 0] and axes.get_xticks().tolist() == [
+        0,
+        14,
+        28,
+    ]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["PPO", "DPO"]
 
 
@@ -65,7 +71,9 @@ def test_the_frontier_is_drawn_only_where_the_estimate_holds():
         {"reward": 0.5, "reward_se": 0.01, "kl": 0.0, "kl_se": 0.0},
         {"reward": 0.8, "reward_se": 0.01, "kl": 2.0, "kl_se": 0.1},
     ]
-    frontier = OptimalFrontier(np.array([0.5, 0.7, 0.9]), np.array([0.0, 1.0, 3.0]), np.array([64.0, 20.0, 2.0]))
+    frontier = OptimalFrontier(
+        np.array([0.5, 0.7, 0.9]), np.array([0.0, 1.0, 3.0]), np.array([64.0, 20.0, 2.0])
+    )
     axes = plot_frontier({"DPO": points, "PPO": points[:1]}, frontier).axes[0]
     assert list(axes.get_lines()[0].get_xdata()) == [0.0, 1.0]
     assert "KL" in axes.get_xlabel() and "nats" in axes.get_xlabel()
@@ -82,36 +90,60 @@ def test_bars_have_the_height_of_the_probabilities():
 
 def test_the_beta_path_runs_from_large_to_small_beta():
     betas, policies = np.array([10.0, 1.0, 0.1]), np.array([[0.5, 0.5], [0.6, 0.4], [0.9, 0.1]])
-    top, bottom, right = plot_beta_path(betas, policies, ["a", "b"], [0.0, 0.1, 0.8], [0.0, 0.02, 0.4]).axes
-    assert list(top.get_lines()[0].get_ydata()) == [0.5, 0.6, 0.9] and bottom.get_xlim()[0] > bottom.get_xlim()[1]
-    assert list(right.get_lines()[0].get_ydata()) == [0.0, 0.02, 0.4] and "nats" in right.get_ylabel()
+    top, bottom, right = plot_beta_path(
+        betas, policies, ["a", "b"], [0.0, 0.1, 0.8], [0.0, 0.02, 0.4]
+    ).axes
+    assert (
+        list(top.get_lines()[0].get_ydata()) == [0.5, 0.6, 0.9]
+        and bottom.get_xlim()[0] > bottom.get_xlim()[1]
+    )
+    assert (
+        list(right.get_lines()[0].get_ydata()) == [0.0, 0.02, 0.4] and "nats" in right.get_ylabel()
+    )
 
 
 def test_lines_are_told_apart_by_more_than_colour():
     axes = plot_lines("Title", [0, 1], {"one": [0, 1], "two": [1, 0]}, "x", "y").axes[0]
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[0, 1], [1, 0]]
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == 2
-    assert len({line.get_linestyle() for line in axes.get_lines()}) == 2 and axes.get_title() == "Title"
+    assert (
+        len({line.get_linestyle() for line in axes.get_lines()}) == 2
+        and axes.get_title() == "Title"
+    )
 
 
 def test_the_first_interval_stands_at_the_top():
     axes = plot_intervals(["a", "b"], [-1.0, 0.0], [0.0, 0.5], [1.0, 2.0]).axes[0]
     places = dict(zip([label.get_text() for label in axes.get_yticklabels()], axes.get_yticks()))
     assert places["a"] > places["b"]
-    assert [segment[:, 0].tolist() for segment in axes.collections[0].get_segments()] == [[-1.0, 1.0], [0.0, 2.0]]
+    assert [segment[:, 0].tolist() for segment in axes.collections[0].get_segments()] == [
+        [-1.0, 1.0],
+        [0.0, 2.0],
+    ]
 
 
 def test_calibration_errors_are_two_binomial_ones():
     axes = plot_calibration([0.5], [0.6], [25]).axes[0]
     bars = [c for c in axes.collections if hasattr(c, "get_segments")][0].get_segments()[0]
-    assert bars[:, 1].tolist() == pytest.approx([0.4, 0.8]) and axes.get_xlim() == axes.get_ylim() == (0, 1)
+    assert bars[:, 1].tolist() == pytest.approx(
+        [0.4, 0.8]
+    ) and axes.get_xlim() == axes.get_ylim() == (0, 1)
 
 
 def test_a_race_shows_the_median_of_each_racer_in_logs():
     values = np.random.default_rng(0).lognormal(size=(3, 21))
-    axes = plot_race("Title", {"one": ([1, 10, 100], values), "two": ([2, 20], values[:2])}, "samples", "gap", goal=0.5).axes[0]
+    axes = plot_race(
+        "Title",
+        {"one": ([1, 10, 100], values), "two": ([2, 20], values[:2])},
+        "samples",
+        "gap",
+        goal=0.5,
+    ).axes[0]
     one, two, goal = axes.get_lines()
-    assert one.get_ydata() == pytest.approx(np.median(values, 1)) and list(two.get_xdata()) == [2, 20]
+    assert one.get_ydata() == pytest.approx(np.median(values, 1)) and list(two.get_xdata()) == [
+        2,
+        20,
+    ]
     assert list(goal.get_ydata()) == [0.5, 0.5] and axes.get_xscale() == axes.get_yscale() == "log"
     low, high = np.quantile(values[0], (0.1, 0.9))
     corners = axes.collections[0].get_paths()[0].vertices[:, 1]
@@ -122,16 +154,24 @@ def test_the_band_holds_most_seeds_around_their_mean():
     values = np.random.default_rng(0).lognormal(size=(3, 20))
     axes = plot_band("Title", [1, 10, 100], values, {"theory": [3, 2, 1]}, "n", "error").axes[0]
     mean, theory = (line.get_ydata() for line in axes.get_lines())
-    assert mean == pytest.approx(values.mean(1)) and list(theory) == [3, 2, 1] and axes.get_xscale() == "log"
+    assert (
+        mean == pytest.approx(values.mean(1))
+        and list(theory) == [3, 2, 1]
+        and axes.get_xscale() == "log"
+    )
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == pytest.approx(np.quantile(values, 0.1, axis=1).min())
 
 
 def test_corners_and_points_of_the_simplex_stand_where_they_should():
-    figure = plot_simplex(lambda p: p[:, 0], ["a", "b", "c"], {"curve": torch.eye(3)}, {"middle": torch.ones(3) / 3})
+    figure = plot_simplex(
+        lambda p: p[:, 0], ["a", "b", "c"], {"curve": torch.eye(3)}, {"middle": torch.ones(3) / 3}
+    )
     axes = figure.axes[0]
     curve, point = (line.get_xydata() for line in axes.get_lines())
-    assert curve == pytest.approx(np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]])) and point[0] == pytest.approx(curve.mean(0))
+    assert curve == pytest.approx(np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]])) and point[
+        0
+    ] == pytest.approx(curve.mean(0))
     assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
 
 
@@ -139,7 +179,9 @@ def test_every_beta_has_a_panel_on_one_scale():
     points = [{"kl": 0.0, "reward": 0.5}, {"kl": 4.0, "reward": 0.9}]
     optimal = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
     panels = plot_betas({0.1: points, 5.0: points[:1]}, optimal).axes
-    assert [axes.get_title() for axes in panels] == ["beta 0.1", "beta 5"] and len({axes.get_xlim() for axes in panels}) == 1
+    assert [axes.get_title() for axes in panels] == ["beta 0.1", "beta 5"] and len(
+        {axes.get_xlim() for axes in panels}
+    ) == 1
     assert list(panels[0].get_lines()[1].get_xdata()) == [0, 4]
 
 
@@ -155,8 +197,14 @@ def test_ticks_of_a_root_scale_do_not_touch(most):
 
 def test_pairs_are_counted_on_the_side_where_they_stand():
     left, right = plot_pairs(np.array([0.9, 0.1, 0.5]), np.array([0, 0]), np.array([1, 2])).axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["chosen, mean 0.90", "rejected, mean 0.30"]
-    assert right.get_legend().get_texts()[0].get_text() == "mean 0.60" and sum(bar.get_height() for bar in right.patches) == 2
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "chosen, mean 0.90",
+        "rejected, mean 0.30",
+    ]
+    assert (
+        right.get_legend().get_texts()[0].get_text() == "mean 0.60"
+        and sum(bar.get_height() for bar in right.patches) == 2
+    )
 
 
 def test_tokens_are_coloured_by_sign_and_escaped():

@@ -14,7 +14,9 @@ from dpo_lab.models import ScalarModel, load_model
 from dpo_lab.ppo import PPOConfig, Roles, assess, batch_of, minibatch_losses, text_reward, train_ppo
 from dpo_lab.runs import read_metrics
 
-CONFIG = PPOConfig(steps=3, batch=8, minibatch=4, epochs=2, max_new_tokens=6, learning_rate=1e-3, eval_every=2)
+CONFIG = PPOConfig(
+    steps=3, batch=8, minibatch=4, epochs=2, max_new_tokens=6, learning_rate=1e-3, eval_every=2
+)
 PROMPTS = [[0, 5], [0, 6, 7], [0, 8, 9, 10]]
 EOS = 0
 
@@ -30,8 +32,22 @@ def low_ids(prompts, completions):
 
 
 def trained(tiny, reward=low_ids, config=CONFIG, **options):
-    policy, reference, value = load_model(str(tiny)), load_model(str(tiny)), ScalarModel(load_model(str(tiny)))
-    metrics = train_ppo(policy, reference, value, reward, PROMPTS, config, eos_token_id=EOS, progress=None, **options)
+    policy, reference, value = (
+        load_model(str(tiny)),
+        load_model(str(tiny)),
+        ScalarModel(load_model(str(tiny))),
+    )
+    metrics = train_ppo(
+        policy,
+        reference,
+        value,
+        reward,
+        PROMPTS,
+        config,
+        eos_token_id=EOS,
+        progress=None,
+        **options,
+    )
     return policy, metrics
 
 
@@ -41,10 +57,20 @@ def lines_of(metrics):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_at_first_the_policy_is_the_reference_and_every_ratio_is_one(tiny, precision):
-    _, metrics = trained(tiny, config=replace(CONFIG, steps=1, epochs=1, minibatch=8), precision=precision)
+    _, metrics = trained(
+        tiny, config=replace(CONFIG, steps=1, epochs=1, minibatch=8), precision=precision
+    )
     (line,) = lines_of(metrics)
-    assert line["objective/kl"] == line["policy/approx_kl"] == line["policy/clip_fraction"] == line["policy/ratio_off"] == 0
-    assert line["policy/ratio"] == 1 and abs(line["policy/loss"]) < 1e-9  # whitened advantages have mean zero
+    assert (
+        line["objective/kl"]
+        == line["policy/approx_kl"]
+        == line["policy/clip_fraction"]
+        == line["policy/ratio_off"]
+        == 0
+    )
+    assert (
+        line["policy/ratio"] == 1 and abs(line["policy/loss"]) < 1e-9
+    )  # whitened advantages have mean zero
 
 
 def test_the_first_minibatch_of_every_rollout_has_ratio_one(tiny, monkeypatch):
@@ -59,15 +85,22 @@ def test_the_first_minibatch_of_every_rollout_has_ratio_one(tiny, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_reward_rises_in_every_seed(tiny, seed):
-    config = replace(CONFIG, steps=20, batch=32, minibatch=16, learning_rate=5e-3, kl_coefficient=0.02)
+    config = replace(
+        CONFIG, steps=20, batch=32, minibatch=16, learning_rate=5e-3, kl_coefficient=0.02
+    )
     _, metrics = trained(tiny, config=config, seed=seed)
     rewards = [line["objective/reward"] for line in lines_of(metrics)]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
 
 
 def test_a_run_repeats_to_the_last_digit_and_another_seed_differs(tiny, tmp_path):
-    first, again, other = (trained(tiny, seed=seed, run=run)[1] for seed, run in ((1, tmp_path), (1, None), (2, None)))
-    timeless = [[{k: v for k, v in line.items() if k != "seconds"} for line in m] for m in (first, again, other)]
+    first, again, other = (
+        trained(tiny, seed=seed, run=run)[1] for seed, run in ((1, tmp_path), (1, None), (2, None))
+    )
+    timeless = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in m]
+        for m in (first, again, other)
+    ]
     assert timeless[0] == timeless[1] != timeless[2]
     assert read_metrics(tmp_path) == first
 
@@ -76,23 +109,34 @@ def test_ppo_does_not_add_to_another_run_s_metrics(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     trained(tiny, run="~/run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="holds the metrics of an earlier run.*another run directory.*delete"):
+    with pytest.raises(
+        ValueError, match="holds the metrics of an earlier run.*another run directory.*delete"
+    ):
         trained(tiny, run=tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_the_minibatch_loss_is_that_of_a_loop_over_completions(tiny):
     """One completion after another through plain forward passes, in float64."""
-    roles = Roles(load_model(str(tiny)).double(), load_model(str(tiny)).double(), ScalarModel(load_model(str(tiny)).double()))
+    roles = Roles(
+        load_model(str(tiny)).double(),
+        load_model(str(tiny)).double(),
+        ScalarModel(load_model(str(tiny)).double()),
+    )
     nn.init.normal_(roles.value.head.weight, std=0.3)
     prompts, completions = PROMPTS + [[0]], [[4, 9, 2], [7], [3, 3], [11, 12, 13, 0]]
     config = replace(CONFIG, temperature=0.8, whiten_rewards=False, kl_coefficient=0.3)
-    minibatches = [(part, batch_of(roles, prompts, completions, part)) for part in (np.array([2, 0]), np.array([3, 1]))]
+    minibatches = [
+        (part, batch_of(roles, prompts, completions, part))
+        for part in (np.array([2, 0]), np.array([3, 1]))
+    ]
     scores = torch.tensor([0.5, -1.0, 2.0, 0.1], dtype=torch.float64)
     rollout = assess(roles, completions, scores, minibatches, 0.3, config, "float32")
     with torch.no_grad():
         for parameter in roles.policy.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            parameter += 0.01 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
     part, batch = minibatches[0]
     policy_loss, value_loss, _ = minibatch_losses(roles, rollout, part, batch, config, "float32")
     policy_terms, value_terms = [], []
@@ -103,10 +147,18 @@ def test_the_minibatch_loss_is_that_of_a_loop_over_completions(tiny):
         logps = table.gather(1, torch.tensor(completions[i])[:, None])[:, 0]
         hidden = roles.value.model.transformer(ids).last_hidden_state[0, places]
         values, n = roles.value.head(hidden)[:, 0].double(), len(completions[i])
-        policy_terms += ppo_clip_loss(logps, rollout.logps[i, :n], rollout.advantages[i, :n], config.clip)
-        value_terms += clipped_value_loss(values, rollout.values[i, :n], rollout.returns[i, :n], config.value_clip)
-    assert float(policy_loss.detach()) == pytest.approx(float(torch.stack(policy_terms).mean().detach()), abs=1e-9)
-    assert float(value_loss.detach()) == pytest.approx(float(torch.stack(value_terms).mean().detach()), abs=1e-6)
+        policy_terms += ppo_clip_loss(
+            logps, rollout.logps[i, :n], rollout.advantages[i, :n], config.clip
+        )
+        value_terms += clipped_value_loss(
+            values, rollout.values[i, :n], rollout.returns[i, :n], config.value_clip
+        )
+    assert float(policy_loss.detach()) == pytest.approx(
+        float(torch.stack(policy_terms).mean().detach()), abs=1e-9
+    )
+    assert float(value_loss.detach()) == pytest.approx(
+        float(torch.stack(value_terms).mean().detach()), abs=1e-6
+    )
 
 
 def test_a_value_model_learns_at_a_rate_of_its_own(tiny):
@@ -114,7 +166,9 @@ def test_a_value_model_learns_at_a_rate_of_its_own(tiny):
         return np.array([float(len(prompt)) for prompt in prompts])
 
     def explained(value_learning_rate):
-        config = replace(CONFIG, steps=12, learning_rate=1e-9, value_learning_rate=value_learning_rate)
+        config = replace(
+            CONFIG, steps=12, learning_rate=1e-9, value_learning_rate=value_learning_rate
+        )
         return lines_of(trained(tiny, by_prompt, config)[1])[-1]["value/explained"]
 
     assert explained(3e-3) > 0.5 and explained(1e-9) == pytest.approx(0, abs=1e-3)
@@ -127,12 +181,16 @@ def test_a_rollout_pays_for_kl_and_is_scored_at_its_end(tiny):
     completions = [[4, 9, 2], [7]]
     minibatches = [(np.array([0, 1]), batch_of(roles, PROMPTS[:2], completions, np.array([0, 1])))]
     config = replace(CONFIG, whiten_rewards=False, lam=1.0)
-    rollout = assess(roles, completions, torch.tensor([2.0, -1.0]).double(), minibatches, 0.5, config, "float32")
+    rollout = assess(
+        roles, completions, torch.tensor([2.0, -1.0]).double(), minibatches, 0.5, config, "float32"
+    )
     batch = completion_batch(PROMPTS[:2], completions, [0, 1])
     with torch.no_grad():
         kl = completion_logps(roles.policy, batch) - completion_logps(roles.reference, batch)
     torch.testing.assert_close(rollout.log_ratios.sum(1), kl, rtol=0, atol=1e-5)
-    torch.testing.assert_close(rollout.returns[:, 0], torch.tensor([2.0, -1.0]).double() - 0.5 * kl, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        rollout.returns[:, 0], torch.tensor([2.0, -1.0]).double() - 0.5 * kl, rtol=0, atol=1e-5
+    )
 
 
 def test_the_coefficient_follows_its_target(tiny):
@@ -159,7 +217,9 @@ def test_ptx_adds_the_language_model_loss(tiny):
 
 def test_a_missing_eos_costs_what_was_asked(tiny):
     configs = (replace(CONFIG, steps=1, no_eos_penalty=penalty) for penalty in (0.0, 2.5))
-    free, paid = (lines_of(trained(tiny, config=config)[1])[0]["objective/score"] for config in configs)
+    free, paid = (
+        lines_of(trained(tiny, config=config)[1])[0]["objective/score"] for config in configs
+    )
     assert 1.5 < free - paid <= 2.5  # most of the completions of six tokens have none
 
 
@@ -171,21 +231,40 @@ def test_evaluation_comes_first_every_n_rollouts_and_last(tiny):
 
 def test_texts_are_scored_with_their_prompts(tokenizer):
     reward = text_reward(lambda texts: np.array([len(text) for text in texts]), tokenizer)
-    prompts, completions = [tokenizer("a film")["input_ids"], [0]], [tokenizer(" of joy")["input_ids"], [0]]
+    prompts, completions = (
+        [tokenizer("a film")["input_ids"], [0]],
+        [tokenizer(" of joy")["input_ids"], [0]],
+    )
     assert reward(prompts, completions).tolist() == [len("a film of joy"), 0]
 
 
 BAD = {
-    "shape": (lambda p, c: np.zeros((len(c), 2)), {}, r"reward gave the shape \(3, 2\) for 3 completions; it must be \(N,\)"),
+    "shape": (
+        lambda p, c: np.zeros((len(c), 2)),
+        {},
+        r"reward gave the shape \(3, 2\) for 3 completions; it must be \(N,\)",
+    ),
     "nan": (lambda p, c: np.full(len(c), np.nan), {}, "reward gave nan for completion 0"),
     "target": (low_ids, {"kl_target": 0.0}, "kl_target is 0.0; it must be positive"),
     "no target": (low_ids, {"kl_target": float("nan")}, "kl_target is nan"),
-    "from zero": (low_ids, {"kl_target": 3.0, "kl_coefficient": 0.0}, "kl_coefficient is 0 with a kl_target"),
-    "context": (low_ids, {"max_new_tokens": 61}, "longest prompt has 4 tokens, and with max_new_tokens 61 does not fit .* 64"),
+    "from zero": (
+        low_ids,
+        {"kl_target": 3.0, "kl_coefficient": 0.0},
+        "kl_coefficient is 0 with a kl_target",
+    ),
+    "context": (
+        low_ids,
+        {"max_new_tokens": 61},
+        "longest prompt has 4 tokens, and with max_new_tokens 61 does not fit .* 64",
+    ),
     "minibatch": (low_ids, {"minibatch": 3}, "batch is 8 and minibatch 3"),
     "gamma": (low_ids, {"gamma": 1.1}, r"gamma is 1.1; it must be in \[0, 1\]"),
     "epochs": (low_ids, {"epochs": 0}, "epochs is 0; it must be at least 1"),
-    "coefficient": (low_ids, {"kl_coefficient": -1.0}, "kl_coefficient is -1.0; it must be finite and not negative"),
+    "coefficient": (
+        low_ids,
+        {"kl_coefficient": -1.0},
+        "kl_coefficient is -1.0; it must be finite and not negative",
+    ),
     "ptx": (low_ids, {"ptx_coefficient": 1.0}, "ptx_coefficient is 1.0 without ptx"),
 }
 

@@ -37,7 +37,11 @@ def said(role, content):
 
 
 def chat_row(**changes):
-    return {"prompt": said("user", "Hi"), "chosen": said("assistant", "Joy"), "rejected": said("assistant", "Bore")} | changes
+    return {
+        "prompt": said("user", "Hi"),
+        "chosen": said("assistant", "Joy"),
+        "rejected": said("assistant", "Bore"),
+    } | changes
 
 
 @pytest.fixture
@@ -50,7 +54,9 @@ def chat_tokenizer(tokenizer):
 @pytest.fixture
 def some(tokenizer):
     """Preferences among twelve completions of three prompts."""
-    rankings = [[f" was {word} {k}" for word in ("a joy", "good", "fine", "a bore")] for k in range(3)]
+    rankings = [
+        [f" was {word} {k}" for word in ("a joy", "good", "fine", "a bore")] for k in range(3)
+    ]
     return from_rankings(["This film", "The plot", ""], rankings, tokenizer, context=64)
 
 
@@ -68,7 +74,10 @@ def small(**changes):
 
 def plain(found):
     """Every field with its arrays as lists, to compare."""
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(found).items()}
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in vars(found).items()
+    }
 
 
 # Rows
@@ -77,8 +86,14 @@ def plain(found):
 def test_a_row_is_bos_with_the_prompt_and_two_completions_that_end_with_eos(tokenizer):
     found = from_rows([ROW], tokenizer, context=64)
     assert found.prompts == [[tokenizer.bos_token_id, *ids(tokenizer, "This film")]]
-    assert found.completions == [[*ids(tokenizer, text), EOS] for text in (" was a joy", " was a bore")]
-    assert [found.prompt_of.tolist(), found.chosen.tolist(), found.rejected.tolist()] == [[0, 0], [0], [1]]
+    assert found.completions == [
+        [*ids(tokenizer, text), EOS] for text in (" was a joy", " was a bore")
+    ]
+    assert [found.prompt_of.tolist(), found.chosen.tolist(), found.rejected.tolist()] == [
+        [0, 0],
+        [0],
+        [1],
+    ]
     assert found.report == Report(pairs=1)
 
 
@@ -121,12 +136,16 @@ def test_a_prompt_that_is_sampled_twice_keeps_its_pairs_apart(tokenizer):
 def test_messages_are_rendered_by_the_chat_template(chat_tokenizer):
     found = from_rows([chat_row()], chat_tokenizer, context=64)
     assert found.prompts == [ids(chat_tokenizer, "<user>Hi<|endoftext|>\n<assistant>")]
-    assert found.completions == [ids(chat_tokenizer, f"{text}<|endoftext|>\n") for text in ("Joy", "Bore")]
+    assert found.completions == [
+        ids(chat_tokenizer, f"{text}<|endoftext|>\n") for text in ("Joy", "Bore")
+    ]
     assert found.report == Report(pairs=1)
 
 
 def test_messages_without_a_chat_template_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="row 0 is conversational .* no chat template; set tokenizer.chat_template"):
+    with pytest.raises(
+        ValueError, match="row 0 is conversational .* no chat template; set tokenizer.chat_template"
+    ):
         from_rows([chat_row()], tokenizer, context=64)
 
 
@@ -148,7 +167,9 @@ def test_wrong_messages_are_named_by_their_row(chat_tokenizer, changes, words):
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(chat_tokenizer):
-    chat_tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat_tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="row 0: the chat template renders the prompt differently"):
         from_rows([chat_row()], chat_tokenizer, context=64)
 
@@ -157,30 +178,48 @@ def test_a_misspelt_column_is_shown_with_the_right_name_and_an_example(tokenizer
     wrong = {"prompt": "This film", "chosen": " was a joy", "rejeted": " was a bore"}
     with pytest.raises(ValueError) as caught:
         from_rows([ROW, wrong], tokenizer, context=64)
-    for words in ("row 1 has no column 'rejected'", "'rejeted' looks like 'rejected'", str(wrong), str(preferences.EXAMPLE)):
+    for words in (
+        "row 1 has no column 'rejected'",
+        "'rejeted' looks like 'rejected'",
+        str(wrong),
+        str(preferences.EXAMPLE),
+    ):
         assert words in str(caught.value)
 
 
 def test_columns_of_another_kind_are_shown_too(tokenizer):
-    with pytest.raises(ValueError, match="row 0 has no column 'prompt', 'chosen', 'rejected': {'text': 'This film'}"):
+    with pytest.raises(
+        ValueError,
+        match="row 0 has no column 'prompt', 'chosen', 'rejected': {'text': 'This film'}",
+    ):
         from_rows([{"text": "This film"}], tokenizer, context=64)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"chosen": ""}, "row 1 has an empty chosen completion: .*Mend the row, or pass bad='drop'"),
+        (
+            {"chosen": ""},
+            "row 1 has an empty chosen completion: .*Mend the row, or pass bad='drop'",
+        ),
         ({"rejected": " \n"}, "row 1 has an empty rejected completion"),
-        ({"chosen": " was a bore"}, "row 1 has the same text as chosen and as rejected: ' was a bore'"),
+        (
+            {"chosen": " was a bore"},
+            "row 1 has the same text as chosen and as rejected: ' was a bore'",
+        ),
     ],
 )
-def test_an_empty_or_identical_completion_is_an_error_or_is_dropped_and_counted(tokenizer, changes, message):
+def test_an_empty_or_identical_completion_is_an_error_or_is_dropped_and_counted(
+    tokenizer, changes, message
+):
     rows = [ROW, row(**changes)]
     with pytest.raises(ValueError, match=message):
         from_rows(rows, tokenizer, context=64)
     kept = from_rows(rows, tokenizer, context=64, bad="drop")
     assert kept.report == Report(pairs=1, dropped=1)
-    assert plain(replace(kept, report=Report(pairs=1))) == plain(from_rows([ROW], tokenizer, context=64))
+    assert plain(replace(kept, report=Report(pairs=1))) == plain(
+        from_rows([ROW], tokenizer, context=64)
+    )
 
 
 def test_when_every_row_is_dropped_the_error_says_why(tokenizer):
@@ -206,7 +245,10 @@ def test_a_value_that_is_no_text_is_named(tokenizer):
 
 def test_a_prompt_that_leaves_no_room_is_an_error_and_one_that_leaves_a_token_is_not(tokenizer):
     length = len(tokenizer("This film")["input_ids"])
-    with pytest.raises(ValueError, match=f"row 1: the prompt has {length} tokens .*context is {length}, .*shorten the prompt"):
+    with pytest.raises(
+        ValueError,
+        match=f"row 1: the prompt has {length} tokens .*context is {length}, .*shorten the prompt",
+    ):
         from_rows([row(prompt=""), ROW], tokenizer, context=length)
     kept = from_rows([row(chosen="J", rejected="B")], tokenizer, context=length + 1)
     assert kept.completions == [ids(tokenizer, "J"), ids(tokenizer, "B")]
@@ -216,7 +258,12 @@ def test_a_prompt_that_leaves_no_room_is_an_error_and_one_that_leaves_a_token_is
 def test_a_cut_completion_is_counted_and_loses_its_eos(tokenizer):
     joy, bore = ids(tokenizer, " joy and a great story"), ids(tokenizer, " bore")
     assert len(bore) < 4 < len(joy)
-    found = from_rows([row(chosen=" joy and a great story", rejected=" bore")], tokenizer, context=64, max_completion_tokens=4)
+    found = from_rows(
+        [row(chosen=" joy and a great story", rejected=" bore")],
+        tokenizer,
+        context=64,
+        max_completion_tokens=4,
+    )
     assert found.completions == [joy[:4], [*bore, EOS]]
     assert found.report == Report(pairs=1, cut=1, without_eos=1)
 
@@ -228,14 +275,25 @@ def test_prompt_and_completion_together_fit_the_context(tokenizer):
 
 def test_completions_that_are_alike_once_cut_are_dropped_and_counted(tokenizer):
     alike = row(chosen=" was a great joy", rejected=" was a great bore")
-    found = from_rows([row(chosen=" joy", rejected=" bore"), alike], tokenizer, context=64, max_completion_tokens=3)
-    assert len(ids(tokenizer, " was a great")) >= 3 > max(len(ids(tokenizer, text)) for text in (" joy", " bore"))
+    found = from_rows(
+        [row(chosen=" joy", rejected=" bore"), alike],
+        tokenizer,
+        context=64,
+        max_completion_tokens=3,
+    )
+    assert (
+        len(ids(tokenizer, " was a great"))
+        >= 3
+        > max(len(ids(tokenizer, text)) for text in (" joy", " bore"))
+    )
     assert (found.report.pairs, found.report.identical, found.report.cut) == (1, 1, 2)
     assert found.chosen.tolist() == [0] and found.rejected.tolist() == [1]
 
 
 def test_a_pair_that_comes_twice_is_kept_and_counted(tokenizer):
-    found = from_rows([ROW, ROW, row(chosen=ROW["rejected"], rejected=ROW["chosen"])], tokenizer, context=64)
+    found = from_rows(
+        [ROW, ROW, row(chosen=ROW["rejected"], rejected=ROW["chosen"])], tokenizer, context=64
+    )
     assert found.report == Report(pairs=3, duplicated=1)
     assert [found.chosen.tolist(), found.rejected.tolist()] == [[0, 0, 1], [1, 1, 0]]
 
@@ -243,7 +301,9 @@ def test_a_pair_that_comes_twice_is_kept_and_counted(tokenizer):
 def test_the_report_reads_as_a_sentence():
     expected = "pairs 1,200, cut 0, without eos 3, dropped 0, identical 0, duplicated 0, ties 0, retokenised 0, inner eos 2, prompt repeated 0"
     assert str(Report(pairs=1200, without_eos=3, inner_eos=2)) == expected
-    assert str(Report(unread=("score", "source"))).endswith(", prompt repeated 0, columns not read: score, source")
+    assert str(Report(unread=("score", "source"))).endswith(
+        ", prompt repeated 0, columns not read: score, source"
+    )
 
 
 # Rankings and scores
@@ -262,7 +322,9 @@ def test_a_ranking_of_k_gives_every_pair_better_first(tokenizer):
 
 @pytest.mark.parametrize("ranking", [[" joy"], [" joy", " "], [" joy", " bore", " joy"], []])
 def test_a_ranking_without_two_different_texts_is_refused(tokenizer, ranking):
-    with pytest.raises(ValueError, match="ranking 1 must hold at least two different, non-empty completions"):
+    with pytest.raises(
+        ValueError, match="ranking 1 must hold at least two different, non-empty completions"
+    ):
         from_rankings(["a", "b"], [[" joy", " bore"], ranking], tokenizer, context=64)
 
 
@@ -286,7 +348,9 @@ def test_the_higher_score_is_chosen_and_ties_are_dropped_and_counted(tokenizer):
 
 
 def test_scored_token_ids_are_taken_as_they_are(tokenizer):
-    found = from_scores([[0, 7], [9]], [[[5, 0], [6, 6]], [[5, 0], [8]]], [[1, 2], [2, 1]], tokenizer, context=64)
+    found = from_scores(
+        [[0, 7], [9]], [[[5, 0], [6, 6]], [[5, 0], [8]]], [[1, 2], [2, 1]], tokenizer, context=64
+    )
     assert found.prompts == [[0, 7], [9]]
     assert found.completions == [[5, 0], [6, 6], [5, 0], [8]]
     assert [found.chosen.tolist(), found.rejected.tolist()] == [[1, 2], [0, 3]]
@@ -301,13 +365,22 @@ def test_scored_completions_that_are_the_same_tokens_are_identical_and_no_tie(to
 
 @pytest.mark.parametrize("completions", [[[5, 6], [5, 6, 7], [8]], [[5, 6, 7], [5, 6], [8]]])
 def test_a_cut_is_counted_whichever_completion_comes_first(tokenizer, completions):
-    assert from_scores([[0]], [completions], [[1, 2, 3]], tokenizer, context=64, max_completion_tokens=2).report.cut == 1
+    assert (
+        from_scores(
+            [[0]], [completions], [[1, 2, 3]], tokenizer, context=64, max_completion_tokens=2
+        ).report.cut
+        == 1
+    )
 
 
 @pytest.mark.parametrize("scores", [[1.0, np.nan], [np.inf, 0.0], [1.0]])
 def test_every_completion_needs_a_finite_score(tokenizer, scores):
-    with pytest.raises(ValueError, match="prompt 1 has 2 completions and scores .*; one finite score each"):
-        from_scores(["a", "b"], [[" joy", " bore"]] * 2, [[1.0, 0.0], scores], tokenizer, context=64)
+    with pytest.raises(
+        ValueError, match="prompt 1 has 2 completions and scores .*; one finite score each"
+    ):
+        from_scores(
+            ["a", "b"], [[" joy", " bore"]] * 2, [[1.0, 0.0], scores], tokenizer, context=64
+        )
 
 
 def test_prompts_completions_and_scores_must_be_as_many(tokenizer):
@@ -356,14 +429,21 @@ def test_the_hash_of_the_tokens_follows_prompts_completions_and_what_belongs_to_
         small(prompt_of=np.array([1, 1, 0, 0])),
     ]
     assert len({preferences.tokens_hash() for preferences in (small(), *others)}) == 4
-    assert small().tokens_hash() == small(scores=np.ones(4), chosen=np.array([1, 2]), rejected=np.array([0, 3])).tokens_hash()
+    assert (
+        small().tokens_hash()
+        == small(
+            scores=np.ones(4), chosen=np.array([1, 2]), rejected=np.array([0, 3])
+        ).tokens_hash()
+    )
 
 
 # Files
 
 
 def test_what_is_saved_is_loaded(tmp_path, some, model):
-    whole = replace(some.with_reference(model), scores=np.linspace(-1, 1, 12), report=Report(pairs=18, cut=2))
+    whole = replace(
+        some.with_reference(model), scores=np.linspace(-1, 1, 12), report=Report(pairs=18, cut=2)
+    )
     whole.save(tmp_path / "made" / "here")
     assert plain(Preferences.load(tmp_path / "made" / "here")) == plain(whole)
 
@@ -383,7 +463,15 @@ def test_saving_again_replaces_the_directory(tmp_path, some):
 
 
 @pytest.mark.parametrize(
-    "damage", ["nothing there", "no json", "json of another kind", "bytes", "a column missing", "half a file"]
+    "damage",
+    [
+        "nothing there",
+        "no json",
+        "json of another kind",
+        "bytes",
+        "a column missing",
+        "half a file",
+    ],
 )
 def test_a_directory_that_holds_no_preferences_is_named(tmp_path, damage):
     if damage != "nothing there":
@@ -395,9 +483,9 @@ def test_a_directory_that_holds_no_preferences_is_named(tmp_path, damage):
     elif damage == "bytes":
         (tmp_path / "p" / "preferences.json").write_bytes(b"\xff\xfe")
     elif damage == "a column missing":
-        DatasetDict({name: Dataset.from_dict({"x": [1]}) for name in ("prompts", "completions", "pairs")}).save_to_disk(
-            tmp_path / "p"
-        )
+        DatasetDict(
+            {name: Dataset.from_dict({"x": [1]}) for name in ("prompts", "completions", "pairs")}
+        ).save_to_disk(tmp_path / "p")
     elif damage == "half a file":
         (file,) = (tmp_path / "p" / "pairs").glob("*.arrow")
         file.write_bytes(file.read_bytes()[:100])
@@ -413,7 +501,9 @@ def test_a_full_disk_leaves_the_old_directory_and_nothing_else(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(DatasetDict, "save_to_disk", full)
-    with pytest.raises(OSError, match=re.escape(f"no space left to write {tmp_path / 'p'}")) as caught:
+    with pytest.raises(
+        OSError, match=re.escape(f"no space left to write {tmp_path / 'p'}")
+    ) as caught:
         small().save(tmp_path / "p")
     assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
@@ -456,7 +546,10 @@ def test_another_precision_is_computed_anew_and_told(some, model, scored, tmp_pa
     once = some.with_reference(model)
     other = once.with_reference(model, precision="bfloat16")
     other.save(tmp_path / "p")
-    assert (once.reference_precision, Preferences.load(tmp_path / "p").reference_precision) == ("float32", "bfloat16")
+    assert (once.reference_precision, Preferences.load(tmp_path / "p").reference_precision) == (
+        "float32",
+        "bfloat16",
+    )
     assert 0 < np.abs(other.reference_logps - once.reference_logps).max() < 1
     assert scored == [12, 12] and other.with_reference(model, precision="bfloat16") is other
 
@@ -473,11 +566,15 @@ def test_other_weights_or_tokens_are_computed_anew(some, model, scored):
     assert np.abs(other.reference_logps - once.reference_logps).min() > 0
 
 
-@pytest.mark.parametrize("precision, alteration", [("float32", 0.1), ("float32", np.nan), ("bfloat16", 1.0)])
+@pytest.mark.parametrize(
+    "precision, alteration", [("float32", 0.1), ("float32", np.nan), ("bfloat16", 1.0)]
+)
 def test_stored_values_that_were_altered_are_refused(some, model, precision, alteration):
     once = some.with_reference(model, precision=precision)
     altered = replace(once, reference_logps=once.reference_logps + alteration)
-    with pytest.raises(ValueError, match="(?s)stored reference_logps .* not this model's .* altered. Delete it"):
+    with pytest.raises(
+        ValueError, match="(?s)stored reference_logps .* not this model's .* altered. Delete it"
+    ):
         altered.with_reference(model, precision=precision)
 
 
@@ -485,7 +582,10 @@ def test_log_probs_known_from_sampling_are_taken_and_checked(some, model, scored
     computed = some.with_reference(model)
     known = computed.reference_logps + 1e-4
     taken = some.with_reference(model, known=known)
-    assert np.array_equal(taken.reference_logps, known) and taken.reference_key == computed.reference_key
+    assert (
+        np.array_equal(taken.reference_logps, known)
+        and taken.reference_key == computed.reference_key
+    )
     assert scored == [12, 8]
     with pytest.raises(ValueError, match="not this model's"):
         some.with_reference(model, known=known[::-1].copy())

@@ -57,9 +57,20 @@ def test_held_out_loss_is_the_mean_over_every_token(model, tokenizer):
 
 def test_pretraining_learns_resumes_and_writes_a_card(tmp_path, monkeypatch):
     train, test = make_reviews(120)[0], make_reviews(20, seed=9)[0]
-    monkeypatch.setattr(module, "load_imdb", lambda: {"train": {"text": train}, "test": {"text": test}})
-    loop = LoopConfig(learning_rate=1e-2, optimizer="muon", schedule="linear", warmup_steps=3, eval_every=10, save_every=5)
-    config = PretrainConfig(vocabulary=300, context=64, width=32, layers=2, heads=2, rows=8, steps=20, loop=loop)
+    monkeypatch.setattr(
+        module, "load_imdb", lambda: {"train": {"text": train}, "test": {"text": test}}
+    )
+    loop = LoopConfig(
+        learning_rate=1e-2,
+        optimizer="muon",
+        schedule="linear",
+        warmup_steps=3,
+        eval_every=10,
+        save_every=5,
+    )
+    config = PretrainConfig(
+        vocabulary=300, context=64, width=32, layers=2, heads=2, rows=8, steps=20, loop=loop
+    )
     folder = pretrain(tmp_path / "run", config)
     card = json.loads((folder / "card.json").read_text())
     assert card["curve"][0]["eval/nats_per_token"] > card["curve"][-1]["eval/nats_per_token"] + 0.5

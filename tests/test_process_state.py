@@ -62,13 +62,22 @@ def state():
             torch.is_autocast_enabled("cpu"),
             torch.are_deterministic_algorithms_enabled(),
         ),
-        "matmuls": (matmul.fp32_precision, torch.backends.mkldnn.enabled, torch.backends.cuda.matmul.fp32_precision),
+        "matmuls": (
+            matmul.fp32_precision,
+            torch.backends.mkldnn.enabled,
+            torch.backends.cuda.matmul.fp32_precision,
+        ),
         "numpy": (np.geterr(), np.get_printoptions()),
-        "accelerate": [dict(kind._shared_state) for kind in (PartialState, AcceleratorState, GradientState)],
+        "accelerate": [
+            dict(kind._shared_state) for kind in (PartialState, AcceleratorState, GradientState)
+        ],
         "warnings": list(warnings.filters),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
-        "transformers": (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()),
+        "transformers": (
+            transformers.logging.get_verbosity(),
+            transformers.logging.is_progress_bar_enabled(),
+        ),
         "datasets": (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()),
         "matplotlib": (dict(matplotlib.rcParams), matplotlib.get_backend()),
         "streams": (sys.stdout, sys.stderr, Path.cwd()),
@@ -102,32 +111,61 @@ def stopped(tiny, folder):
     many = replace(CONFIG, epochs=5, loop=replace(LOOP, eval_every=1))
     for expected, evaluate, run in ((Interrupted, stop, folder), (ZeroDivisionError, fail, None)):
         with pytest.raises(expected):
-            train_dpo(load_model(str(tiny)), make_preferences(str(tiny)), many, run=run, evaluate=evaluate, progress=None)
+            train_dpo(
+                load_model(str(tiny)),
+                make_preferences(str(tiny)),
+                many,
+                run=run,
+                evaluate=evaluate,
+                progress=None,
+            )
 
 
 def adapters(tiny, folder):
-    train_dpo(load_model(str(tiny)), make_preferences(str(tiny)), replace(CONFIG, lora_rank=2), progress=None)
+    train_dpo(
+        load_model(str(tiny)),
+        make_preferences(str(tiny)),
+        replace(CONFIG, lora_rank=2),
+        progress=None,
+    )
 
 
 def resumed(tiny, folder):
     for resume in (False, True):
-        train_dpo(load_model(str(tiny)), make_preferences(str(tiny)), CONFIG, run=folder, resume=resume, progress=None)
+        train_dpo(
+            load_model(str(tiny)),
+            make_preferences(str(tiny)),
+            CONFIG,
+            run=folder,
+            resume=resume,
+            progress=None,
+        )
 
 
 def learned(tiny, folder):
     config = RewardModelConfig(batch_pairs=9, loop=LOOP)
-    train_reward_model(ScalarModel(load_model(str(tiny))), make_preferences(str(tiny)), config, progress=None)
+    train_reward_model(
+        ScalarModel(load_model(str(tiny))), make_preferences(str(tiny)), config, progress=None
+    )
 
 
 def sampled_and_scored(tiny, folder):
     model = load_model(str(tiny))
     for precision in ("float32", "bfloat16"):
-        completions = sample_completions(model, rows(3), 2, eos_token_id=0, max_new_tokens=4, precision=precision)
-        score_completions(model, rows(3), [row[0] for row in completions], range(3), precision=precision)
+        completions = sample_completions(
+            model, rows(3), 2, eos_token_id=0, max_new_tokens=4, precision=precision
+        )
+        score_completions(
+            model, rows(3), [row[0] for row in completions], range(3), precision=precision
+        )
 
 
 def by_ppo(tiny, folder):
-    policy, reference, value = load_model(str(tiny)), load_model(str(tiny)), ScalarModel(load_model(str(tiny)))
+    policy, reference, value = (
+        load_model(str(tiny)),
+        load_model(str(tiny)),
+        ScalarModel(load_model(str(tiny))),
+    )
     config = PPOConfig(steps=1, batch=4, minibatch=2, max_new_tokens=4)
 
     def score(prompts, completions):
@@ -148,7 +186,15 @@ def sweep(tiny, folder):
 
 
 def from_scratch(tiny, folder):
-    small = {"vocabulary": 300, "context": 32, "width": 16, "layers": 1, "heads": 1, "rows": 4, "steps": 2}
+    small = {
+        "vocabulary": 300,
+        "context": 32,
+        "width": 16,
+        "layers": 1,
+        "heads": 1,
+        "rows": 4,
+        "steps": 2,
+    }
     pretrain(folder / "pretrained", PretrainConfig(**small, loop=LOOP))
 
 
@@ -167,22 +213,38 @@ CALLS = {
     "load": lambda tiny, folder: (load_model(str(tiny)), load_tokenizer(str(tiny))),
     "reviews": lambda tiny, folder: load_imdb(),
     "log-probs": lambda tiny, folder: (
-        completion_logps(load_model(str(tiny)), completion_batch([[1, 2]], [[3, 4]], [0])).sum().backward()
+        completion_logps(load_model(str(tiny)), completion_batch([[1, 2]], [[3, 4]], [0]))
+        .sum()
+        .backward()
     ),
     "sample and score": sampled_and_scored,
     "evaluate_policy": lambda tiny, folder: evaluate_policy(
-        load_model(str(tiny)), load_model(str(tiny)), rows(8), reward, load_tokenizer(str(tiny)), max_new_tokens=4
+        load_model(str(tiny)),
+        load_model(str(tiny)),
+        rows(8),
+        reward,
+        load_tokenizer(str(tiny)),
+        max_new_tokens=4,
     ),
     "measure_precision": lambda tiny, folder: measure_precision(
         load_model(str(tiny)), completion_batch(rows(2), rows(4), [0, 0, 1, 1]), 0.1
     ),
-    "plan": lambda tiny, folder: plan(load_model(str(tiny)), rows(9), CONFIG, completions=2, max_new_tokens=4, eval_prefixes=8),
-    "train_dpo": lambda tiny, folder: train_dpo(load_model(str(tiny)), make_preferences(str(tiny)), CONFIG, progress=None),
+    "plan": lambda tiny, folder: plan(
+        load_model(str(tiny)), rows(9), CONFIG, completions=2, max_new_tokens=4, eval_prefixes=8
+    ),
+    "train_dpo": lambda tiny, folder: train_dpo(
+        load_model(str(tiny)), make_preferences(str(tiny)), CONFIG, progress=None
+    ),
     "train_dpo, adapters": adapters,
     "train_dpo, stopped": stopped,
     "train_dpo, resumed": resumed,
     "train_sft": lambda tiny, folder: train_sft(
-        load_model(str(tiny)), sft_batches(make_preferences(str(tiny)), 4), 2, LOOP, precision="bfloat16", progress=None
+        load_model(str(tiny)),
+        sft_batches(make_preferences(str(tiny)), 4),
+        2,
+        LOOP,
+        precision="bfloat16",
+        progress=None,
     ),
     "train_unlikelihood": lambda tiny, folder: train_unlikelihood(
         load_model(str(tiny)), make_preferences(str(tiny)), 0.5, LOOP, progress=None
@@ -197,12 +259,15 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(("name", "mine"), [*((name, True) for name in CALLS), ("train_dpo", False)])
+@pytest.mark.parametrize(
+    ("name", "mine"), [*((name, True) for name in CALLS), ("train_dpo", False)]
+)
 def test_the_process_is_left_as_it_was(tiny, tmp_path, monkeypatch, request, name, mine):
     if name in ("experiment", "frontier", "pretrain"):
         request.getfixturevalue("made_up_reviews")
     monkeypatch.setattr(
-        "dpo_lab.pretrain.load_imdb", lambda: {k: dict(zip(("text", "label"), make_reviews(60))) for k in ("train", "test")}
+        "dpo_lab.pretrain.load_imdb",
+        lambda: {k: dict(zip(("text", "label"), make_reviews(60))) for k in ("train", "test")},
     )
     for kind in (PartialState, AcceleratorState, GradientState):
         monkeypatch.setattr(kind, "_shared_state", type(kind._shared_state)())
@@ -214,7 +279,11 @@ def test_the_process_is_left_as_it_was(tiny, tmp_path, monkeypatch, request, nam
     for what in before:
         assert after[what] == before[what], what
     if mine:
-        assert accelerator.mixed_precision == accelerate.Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+        assert (
+            accelerator.mixed_precision
+            == accelerate.Accelerator(cpu=True, mixed_precision="bf16").mixed_precision
+            == "bf16"
+        )
 
 
 def test_scoring_leaves_every_module_in_its_mode(model):
@@ -234,13 +303,20 @@ def variables():
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.exists():
                 names |= set(
-                    re.findall(r"""["']((?:ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_[A-Z0-9_]+)["']""", file.read_text())
+                    re.findall(
+                        r"""["']((?:ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_[A-Z0-9_]+)["']""",
+                        file.read_text(),
+                    )
                 )
     return sorted(names)
 
 
 def test_the_variables_were_found():
-    assert {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"} < set(variables())
+    assert {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        "ACCELERATE_MIXED_PRECISION",
+        "ACCELERATE_USE_FSDP",
+    } < set(variables())
 
 
 TRAIN = """

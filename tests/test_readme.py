@@ -26,7 +26,9 @@ def test_the_figures_are_those_of_the_recorded_results(monkeypatch):
 
 def test_the_default_beta_has_the_most_reward_within_4_nats():
     rows = json.loads((ROOT / "benchmarks" / "results" / "sweep.json").read_text())["rows"]
-    best = max((row for row in rows if row["after"]["kl"] <= 4), key=lambda row: row["after"]["reward"])
+    best = max(
+        (row for row in rows if row["after"]["kl"] <= 4), key=lambda row: row["after"]["reward"]
+    )
     config = CONFIGS["laptop"].dpo
     assert len({row["beta"] for row in rows}) > 1
     assert (best["beta"], best["learning_rate"]) == (config.beta, config.loop.learning_rate)
@@ -35,8 +37,17 @@ def test_the_default_beta_has_the_most_reward_within_4_nats():
 def test_the_homework_lines_run(model):
     code = re.search(r"homework\n\n```python\n(.*?)```", README, re.DOTALL)[1]
     assert len([line for line in code.splitlines() if line]) == 5
-    prompts, completions, prompt_of = [[0, 5], [0, 9]], [[3, 0], [4, 8, 0], [7, 0], [6, 6, 6, 0]], [0, 0, 1, 1]
-    names = {"policy": model, "prompts": prompts, "completions": completions, "prompt_of": prompt_of}
+    prompts, completions, prompt_of = (
+        [[0, 5], [0, 9]],
+        [[3, 0], [4, 8, 0], [7, 0], [6, 6, 6, 0]],
+        [0, 0, 1, 1],
+    )
+    names = {
+        "policy": model,
+        "prompts": prompts,
+        "completions": completions,
+        "prompt_of": prompt_of,
+    }
     names |= {"reference_logps": score_completions(model, prompts, completions, prompt_of)}
     names |= {"chosen": torch.tensor([0, 2]), "rejected": torch.tensor([1, 3])}
     exec(code, names)

@@ -42,14 +42,25 @@ STEPS = 6
 def base_model(seed=0):
     set_seed(seed)
     config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        vocab_size=32,
+        n_positions=16,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     return GPT2LMHeadModel(config).eval()
 
 
 def base_preferences():
     prompts, completions = [[1, 2], [3]], [[4, 5, 0], [6, 0], [7, 8, 0], [9, 0]]
-    ends = {"prompt_of": np.array([0, 0, 1, 1]), "chosen": np.array([0, 2]), "rejected": np.array([1, 3])}
+    ends = {
+        "prompt_of": np.array([0, 0, 1, 1]),
+        "chosen": np.array([0, 2]),
+        "rejected": np.array([1, 3]),
+    }
     return Preferences(prompts, completions, **ends).with_reference(base_model())
 
 
@@ -106,7 +117,9 @@ def bytes_of(model):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 class Killed(BaseException):
@@ -131,7 +144,9 @@ jobs = st.one_of(
     st.just(Job()),
     st.sampled_from([Job(config) for config in CONFIGS]),
     st.sampled_from([Job(data=name) for name in DATA]),
-    st.builds(Job, st.sampled_from(["dpo", "adapters"]), seed=st.integers(0, 1), weights=st.integers(0, 1)),
+    st.builds(
+        Job, st.sampled_from(["dpo", "adapters"]), seed=st.integers(0, 1), weights=st.integers(0, 1)
+    ),
 )
 stops = st.one_of(st.none(), st.tuples(st.integers(1, STEPS), st.sampled_from(["kill", "ctrl-c"])))
 
@@ -155,7 +170,9 @@ class Runs(RuleBasedStateMachine):
             return bool(self.checkpoints) or metrics.exists() and metrics.stat().st_size > 0
         if not resume:
             return bool(self.checkpoints)
-        replaced = bool(self.checkpoints) and not job.adapters  # the weights that are given, by those of the checkpoint
+        replaced = (
+            bool(self.checkpoints) and not job.adapters
+        )  # the weights that are given, by those of the checkpoint
         same = self.job == (replace(job, weights=self.job.weights) if replaced else job)
         return not same or (moved and not replaced) or (self.damaged and bool(self.checkpoints))
 
@@ -166,7 +183,11 @@ class Runs(RuleBasedStateMachine):
         refused = self.refuses(job, resume, given != bytes_of(base_model(job.weights)))
         goes_on = resume and self.job is not None and bool(self.checkpoints)
         before = contents(self.folder) if self.folder.exists() else {}
-        options = {"run": self.folder, "resume": resume, "evaluate": stopper(*stop) if stop else None}
+        options = {
+            "run": self.folder,
+            "resume": resume,
+            "evaluate": stopper(*stop) if stop else None,
+        }
         try:
             trained(job, model, **options)
         except ValueError as error:
@@ -180,7 +201,9 @@ class Runs(RuleBasedStateMachine):
             assert bytes_of(model) == expected(self.job if goes_on else job)
         assert not list(self.folder.glob("*.lock"))
         self.job, self.model = self.job if goes_on else job, model
-        self.checkpoints = sorted(int(path.name[5:]) for path in (self.folder / "checkpoints").glob("step-*"))
+        self.checkpoints = sorted(
+            int(path.name[5:]) for path in (self.folder / "checkpoints").glob("step-*")
+        )
 
     @rule(job=jobs, stop=stops)
     def start(self, job, stop):
@@ -215,7 +238,10 @@ class Runs(RuleBasedStateMachine):
         self.damaged = False
 
     @precondition(lambda self: self.checkpoints)
-    @rule(name=st.sampled_from(["model.safetensors", "optimizer.safetensors", "state.json"]), at=st.floats(0, 1))
+    @rule(
+        name=st.sampled_from(["model.safetensors", "optimizer.safetensors", "state.json"]),
+        at=st.floats(0, 1),
+    )
     def damage_the_newest(self, name, at):
         path = self.folder / "checkpoints" / f"step-{self.checkpoints[-1]:08d}" / name
         path.write_bytes(path.read_bytes()[: int(at * (path.stat().st_size - 2))])
@@ -244,7 +270,8 @@ def test_a_directory_used_again_is_refused_and_its_checkpoints_kept(tmp_path):
     before = contents(tmp_path)
     for job in (Job(), Job("fewer epochs")):
         with pytest.raises(
-            ValueError, match=r"earlier run, the last one step-0*6\. .*resume=True .*another run directory.*delete"
+            ValueError,
+            match=r"earlier run, the last one step-0*6\. .*resume=True .*another run directory.*delete",
         ):
             trained(job, run=tmp_path / "run")
     assert contents(tmp_path) == before
@@ -275,7 +302,10 @@ def test_what_differs_from_the_record_is_named_in_a_line(tmp_path, other, named)
 
 def test_a_model_of_the_same_shapes_that_computes_otherwise_is_another_model(tmp_path):
     trained(Job(), run=tmp_path)
-    for change in (lambda model: model.config.update({"n_head": 4}), lambda model: model.lm_head.requires_grad_(False)):
+    for change in (
+        lambda model: model.config.update({"n_head": 4}),
+        lambda model: model.lm_head.requires_grad_(False),
+    ):
         model = copy.deepcopy(base_model())
         model.config = copy.deepcopy(model.config)
         change(model)
@@ -289,16 +319,22 @@ def test_adapters_go_on_only_on_the_weights_that_they_began_with(tmp_path):
     with pytest.raises(Interrupted):
         trained(Job("adapters"), model, run=tmp_path, evaluate=stopper(2, "ctrl-c"))
     for some in (model, copy.deepcopy(base_model(1))):
-        with pytest.raises(ValueError, match="frozen_weights: .* there, .* asked.*load the model anew"):
+        with pytest.raises(
+            ValueError, match="frozen_weights: .* there, .* asked.*load the model anew"
+        ):
             trained(Job("adapters"), some, run=tmp_path, resume=True)
-    assert bytes_of(trained(Job("adapters"), run=tmp_path, resume=True)) == expected(Job("adapters"))
+    assert bytes_of(trained(Job("adapters"), run=tmp_path, resume=True)) == expected(
+        Job("adapters")
+    )
 
 
 def test_what_a_user_s_own_adapters_train_is_kept_whole(tmp_path):
     """Also weights that are trained beside the adapters and have names of their own."""
 
     def adapted():
-        config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["c_proj"], fan_in_fan_out=True)
+        config = LoraConfig(
+            r=2, target_modules=["c_attn"], modules_to_save=["c_proj"], fan_in_fan_out=True
+        )
         set_seed(5)
         return get_peft_model(copy.deepcopy(base_model()), config).eval()
 
@@ -321,7 +357,9 @@ def test_weights_tied_by_their_memory_are_kept_once_and_come_back(tmp_path):
         trained(Job(), tied(), run=tmp_path, evaluate=stopper(3, "ctrl-c"))
     kept = load_file(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors")
     assert "lm_head.weight" not in kept and "part" in kept
-    assert bytes_of(trained(Job(), tied(), run=tmp_path, resume=True)) == bytes_of(trained(Job(), tied()))
+    assert bytes_of(trained(Job(), tied(), run=tmp_path, resume=True)) == bytes_of(
+        trained(Job(), tied())
+    )
 
 
 def test_a_run_goes_on_with_the_reference_log_probs_that_it_began_with(tmp_path, monkeypatch):
@@ -334,7 +372,10 @@ def test_a_run_goes_on_with_the_reference_log_probs_that_it_began_with(tmp_path,
     monkeypatch.setitem(DATA, "pairs", P)
     (tmp_path / "reference.safetensors").unlink()
     assert bytes_of(trained(Job(), run=tmp_path, resume=True)) == expected(Job())
-    assert load_file(tmp_path / "reference.safetensors")["logps"].numpy().tobytes() == P.reference_logps.tobytes()
+    assert (
+        load_file(tmp_path / "reference.safetensors")["logps"].numpy().tobytes()
+        == P.reference_logps.tobytes()
+    )
     monkeypatch.setitem(DATA, "pairs", near)
     (tmp_path / "reference.safetensors").unlink()
     with pytest.raises(ValueError, match="reference_logps"):
@@ -356,7 +397,10 @@ def test_sft_goes_on_with_the_same_batches_only(tmp_path, given, changed):
     """Of batches that a function makes, those to come may be others: the weights are those of a run on the function given."""
     others = [*BATCHES]
     others[changed] = completion_batch([[1, 2]], [[4, 5, 9]], [0])
-    ours, theirs = (some if given == "list" else lambda step, some=some: [some[step]] for some in (BATCHES, others))
+    ours, theirs = (
+        some if given == "list" else lambda step, some=some: [some[step]]
+        for some in (BATCHES, others)
+    )
     with pytest.raises(Interrupted):
         tuned(ours, run=tmp_path, evaluate=stopper(3, "ctrl-c"))
     before = contents(tmp_path)
@@ -390,7 +434,8 @@ def test_checkpoints_of_an_earlier_version_are_refused_in_plain_words(tmp_path, 
     base_model().save_pretrained(tmp_path / "checkpoints" / "step-00000003")
     before = contents(tmp_path)
     with pytest.raises(
-        ValueError, match=r"checkpoints of an earlier run, and no training\.json .*earlier versions.*cannot be continued"
+        ValueError,
+        match=r"checkpoints of an earlier run, and no training\.json .*earlier versions.*cannot be continued",
     ):
         trained(Job(), run=tmp_path, resume=resume)
     assert contents(tmp_path) == before
@@ -414,7 +459,11 @@ def test_a_checkpoint_from_elsewhere_is_not_this_run_s(tmp_path):
 
 
 @pytest.mark.parametrize("run", ["runs/a", Path("runs/a"), "~/a", Path("~/a")])
-@pytest.mark.parametrize("train", [lambda run: trained(Job(), run=run), lambda run: tuned(BATCHES, run=run)], ids=["dpo", "sft"])
+@pytest.mark.parametrize(
+    "train",
+    [lambda run: trained(Job(), run=run), lambda run: tuned(BATCHES, run=run)],
+    ids=["dpo", "sft"],
+)
 def test_a_run_is_a_string_or_a_path_and_may_begin_at_home(tmp_path, monkeypatch, train, run):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -444,7 +493,9 @@ with locked(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the directory."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -455,7 +506,9 @@ def test_a_second_process_is_told_who_holds_the_directory(tmp_path, holder):
     run = tmp_path / "run"
     for train in (trained, lambda job, **options: tuned(BATCHES, **options)):
         for resume in (False, True):
-            with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .*another run directory"):
+            with pytest.raises(
+                ValueError, match=f"is in use by process {holder.pid} on .*another run directory"
+            ):
                 train(Job(), run=run, resume=resume)
     assert [path.name for path in run.iterdir()] == ["training.lock"]
     holder.kill()  # which leaves the file
@@ -475,9 +528,16 @@ def test_a_command_says_so_before_it_loads_anything(tmp_path, monkeypatch):
     for name, run, command in (
         ("run.lock", tmp_path, lambda: experiment.train(ExperimentConfig(), tmp_path)),
         ("frontier.lock", tmp_path, lambda: frontier.frontier(FrontierConfig(), tmp_path)),
-        ("training.lock", tmp_path / "pretrain", lambda: pretrain.pretrain(tmp_path / "pretrain", resume=True)),
+        (
+            "training.lock",
+            tmp_path / "pretrain",
+            lambda: pretrain.pretrain(tmp_path / "pretrain", resume=True),
+        ),
     ):
-        with locked(run, name), pytest.raises(ValueError, match=f"in use by process {os.getpid()} "):
+        with (
+            locked(run, name),
+            pytest.raises(ValueError, match=f"in use by process {os.getpid()} "),
+        ):
             command()
 
 
@@ -487,7 +547,9 @@ def test_a_second_run_in_the_same_process_is_refused_too(tmp_path):
             trained(Job(), run=tmp_path, resume=True)
         return {"refused": 1.0}
 
-    metrics = train_dpo(copy.deepcopy(base_model()), P, DPO, run=tmp_path, evaluate=evaluate, progress=None)
+    metrics = train_dpo(
+        copy.deepcopy(base_model()), P, DPO, run=tmp_path, evaluate=evaluate, progress=None
+    )
     assert metrics[0] == {"step": 0, "eval/refused": 1.0}
 
 

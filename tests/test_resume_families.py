@@ -20,13 +20,19 @@ MOE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
 MORE = {
     "GPT2": OLD,
     "Llama": GROUPED,
-    "GPTNeo": COMMON | {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+    "GPTNeo": COMMON
+    | {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
     "BioGpt": COMMON,
     "Olmoe": GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
     "Qwen2Moe": MOE | {"shared_expert_intermediate_size": 32},
     "Qwen3Moe": MOE | {"head_dim": 8},
 }
-CONFIG = DPOConfig(beta=0.5, epochs=4, batch_pairs=1, loop=LoopConfig(learning_rate=1e-2, warmup_steps=1, eval_every=1))
+CONFIG = DPOConfig(
+    beta=0.5,
+    epochs=4,
+    batch_pairs=1,
+    loop=LoopConfig(learning_rate=1e-2, warmup_steps=1, eval_every=1),
+)
 
 
 def preferences(model):
@@ -47,7 +53,10 @@ def stops(model, step):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES | MORE)
@@ -81,7 +90,10 @@ def test_a_generation_config_that_transformers_does_not_write_stops_no_run(tiny,
     save_policy(model, load_tokenizer(str(tiny)), tmp_path / "policy")
     assert model.generation_config.temperature == 0.6
     loaded = load_model(str(tmp_path / "policy"))
-    assert same(loaded, model) and loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    assert (
+        same(loaded, model)
+        and loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    )
 
 
 def test_an_ordinary_generation_config_is_saved_as_transformers_saves_it(tiny, tmp_path):

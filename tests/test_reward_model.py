@@ -45,7 +45,9 @@ def test_the_reward_is_the_head_on_the_last_token(tiny):
         found = LearnedReward(model, batch_size=size)(prompts, p.completions)
         for reward, prompt, completion in zip(found, prompts, p.completions):
             with torch.no_grad():
-                hidden = model.model.transformer(torch.tensor([[*prompt, *completion]])).last_hidden_state[0, -1]
+                hidden = model.model.transformer(
+                    torch.tensor([[*prompt, *completion]])
+                ).last_hidden_state[0, -1]
                 assert reward == pytest.approx(float(model.head(hidden)), abs=1e-4)
     assert LearnedReward(model)([], []).shape == (0,)
 
@@ -63,10 +65,14 @@ def test_it_learns_rankings_and_keeps_the_best_checkpoint(tiny):
 def test_weights_are_those_of_the_best_evaluation(tiny, monkeypatch):
     """A rate that ruins the model after its best evaluation: the end is the best one again."""
     model, p = ScalarModel(load_model(str(tiny))), ranked(60)
-    config = replace(CONFIG, epochs=6, loop=replace(LOOP, learning_rate=0.3, schedule="constant", eval_every=2))
+    config = replace(
+        CONFIG, epochs=6, loop=replace(LOOP, learning_rate=0.3, schedule="constant", eval_every=2)
+    )
     metrics = train_reward_model(model, p, config, progress=None)
     best = max(line["eval/accuracy"] for line in metrics if "eval/accuracy" in line)
-    again = train_reward_model(model, p, replace(config, epochs=1, loop=replace(LOOP, learning_rate=1e-12)), progress=None)
+    again = train_reward_model(
+        model, p, replace(config, epochs=1, loop=replace(LOOP, learning_rate=1e-12)), progress=None
+    )
     assert again[0]["eval/accuracy"] == best
 
 
@@ -74,12 +80,16 @@ def test_a_step_s_loss_is_instructgpt_s_on_whole_rankings(tiny):
     model, p = ScalarModel(load_model(str(tiny))), ranked(10)
     nn.init.normal_(model.head.weight)
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    config = RewardModelConfig(epochs=1, batch_pairs=10**6, held_out=0.1, loop=replace(LOOP, warmup_steps=0))
+    config = RewardModelConfig(
+        epochs=1, batch_pairs=10**6, held_out=0.1, loop=replace(LOOP, warmup_steps=0)
+    )
     metrics = train_reward_model(model, p, config, progress=None)
     (line,) = [line for line in metrics if "grad_norm" in line]
     model.load_state_dict(start)
     held = np.random.default_rng(0).permutation(10)[:1]
-    rewards = LearnedReward(model)([p.prompts[i] for i in p.prompt_of], p.completions).reshape(10, 3)
+    rewards = LearnedReward(model)([p.prompts[i] for i in p.prompt_of], p.completions).reshape(
+        10, 3
+    )
     expected = reward_model_loss(torch.from_numpy(np.delete(rewards, held, 0))).mean()
     assert line["loss"] == pytest.approx(float(expected), abs=1e-5)
 
@@ -87,4 +97,6 @@ def test_a_step_s_loss_is_instructgpt_s_on_whole_rankings(tiny):
 @pytest.mark.parametrize("held_out", [0.0, 1.0, -0.5])
 def test_a_bad_share_is_named(tiny, held_out):
     with pytest.raises(ValueError, match="held_out is .*; give a share in"):
-        train_reward_model(ScalarModel(load_model(str(tiny))), ranked(4), replace(CONFIG, held_out=held_out))
+        train_reward_model(
+            ScalarModel(load_model(str(tiny))), ranked(4), replace(CONFIG, held_out=held_out)
+        )

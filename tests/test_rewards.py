@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_classifier, make_reviews
-from transformers import BertForSequenceClassification, BertTokenizerFast, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from dpo_lab import rewards
 from dpo_lab.imdb import load_imdb
@@ -19,7 +24,9 @@ def test_held_out_accuracy_on_imdb_is_at_least_0895():
     reviews = load_imdb()
     reward = SentimentReward.tfidf(list(reviews["train"]["text"]), list(reviews["train"]["label"]))
     probabilities = reward(list(reviews["test"]["text"]))
-    assert probabilities.dtype == np.float64 and 0 <= probabilities.min() and probabilities.max() <= 1
+    assert (
+        probabilities.dtype == np.float64 and 0 <= probabilities.min() and probabilities.max() <= 1
+    )
     assert ((probabilities > 0.5) == np.array(reviews["test"]["label"])).mean() >= 0.895
 
 
@@ -66,7 +73,9 @@ def test_a_hub_classifier_gives_the_softmax_of_its_positive_label(tmp_path):
     tokenizer = BertTokenizerFast.from_pretrained(tmp_path)
     for text, value in zip(texts, found):
         with torch.no_grad():
-            logits = model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0].tolist()
+            logits = (
+                model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0].tolist()
+            )
         assert value == pytest.approx(np.exp(logits[0]) / np.exp(logits).sum(), abs=1e-6)
 
 
@@ -117,7 +126,9 @@ def test_a_classifier_that_cannot_pad_is_refused_when_it_is_loaded(tmp_path, tok
         SentimentReward.hub(str(tmp_path))
 
 
-def test_a_classifier_whose_padding_counts_is_refused_when_it_is_loaded(tmp_path, tokenizer, monkeypatch):
+def test_a_classifier_whose_padding_counts_is_refused_when_it_is_loaded(
+    tmp_path, tokenizer, monkeypatch
+):
     """Its config names another pad token than its tokenizer has, so that it reads its verdict off the padding."""
     model = make_decoder(tmp_path, tokenizer, "<|endoftext|>", "<|endoftext|>")
     model.config.pad_token_id = 7

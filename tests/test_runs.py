@@ -54,7 +54,9 @@ def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, target):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    with pytest.raises(ValueError, match="is the working directory or holds it; give a folder of its own"):
+    with pytest.raises(
+        ValueError, match="is the working directory or holds it; give a folder of its own"
+    ):
         with write_whole(target.format(here), directory=True):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["here"] and not list(here.iterdir())
@@ -67,7 +69,9 @@ def test_preferences_do_not_take_the_place_of_other_files(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for target in (".", tmp_path):
-        with pytest.raises(ValueError, match="holds other files; give a folder of its own, such as '.*preferences'"):
+        with pytest.raises(
+            ValueError, match="holds other files; give a folder of its own, such as '.*preferences'"
+        ):
             preferences.save(target)
     with pytest.raises(ValueError, match="is a file"):
         preferences.save("thesis.tex")
@@ -78,7 +82,10 @@ def test_preferences_do_not_take_the_place_of_other_files(tmp_path, monkeypatch)
 
 
 def test_settings_that_differ_are_named_one_by_one(tmp_path):
-    found, asked = {"a": {"b": 1, "c": [1, 2]}, "d": "x"}, {"a": {"b": 2, "c": [1, 2]}, "d": "x", "e": None, "f": 3}
+    found, asked = (
+        {"a": {"b": 1, "c": [1, 2]}, "d": "x"},
+        {"a": {"b": 2, "c": [1, 2]}, "d": "x", "e": None, "f": 3},
+    )
     assert differences(found, asked) == ["a.b: 1 there, 2 asked", "f: None there, 3 asked"]
 
 
@@ -88,9 +95,15 @@ def test_a_folder_that_was_moved_is_the_same_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new, old = str(tmp_path / "new"), str(tmp_path / "old")
     assert differences({"model": "new"}, {"model": new}) == []  # as an earlier version recorded it
-    assert differences({"model": old}, {"model": new}) and differences({"model": "openai/gpt2"}, {"model": new})
+    assert differences({"model": old}, {"model": new}) and differences(
+        {"model": "openai/gpt2"}, {"model": new}
+    )
     (tmp_path / "old").rmdir()
-    assert differences({"model": old}, {"model": new}) == [] != differences({"model": new}, {"model": old})
+    assert (
+        differences({"model": old}, {"model": new})
+        == []
+        != differences({"model": new}, {"model": old})
+    )
 
 
 def test_a_directory_survives_a_failed_replacement(tmp_path, monkeypatch):
@@ -102,21 +115,29 @@ def test_a_directory_survives_a_failed_replacement(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("os.replace", fails)
-    with pytest.raises(OSError, match="Input/output"), write_whole(path, directory=True) as temporary:
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        write_whole(path, directory=True) as temporary,
+    ):
         (temporary / "two").write_text("two")
     assert [p.name for p in path.iterdir()] == ["one"]
 
 
 def test_no_space_says_so_and_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(OSError, match="no space left to write .*a.json"), write_whole(tmp_path / "a.json") as temporary:
+    with (
+        pytest.raises(OSError, match="no space left to write .*a.json"),
+        write_whole(tmp_path / "a.json") as temporary,
+    ):
         temporary.write_text("{")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
 def test_too_little_space_is_refused_beforehand(tmp_path):
-    with pytest.raises(OSError, match="needs .* MB and its disk has .* MB free.*--out.*Nothing was written") as caught:
+    with pytest.raises(
+        OSError, match="needs .* MB and its disk has .* MB free.*--out.*Nothing was written"
+    ) as caught:
         require_space(tmp_path / "not" / "there", 10**18)
     assert caught.value.errno == errno.ENOSPC and not (tmp_path / "not").exists()
     require_space(tmp_path, 1)
@@ -151,7 +172,8 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, program", [("bin/dpo-lab", "dpo-lab"), ("dpo_lab/cli.py", "dpo-lab"), ("x/sweep.py", "python sweep.py")]
+    "script, program",
+    [("bin/dpo-lab", "dpo-lab"), ("dpo_lab/cli.py", "dpo-lab"), ("x/sweep.py", "python sweep.py")],
 )
 def test_provenance_names_commit_command_machine_and_versions(monkeypatch, script, program):
     monkeypatch.setattr("sys.argv", [f"/somewhere/{script}", "train", "--seed", "1"])
@@ -162,9 +184,14 @@ def test_provenance_names_commit_command_machine_and_versions(monkeypatch, scrip
 
 def test_a_checkout_is_dirty_where_its_code_changed_and_not_its_results(monkeypatch, tmp_path):
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
-    code, result = tmp_path / "dpo_lab" / "runs.py", tmp_path / "benchmarks" / "results" / "cpu.json"
+    code, result = (
+        tmp_path / "dpo_lab" / "runs.py",
+        tmp_path / "benchmarks" / "results" / "cpu.json",
+    )
     monkeypatch.setattr(runs, "__file__", str(code))
     for file in (code, result):
         file.parent.mkdir(parents=True)
@@ -191,7 +218,9 @@ def test_peak_memory_grows_with_what_is_held():
 
 def small_model():
     set_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2)).double()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    ).double()
 
 
 def test_the_hash_of_the_weights_follows_every_weight_and_nothing_else():
@@ -208,7 +237,9 @@ def test_the_hash_of_the_weights_follows_every_weight_and_nothing_else():
 
 def test_the_hash_tells_weights_of_other_names_apart():
     weight = torch.ones(3)
-    assert weights_hash(nn.ParameterDict({"a": weight})) != weights_hash(nn.ParameterDict({"b": weight}))
+    assert weights_hash(nn.ParameterDict({"a": weight})) != weights_hash(
+        nn.ParameterDict({"b": weight})
+    )
 
 
 def test_the_hash_takes_models_with_a_single_number_as_a_weight():

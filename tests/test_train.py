@@ -58,13 +58,18 @@ def same(a, b):
 
 
 def timeless(lines):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def textbook_dpo(policy, preferences, config, seed):
     """AdamW on full logits, a live reference, and one forward pass a side of a pair; everything in float64."""
     reference = load_model(policy.name_or_path).double()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.loop.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.loop.learning_rate, weight_decay=0.0
+    )
     groups = preferences.linked_pairs()
     losses = []
     plan = train.plan_prompts(groups, config.epochs, config.batch_pairs, seed)
@@ -80,7 +85,10 @@ def textbook_dpo(policy, preferences, config, seed):
         for pair in (pair for g in members for pair in groups[g]):
             ratios = []
             for i in (preferences.chosen[pair], preferences.rejected[pair]):
-                prompt, completion = preferences.prompts[preferences.prompt_of[i]], preferences.completions[i]
+                prompt, completion = (
+                    preferences.prompts[preferences.prompt_of[i]],
+                    preferences.completions[i],
+                )
                 ids = torch.tensor([prompt + completion])
                 ratio = 0.0
                 for model, sign in ((policy, 1), (reference, -1)):
@@ -100,7 +108,9 @@ def textbook_dpo(policy, preferences, config, seed):
 
 def test_train_dpo_equals_a_textbook_loop_in_float64(tiny, preferences):
     ours, theirs = load_model(str(tiny)).double(), load_model(str(tiny)).double()
-    exact = replace(preferences, reference_logps=None).with_reference(load_model(str(tiny)).double())
+    exact = replace(preferences, reference_logps=None).with_reference(
+        load_model(str(tiny)).double()
+    )
     metrics = train_dpo(ours, exact, CONFIG, seed=3, progress=None)
     losses = textbook_dpo(theirs, exact, CONFIG, seed=3)
     assert [line["loss"] for line in metrics] == pytest.approx(losses, abs=1e-9)
@@ -117,7 +127,9 @@ def test_at_step_zero_the_policy_is_the_reference(model, preferences):
 
 def test_ties_count_one_half_in_the_accuracy(model, preferences, monkeypatch):
     def tied_logps(model, batch):
-        return 0 * next(model.parameters()).double().sum() + torch.zeros(batch.n, dtype=torch.float64)
+        return 0 * next(model.parameters()).double().sum() + torch.zeros(
+            batch.n, dtype=torch.float64
+        )
 
     monkeypatch.setattr(loop, "completion_logps", tied_logps)
     tied = replace(preferences, reference_logps=np.zeros(len(preferences.completions)))
@@ -138,10 +150,23 @@ def test_accumulated_gradients_equal_the_large_batch(tiny, preferences, kind):
     results = []
     for accumulate in (1, 3):
         model = load_model(str(tiny)).double()
-        exact = replace(preferences, reference_logps=None).with_reference(load_model(str(tiny)).double())
-        config = replace(CONFIG, kind=kind, batch_pairs=24, loop=replace(LOOP, accumulate=accumulate, learning_rate=1e-4))
+        exact = replace(preferences, reference_logps=None).with_reference(
+            load_model(str(tiny)).double()
+        )
+        config = replace(
+            CONFIG,
+            kind=kind,
+            batch_pairs=24,
+            loop=replace(LOOP, accumulate=accumulate, learning_rate=1e-4),
+        )
         metrics = train_dpo(model, exact, config, progress=None)
-        results.append((state(model), [line["loss"] for line in metrics], [line["grad_norm"] for line in metrics]))
+        results.append(
+            (
+                state(model),
+                [line["loss"] for line in metrics],
+                [line["grad_norm"] for line in metrics],
+            )
+        )
     for name, tensor in results[0][0].items():
         assert torch.allclose(tensor, results[1][0][name], atol=1e-9), name
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-9)
@@ -154,7 +179,9 @@ def test_every_epoch_takes_every_pair_once_in_another_order(preferences):
     per_epoch = len(plan) // 2
     for epoch in (plan[:per_epoch], plan[per_epoch:]):
         assert sorted(g for step in epoch for g in step) == list(range(len(groups)))
-    assert plan[:per_epoch] != plan[per_epoch:] and plan != train.plan_prompts(groups, CONFIG.epochs, CONFIG.batch_pairs, 1)
+    assert plan[:per_epoch] != plan[per_epoch:] and plan != train.plan_prompts(
+        groups, CONFIG.epochs, CONFIG.batch_pairs, 1
+    )
     assert all(sum(len(groups[g]) for g in step) <= CONFIG.batch_pairs for step in plan)
 
 
@@ -163,7 +190,9 @@ def test_schedules_warm_up_and_decay(schedule, middle):
     config = LoopConfig(schedule=schedule, warmup_steps=10)
     assert [loop._schedule(s, 29, config) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
     assert loop._schedule(20, 29, config) == pytest.approx(middle)
-    assert (loop._schedule(29, 29, config) > 0) and (schedule == "constant" or loop._schedule(29, 29, config) < 0.1)
+    assert (loop._schedule(29, 29, config) > 0) and (
+        schedule == "constant" or loop._schedule(29, 29, config) < 0.1
+    )
 
 
 def test_optimizers_are_the_asked_ones(model):
@@ -179,12 +208,26 @@ def test_optimizers_are_the_asked_ones(model):
 
 def test_evaluation_comes_first_every_n_steps_and_last(model, preferences):
     seen = []
-    train_dpo(model, preferences, CONFIG, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
-    steps = len(train.plan_prompts(preferences.linked_pairs(), CONFIG.epochs, CONFIG.batch_pairs, 0))
+    train_dpo(
+        model,
+        preferences,
+        CONFIG,
+        progress=None,
+        evaluate=lambda m, step: seen.append(step) or {"reward": 1.0},
+    )
+    steps = len(
+        train.plan_prompts(preferences.linked_pairs(), CONFIG.epochs, CONFIG.batch_pairs, 0)
+    )
     assert seen == sorted({0, *range(3, steps, 3), steps})
     seen.clear()
     config = replace(CONFIG, loop=replace(LOOP, eval_every=4))  # halved to 2 and 1
-    train_dpo(model, preferences, config, progress=None, evaluate=lambda m, step: seen.append(step) or {"reward": 1.0})
+    train_dpo(
+        model,
+        preferences,
+        config,
+        progress=None,
+        evaluate=lambda m, step: seen.append(step) or {"reward": 1.0},
+    )
     assert seen == sorted({0, 1, 2, *range(4, steps, 4), steps})
 
 
@@ -192,7 +235,9 @@ def test_unlikelihood_minimises_its_loss(model, preferences):
     p = preferences
     with torch.no_grad():
         before = completion_logps(model, completion_batch(p.prompts, p.completions, p.prompt_of))
-    metrics = train_unlikelihood(model, p, 0.5, replace(LOOP, eval_every=100), epochs=8, batch_pairs=24, progress=None)
+    metrics = train_unlikelihood(
+        model, p, 0.5, replace(LOOP, eval_every=100), epochs=8, batch_pairs=24, progress=None
+    )
     expected = (before[p.rejected] / 2 - before[p.chosen]).mean()
     assert metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-6)
     assert metrics[0]["logps/chosen"] == pytest.approx(float(before[p.chosen].mean()), rel=1e-6)
@@ -204,19 +249,36 @@ def test_adapters_begin_at_the_reference_and_end_in_the_weights(tiny, preference
 
     def evaluate(model, step):
         batch = sft_batches(preferences, 6, share=True)[0]
-        inside[:] = [completion_logps(model, batch).detach(), {n for n, p in model.named_parameters() if p.requires_grad}, batch]
+        inside[:] = [
+            completion_logps(model, batch).detach(),
+            {n for n, p in model.named_parameters() if p.requires_grad},
+            batch,
+        ]
         return {}
 
     config = replace(CONFIG, lora_rank=2, loop=replace(LOOP, learning_rate=1e-2))
-    metrics = [m for m in train_dpo(policy, preferences, config, evaluate=evaluate, progress=None) if "loss" in m]
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(metrics[0]["rewards/margins"]) < 1e-5
+    metrics = [
+        m
+        for m in train_dpo(policy, preferences, config, evaluate=evaluate, progress=None)
+        if "loss" in m
+    ]
+    assert (
+        metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        and abs(metrics[0]["rewards/margins"]) < 1e-5
+    )
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
     logps, names, batch = inside
     assert len(names) == 2 * 2 * 4 and all(".lora_" in name for name in names)
     torch.testing.assert_close(completion_logps(policy, batch).detach(), logps, rtol=0, atol=1e-4)
-    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, reference.get_parameter(name))}
+    moved = {
+        name
+        for name, p in policy.named_parameters()
+        if not torch.equal(p, reference.get_parameter(name))
+    }
     assert moved == {name for name, p in policy.named_parameters() if p.ndim == 2 and ".h." in name}
-    assert state(policy).keys() == state(reference).keys() and all(p.requires_grad for p in policy.parameters())
+    assert state(policy).keys() == state(reference).keys() and all(
+        p.requires_grad for p in policy.parameters()
+    )
 
 
 def test_adapters_depend_on_the_seed_alone(tiny, preferences):
@@ -224,25 +286,47 @@ def test_adapters_depend_on_the_seed_alone(tiny, preferences):
     for seed, noise in ((1, 5), (1, 6), (2, 5)):
         torch.manual_seed(noise)
         policy = load_model(str(tiny))
-        train_dpo(policy, preferences, replace(CONFIG, epochs=1, lora_rank=2), seed=seed, progress=None)
+        train_dpo(
+            policy, preferences, replace(CONFIG, epochs=1, lora_rank=2), seed=seed, progress=None
+        )
         ends.append(state(policy))
         assert torch.initial_seed() == noise
     assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
 
 
-@pytest.mark.parametrize("rank, optimizer, message", [(-1, "adamw", "lora_rank is -1"), (2, "muon", "'adamw' or 'rmsprop'")])
+@pytest.mark.parametrize(
+    "rank, optimizer, message",
+    [(-1, "adamw", "lora_rank is -1"), (2, "muon", "'adamw' or 'rmsprop'")],
+)
 def test_adapters_that_cannot_be_are_named(model, preferences, rank, optimizer, message):
     with pytest.raises(ValueError, match=message):
-        train_dpo(model, preferences, replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer)), progress=None)
+        train_dpo(
+            model,
+            preferences,
+            replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer)),
+            progress=None,
+        )
 
 
 def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path):
-    train_dpo(load_model(str(tiny)), preferences, replace(CONFIG, lora_rank=2), run=tmp_path, progress=None)
+    train_dpo(
+        load_model(str(tiny)),
+        preferences,
+        replace(CONFIG, lora_rank=2),
+        run=tmp_path,
+        progress=None,
+    )
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
-    assert {p.name for p in newest.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {p.name for p in newest.iterdir()} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }
     assert len(load_file(newest / "model.safetensors")) == 16
     with pytest.raises(ValueError, match="config.lora_rank: 2 there, 0 asked"):
-        train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, resume=True, progress=None)
+        train_dpo(
+            load_model(str(tiny)), preferences, CONFIG, run=tmp_path, resume=True, progress=None
+        )
     policy, adapted = load_model(str(tiny)), state(load_model(str(tiny)))
     with pytest.raises(ValueError, match="holds another model .*Delete"):
         runs.load_checkpoint(tmp_path, policy, [])
@@ -252,7 +336,9 @@ def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path
 def test_sft_minimises_nats_per_completion_token(model, preferences):
     batches = sft_batches(preferences, 4)
     assert sum(b.n for b in batches) == len(preferences.chosen)
-    assert sum(b.tokens for b in batches) == sum(len(preferences.completions[i]) for i in preferences.chosen)
+    assert sum(b.tokens for b in batches) == sum(
+        len(preferences.completions[i]) for i in preferences.chosen
+    )
     with torch.no_grad():
         logps = loop.completion_logps(model, batches[0])
     metrics = train_sft(model, batches, 30, replace(LOOP, learning_rate=1e-2), progress=None)
@@ -260,8 +346,12 @@ def test_sft_minimises_nats_per_completion_token(model, preferences):
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
 
 
-@pytest.mark.parametrize("optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 2)])
-def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, tmp_path, optimizer, rank):
+@pytest.mark.parametrize(
+    "optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 2)]
+)
+def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(
+    tiny, preferences, tmp_path, optimizer, rank
+):
     config = replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer))
 
     def evaluate(model, step):
@@ -269,7 +359,11 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, 
 
     whole = load_model(str(tiny))
     (tmp_path / "whole").mkdir()
-    expected = timeless(train_dpo(whole, preferences, config, run=tmp_path / "whole", evaluate=evaluate, progress=None))
+    expected = timeless(
+        train_dpo(
+            whole, preferences, config, run=tmp_path / "whole", evaluate=evaluate, progress=None
+        )
+    )
     steps = expected[-1]["step"]
     for stop_after in range(1, steps):
         run = tmp_path / f"stopped-{stop_after}"
@@ -287,14 +381,25 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(tiny, preferences, 
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(loop, "append_metrics", dies)
-            train_dpo(load_model(str(tiny)), preferences, config, run=run, evaluate=evaluate, progress=None)
+            train_dpo(
+                load_model(str(tiny)),
+                preferences,
+                config,
+                run=run,
+                evaluate=evaluate,
+                progress=None,
+            )
         resumed = load_model(str(tiny))
-        metrics = train_dpo(resumed, preferences, config, run=run, resume=True, evaluate=evaluate, progress=None)
+        metrics = train_dpo(
+            resumed, preferences, config, run=run, resume=True, evaluate=evaluate, progress=None
+        )
         assert same(state(resumed), state(whole)), stop_after
         assert timeless(metrics) == timeless(read_metrics(run)) == expected
         last = f"checkpoints/step-{steps:08d}"
         for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            assert (run / last / name).read_bytes() == (tmp_path / "whole" / last / name).read_bytes()
+            assert (run / last / name).read_bytes() == (
+                tmp_path / "whole" / last / name
+            ).read_bytes()
 
 
 SCRIPT = """
@@ -318,7 +423,9 @@ except loop.Interrupted as error:
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+)
 def test_a_killed_process_resumes_to_the_same_bytes(tiny, preferences, tmp_path, number, code):
     run = tmp_path / "run"
     run.mkdir()
@@ -351,14 +458,18 @@ def test_control_c_stops_between_steps_and_leaves_a_checkpoint(model, preference
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_half(tiny, preferences, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_half(
+    tiny, preferences, tmp_path, monkeypatch
+):
     save, calls = runs.save_file, []
 
     def full(tensors, path):
         calls.append(path)
         if len(calls) == 2:
             save(tensors, path)
-            with open("/dev/full" if os.path.exists("/dev/full") else path, "wb", buffering=0) as device:
+            with open(
+                "/dev/full" if os.path.exists("/dev/full") else path, "wb", buffering=0
+            ) as device:
                 device.write(b"x")
             raise OSError(28, "No space left on device")
         save(tensors, path)
@@ -376,7 +487,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_half(tiny, preference
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "tampered", "missing"])
-def test_a_damaged_checkpoint_is_refused_and_the_model_untouched(model, preferences, tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_refused_and_the_model_untouched(
+    model, preferences, tmp_path, name, damage
+):
     train_dpo(model, preferences, CONFIG, run=tmp_path, progress=None)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1] / name
     content = bytearray(newest.read_bytes())
@@ -407,7 +520,12 @@ def test_a_bad_beta_stops_before_anything_is_written(model, preferences, tmp_pat
 
 def test_divergence_is_an_error_that_names_the_cause(model, preferences):
     with pytest.raises(ValueError, match="learning.rate"):
-        train_dpo(model, preferences, replace(CONFIG, epochs=4, loop=replace(LOOP, learning_rate=1e30)), progress=None)
+        train_dpo(
+            model,
+            preferences,
+            replace(CONFIG, epochs=4, loop=replace(LOOP, learning_rate=1e30)),
+            progress=None,
+        )
 
 
 def test_bfloat16_training_follows_float32(tiny, preferences):
@@ -418,26 +536,43 @@ def test_bfloat16_training_follows_float32(tiny, preferences):
         scored = preferences.with_reference(policy, precision=precision)
         assert scored.reference_precision == precision
         curves.append([line["loss"] for line in train_dpo(policy, scored, CONFIG, progress=None)])
-        assert curves[-1][0] == pytest.approx(math.log(2), abs={"float32": 1e-6, "bfloat16": 1e-3}[precision])
+        assert curves[-1][0] == pytest.approx(
+            math.log(2), abs={"float32": 1e-6, "bfloat16": 1e-3}[precision]
+        )
     assert curves[0] == pytest.approx(curves[1], abs=0.05) and curves[0] != curves[1]
 
 
 def test_tensorboard_gets_the_metrics_on_request(model, preferences, tmp_path):
-    train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, tensorboard=True)), run=tmp_path, progress=None)
+    train_dpo(
+        model,
+        preferences,
+        replace(CONFIG, loop=replace(LOOP, tensorboard=True)),
+        run=tmp_path,
+        progress=None,
+    )
     events = list((tmp_path / "tensorboard").rglob("events*"))
     assert events and sum(e.stat().st_size for e in events) > 1000
 
 
 def make_opt(folder):
     """OPT's blocks switch dropout on by their own flag, not by that of a Dropout inside them."""
-    config = OPTConfig(vocab_size=512, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, dropout=0.5)
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        dropout=0.5,
+    )
     OPTForCausalLM(config).save_pretrained(folder)
     return load_model(str(folder))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 @pytest.mark.parametrize("share", [False, True])
-def test_checkpointing_computes_every_block_twice_and_the_same_gradient(tiny, preferences, tmp_path, family, share):
+def test_checkpointing_computes_every_block_twice_and_the_same_gradient(
+    tiny, preferences, tmp_path, family, share
+):
     model = load_model(str(tiny)) if family == "gpt2" else make_opt(tmp_path)
     batch = sft_batches(preferences, 6, chosen_only=False, share=share and family == "gpt2")[0]
     entered, gradients = [], []
@@ -469,7 +604,13 @@ def test_a_checkpointed_run_is_the_same_run(tiny, preferences):
 
     for again in (False, True):
         config = replace(CONFIG, loop=replace(LOOP, gradient_checkpointing=again))
-        runs.append([m["loss"] for m in train_dpo(load_model(str(tiny)), preferences, config, evaluate=evaluate) if "loss" in m])
+        runs.append(
+            [
+                m["loss"]
+                for m in train_dpo(load_model(str(tiny)), preferences, config, evaluate=evaluate)
+                if "loss" in m
+            ]
+        )
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)
     assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
 
@@ -480,7 +621,9 @@ def test_a_model_without_blocks_cannot_be_checkpointed():
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(tiny, preferences, tmp_path, monkeypatch, where):
+def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
+    tiny, preferences, tmp_path, monkeypatch, where
+):
     """Memory for 5 completions at once: from the first step on the batch goes in four parts; the gradient is the same."""
     config, asked = replace(CONFIG, loop=replace(LOOP, accumulate=4)), []
     theirs = load_model(str(tiny))
@@ -503,7 +646,9 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(tiny, preferences, 
     metrics = train_dpo(ours, preferences, CONFIG, run=tmp_path, progress=None)
     assert max(asked) > 5 and sum(n > 5 for n in asked) <= 4
     assert metrics[0]["accumulate"] == 4 and not any("accumulate" in line for line in metrics[1:])
-    assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    assert [line["loss"] for line in metrics] == pytest.approx(
+        [line["loss"] for line in expected], rel=1e-6
+    )
     for a, b in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     asked.clear()
@@ -511,19 +656,30 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(tiny, preferences, 
         shutil.rmtree(name)
     resumed = load_model(str(tiny))
     again = train_dpo(resumed, preferences, CONFIG, run=tmp_path, resume=True, progress=None)
-    assert max(asked) <= 5 and same(state(resumed), state(ours)) and timeless(again) == timeless(metrics)
+    assert (
+        max(asked) <= 5
+        and same(state(resumed), state(ours))
+        and timeless(again) == timeless(metrics)
+    )
 
 
-def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(tiny, preferences, tmp_path, monkeypatch):
+def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(
+    tiny, preferences, tmp_path, monkeypatch
+):
     def scarce(model, batch):
         if steps and steps[-1] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return completion_logps(model, batch)
 
     steps, append = [], loop.append_metrics
-    monkeypatch.setattr(loop, "append_metrics", lambda run, line: (steps.append(line["step"]), append(run, line)))
+    monkeypatch.setattr(
+        loop, "append_metrics", lambda run, line: (steps.append(line["step"]), append(run, line))
+    )
     monkeypatch.setattr(loop, "completion_logps", scarce)
-    with pytest.raises(ValueError, match="step 4 does not fit in memory in 4 forward passes .*CUDA out of memory.*--resume"):
+    with pytest.raises(
+        ValueError,
+        match="step 4 does not fit in memory in 4 forward passes .*CUDA out of memory.*--resume",
+    ):
         train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, progress=None)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000003"
     monkeypatch.undo()
@@ -541,7 +697,9 @@ def test_the_larger_accumulate_is_said_once(model, preferences, monkeypatch, cap
 
     monkeypatch.setattr(loop, "completion_logps", scarce)
     train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, accumulate=2)), progress="DPO")
-    assert capsys.readouterr().out.count("out of memory at step 1; from here on accumulate is 4") == 1
+    assert (
+        capsys.readouterr().out.count("out of memory at step 1; from here on accumulate is 4") == 1
+    )
 
 
 class Asked(TorchDispatchMode):
@@ -550,7 +708,10 @@ class Asked(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
         return function(*arguments, **(options or {}))
 
 
@@ -565,14 +726,22 @@ def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch
         asked.append(mode.count)
         return result
 
-    completion_logps(model, completion_batch([[0]], [[0]], [0]))  # at the first call the model is compared with itself
+    completion_logps(
+        model, completion_batch([[0]], [[0]], [0])
+    )  # at the first call the model is compared with itself
     monkeypatch.setattr(loop, "_backward", watched)
-    monkeypatch.setattr(train, "dpo_loss", lambda *a, **named: dpo_loss(*a, **named | {"check_values": False}))
+    monkeypatch.setattr(
+        train, "dpo_loss", lambda *a, **named: dpo_loss(*a, **named | {"check_values": False})
+    )
     if method == "DPO":
         lines = train_dpo(model, preferences, CONFIG, progress=None)
     else:
         lines = train_sft(model, sft_batches(preferences, 4), 3, LOOP, progress=None)
-    assert asked == [0] * len(lines) and len(lines) > 1 and all(math.isfinite(line["loss"]) for line in lines)
+    assert (
+        asked == [0] * len(lines)
+        and len(lines) > 1
+        and all(math.isfinite(line["loss"]) for line in lines)
+    )
 
 
 def test_metrics_are_json_lines(model, preferences, tmp_path):

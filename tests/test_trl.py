@@ -30,7 +30,9 @@ def preferences(tokenizer):
     prompts, rankings = ["This film", "The plot", "", "Was it a joy?"], []
     for ends in ((5, 9, 30), (30, 9, 5), (9, 30, 5), (30, 5, 9)):
         rankings.append([" " + " ".join(next(words).split()[2:end]) for end in ends])
-    found = from_rankings(prompts, rankings, tokenizer, context=64, max_completion_tokens=16).as_text(tokenizer)
+    found = from_rankings(
+        prompts, rankings, tokenizer, context=64, max_completion_tokens=16
+    ).as_text(tokenizer)
     assert found.report == replace(found.report, pairs=12, cut=4, without_eos=4, retokenised=0)
     return found
 
@@ -50,11 +52,18 @@ def make_trainer(tiny, tokenizer, reference, tmp_path):
     """TRL's trainer of the tiny model as transformers loads it, in float32."""
 
     def make(preferences, **settings):
-        settings = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"} | settings
+        settings = {
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+        } | settings
         return DPOTrainer(
             AutoModelForCausalLM.from_pretrained(tiny),
             ref_model=copy.deepcopy(reference),
-            args=TRLConfig(output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **settings),
+            args=TRLConfig(
+                output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **settings
+            ),
             train_dataset=preferences.to_trl(tokenizer),
             processing_class=tokenizer,
         )
@@ -64,16 +73,24 @@ def make_trainer(tiny, tokenizer, reference, tmp_path):
 
 def trained_ids(trainer):
     """The ids that the trainer made of each row."""
-    return [tuple(row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for row in trainer.train_dataset]
+    return [
+        tuple(row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        for row in trainer.train_dataset
+    ]
 
 
 def pair_ids(p):
-    return [(p.prompts[p.prompt_of[c]], p.completions[c], p.completions[r]) for c, r in zip(p.chosen, p.rejected)]
+    return [
+        (p.prompts[p.prompt_of[c]], p.completions[c], p.completions[r])
+        for c, r in zip(p.chosen, p.rejected)
+    ]
 
 
 def trl_loss(trainer, pairs):
     """TRL's mean loss of some pairs, and the mean rewards of chosen and rejected that it logs."""
-    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in pairs]))
+    inputs = trainer._prepare_inputs(
+        trainer.data_collator([trainer.train_dataset[i] for i in pairs])
+    )
     loss = trainer.compute_loss(trainer.model, inputs)
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
     return loss, [metrics[f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
@@ -88,13 +105,23 @@ def test_the_trainer_makes_our_tokens_of_our_rows(preferences, make_trainer):
 
 def test_a_tokenizer_that_adds_no_bos_gets_no_bos(tokenizer, make_trainer):
     tokenizer.backend_tokenizer.post_processor = None
-    found = from_rows([{"prompt": "This film", "chosen": " was a joy", "rejected": " was a bore"}], tokenizer, context=64)
+    found = from_rows(
+        [{"prompt": "This film", "chosen": " was a joy", "rejected": " was a bore"}],
+        tokenizer,
+        context=64,
+    )
     assert found.prompts[0][0] != tokenizer.bos_token_id
     assert trained_ids(make_trainer(found)) == pair_ids(found)
 
 
 def test_characters_of_several_tokens_braces_and_line_breaks_come_through(tokenizer, make_trainer):
-    rows = [{"prompt": "{{ é 🎬 }}\n", "chosen": " {% joy %}\r\n ", "rejected": "<b>&amp; ‘bore’ 映画</b>  \n"}]
+    rows = [
+        {
+            "prompt": "{{ é 🎬 }}\n",
+            "chosen": " {% joy %}\r\n ",
+            "rejected": "<b>&amp; ‘bore’ 映画</b>  \n",
+        }
+    ]
     found = from_rows(rows, tokenizer, context=64)
     assert trained_ids(make_trainer(found)) == pair_ids(found)
 
@@ -104,7 +131,11 @@ def test_conversations_keep_the_tokens_of_their_own_template(tokenizer, make_tra
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    row = {"prompt": ("user", "Hi"), "chosen": ("assistant", "Joy"), "rejected": ("assistant", "Bore")}
+    row = {
+        "prompt": ("user", "Hi"),
+        "chosen": ("assistant", "Joy"),
+        "rejected": ("assistant", "Bore"),
+    }
     row = {name: [{"role": role, "content": content}] for name, (role, content) in row.items()}
     found = from_rows([row], tokenizer, context=64)
     assert trained_ids(make_trainer(found)) == pair_ids(found)
@@ -113,18 +144,29 @@ def test_conversations_keep_the_tokens_of_their_own_template(tokenizer, make_tra
 @pytest.fixture
 def sampled(tokenizer):
     """Three pairs of one prompt; the best completion is spelt letter by letter, which no tokenizer does."""
-    prompt, film, bore = tokenizer(["This", " film", " was a bore"], add_special_tokens=False)["input_ids"]
-    spelt = [i for letter in tokenizer(list(" film"), add_special_tokens=False)["input_ids"] for i in letter]
+    prompt, film, bore = tokenizer(["This", " film", " was a bore"], add_special_tokens=False)[
+        "input_ids"
+    ]
+    spelt = [
+        i
+        for letter in tokenizer(list(" film"), add_special_tokens=False)["input_ids"]
+        for i in letter
+    ]
     assert tokenizer.decode(spelt) == tokenizer.decode(film) and spelt != film
     return from_scores([[EOS, *prompt]], [[spelt, film, bore]], [[3, 2, 1]], tokenizer, context=64)
 
 
 def test_pairs_whose_text_has_other_tokens_are_refused(sampled, tokenizer):
-    with pytest.raises(ValueError, match=r"text of 2 of 3 pairs has other tokens .* pair 0 .*This film.*as_text\(tokenizer\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"text of 2 of 3 pairs has other tokens .* pair 0 .*This film.*as_text\(tokenizer\)",
+    ):
         sampled.to_trl(tokenizer)
 
 
-def test_pairs_whose_text_has_other_tokens_are_dropped_and_counted(sampled, tokenizer, make_trainer):
+def test_pairs_whose_text_has_other_tokens_are_dropped_and_counted(
+    sampled, tokenizer, make_trainer
+):
     kept = sampled.as_text(tokenizer)
     assert (kept.report.pairs, kept.report.retokenised) == (1, 2)
     assert trained_ids(make_trainer(kept)) == pair_ids(kept) == pair_ids(sampled)[2:]
@@ -134,12 +176,18 @@ def test_pairs_whose_text_has_other_tokens_are_dropped_and_counted(sampled, toke
 def test_a_token_across_the_boundary_and_half_a_character_are_other_tokens(tokenizer):
     (film,) = tokenizer(" film", add_special_tokens=False)["input_ids"]
     halves = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (" fi", "lm")]
-    across = from_scores([[EOS, *halves[0]]], [[halves[1], [film]]], [[1, 0]], tokenizer, context=64)
+    across = from_scores(
+        [[EOS, *halves[0]]], [[halves[1], [film]]], [[1, 0]], tokenizer, context=64
+    )
     camera = tokenizer("🎬", add_special_tokens=False)["input_ids"]
-    half = from_scores([[EOS, *camera[:1]]], [[camera[1:], [film]]], [[1, 0]], tokenizer, context=64)
+    half = from_scores(
+        [[EOS, *camera[:1]]], [[camera[1:], [film]]], [[1, 0]], tokenizer, context=64
+    )
     assert len(camera) > 1
     for found in (across, half):
-        with pytest.raises(ValueError, match=re.escape("there is no pair left (pairs 0") + ".*retokenised 1"):
+        with pytest.raises(
+            ValueError, match=re.escape("there is no pair left (pairs 0") + ".*retokenised 1"
+        ):
             found.as_text(tokenizer)
 
 
@@ -148,7 +196,12 @@ def test_a_token_across_the_boundary_and_half_a_character_are_other_tokens(token
 
 @pytest.mark.parametrize(
     "kind, reduction, beta, label_smoothing",
-    [("sigmoid", "sum", 0.1, 0), ("hinge", "sum", 0.1, 0), ("ipo", "mean", 0.5, 0), ("robust", "sum", 0.1, 0.2)],
+    [
+        ("sigmoid", "sum", 0.1, 0),
+        ("hinge", "sum", 0.1, 0),
+        ("ipo", "mean", 0.5, 0),
+        ("robust", "sum", 0.1, 0.2),
+    ],
 )
 def test_losses_rewards_and_gradients_are_those_of_trl(
     kind, reduction, beta, label_smoothing, preferences, tiny, reference, make_trainer
@@ -160,15 +213,21 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     with torch.no_grad():
         reference_logps = completion_logps(reference, batch, reduction=reduction)
     logps = completion_logps(policy, batch, reduction=reduction)
-    ours = dpo_loss(logps, reference_logps, chosen, rejected, beta, kind=kind, label_smoothing=label_smoothing)
+    ours = dpo_loss(
+        logps, reference_logps, chosen, rejected, beta, kind=kind, label_smoothing=label_smoothing
+    )
     ours.losses.mean().backward()
 
     trainer = make_trainer(p, beta=beta, loss_type=[kind], label_smoothing=label_smoothing)
     losses, rewards = zip(*(trl_loss(trainer, [i]) for i in range(len(chosen))))
     assert ours.losses.tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-5, abs=1e-5)
-    lengths = torch.bincount(batch.owners) if reduction == "mean" else torch.ones(batch.n)  # TRL logs sums, whatever the loss
+    lengths = (
+        torch.bincount(batch.owners) if reduction == "mean" else torch.ones(batch.n)
+    )  # TRL logs sums, whatever the loss
     sums = ours.rewards * lengths
-    assert torch.stack([sums[chosen], sums[rejected]], 1).numpy() == pytest.approx(np.array(rewards), rel=1e-5, abs=1e-5)
+    assert torch.stack([sums[chosen], sums[rejected]], 1).numpy() == pytest.approx(
+        np.array(rewards), rel=1e-5, abs=1e-5
+    )
     assert reduction == "mean" or ours.margins.min() < 1 < ours.margins.max()
 
     trl_loss(trainer, range(len(chosen)))[0].backward()
@@ -176,24 +235,49 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     assert theirs.keys() == dict(policy.named_parameters()).keys()
     for name, parameter in policy.named_parameters():
         scale = min(1, float(parameter.grad.abs().max()))
-        assert 0 < scale and torch.allclose(parameter.grad, theirs[name].grad, atol=1e-5 * scale, rtol=0), name
+        assert 0 < scale and torch.allclose(
+            parameter.grad, theirs[name].grad, atol=1e-5 * scale, rtol=0
+        ), name
 
 
 def test_a_run_of_trl_logs_what_ours_does(preferences, tiny, tokenizer, reference, make_trainer):
     loop = LoopConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
     ours = train_dpo(
-        load_model(str(tiny)), preferences.with_reference(reference), DPOConfig(0.1, batch_pairs=6, loop=loop), progress=None
+        load_model(str(tiny)),
+        preferences.with_reference(reference),
+        DPOConfig(0.1, batch_pairs=6, loop=loop),
+        progress=None,
     )
     groups = preferences.linked_pairs()
-    order = [pair for step in plan_prompts(groups, 1, 6, seed=0) for group in step for pair in groups[group]]
-    in_order = replace(preferences, chosen=preferences.chosen[order], rejected=preferences.rejected[order])
-    settings = {"per_device_train_batch_size": 6, "train_sampling_strategy": "sequential", "num_train_epochs": 1}
-    trainer = make_trainer(in_order, beta=0.1, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1, **settings)
+    order = [
+        pair
+        for step in plan_prompts(groups, 1, 6, seed=0)
+        for group in step
+        for pair in groups[group]
+    ]
+    in_order = replace(
+        preferences, chosen=preferences.chosen[order], rejected=preferences.rejected[order]
+    )
+    settings = {
+        "per_device_train_batch_size": 6,
+        "train_sampling_strategy": "sequential",
+        "num_train_epochs": 1,
+    }
+    trainer = make_trainer(
+        in_order,
+        beta=0.1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        **settings,
+    )
     trainer.train()
     theirs = [line for line in trainer.state.log_history if "loss" in line]
     assert len(ours) == len(theirs) == trainer.state.global_step == 2
     names = "loss grad_norm learning_rate logps/chosen logps/rejected"
     names += " rewards/chosen rewards/rejected rewards/margins rewards/accuracies"
     for name in names.split():
-        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-4, abs=1e-4), name
+        assert [line[name] for line in ours] == pytest.approx(
+            [line[name] for line in theirs], rel=1e-4, abs=1e-4
+        ), name
     assert abs(ours[0]["loss"] - ours[1]["loss"]) > 1e-3

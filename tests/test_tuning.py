@@ -11,9 +11,18 @@ import torch
 from dpo_lab import tuning
 from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps
-from dpo_lab.tuning import ONEDNN, kept_memory, matmuls_by_mkl, matmuls_by_onednn, onednn_is_exact, use_onednn
+from dpo_lab.tuning import (
+    ONEDNN,
+    kept_memory,
+    matmuls_by_mkl,
+    matmuls_by_onednn,
+    onednn_is_exact,
+    use_onednn,
+)
 
-GLIBC = pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+GLIBC = pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the setting is glibc's"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,13 @@ counts.append(page_faults(2**25))
 print(*counts)
 """
     counts = [*map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())]
-    assert [count > 10_000 for count in counts] == [True, False, False, True, False]  # 64 MiB are 16,384 pages
+    assert [count > 10_000 for count in counts] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]  # 64 MiB are 16,384 pages
     assert [count < 100 for count in counts] == [False, True, True, False, True]
 
 
@@ -68,7 +83,11 @@ def test_onednn_is_not_taken_where_it_would_compute_in_bfloat16(monkeypatch, mat
     original = torch.Tensor.__matmul__
 
     def rounded(a, b):
-        return original(a, b) if a.dtype == torch.float64 else original(a.bfloat16(), b.bfloat16()).float()
+        return (
+            original(a, b)
+            if a.dtype == torch.float64
+            else original(a.bfloat16(), b.bfloat16()).float()
+        )
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
@@ -91,7 +110,11 @@ def test_the_measurement_is_of_float32_whatever_is_in_force_around_it():
 def test_matmuls_are_handed_back_after_an_error_too(monkeypatch, matmul, before):
     monkeypatch.setattr(tuning, "onednn_is_exact", lambda: True)
     matmul.fp32_precision = before
-    for by, during in ((matmuls_by_onednn("cpu"), ONEDNN), (matmuls_by_onednn("cuda"), before), (matmuls_by_mkl(), "ieee")):
+    for by, during in (
+        (matmuls_by_onednn("cpu"), ONEDNN),
+        (matmuls_by_onednn("cuda"), before),
+        (matmuls_by_mkl(), "ieee"),
+    ):
         with pytest.raises(ZeroDivisionError), by:
             assert matmul.fp32_precision == during
             raise ZeroDivisionError
@@ -99,7 +122,9 @@ def test_matmuls_are_handed_back_after_an_error_too(monkeypatch, matmul, before)
 
 
 @pytest.mark.parametrize("before", ["none", ONEDNN])
-def test_log_probs_are_computed_by_onednn_and_the_setting_is_then_as_before(monkeypatch, matmul, model, before):
+def test_log_probs_are_computed_by_onednn_and_the_setting_is_then_as_before(
+    monkeypatch, matmul, model, before
+):
     """Forward and, after it, in the backward pass that somebody else starts."""
     monkeypatch.setattr(tuning, "onednn_is_exact", lambda: True)
     matmul.fp32_precision, seen = before, []
@@ -112,7 +137,9 @@ def test_log_probs_are_computed_by_onednn_and_the_setting_is_then_as_before(monk
 
 @pytest.mark.parametrize("before", ["none", "ieee"])
 @pytest.mark.parametrize("calls", [1, 2])
-def test_a_backward_pass_of_ones_own_is_by_onednn_and_the_setting_is_then_as_before(monkeypatch, matmul, model, before, calls):
+def test_a_backward_pass_of_ones_own_is_by_onednn_and_the_setting_is_then_as_before(
+    monkeypatch, matmul, model, before, calls
+):
     monkeypatch.setattr(tuning, "onednn_is_exact", lambda: True)
     matmul.fp32_precision, seen = before, []
     weight = model.get_input_embeddings().weight
@@ -127,7 +154,11 @@ def test_a_backward_pass_of_ones_own_is_by_onednn_and_the_setting_is_then_as_bef
 
 def test_memory_is_kept_in_nested_calls_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(tuning.ctypes, "CDLL", lambda _: type("C", (), {"mallopt": staticmethod(lambda *a: calls.append(a))}))
+    monkeypatch.setattr(
+        tuning.ctypes,
+        "CDLL",
+        lambda _: type("C", (), {"mallopt": staticmethod(lambda *a: calls.append(a))}),
+    )
     monkeypatch.setattr(tuning.sys, "platform", "linux")
     monkeypatch.setattr(tuning, "_keepers", 0)
     with kept_memory(), kept_memory():
@@ -138,7 +169,11 @@ def test_memory_is_kept_in_nested_calls_once(monkeypatch):
 def test_memory_is_kept_as_long_as_the_graph_of_log_probs_is_there(monkeypatch, model):
     calls, batch = [], completion_batch([[0, 3]], [[5, 2]], [0])
     completion_logps(model, batch)  # at the first call the model is compared with itself
-    monkeypatch.setattr(tuning.ctypes, "CDLL", lambda _: type("C", (), {"mallopt": staticmethod(lambda *a: calls.append(a))}))
+    monkeypatch.setattr(
+        tuning.ctypes,
+        "CDLL",
+        lambda _: type("C", (), {"mallopt": staticmethod(lambda *a: calls.append(a))}),
+    )
     monkeypatch.setattr(tuning.sys, "platform", "linux")
     monkeypatch.setattr(tuning, "_keepers", 0)
     with torch.no_grad():

@@ -111,12 +111,16 @@ def test_a_picture_drawn_over_its_background_is_the_picture_drawn_anew(name):
     explorer.show(**{**values(explorer), name: grid(slider)[len(grid(slider)) // 2]})
     shown = pixels(explorer).astype(int)
     quick = np.asarray(explorer.picture.canvas.buffer_rgba())[..., :3].astype(int)
-    assert np.abs(shown - quick).max() <= 16  # an octree of 256 colours, eight levels of each primary in a leaf
+    assert (
+        np.abs(shown - quick).max() <= 16
+    )  # an octree of 256 colours, eight levels of each primary in a leaf
     for artist in explorer.picture.artists:
         artist.set_animated(False)
     explorer.picture.canvas.draw()
     whole = np.asarray(explorer.picture.canvas.buffer_rgba())[..., :3]
-    assert quick.shape == whole.shape and (np.abs(quick - whole).max(-1) > 60).mean() < 0.002  # grid and frame order
+    assert (
+        quick.shape == whole.shape and (np.abs(quick - whole).max(-1) > 60).mean() < 0.002
+    )  # grid and frame order
     assert (shown[quick.min(-1) == 255] == 255).all()
 
 
@@ -147,7 +151,9 @@ def test_the_bars_stand_as_high_as_the_probabilities():
 
 def test_the_reference_is_what_the_weights_sum_to():
     state = bandit_state(1.0, [0.0, 0.0], [3.0, 1.0])
-    assert state["reference"].tolist() == [0.75, 0.25] and state["policy"].tolist() == pytest.approx([0.75, 0.25])
+    assert state["reference"].tolist() == [0.75, 0.25] and state[
+        "policy"
+    ].tolist() == pytest.approx([0.75, 0.25])
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge", "robust"])
@@ -156,12 +162,24 @@ def test_pairs_are_weighed_as_the_loss_weighs_them(kind):
     state = gradient_weight_state(0.3, log_ratios, kind)
     for i, ratio in enumerate(log_ratios):
         logps = torch.stack([ratio, torch.zeros_like(ratio)])
-        alone = dpo_loss(logps, torch.zeros(2, dtype=torch.float64), torch.tensor([0]), torch.tensor([1]), 0.3, kind=kind)
-        assert state["weights"][i] == alone.gradient_weights.item() and state["losses"][i] == alone.losses.item()
+        alone = dpo_loss(
+            logps,
+            torch.zeros(2, dtype=torch.float64),
+            torch.tensor([0]),
+            torch.tensor([1]),
+            0.3,
+            kind=kind,
+        )
+        assert (
+            state["weights"][i] == alone.gradient_weights.item()
+            and state["losses"][i] == alone.losses.item()
+        )
 
 
 def test_your_own_distribution_and_pairs_can_be_explored():
-    three = beta_explorer(torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.0, 1.0, 0.0]), ["a", "b", "c"])
+    three = beta_explorer(
+        torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.0, 1.0, 0.0]), ["a", "b", "c"]
+    )
     assert "KL" in three.show(beta=1.0) and len(LABELS) == 4
     assert "ranked rightly 50%" in gradient_weight_explorer([-1.0, 1.0]).show(beta=1.0)
 
@@ -173,12 +191,18 @@ def test_pairs_that_are_none_are_refused(wrong):
 
 
 def test_the_likelihood_under_the_sliders_is_that_of_every_comparison():
-    rewards, chosen, rejected = [0.3, -1.0, 2.0], np.array([2, 2, 0, 1, 2]), np.array([0, 1, 1, 2, 0])
+    rewards, chosen, rejected = (
+        [0.3, -1.0, 2.0],
+        np.array([2, 2, 0, 1, 2]),
+        np.array([0, 1, 1, 2, 0]),
+    )
     state = bradley_terry_state(rewards, chosen, rejected)
     chances = [1 / (1 + np.exp(rewards[r] - rewards[c])) for c, r in zip(chosen, rejected)]
     assert state["nll"] == pytest.approx(-np.mean(np.log(chances)))
     assert state["observed"] == [1.0, 0.0, 0.5]  # 0 against 1, 0 against 2, 1 against 2
-    assert state["predicted"] == pytest.approx([1 / (1 + np.exp(b - a)) for a, b in ((0.3, -1), (0.3, 2), (-1, 2))])
+    assert state["predicted"] == pytest.approx(
+        [1 / (1 + np.exp(b - a)) for a, b in ((0.3, -1), (0.3, 2), (-1, 2))]
+    )
 
 
 def test_the_likeliest_rewards_reach_the_least_that_the_readout_tells():
@@ -197,7 +221,12 @@ def test_a_recorded_run_is_walked_through():
     samples = next(w for w in explorer.box.children if "<table>" in str(getattr(w, "value", "")))
     assert "A &lt;b&gt;film&lt;/b&gt;" in samples.value and "0.25" in samples.value
     chosen, rejected = explorer.picture.artists[0].axes.get_lines()[:2]
-    assert chosen.get_ydata().tolist() == [1, 2, 3, 4] and rejected.get_ydata().tolist() == [-2, -4, -6, -8]  # rewards / beta
+    assert chosen.get_ydata().tolist() == [1, 2, 3, 4] and rejected.get_ydata().tolist() == [
+        -2,
+        -4,
+        -6,
+        -8,
+    ]  # rewards / beta
 
 
 def test_the_pairs_of_a_run_are_those_at_its_end(tmp_path):
@@ -220,7 +249,9 @@ def test_a_page_without_a_kernel_shows_the_picture():
 def test_a_moved_slider_is_not_told_its_own_value(monkeypatch):
     """Its echo would stand in the queue before the picture."""
     slider, sent = beta_slider(), []
-    monkeypatch.setattr(slider, "_send", lambda message, buffers=None: sent.append(message["method"]))
+    monkeypatch.setattr(
+        slider, "_send", lambda message, buffers=None: sent.append(message["method"])
+    )
     slider.set_state({"value": 2.0})
     assert slider.value == 2.0 and "echo_update" not in sent
 
