@@ -393,7 +393,7 @@ def plan_prompts(
     return plan
 
 
-def _pair_batch(preferences: Preferences, pairs: Sequence[int], share: bool) -> PairBatch:
+def _pair_batch(preferences: Preferences, pairs: Sequence[int], compact: bool) -> PairBatch:
     p = preferences
     ends = np.concatenate([p.chosen[pairs], p.rejected[pairs]])
     used, local = np.unique(ends, return_inverse=True)
