@@ -529,8 +529,8 @@ def _methods_result() -> str:
         for method in ("DPO", "PPO, learned reward")
     )
     return (
-        f"DPO reaches {_percent(dpo['share'])} of the gain that is possible at its KL, and PPO with "
-        f"a learned reward {_percent(ppo['share'])} ({dpo['seeds']} and {ppo['seeds']} seeds): "
+        f"DPO reaches {_percent(dpo['share'])} of the gain that is possible at its KL, and PPO "
+        f"with a learned reward {_percent(ppo['share'])} ({dpo['seeds']} and {ppo['seeds']} seeds): "
         "[methods compared](docs/results.md#methods-on-one-task)."
     )
 

@@ -28,7 +28,7 @@ class Model:
 def measured_share() -> float:
     """The fraction of its own matmul rate at which a machine ran `dpo_lab` on long prompts.
 
-    `make bench` measures it. It is that of bfloat16, or of float32 where the machine is slow in bfloat16.
+    `make bench` measures it: in bfloat16, or in float32 where the machine is slow in bfloat16.
     """
     table = json.loads((Path(__file__).parent / "results" / "cpu.json").read_text())["table"]
     wanted = {"job": "dpo", "workload": "long", "contender": "dpo_lab"}
