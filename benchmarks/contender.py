@@ -26,17 +26,20 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from dpo_lab import layout, lm_head, loop, tuning
+from dpo_lab import batching as layout
+from dpo_lab import loop
 from dpo_lab import preferences as data_format
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import cpu as tuning
+from dpo_lab.engine import lm_head
+from dpo_lab.engine.cpu import keep_freed_memory, use_onednn
+from dpo_lab.engine.runs import peak_memory_mb
 from dpo_lab.logprobs import autocast, can_share, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import prepare_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft
-from dpo_lab.tuning import keep_freed_memory, use_onednn
 
 BETA, LEARNING_RATE = 0.1, 1e-6
 

@@ -16,8 +16,8 @@ import tyro
 from contender import WORKLOADS
 from matplotlib.figure import Figure
 
-from dpo_lab.runs import provenance, write_json, write_whole
-from dpo_lab.tuning import onednn_is_exact
+from dpo_lab.engine.cpu import onednn_is_exact
+from dpo_lab.engine.runs import provenance, write_json, write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cost.json"

@@ -27,13 +27,13 @@ from transformers import (
     set_seed,
 )
 
-from dpo_lab import layout
-from dpo_lab.imdb import sample_completions
-from dpo_lab.layout import completion_batch
+from dpo_lab import batching as layout
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.logprobs import Precision, autocast, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import weights_hash
+from dpo_lab.sampling import sample_completions
 from dpo_lab.train import DPOConfig, train_dpo
 
 VOCABULARY, CONTEXT, WIDTH = 512, 512, 128

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_lab.runs import provenance, write_json, write_whole
+from dpo_lab.engine.runs import provenance, write_json, write_whole
 
 ROOT = Path(__file__).parent.parent
 SEEDS = [int(seed) for seed in sys.argv[1:]] or [0, 1, 2]

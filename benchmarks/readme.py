@@ -18,9 +18,9 @@ from pathlib import Path
 
 from scale import table
 
-from dpo_lab.contenders import REPEATS, recorded
 from dpo_lab.plots import plot_contenders
-from dpo_lab.symbolic import equation_index
+from dpo_lab.sentiment.results import REPEATS, recorded
+from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
 UNMEASURED = "Not measured yet: no GPU was at hand. `make bench-gpu` fills this in."

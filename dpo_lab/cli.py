@@ -10,20 +10,23 @@ import datasets
 import transformers
 import tyro
 
-from dpo_lab import experiment, task
-from dpo_lab.arguments import checked
-from dpo_lab.contenders import Repeated, repeats
 from dpo_lab.doctor import doctor
-from dpo_lab.experiment import CONFIGS, ExperimentConfig
-from dpo_lab.frontier import FrontierConfig, frontier
+from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.cpu import keep_freed_memory
+from dpo_lab.engine.distributed import leave, say
 from dpo_lab.loop import Interrupted
-from dpo_lab.pretrain import PretrainConfig, pretrain
-from dpo_lab.processes import leave, say
-from dpo_lab.task import TaskConfig
-from dpo_lab.tuning import keep_freed_memory
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import task
+from dpo_lab.sentiment.pretrain import PretrainConfig, pretrain
+from dpo_lab.sentiment.results import Repeated, repeats
+from dpo_lab.sentiment.run import CONFIGS, ExperimentConfig
+from dpo_lab.sentiment.sweep import FrontierConfig, frontier
+from dpo_lab.sentiment.task import TaskConfig
 
 Flat = tyro.conf.OmitArgPrefixes
+
 T = TypeVar("T")
+
 Nested = Annotated[T, tyro.conf.arg(name="")]  # --task.prefixes
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dpo_lab.arguments import checked, finite_positive
-from dpo_lab.attention import NO_MASK, PACKED, takes_pieces
-from dpo_lab.layout import CompletionBatch, Tokens, allowed, check_tokens, completion_batch
-from dpo_lab.lm_head import token_logps
-from dpo_lab.processes import is_main, my_share, whole
-from dpo_lab.structure import (
+from dpo_lab.batching import CompletionBatch, Tokens, allowed, check_tokens, completion_batch
+from dpo_lab.engine.arguments import checked, finite_positive
+from dpo_lab.engine.attention import NO_MASK, PACKED, takes_pieces
+from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, tune_backward
+from dpo_lab.engine.distributed import is_main, my_share, whole
+from dpo_lab.engine.lm_head import token_logps
+from dpo_lab.engine.structure import (
     after_head,
     beside_modules,
     check_fits,
@@ -28,16 +29,18 @@ from dpo_lab.structure import (
     unwrapped,
     widest,
 )
-from dpo_lab.tuning import kept_memory, matmuls_by_onednn, tune_backward
 
 Precision = Literal[
     "float32", "bfloat16"
 ]  # of the computation; weights and log-prob sums stay float32 or wider
+
 SHARES_PROMPTS = (
     "gpt2",
     "llama",
 )  # attention sees only position ids and the mask, so a shared prompt is exact
+
 LEAST_TEMPERATURE = 1e-30  # of a log-prob, in float32
+
 LogitPath = Literal["weights", "head", "forward"]  # see `logit_path`
 
 

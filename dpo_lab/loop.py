@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.arguments import checked, finite_positive, settled
-from dpo_lab.layout import CompletionBatch, completion_batch
-from dpo_lab.logprobs import Precision, autocast, completion_logps, logit_path
-from dpo_lab.processes import (
+from dpo_lab.batching import CompletionBatch, completion_batch
+from dpo_lab.engine.arguments import checked, finite_positive, settled
+from dpo_lab.engine.checkpoints import interruptible, load_checkpoint, save_checkpoint
+from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn
+from dpo_lab.engine.distributed import (
     collect,
     count,
     from_main,
@@ -34,19 +35,11 @@ from dpo_lab.processes import (
     shard,
     sharding,
 )
-from dpo_lab.runs import (
-    append_metrics,
-    interruptible,
-    load_checkpoint,
-    read_metrics,
-    save_checkpoint,
-    write_whole,
-)
-from dpo_lab.structure import check_trainable, unwrapped, widest
-from dpo_lab.tuning import kept_memory, matmuls_by_onednn
+from dpo_lab.engine.runs import append_metrics, read_metrics, write_whole
+from dpo_lab.engine.structure import check_trainable, unwrapped, widest
+from dpo_lab.logprobs import Precision, autocast, completion_logps, logit_path
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
-
 
 NO_MEMORY = (
     "Free the memory that others hold and continue with --resume, or start anew with gradient_checkpointing, bfloat16, "

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_lab.arguments import number
+from dpo_lab.engine.arguments import number
 
 Kind = Literal["sigmoid", "ipo", "hinge", "robust"]
 

@@ -16,11 +16,13 @@ from matplotlib.scale import FuncScale
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from dpo_lab.arguments import floats, integers
-from dpo_lab.escaping import for_figure, for_html
+from dpo_lab.engine.arguments import floats, integers
+from dpo_lab.engine.escaping import for_figure, for_html
 
 CONTENDERS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
+
 CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
+
 COLOURS, STROKES = (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")
 
 

@@ -23,7 +23,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.arguments import (
+from dpo_lab.batching import begun, ended
+from dpo_lab.engine.arguments import (
     checked,
     floats,
     folder,
@@ -33,20 +34,25 @@ from dpo_lab.arguments import (
     token_ids,
     token_lists,
 )
-from dpo_lab.layout import begun, ended
+from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.runs import write_whole
+from dpo_lab.engine.structure import unwrapped
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
-from dpo_lab.runs import weights_hash, write_whole
-from dpo_lab.structure import unwrapped
 
 SAME_LOGPS = {
     "float32": 1e-2,
     "bfloat16": 0.75,
 }  # nats a completion by which batches of other shapes may differ
+
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
+
 OPTIONAL = ("tools", "chat_template_kwargs")  # columns of TRL's that the chat template is given
+
 PICTURES = ("image", "images")  # columns of TRL's that no tokenizer reads
+
 JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat template that adds nothing
+
 Bad = Literal["error", "drop"]
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_lab.arguments import checked, folder, integer, number, settled
-from dpo_lab.layout import CompletionBatch, completion_batch, split
+from dpo_lab.batching import CompletionBatch, completion_batch, split
+from dpo_lab.engine.arguments import checked, folder, integer, number, settled
+from dpo_lab.engine.distributed import count, my_share
+from dpo_lab.engine.records import data_hash, training_run, weights_record
 from dpo_lab.logprobs import Precision, can_share
 from dpo_lab.loop import Evaluate, LoopConfig, check_loop, check_policy, fit
 from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
 from dpo_lab.models import check_adaptable, check_lora, lora
 from dpo_lab.preferences import SAME_LOGPS, Preferences
-from dpo_lab.processes import count, my_share
-from dpo_lab.records import data_hash, training_run, weights_record
 
 
 @dataclass(frozen=True)

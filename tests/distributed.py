@@ -12,14 +12,15 @@ from conftest import make_reviews
 from datasets import Dataset, DatasetDict
 from test_train import CONFIG, LOOP, make_preferences, timeless
 
-from dpo_lab import processes, task
 from dpo_lab.cli import main
-from dpo_lab.imdb import sample_completions
+from dpo_lab.engine import distributed as processes
+from dpo_lab.engine.distributed import from_main, gathered, is_main, join, my_share, rank, whole
 from dpo_lab.logprobs import can_share
 from dpo_lab.loop import Interrupted
 from dpo_lab.models import ScalarModel, load_model
-from dpo_lab.processes import from_main, gathered, is_main, join, my_share, rank, whole
-from dpo_lab.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.rlhf.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.sampling import sample_completions
+from dpo_lab.sentiment import task
 from dpo_lab.train import sft_batches, train_dpo, train_sft, train_unlikelihood
 
 LONG = replace(CONFIG, epochs=3)  # 6 steps

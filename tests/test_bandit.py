@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lab.bandit import (
+from dpo_lab.losses import dpo_loss, ppo_clip_loss
+from dpo_lab.theory.bandit import (
     all_pairs,
     descend,
     exact_gradient,
@@ -16,8 +17,7 @@ from dpo_lab.bandit import (
     reinforce_gradients,
     sample_pairs,
 )
-from dpo_lab.losses import dpo_loss, ppo_clip_loss
-from dpo_lab.objective import kl, optimal_policy
+from dpo_lab.theory.objective import kl, optimal_policy
 
 REFERENCE = torch.tensor([0.35, 0.4, 0.2, 0.05], dtype=torch.float64)
 REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)

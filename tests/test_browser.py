@@ -13,10 +13,10 @@ from browser import CHROMIUM, chromium, jupyterlab, open_notebook, run_all_cells
 from ipywidgets import HTML, SelectionSlider
 from recording import record_run
 
-from dpo_lab.bandit import sample_pairs
-from dpo_lab.contenders import recorded
-from dpo_lab.objective import optimal_policy
-from dpo_lab.widgets import (
+from dpo_lab.sentiment.results import recorded
+from dpo_lab.theory.bandit import sample_pairs
+from dpo_lab.theory.objective import optimal_policy
+from dpo_lab.widgets.explorers import (
     BETAS,
     REFERENCE,
     REWARD,

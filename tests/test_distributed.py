@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab import runs, task
+from dpo_lab.batching import completion_batch, split
 from dpo_lab.cli import main
-from dpo_lab.layout import completion_batch, split
+from dpo_lab.engine import runs
+from dpo_lab.engine.runs import append_metrics, read_metrics, read_snapshots, write_whole
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import append_metrics, read_metrics, read_snapshots, write_whole
+from dpo_lab.sentiment import task
 
 TOLERANCE = 1e-5
 MUON = 3e-3  # it orthogonalises in bfloat16, which makes of a last bit of the gradient the last bit of a bfloat16

@@ -14,19 +14,22 @@ import pytest
 import torch
 
 import dpo_lab
-from dpo_lab import experiment, frontier, loop, pretrain, task
-from dpo_lab.arguments import checked, settled
-from dpo_lab.contenders import Contender
-from dpo_lab.experiment import ExperimentConfig
-from dpo_lab.frontier import FrontierConfig
-from dpo_lab.layout import completion_batch
+from dpo_lab import loop
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.arguments import checked, settled
 from dpo_lab.loop import LoopConfig, make_optimizers
 from dpo_lab.models import load_model
-from dpo_lab.plan import plan
 from dpo_lab.preferences import Preferences, from_rows
-from dpo_lab.pretrain import PretrainConfig
-from dpo_lab.reward_model import RewardModelConfig, train_reward_model
-from dpo_lab.task import TaskConfig
+from dpo_lab.rlhf.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.sentiment import pretrain, task
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import sweep as frontier
+from dpo_lab.sentiment.cost import plan
+from dpo_lab.sentiment.pretrain import PretrainConfig
+from dpo_lab.sentiment.results import Contender
+from dpo_lab.sentiment.run import ExperimentConfig
+from dpo_lab.sentiment.sweep import FrontierConfig
+from dpo_lab.sentiment.task import TaskConfig
 from dpo_lab.train import DPOConfig, check_config, train_dpo, train_sft, train_unlikelihood
 
 WRONG = "a name that nobody allowed"

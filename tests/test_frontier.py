@@ -9,19 +9,28 @@ import pytest
 import torch
 from conftest import make_classifier
 
-from dpo_lab import cli, frontier
+from dpo_lab import cli
 from dpo_lab.cli import main
-from dpo_lab.contenders import COLUMNS, REPEATS, Contender, Recorded, contenders, recorded, repeats
-from dpo_lab.evaluate import OptimalFrontier
-from dpo_lab.frontier import FrontierConfig
+from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model
 from dpo_lab.plots import plot_contenders
-from dpo_lab.ppo import PPOConfig
-from dpo_lab.reward_model import RewardModelConfig
-from dpo_lab.runs import weights_hash
-from dpo_lab.task import TaskConfig, load_parts
-from dpo_lab.widgets import frontier_explorer
+from dpo_lab.rlhf.ppo import PPOConfig
+from dpo_lab.rlhf.reward_model import RewardModelConfig
+from dpo_lab.sentiment import sweep as frontier
+from dpo_lab.sentiment.results import (
+    COLUMNS,
+    REPEATS,
+    Contender,
+    Recorded,
+    contenders,
+    recorded,
+    repeats,
+)
+from dpo_lab.sentiment.sweep import FrontierConfig
+from dpo_lab.sentiment.task import TaskConfig, load_parts
+from dpo_lab.theory.frontier import OptimalFrontier
+from dpo_lab.widgets.explorers import frontier_explorer
 
 METHODS = ("dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft")
 pytestmark = pytest.mark.usefixtures("made_up_reviews")

@@ -12,19 +12,10 @@ import pytest
 import torch
 from conftest import make_reviews
 
-from dpo_lab import imdb
-from dpo_lab.imdb import (
-    _draw,
-    _first_above,
-    clean,
-    load_imdb,
-    reviews_csv,
-    sample_completions,
-    sample_prefixes,
-    sample_with_logps,
-    texts_of,
-)
-from dpo_lab.processes import side_by_side
+from dpo_lab import sampling as imdb
+from dpo_lab.engine.distributed import side_by_side
+from dpo_lab.sampling import _draw, _first_above, sample_completions, sample_with_logps, texts_of
+from dpo_lab.sentiment.reviews import clean, load_imdb, reviews_csv, sample_prefixes
 
 
 @pytest.fixture(scope="module")

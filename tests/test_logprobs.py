@@ -26,9 +26,12 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dpo_lab import attention, layout, lm_head, logprobs
-from dpo_lab.layout import completion_batch
-from dpo_lab.lm_head import token_logps
+from dpo_lab.engine.pieces import pieces_of
+from dpo_lab import batching as layout
+from dpo_lab import logprobs
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import attention, lm_head
+from dpo_lab.engine.lm_head import token_logps
 from dpo_lab.logprobs import (
     can_share,
     completion_logps,
@@ -254,7 +257,7 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of
     completions = [[6, 6, 1] * 4, *COMPLETIONS[1:]]
     batch = completion_batch(prompts, completions, prompt_of, share=True)
     assert batch.pieces is None  # until it goes to a GPU
-    batch = replace(batch, pieces=layout._pieces(batch.spans))
+    batch = replace(batch, pieces=pieces_of(batch.spans))
     assert (
         bool(batch.rows) == (pack < 0)
         and int(batch.pieces.query_ends[-1]) == batch.input_ids.numel()

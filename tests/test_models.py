@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from dpo_lab import models
-from dpo_lab.attention import PACKED
+from dpo_lab.batching import completion_batch
 from dpo_lab.cli import main
-from dpo_lab.layout import completion_batch
+from dpo_lab.engine.attention import PACKED
 from dpo_lab.logprobs import can_share, completion_logps
 from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer, lora, prepare_model
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from dpo_lab.losses import bradley_terry_nll, dpo_loss
-from dpo_lab.objective import (
+from dpo_lab.theory.objective import (
     implicit_reward,
     kl,
     log_partition,

@@ -18,17 +18,17 @@ from matplotlib.patches import Rectangle
 from recording import record_run
 
 from dpo_lab import plots
-from dpo_lab.arguments import floats
-from dpo_lab.contenders import recorded
-from dpo_lab.escaping import for_figure, for_html, for_markdown
-from dpo_lab.evaluate import Evaluation, OptimalFrontier
-from dpo_lab.experiment import save_samples
+from dpo_lab.engine.arguments import floats
+from dpo_lab.engine.escaping import for_figure, for_html, for_markdown
+from dpo_lab.engine.runs import append_metrics, write_json
+from dpo_lab.evaluate import Evaluation
 from dpo_lab.losses import dpo_loss
-from dpo_lab.moving import holding
-from dpo_lab.objective import optimal_policy
-from dpo_lab.rewards import fit_bradley_terry
-from dpo_lab.runs import append_metrics, write_json
-from dpo_lab.widgets import (
+from dpo_lab.sentiment.results import recorded
+from dpo_lab.sentiment.run import save_samples
+from dpo_lab.theory.bradley_terry import fit_bradley_terry
+from dpo_lab.theory.frontier import OptimalFrontier
+from dpo_lab.theory.objective import optimal_policy
+from dpo_lab.widgets.explorers import (
     _sample_table,
     _slider,
     bandit_explorer,
@@ -41,6 +41,7 @@ from dpo_lab.widgets import (
     live_curves,
     training_explorer,
 )
+from dpo_lab.widgets.figures import holding
 
 LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", "<b>&\n\\$"]
 REFERENCE, REWARD = [0.6, 0.3, 0.099, 0.001], [-5.0, 0.0, 1.0, 8.0]

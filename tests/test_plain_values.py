@@ -9,18 +9,11 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from dpo_lab import bandit, contenders, plots
-from dpo_lab.advantages import adapted_kl_coefficient, gae
-from dpo_lab.evaluate import (
-    best_of_n,
-    distinct_n,
-    evaluate_policy,
-    frontier_band,
-    optimal_frontier,
-    win_rate,
-)
-from dpo_lab.imdb import texts_of
-from dpo_lab.layout import completion_batch
+from dpo_lab import plots
+from dpo_lab.assets import EMBEDDED
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.runs import read_metrics
+from dpo_lab.evaluate import distinct_n, evaluate_policy, win_rate
 from dpo_lab.logprobs import score_completions
 from dpo_lab.losses import (
     bradley_terry_nll,
@@ -29,18 +22,21 @@ from dpo_lab.losses import (
     ppo_clip_loss,
     unlikelihood_loss,
 )
-from dpo_lab.models import EMBEDDED, ScalarModel, load_model, load_tokenizer
-from dpo_lab.objective import (
+from dpo_lab.models import ScalarModel, load_model, load_tokenizer
+from dpo_lab.preferences import Preferences, from_rankings, from_rows, from_scores
+from dpo_lab.rlhf.ppo import PPOConfig, adapted_kl_coefficient, gae, train_ppo
+from dpo_lab.sampling import texts_of
+from dpo_lab.sentiment import results as contenders
+from dpo_lab.theory import bandit
+from dpo_lab.theory.bradley_terry import fit_bradley_terry
+from dpo_lab.theory.frontier import best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.objective import (
     implicit_reward,
     log_partition,
     objective_value,
     optimal_policy,
     value_gap,
 )
-from dpo_lab.ppo import PPOConfig, train_ppo
-from dpo_lab.preferences import Preferences, from_rankings, from_rows, from_scores
-from dpo_lab.rewards import fit_bradley_terry
-from dpo_lab.runs import read_metrics
 
 ROW = {"prompt": "this film", "chosen": " was a joy", "rejected": " was a bore"}
 SEQUENCES = {

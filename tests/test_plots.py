@@ -5,7 +5,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.plots import (
     plot_band,
     plot_beta_path,
@@ -25,6 +24,7 @@ from dpo_lab.plots import (
     root_scale,
     token_html,
 )
+from dpo_lab.theory.frontier import OptimalFrontier
 
 METRICS = [
     {

@@ -7,12 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel, load_model
-from dpo_lab.ppo import PPOConfig, Roles, assess, batch_of, minibatch_losses, text_reward, train_ppo
-from dpo_lab.runs import read_metrics
+from dpo_lab.rlhf.ppo import (
+    PPOConfig,
+    Roles,
+    assess,
+    batch_of,
+    minibatch_losses,
+    text_reward,
+    train_ppo,
+)
 
 CONFIG = PPOConfig(
     steps=3, batch=8, minibatch=4, epochs=2, max_new_tokens=6, learning_rate=1e-3, eval_every=2
@@ -74,7 +82,7 @@ def test_at_first_the_policy_is_the_reference_and_every_ratio_is_one(tiny, preci
 
 
 def test_the_first_minibatch_of_every_rollout_has_ratio_one(tiny, monkeypatch):
-    import dpo_lab.ppo as ppo
+    import dpo_lab.rlhf.ppo as ppo
 
     seen, original = [], ppo.minibatch_losses
     monkeypatch.setattr(ppo, "minibatch_losses", lambda *a: seen.append(original(*a)) or seen[-1])

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from dpo_lab import preferences
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.preferences import Preferences, Report, from_rankings, from_rows, from_scores
 

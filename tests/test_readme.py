@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_lab.experiment import CONFIGS
+from dpo_lab.sentiment.run import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

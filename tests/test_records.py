@@ -22,15 +22,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from dpo_lab import experiment, frontier, pretrain
-from dpo_lab.experiment import ExperimentConfig
-from dpo_lab.frontier import FrontierConfig
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.records import locked
+from dpo_lab.engine.runs import open_run
 from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.preferences import Preferences
-from dpo_lab.pretrain import PretrainConfig
-from dpo_lab.records import locked
-from dpo_lab.runs import open_run
+from dpo_lab.sentiment import pretrain
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import sweep as frontier
+from dpo_lab.sentiment.pretrain import PretrainConfig
+from dpo_lab.sentiment.run import ExperimentConfig
+from dpo_lab.sentiment.sweep import FrontierConfig
 from dpo_lab.train import DPOConfig, train_dpo, train_sft
 
 LOOP = LoopConfig(learning_rate=1e-2, warmup_steps=1, schedule="linear", eval_every=1, save_every=2)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from dpo_lab import runs
-from dpo_lab.preferences import Preferences
-from dpo_lab.runs import (
+from dpo_lab.engine import runs
+from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.runs import (
     append_metrics,
     check_run,
     differences,
@@ -23,10 +23,10 @@ from dpo_lab.runs import (
     provenance,
     read_metrics,
     require_space,
-    weights_hash,
     write_json,
     write_whole,
 )
+from dpo_lab.preferences import Preferences
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -45,25 +45,17 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from dpo_lab import runs
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import runs
+from dpo_lab.engine.structure import context_of, unwrapped, widest
 from dpo_lab.evaluate import evaluate_policy
-from dpo_lab.imdb import sample_completions, sample_with_logps
-from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import can_share, completion_logps, logit_path, score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import (
-    ScalarModel,
-    check_cache,
-    context_of,
-    end_tokens,
-    load_model,
-    load_tokenizer,
-    lora,
-)
-from dpo_lab.ppo import PPOConfig, train_ppo
+from dpo_lab.models import ScalarModel, check_cache, end_tokens, load_model, load_tokenizer, lora
 from dpo_lab.preferences import Preferences
-from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.structure import unwrapped, widest
+from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
+from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.sampling import sample_completions, sample_with_logps
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 PROMPTS, COMPLETIONS, PROMPT_OF = (

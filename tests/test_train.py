@@ -19,15 +19,16 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM
 
-from dpo_lab import loop, runs, train
-from dpo_lab.imdb import sample_completions
-from dpo_lab.layout import completion_batch
+from dpo_lab import loop, train
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import runs
+from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
-from dpo_lab.runs import read_metrics
+from dpo_lab.sampling import sample_completions
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)

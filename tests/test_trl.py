@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from recording import record_run
 
-from dpo_lab.evaluate import OptimalFrontier
+from dpo_lab.engine.runs import append_metrics
 from dpo_lab.losses import dpo_loss
-from dpo_lab.objective import kl, log_partition, optimal_policy
-from dpo_lab.rewards import fit_bradley_terry
-from dpo_lab.runs import append_metrics
-from dpo_lab.widgets import (
+from dpo_lab.theory.bradley_terry import fit_bradley_terry
+from dpo_lab.theory.frontier import OptimalFrontier
+from dpo_lab.theory.objective import kl, log_partition, optimal_policy
+from dpo_lab.widgets.explorers import (
     BETAS,
     CHOSEN_FILMS,
     LABELS,

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lab.layout import Pieces
-from dpo_lab.tuning import ONEDNN, matmuls_by_mkl
+from dpo_lab.engine.cpu import ONEDNN, matmuls_by_mkl
+from dpo_lab.engine.pieces import Pieces
 
 
 def takes_pieces(model: nn.Module, device: torch.device) -> bool:
@@ -215,8 +215,11 @@ def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
 
 
 PACKED = "dpo_lab_packed"
+
 NO_MASK = torch.empty(
     1, 1, 1, 1
 )  # four dimensions: transformers hands it on as it is, instead of making a mask
+
 AttentionInterface.register(PACKED, packed_attention)
+
 AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -11,30 +11,35 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_lab.arguments import checked, finite_positive
-from dpo_lab.evaluate import Evaluation, OptimalFrontier, evaluate_policy, optimal_frontier
-from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, sample_with_logps, texts_of
-from dpo_lab.layout import CompletionBatch, begun, completion_batch
-from dpo_lab.loop import LoopConfig
-from dpo_lab.machine import measure_precision, return_freed_memory
-from dpo_lab.models import check_sampling, context_of, end_tokens, load_model, load_tokenizer
-from dpo_lab.preferences import Preferences, from_scores
-from dpo_lab.pretrain import pack
-from dpo_lab.processes import from_main, join, say
-from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import (
+from dpo_lab.batching import CompletionBatch, begun, completion_batch, pack
+from dpo_lab.engine.arguments import checked, finite_positive
+from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.cpu import return_freed_memory
+from dpo_lab.engine.distributed import from_main, join, say
+from dpo_lab.engine.runs import (
     check_run,
     open_run,
     read_config,
     require_space,
     require_writable,
-    weights_hash,
     write_whole,
 )
+from dpo_lab.engine.structure import context_of
+from dpo_lab.evaluate import Evaluation, evaluate_policy
+from dpo_lab.loop import LoopConfig
+from dpo_lab.models import check_sampling, end_tokens, load_model, load_tokenizer
+from dpo_lab.preferences import Preferences, from_scores
+from dpo_lab.sampling import sample_completions, sample_with_logps, texts_of
+from dpo_lab.sentiment.precision import measure_precision
+from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
+from dpo_lab.sentiment.reward import SentimentReward
+from dpo_lab.theory.frontier import OptimalFrontier, optimal_frontier
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
 LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
+
 SFT_ROWS, SFT_ACCUMULATE = 64, 8  # a step of SFT, and the forward passes that it is done in
+
 LANES = {
     "laptop": {"model": "embedded", "reward": "tfidf"},
     "gpu": {

@@ -1,53 +1,27 @@
 """How completions lie in a batch: a prompt once for all its completions, rows end to end without padding (docs/speed.md)."""
 
+import bisect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerBase,
+)
 
-from dpo_lab.arguments import integers, token_ids
+from dpo_lab.engine.arguments import integers, token_ids
+from dpo_lab.engine.pieces import ROUND, Pieces, Spans, moved, pieces_of
 
 Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
+
 SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
+
 ALIKE = (
     2 / 3
 )  # rows of these lengths go through attention together, whose work grows with the square
-ROUND = 32  # packed tokens are padded to a multiple: oneDNN keeps a kernel for each shape it has met, so let the shapes repeat
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """The S tokens of a batch, padding included, as pieces that a variable-length attention kernel takes.
-
-    A piece is a row, or a shared prompt, or one of its completions, or padding, which would else be left undefined.
-    It attends to its keys: to itself, and a completion before that to its prompt.
-    """
-
-    query_ends: Tensor  # (s + 1,) int32: where the pieces begin among the S tokens, and the end
-    key_ends: Tensor  # (s + 1,) int32: where the keys of each begin among all keys, and the end
-    keys: Tensor  # (K,) index into the S tokens: the keys of each piece, one piece after another
-    uses: (
-        Tensor  # (S, m) index into the keys: where each token is one; K where it has no further use
-    )
-    longest: tuple[int, int]  # tokens and keys of the longest pieces
-
-    def to(self, device: torch.device | str) -> "Pieces":
-        """The same pieces on `device`."""
-        return replace(self, **_moved(self, device))
-
-
-class Spans(NamedTuple):
-    """Where the pieces of a batch lie among its tokens."""
-
-    rows: list[
-        list[tuple[int, int, int, int]]
-    ]  # of each piece of a row: (start, end) of its prompt, and of itself, in the row
-    starts: list[int]  # where the rows begin
-    n: int  # tokens; those between the rows are padding
 
 
 @dataclass(frozen=True)
@@ -98,12 +72,12 @@ class CompletionBatch:
         )
         pieces = self.pieces
         if pieces is None and torch.device(device).type == "cuda":
-            pieces = _pieces(self.spans)
+            pieces = pieces_of(self.spans)
         return replace(
             self,
             rows=rows,
             pieces=None if pieces is None else pieces.to(device),
-            **_moved(self, device),
+            **moved(self, device),
         )
 
 
@@ -111,16 +85,6 @@ def allowed(segments: Tensor) -> Tensor:
     """Where attention is allowed, (R, 1, L, L): to the prompt and to the same segment, up to the token itself."""
     keys, queries = segments[:, None, :], segments[:, :, None]
     return ((keys == 0) | (keys == queries)).tril_()[:, None]
-
-
-def _moved(parts: Pieces | CompletionBatch, device: torch.device | str) -> dict[str, Tensor]:
-    """The tensors of a dataclass on `device`. To a GPU without waiting: CUDA has read memory that is not pinned by then."""
-    wait = torch.device(device).type == "cpu"
-    return {
-        name: v.to(device, non_blocking=not wait)
-        for name, v in vars(parts).items()
-        if isinstance(v, Tensor)
-    }
 
 
 def completion_batch(
@@ -215,26 +179,6 @@ def completion_batch(
     )
 
 
-def _pieces(spans: Spans) -> Pieces:
-    """The pieces of a batch, in the order of its tokens."""
-    found = []
-    for row, start, end in zip(spans.rows, spans.starts, [*spans.starts[1:], spans.n]):
-        found += [(start + a, start + b, start + c, start + d) for a, b, c, d in row if c < d]
-        found += [(last, last, last, end) for last in [found[-1][3]] if last < end]
-    keys = np.concatenate([np.r_[a:b, c:d] for a, b, c, d in found])
-    sizes = [d - c for _, _, c, d in found], [b - a + d - c for a, b, c, d in found]
-    query_ends, key_ends = (torch.tensor(np.cumsum([0, *of]), dtype=torch.int32) for of in sizes)
-
-    # where each token is a key: the ranks of equal tokens, after a stable sort, are the columns
-    order, counts = np.argsort(keys, kind="stable"), np.bincount(keys, minlength=spans.n)
-    column = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
-    uses = np.full((spans.n, counts.max()), len(keys))
-    uses[keys[order], column] = order
-    return Pieces(
-        query_ends, key_ends, torch.from_numpy(keys), torch.from_numpy(uses), tuple(map(max, sizes))
-    )
-
-
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
     """Rows by length, the longest first, in parts within which no row is shorter than `ALIKE` of the longest."""
     parts: list[list[int]] = []
@@ -319,3 +263,35 @@ def begun(ids: list[int], start: int) -> list[int]:
 def ended(ids: list[int], end: int) -> list[int]:
     """`ids` before the token `end`, which is not written twice."""
     return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def pack(documents: list[list[int]], context: int, end: int) -> list[list[int]]:
+    """Whole documents, each closed by `end`, laid together into rows of at most `context` tokens, best fit, longest first.
+
+    A document longer than a row is cut into rows of its own and a rest. Nothing is dropped and nothing is repeated.
+    """
+    closed = [_closed(doc, end) for doc in documents]
+    pieces = [doc[i : i + context] for doc in closed for i in range(0, len(doc), context)]
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for piece in sorted(pieces, key=len, reverse=True):
+        k = bisect.bisect_left(room, (len(piece), -1))
+        left, row = room.pop(k) if k < len(room) else (context, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row] += piece
+        if left > len(piece):
+            bisect.insort(room, (left - len(piece), row))
+    return [row for row in rows if len(row) > 1]
+
+
+def whole_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, from BOS where the tokenizer adds it to EOS; a text that spells them out gets no second ones."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encoded = tokenizer(texts)["input_ids"]
+    return [_closed(ids[1:] if ids[:2] == [bos, bos] else ids, eos) for ids in encoded]
+
+
+def _closed(document: list[int], end: int) -> list[int]:
+    """A document that ends with `end`, once; a lone token may be the same as its BOS, and is closed."""
+    return ended(document, end) if len(document) > 1 else [*document, end]

@@ -19,23 +19,11 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from tqdm.auto import tqdm
 
-from dpo_lab.arguments import checked, one_of
-from dpo_lab.contenders import COLUMNS, Contender, Repeated, contenders
-from dpo_lab.evaluate import best_of_n, frontier_band, optimal_frontier
-from dpo_lab.imdb import sample_completions, sample_prefixes, texts_of
-from dpo_lab.loop import LoopConfig, blocks_of, check_loop
-from dpo_lab.models import ScalarModel, end_tokens, load_model
-from dpo_lab.ppo import PPOConfig, Reward, check_ppo_config, text_reward, train_ppo
-from dpo_lab.preferences import Preferences
-from dpo_lab.processes import launched
-from dpo_lab.records import locked, require_free
-from dpo_lab.reward_model import (
-    LearnedReward,
-    RewardModelConfig,
-    check_reward_model,
-    train_reward_model,
-)
-from dpo_lab.runs import (
+from dpo_lab.engine.arguments import checked, one_of
+from dpo_lab.engine.cpu import keep_freed_memory
+from dpo_lab.engine.distributed import launched
+from dpo_lab.engine.records import locked, require_free
+from dpo_lab.engine.runs import (
     check_run,
     open_run,
     peak_memory_mb,
@@ -44,7 +32,20 @@ from dpo_lab.runs import (
     write_json,
     write_whole,
 )
-from dpo_lab.task import (
+from dpo_lab.loop import LoopConfig, blocks_of, check_loop
+from dpo_lab.models import ScalarModel, end_tokens, load_model
+from dpo_lab.preferences import Preferences
+from dpo_lab.rlhf.ppo import PPOConfig, Reward, check_ppo_config, text_reward, train_ppo
+from dpo_lab.rlhf.reward_model import (
+    LearnedReward,
+    RewardModelConfig,
+    check_reward_model,
+    train_reward_model,
+)
+from dpo_lab.sampling import sample_completions, texts_of
+from dpo_lab.sentiment.results import COLUMNS, Contender, Repeated, contenders
+from dpo_lab.sentiment.reviews import sample_prefixes
+from dpo_lab.sentiment.task import (
     Parts,
     TaskConfig,
     check_reference,
@@ -59,6 +60,7 @@ from dpo_lab.task import (
     sft,
     task_evaluation,
 )
+from dpo_lab.theory.frontier import best_of_n, frontier_band, optimal_frontier
 from dpo_lab.train import (
     DPOConfig,
     check_alpha,
@@ -67,7 +69,6 @@ from dpo_lab.train import (
     train_dpo,
     train_unlikelihood,
 )
-from dpo_lab.tuning import keep_freed_memory
 
 BEST_OF = (1, 2, 4, 8, 16)
 

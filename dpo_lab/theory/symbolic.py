@@ -1,4 +1,4 @@
-r"""The equations of Rafailov et al. 2023 in sympy: derivations are lists of steps, and every step proves itself.
+"""The equations of Rafailov et al. 2023 in sympy: derivations are lists of steps, and every step proves itself.
 
 A step is an equation between expressions in the policy \pi_i, the reference \rho_i and the reward r_i of outcome i, and
 beta. `holds()` proves it for all probabilities that sum to one: each distribution is written as positive weights over
@@ -13,6 +13,7 @@ import sympy as sp
 from sympy import Eq, Expr, Symbol, exp, log
 
 beta = Symbol("beta", positive=True)
+
 Z = Symbol("Z", positive=True)
 
 

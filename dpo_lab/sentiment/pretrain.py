@@ -1,6 +1,5 @@
 """The embedded GPT-2: a byte-level BPE and a small GPT-2, both trained from scratch on the IMDb training reviews."""
 
-import bisect
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -16,14 +15,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpo_lab.arguments import checked
-from dpo_lab.imdb import load_imdb, sample_completions
-from dpo_lab.layout import CompletionBatch, completion_batch, ended
+from dpo_lab.batching import CompletionBatch, completion_batch, pack, whole_documents
+from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.distributed import join
+from dpo_lab.engine.records import require_free
+from dpo_lab.engine.runs import open_run, provenance, read_metrics, require_writable, write_whole
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig, check_loop
-from dpo_lab.processes import join
-from dpo_lab.records import require_free
-from dpo_lab.runs import open_run, provenance, read_metrics, require_writable, write_whole
+from dpo_lab.sampling import sample_completions
+from dpo_lab.sentiment.reviews import load_imdb
 from dpo_lab.train import train_sft
 
 END = "<|endoftext|>"
@@ -208,38 +208,6 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         pad_token=END,
         clean_up_tokenization_spaces=False,
     )
-
-
-def pack(documents: list[list[int]], context: int, end: int) -> list[list[int]]:
-    """Whole documents, each closed by `end`, laid together into rows of at most `context` tokens, best fit, longest first.
-
-    A document longer than a row is cut into rows of its own and a rest. Nothing is dropped and nothing is repeated.
-    """
-    closed = [_closed(doc, end) for doc in documents]
-    pieces = [doc[i : i + context] for doc in closed for i in range(0, len(doc), context)]
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for piece in sorted(pieces, key=len, reverse=True):
-        k = bisect.bisect_left(room, (len(piece), -1))
-        left, row = room.pop(k) if k < len(room) else (context, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row] += piece
-        if left > len(piece):
-            bisect.insort(room, (left - len(piece), row))
-    return [row for row in rows if len(row) > 1]
-
-
-def whole_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts, from BOS where the tokenizer adds it to EOS; a text that spells them out gets no second ones."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encoded = tokenizer(texts)["input_ids"]
-    return [_closed(ids[1:] if ids[:2] == [bos, bos] else ids, eos) for ids in encoded]
-
-
-def _closed(document: list[int], end: int) -> list[int]:
-    """A document that ends with `end`, once; a lone token may be the same as its BOS, and is closed."""
-    return ended(document, end) if len(document) > 1 else [*document, end]
 
 
 def held_out_loss(

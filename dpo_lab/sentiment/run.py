@@ -9,20 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_lab.arguments import checked, settled
-from dpo_lab.escaping import for_markdown
-from dpo_lab.evaluate import Evaluation, OptimalFrontier
-from dpo_lab.imdb import sample_prefixes
-from dpo_lab.logprobs import score_completions
-from dpo_lab.loop import LoopConfig
-from dpo_lab.machine import return_freed_memory
-from dpo_lab.models import load_model
-from dpo_lab.plan import Plan, plan
-from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
-from dpo_lab.preferences import Preferences
-from dpo_lab.processes import join, say
-from dpo_lab.records import locked, require_free
-from dpo_lab.runs import (
+from dpo_lab.engine.arguments import checked, settled
+from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.cpu import return_freed_memory
+from dpo_lab.engine.distributed import join, say
+from dpo_lab.engine.escaping import for_markdown
+from dpo_lab.engine.records import locked, require_free
+from dpo_lab.engine.runs import (
     SNAPSHOTS,
     check_run,
     open_run,
@@ -31,11 +24,18 @@ from dpo_lab.runs import (
     read_snapshots,
     require_space,
     require_writable,
-    weights_hash,
     write_json,
     write_whole,
 )
-from dpo_lab.task import (
+from dpo_lab.evaluate import Evaluation
+from dpo_lab.logprobs import score_completions
+from dpo_lab.loop import LoopConfig
+from dpo_lab.models import load_model
+from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
+from dpo_lab.preferences import Preferences
+from dpo_lab.sentiment.cost import Plan, plan
+from dpo_lab.sentiment.reviews import sample_prefixes
+from dpo_lab.sentiment.task import (
     Parts,
     TaskConfig,
     check_reference,
@@ -54,6 +54,7 @@ from dpo_lab.task import (
     sft,
     task_evaluation,
 )
+from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.train import DPOConfig, check_config, train_dpo
 
 

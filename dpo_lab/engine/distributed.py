@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 T, S = TypeVar("T"), TypeVar("S")
+
 SHARD = "DPO_LAB_SHARD"  # environment variable, "true" or "false"
 
 

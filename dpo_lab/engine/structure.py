@@ -17,6 +17,7 @@ AFTER_HEAD = (  # what families call a cap or a factor on the logits; None or 1 
     "logits_soft_cap",
     "output_logit_soft_cap",
 )
+
 CONTEXTS = (
     "max_position_embeddings",
     "max_seq_len",

@@ -1,20 +1,15 @@
 """What this machine does best: the precision that it is fast in, and memory that goes back to the system."""
 
-import ctypes
-import sys
 import time
 from dataclasses import dataclass
 
-import pyarrow
 import torch
 from torch import nn
 
-from dpo_lab.layout import CompletionBatch
+from dpo_lab.batching import CompletionBatch
+from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn
 from dpo_lab.logprobs import Precision, autocast, completion_logps
 from dpo_lab.losses import dpo_loss
-from dpo_lab.tuning import keep_freed_memory as keep_freed_memory
-from dpo_lab.tuning import kept_memory, matmuls_by_onednn
-from dpo_lab.tuning import use_onednn as use_onednn
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,3 @@ def measure_precision(
         logps_error=float(error.square().mean().sqrt()),
         loss_error=float((losses[0] - losses[1]).square().mean().sqrt()),
     )
-
-
-def return_freed_memory() -> None:
-    """Give what was freed back to the system once, after work that needed much more than what comes."""
-    pyarrow.default_memory_pool().release_unused()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)

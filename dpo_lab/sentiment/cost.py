@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_lab.arguments import checked
-from dpo_lab.imdb import rows_on, sample_completions
-from dpo_lab.layout import ROUND, CompletionBatch, completion_batch
-from dpo_lab.lm_head import IN_CACHE, logits_budget
+from dpo_lab.batching import CompletionBatch, completion_batch
+from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, return_freed_memory
+from dpo_lab.engine.lm_head import IN_CACHE, logits_budget
+from dpo_lab.engine.pieces import ROUND
+from dpo_lab.engine.runs import peak_memory_mb
 from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps, completion_states
 from dpo_lab.loop import (
     LoopConfig,
@@ -28,24 +30,28 @@ from dpo_lab.loop import (
     make_optimizers,
     warn_of_warmup,
 )
-from dpo_lab.machine import return_freed_memory
 from dpo_lab.models import lora
-from dpo_lab.runs import peak_memory_mb
+from dpo_lab.sampling import rows_on, sample_completions
 from dpo_lab.train import DPOConfig, check_config, plan_prompts
-from dpo_lab.tuning import kept_memory, matmuls_by_onednn
 
 TRIAL_FLOPS = (
     3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
 )
+
 TRIAL_TOKENS = 6  # sampled to measure how fast that goes
+
 SLACK = 0.3  # of activations and logits, as bytes that a CPU's allocator holds in gaps too small for the next tensor: measured
+
 FRONTIER = (32, 64)  # prompts and completions of each, from which the optimal frontier is estimated
+
 SNAPSHOT_PAIRS = 128  # scored at every evaluation
+
 MOMENTS = {
     "AdamW": 2,
     "RMSprop": 1,
     "Muon": 1,
 }  # tensors of the parameter's size that an optimizer keeps
+
 COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}  # of each parameter's step
 
 

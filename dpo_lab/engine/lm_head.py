@@ -4,19 +4,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpo_lab.layout import ROUND
-from dpo_lab.tuning import matmuls_by_onednn
+from dpo_lab.engine.cpu import matmuls_by_onednn
+from dpo_lab.engine.pieces import ROUND
 
 KEPT_LOGITS_BYTES = (
     2**28
 )  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
+
 CHUNK_BYTES = (
     2**26
 )  # 64 MiB at a time: rows enough for matmuls to be fast, and small beside any model
+
 PADS_HEAD = (
     "cuda",
 )  # devices whose matmuls take slower kernels where a size is odd, as GPT-2's vocabulary is
+
 ON_GPU = 4  # times as much of both: a GPU needs more rows to be busy
+
 IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
 
 

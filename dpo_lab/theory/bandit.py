@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpo_lab.arguments import integer, number
+from dpo_lab.engine.arguments import integer, number
 from dpo_lab.losses import ppo_clip_loss
-from dpo_lab.objective import objective_value
+from dpo_lab.theory.objective import objective_value
 
 Loss = Callable[[Tensor], Tensor]  # from log-probs (n,) to a number
 

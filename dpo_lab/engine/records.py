@@ -19,21 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpo_lab.processes import from_main
-from dpo_lab.runs import (
-    TRAINING,
-    checkpoints_of,
-    differences,
-    read_metrics,
-    tensors_hash,
-    unique_tensors,
-    what_is_kept,
-    write_json,
-    write_whole,
-)
+from dpo_lab.engine.checkpoints import checkpoints_of, tensors_hash, unique_tensors, what_is_kept
+from dpo_lab.engine.distributed import from_main
+from dpo_lab.engine.runs import TRAINING, differences, read_metrics, write_json, write_whole
 
 REFERENCE = "reference.safetensors"
+
 AGAIN = "Choose another run directory, or delete this one to begin again"
+
 IGNORED = {
     "_name_or_path",
     "architectures",

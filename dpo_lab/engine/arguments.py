@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 T = TypeVar("T")
+
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 

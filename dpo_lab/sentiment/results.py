@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_lab.arguments import checked, integer, number, one_of
-from dpo_lab.evaluate import OptimalFrontier
-from dpo_lab.models import EMBEDDED
+from dpo_lab.assets import EMBEDDED
+from dpo_lab.engine.arguments import checked, integer, number, one_of
+from dpo_lab.theory.frontier import OptimalFrontier
 
 BETAS, TARGETS, ALPHAS, SEEDS = (
     (0.05, 0.1, 1.0, 5.0),
@@ -19,7 +19,9 @@ BETAS, TARGETS, ALPHAS, SEEDS = (
     (0.05, 0.1, 0.5, 1.0),
     (0, 1, 2, 3, 4, 5),
 )
+
 Method = Literal["dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft", "best-of-n", "sft"]
+
 LABELS: dict[Method, tuple[str, str]] = {  # and what is varied of it
     "dpo": ("DPO", "beta"),
     "ppo": ("PPO, learned reward", "target KL"),
@@ -29,7 +31,9 @@ LABELS: dict[Method, tuple[str, str]] = {  # and what is varied of it
     "best-of-n": ("best of N", "N"),
     "sft": ("SFT", ""),
 }
+
 Repeated = Literal["dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft"]
+
 REPEATED: dict[Repeated, float] = {  # settings that end within 5 nats
     "dpo": 0.37,
     "ppo": 4.8,
@@ -37,9 +41,11 @@ REPEATED: dict[Repeated, float] = {  # settings that end within 5 nats
     "unlikelihood": 0.5,
     "preferred-ft": 0.0,
 }
+
 REPEATS = [
     EMBEDDED.parent / name for name in ("repeats", "repeats-ppo-gt", "repeats-likelihood")
 ]  # shipped
+
 COLUMNS = (
     "method",
     "setting",

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import pyarrow
 import torch
 from torch import Tensor
 
 ONEDNN = "bf16"  # torch's name for the setting under which oneDNN computes float32 matmuls
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = (
     -1,
     -2,
@@ -24,7 +26,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = (
     -4,
     -8,
 )  # malloc.h
+
 KEEPING = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_ARENA_MAX, 1))
+
 USUAL = (  # glibc's, with the thresholds at which its own adaptation ends; what they were cannot be asked
     (M_MMAP_MAX, 2**16),
     (M_TRIM_THRESHOLD, 2**26),
@@ -154,3 +158,11 @@ def _matmuls_by(setting: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system once, after work that needed much more than what comes."""
+    pyarrow.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)

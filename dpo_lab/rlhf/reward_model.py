@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_lab.arguments import checked
-from dpo_lab.layout import CompletionBatch, Tokens, completion_batch
+from dpo_lab.batching import CompletionBatch, Tokens, completion_batch
+from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.distributed import count, my_share
+from dpo_lab.engine.structure import unwrapped
 from dpo_lab.logprobs import Precision, autocast, can_share
 from dpo_lab.loop import LoopConfig, check_loop, fit
 from dpo_lab.losses import bradley_terry_nll
 from dpo_lab.models import ScalarModel
 from dpo_lab.preferences import Preferences
-from dpo_lab.processes import count, my_share
-from dpo_lab.structure import unwrapped
 from dpo_lab.train import check_epochs, plan_prompts
 
 

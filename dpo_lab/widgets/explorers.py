@@ -22,12 +22,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
-from dpo_lab.arguments import checked, floats, folder, integer, integers
-from dpo_lab.contenders import Contender, Recorded, recorded
-from dpo_lab.escaping import for_html
-from dpo_lab.evaluate import OptimalFrontier
+from dpo_lab.engine.arguments import checked, floats, folder, integer, integers
+from dpo_lab.engine.escaping import for_html
+from dpo_lab.engine.runs import read_config, read_metrics, read_snapshots
 from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
-from dpo_lab.moving import (
+from dpo_lab.plots import check_labels
+from dpo_lab.sentiment.results import Contender, Recorded, recorded
+from dpo_lab.theory.frontier import OptimalFrontier
+from dpo_lab.theory.objective import kl, log_partition, optimal_policy
+from dpo_lab.widgets.figures import (
     Moving,
     holding,
     moving_bandit,
@@ -39,17 +42,17 @@ from dpo_lab.moving import (
     moving_pairs,
     moving_run,
 )
-from dpo_lab.objective import kl, log_partition, optimal_policy
-from dpo_lab.plots import check_labels
-from dpo_lab.runs import read_config, read_metrics, read_snapshots
 
 if "JUPYTER_WIDGETS_ECHO" not in os.environ:
     # a moved slider is not told its own value again, ahead of the picture: that costs 10 ms, and serves second browsers alone
     widget_protocol.JUPYTER_WIDGETS_ECHO = False
 
 REFERENCE = torch.tensor([0.35, 0.40, 0.20, 0.05], dtype=torch.float64)
+
 REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)
+
 LABELS = ("a bore", "fine", "a joy", "a masterpiece")
+
 BETAS = np.geomspace(0.01, 100, 81)
 
 
@@ -339,6 +342,7 @@ def gradient_weight_explorer(
 
 
 FILMS = ("a bore", "fine", "a joy")
+
 CHOICES = (
     ("a joy", "a bore", 18),
     ("a bore", "a joy", 2),
@@ -347,6 +351,7 @@ CHOICES = (
     ("fine", "a bore", 15),
     ("a bore", "fine", 5),
 )
+
 CHOSEN_FILMS, REJECTED_FILMS = (
     np.repeat([FILMS.index(row[side]) for row in CHOICES], [row[2] for row in CHOICES])
     for side in (0, 1)
@@ -381,9 +386,9 @@ def bradley_terry_explorer(
     labels: Sequence[str] = FILMS,
 ) -> Explorer:
     """Find the rewards that make comparisons likeliest by hand. Pass your own: indices into `labels`, one pair a comparison."""
-    from dpo_lab.rewards import (
-        fit_bradley_terry,
-    )  # here: scikit-learn takes seconds to import, and no other slider needs it
+    from dpo_lab.theory.bradley_terry import (
+        fit_bradley_terry,  # here: scikit-learn takes seconds to import, and no other slider needs it
+    )
 
     chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     fit = fit_bradley_terry(chosen, rejected, len(labels))
