@@ -35,11 +35,13 @@ def test_the_python_of_the_page_runs_on_any_folder(tiny, tmp_path, monkeypatch):
 
 def test_the_commands_and_errors_of_the_page_are_those_of_the_code():
     assert set(re.findall(r"dpo-lab (\w+)", PAGE)) <= set(COMMANDS)
-    source = "".join((ROOT / "dpo_lab" / f"{name}.py").read_text() for name in ("models", "task"))
-    source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that go on in the next line
-    rows = re.findall(
-        r"^\| (.+?) \|", PAGE.split("## When a model is refused")[1].split("## ")[0], re.MULTILINE
-    )[1:]
+
+    # the errors of the code, each on one line
+    source = "".join(path.read_text() for path in sorted((ROOT / "dpo_lab").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+
+    table = PAGE.split("## When a model is refused")[1].split("## ")[0]
+    rows = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[1:]
     for row in rows:
         for part in re.split(r" N\b| 1 |BertForMaskedLM|, ", row):
             assert part.strip() in source, part
