@@ -18,8 +18,8 @@ from pathlib import Path
 
 from scale import table
 
-from dpo_lab.plots import plot_contenders
-from dpo_lab.sentiment.results import REPEATS, recorded
+from dpo_lab.plots import plot_sweep
+from dpo_lab.sentiment.results import REPEATS, load_sweep
 from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def sweep() -> str:
 
 def methods() -> str:
     """What each method reaches within 5 nats in the shipped sweep, the most reward first."""
-    result = recorded()
+    result = load_sweep()
     header = (
         "within 5 nats, best run of each method | reward | sequence KL (nats) "
         "| fraction of the optimal gain | seconds | tokens"
@@ -165,7 +165,7 @@ def methods() -> str:
 
 def spread() -> str:
     """Where the shipped runs with several seeds end."""
-    results = [recorded(folder) for folder in REPEATS]
+    results = [load_sweep(folder) for folder in REPEATS]
     header = (
         "at the end of training | seeds | reward | sequence KL (nats) "
         "| fraction of the optimal gain | least gain of a seed | peak memory"
@@ -523,7 +523,7 @@ def _experiment_result() -> str:
 
 
 def _methods_result() -> str:
-    found = {row["name"]: row for folder in REPEATS for row in recorded(folder).spread()}
+    found = {row["name"]: row for folder in REPEATS for row in load_sweep(folder).spread()}
     dpo, ppo = (
         next(row for name, row in found.items() if name.startswith(method))
         for method in ("DPO", "PPO, learned reward")
@@ -639,6 +639,6 @@ def render(text: str) -> str:
 if __name__ == "__main__":
     for page in pages():
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
-    shipped = recorded()
-    figure = plot_contenders(shipped.by_method(), shipped.optimal, shipped.band)
+    shipped = load_sweep()
+    figure = plot_sweep(shipped.by_method(), shipped.optimal, shipped.band)
     figure.savefig(ROOT / "docs" / "frontier.png")
