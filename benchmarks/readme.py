@@ -18,6 +18,7 @@ from pathlib import Path
 
 from scale import table
 
+import dpo_lab
 from dpo_lab.plots import plot_sweep
 from dpo_lab.sentiment.results import REPEATS, load_sweep
 from dpo_lab.theory.symbolic import equation_index
@@ -563,7 +564,16 @@ def _gpu_result() -> str:
     )
 
 
-# The equations
+# The reference pages
+
+
+def front_door() -> str:
+    """The names of `from dpo_lab import ...`, by the module in which each lives."""
+    names = {}
+    for name, home in dpo_lab._HOME.items():
+        names.setdefault(home, []).append(f"`{name}`")
+    rows = ((", ".join(found), f"`{home}`") for home, found in names.items())
+    return _table("`from dpo_lab import ...` | lives in", rows)
 
 
 def equations() -> str:
@@ -618,6 +628,7 @@ BLOCKS = {
     "gpu dpo": gpu_dpo,
     "gpu speed": gpu_speed,
     "scale": table,
+    "front door": front_door,
     "equations": equations,
 }
 
