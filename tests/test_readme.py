@@ -91,7 +91,7 @@ def test_the_homework_lines_run():
     names = {}
     exec(code, names)
     assert all(p.grad is not None for p in names["policy"].parameters())
-    assert names["loss"].losses.tolist() == pytest.approx(2 * [math.log(2)])
+    assert names["dpo"].losses.tolist() == pytest.approx(2 * [math.log(2)])
     assert len(names["logps"]) == 4
 
 
