@@ -1,4 +1,4 @@
-"""What the full run, `dpo-lab train --prefixes 7500`, gives and costs from cold, for three seeds.
+"""What the full run, `dpo-lab train`, gives and costs from cold, for three seeds.
 
     python benchmarks/main_job.py [SEED ...]
 
@@ -34,7 +34,7 @@ def main() -> None:
             }
             run = Path(directory) / "run"
             began = time.perf_counter()
-            command = [sys.executable, "-m", "dpo_lab.cli", "train", "--prefixes=7500"]
+            command = [sys.executable, "-m", "dpo_lab.cli", "train"]
             subprocess.run([*command, f"--seed={seed}", f"--out={run}"], env=cold, check=True)
             seconds = time.perf_counter() - began
             summary = json.loads((run / "summary.json").read_text())
