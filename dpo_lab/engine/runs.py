@@ -250,7 +250,7 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
 
 @checked
 def read_metrics(run: Path | str, up_to: float = float("inf")) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` with step <= `up_to`; a line that a crash truncated ends them."""
+    """The lines of `metrics.jsonl` with step <= `up_to`, up to one that a crash truncated."""
     lines = []
     path = Path(run) / METRICS
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
