@@ -82,7 +82,10 @@ class CompletionBatch:
 
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`; a copy from the CPU to a GPU is asynchronous."""
-        to_gpu, wait = torch.device(device).type == "cuda", torch.device(device).type == "cpu"
+        device = torch.device(device)
+        to_gpu, wait = device.type == "cuda", device.type == "cpu"
+        if wait and self.sources.device == device:
+            return self
         rows = tuple(
             (shape, None if segments is None else segments.to(device, non_blocking=not wait))
             for shape, segments in self.rows
@@ -118,7 +121,13 @@ def completion_batch(
     prompts, completions, prompt_of = check_tokens(prompts, completions, prompt_of)
     if not completions:
         raise ValueError("0 completions and 0 values in prompt_of; need one each, at least one")
+    return lay_out(prompts, completions, prompt_of, compact)
 
+
+def lay_out(
+    prompts: Tokens, completions: Sequence[list[int]], prompt_of: Sequence[int], compact: bool
+) -> CompletionBatch:
+    """`completion_batch` of lists of ints that were checked before."""
     # one row per completion, or one per prompt
     shared = compact and _sharing_pays(prompts, completions, prompt_of)
     rows = rows_by_prompt(prompt_of) if shared else [(p, [i]) for i, p in enumerate(prompt_of)]

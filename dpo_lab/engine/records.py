@@ -137,7 +137,7 @@ def require_unused(run: Path) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return current_config(dict(json.loads(path.read_text(encoding="utf-8"))))
+        return dict(current_config(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:  # not JSON, not text, not an object
         raise ValueError(
             f"{path} was altered ({error}), so it is unknown whose checkpoints these are. {AGAIN}"

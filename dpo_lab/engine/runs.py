@@ -200,12 +200,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def current_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded config, or a line of metrics, with the names that settings have today."""
-    return {
-        RENAMED.get(name, name): current_config(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-    }
+def current_config(recorded: Any) -> Any:
+    """A config, or a line of metrics, of this or an earlier version, in today's names."""
+    if not isinstance(recorded, dict):
+        return recorded
+    return {RENAMED.get(name, name): current_config(value) for name, value in recorded.items()}
 
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
