@@ -127,7 +127,7 @@ def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
 def test_sampling_from_adapters_leaves_no_gaps_in_the_heap():
     """In a process of its own: where oneDNN computes float32 matmuls it came to 2 GB."""
     source = """
-from dpo_lab.imdb import sample_completions
+from dpo_lab.sampling import sample_completions
 from dpo_lab.models import load_model, lora
 
 def resident():

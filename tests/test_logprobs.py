@@ -718,7 +718,7 @@ def test_memory_does_not_grow_with_the_batches_scored():
 import sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from dpo_lab.logprobs import score_completions
-from dpo_lab.tuning import keep_freed_memory
+from dpo_lab.engine.cpu import keep_freed_memory
 from dpo_lab.models import prepare_model
 
 def score(n):

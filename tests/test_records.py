@@ -483,9 +483,9 @@ def test_a_run_directory_that_is_a_file_is_named(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from dpo_lab.pretrain import PretrainConfig
-from dpo_lab.records import locked
-from dpo_lab.runs import open_run
+from dpo_lab.sentiment.pretrain import PretrainConfig
+from dpo_lab.engine.records import locked
+from dpo_lab.engine.runs import open_run
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -253,7 +253,7 @@ def test_the_hash_takes_models_with_a_single_number_as_a_weight():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory")
 def test_peak_memory_leaves_out_that_of_the_process_that_started_this_one():
     held = b"1" * 1_500_000_000
-    code = "from dpo_lab.runs import peak_memory_mb; print(peak_memory_mb())"
+    code = "from dpo_lab.engine.runs import peak_memory_mb; print(peak_memory_mb())"
     peak = float(subprocess.check_output([sys.executable, "-c", code]))
     assert 20 < peak < 1_200 < peak_memory_mb() and len(held)
 

@@ -33,6 +33,16 @@ METRICS, SNAPSHOTS, TRAINING = "metrics.jsonl", "snapshots.jsonl", "training.jso
 # settings that earlier versions recorded under another name
 RENAMED = {"kind": "loss_type", "accumulate": "gradient_accumulation_steps"}
 
+# what the two lanes of earlier versions meant
+LANES = {
+    "laptop": {"device": "cpu", "model": "embedded", "reward": "tfidf"},
+    "gpu": {
+        "device": "cuda",
+        "model": "openai-community/gpt2-large",
+        "reward": "siebert/sentiment-roberta-large-english",
+    },
+}
+
 
 # files
 
@@ -204,7 +214,13 @@ def current_config(recorded: Any) -> Any:
     """A config, or a line of metrics, of this or an earlier version, in today's names."""
     if not isinstance(recorded, dict):
         return recorded
-    return {RENAMED.get(name, name): current_config(value) for name, value in recorded.items()}
+    found = {RENAMED.get(name, name): current_config(value) for name, value in recorded.items()}
+
+    # a lane set the device, and the model and reward that were not given
+    if "lane" in found:
+        for name, value in LANES.get(found.pop("lane"), {}).items():
+            found[name] = value if found.get(name) is None else found[name]
+    return found
 
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
