@@ -768,7 +768,7 @@ def test_adapters_on_adapters_are_refused_before_the_first_step(which, tmp_path)
     options = {
         "run": tmp_path / "run",
         "progress": None,
-        "evaluate": lambda model, step: evaluated.append(step) or {},
+        "callback": lambda model, step: evaluated.append(step) or {},
     }
     with pytest.raises(ValueError, match="has adapters already, .*merge_and_unload.*lora_rank=0"):
         train_dpo(policy, preferences, DPOConfig(lora_rank=4), **options)
