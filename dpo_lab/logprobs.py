@@ -206,7 +206,8 @@ def _path_logps(
             weight, bias = weight / temperature, None if bias is None else bias / temperature
         return token_logps(_states(model, batch), weight, bias, batch.targets)
 
-    logits = head(_states(model, batch)) if path == "head" else _own_logits(model, batch)  # (T, V)
+    # (T, V)
+    logits = head(_states(model, batch)) if path == "head" else _own_logits(model, batch)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return torch.log_softmax(wide, 1).gather(1, batch.targets[:, None])[:, 0]
 
@@ -235,7 +236,7 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     mask, options = NO_MASK, {"may_switch_backend": True}
     if not packed:
         mask, options = torch.ones_like(batch.input_ids), {}
-    elif takes_pieces(model, batch.input_ids.device):
+    elif batch.input_ids.is_cuda and takes_pieces(model, batch.input_ids.device):
         options["pieces"] = batch.pieces
     elif batch.rows:
         rows = [(shape, _added(segments, model.dtype)) for shape, segments in batch.rows]
@@ -298,21 +299,8 @@ def _compared(model: nn.Module) -> LogitPath:
 
     That forward is on each completion alone.
     """
-    embedding = model.get_input_embeddings().weight
-    device = embedding.device.type
-
-    # three completions of two prompts, apart and shared; the first two begin with the same token
-    ids = [i % len(embedding) for i in range(13)]
-    prompts, prompt_of = [ids[:5], ids[5:6]], [0, 0, 1]
-    completions = [ids[6:8], [ids[6], *ids[8:10]], ids[10:]]
-    batches = [
-        completion_batch(prompts, completions, prompt_of, compact=compact).to(embedding.device)
-        for compact in (False, True)
-    ]
-    rows = [
-        completion_batch([prompts[p]], [completion], [0]).to(embedding.device)
-        for completion, p in zip(completions, prompt_of)
-    ]
+    rows, batches = _probes(model)
+    device = rows[0].sources.device.type
 
     # nats; a GPU may compute in TF32, and some weights are in half precision
     tolerance = 1e-3 if device == "cpu" else 2e-2
@@ -356,6 +344,26 @@ def _compared(model: nn.Module) -> LogitPath:
         f"the log-probs of {name} depend on the other rows of a batch, so those of a completion "
         "have no meaning; give a causal LM such as the GPT-2 and Llama families"
     )
+
+
+def _probes(model: nn.Module) -> tuple[list[CompletionBatch], list[CompletionBatch]]:
+    """Three completions of two prompts: each alone, and together in rows, plain and compact.
+
+    The first two begin with the same token, after the same prompt.
+    """
+    embedding = model.get_input_embeddings().weight
+    ids = [i % len(embedding) for i in range(13)]
+    prompts, prompt_of = [ids[:5], ids[5:6]], [0, 0, 1]
+    completions = [ids[6:8], [ids[6], *ids[8:10]], ids[10:]]
+    alone = [
+        completion_batch([prompts[p]], [completion], [0]).to(embedding.device)
+        for completion, p in zip(completions, prompt_of)
+    ]
+    together = [
+        completion_batch(prompts, completions, prompt_of, compact=compact).to(embedding.device)
+        for compact in (False, True)
+    ]
+    return alone, together
 
 
 def _paths(model: nn.Module) -> tuple[LogitPath, ...]:

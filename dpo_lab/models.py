@@ -214,7 +214,8 @@ def _why_missing(name: str, error: Exception) -> str:
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or not a possible name of a repository
+    except (OSError, ValueError):
+        # not in the cache, or not a possible name of a repository
         return (
             f"{name!r} is not a folder here, not in the Hugging Face cache, and the hub did not "
             f"give it: {said} Use 'embedded' (always here), a folder with config.json and "

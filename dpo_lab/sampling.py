@@ -168,8 +168,8 @@ def _checked(
     temperature = number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(
-            f"temperature is {temperature}; it must be positive and finite, or 0 for the most likely "
-            "token each time"
+            f"temperature is {temperature}; it must be positive and finite, or 0 for the most "
+            "likely token each time"
         )
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -230,12 +230,8 @@ def _sample(
 
     # the b rows that are still in the batch, and which of them are done
     rows, done = torch.arange(len(prompts), device=device), torch.zeros_like(ends) > 0
-    cache = DynamicCache(config=model.config)
-    cache.layers = [
-        PreallocatedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
 
-    step = text[:, :shortest]
+    cache, step = _preallocated_cache(model, room), text[:, :shortest]
     for t in range(shortest, room):
         # a token per row and its probability, (b, 1) each
         ones = None if without_mask else torch.ones(len(step), t, dtype=torch.long, device=device)
@@ -298,7 +294,7 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tupl
     level = uniform * upper[:, -1:]
     block = first_above(upper, level)
     below = torch.where(block > 0, upper.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(1)  # (b, BLOCK)
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(1)
     index = block * BLOCK + first_above(inside, level - below)
     return index, probabilities.gather(1, index)
 
@@ -310,6 +306,15 @@ def first_above(cumulative: Tensor, level: Tensor) -> Tensor:
     """
     last = torch.nextafter(cumulative[:, -1:], cumulative.new_zeros(()))
     return torch.searchsorted(cumulative, torch.minimum(level, last), right=True)
+
+
+def _preallocated_cache(model: nn.Module, room: int) -> DynamicCache:
+    """A key-value cache for `room` tokens; layers of other kinds are transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        PreallocatedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
 
 
 class PreallocatedLayer(DynamicLayer):

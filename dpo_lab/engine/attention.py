@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lab.engine.cpu import ONEDNN, matmuls_by_mkl
+from dpo_lab.engine.cpu import ONEDNN
 from dpo_lab.engine.pieces import Pieces
 
 # the name under which transformers knows `packed_attention`
@@ -138,12 +138,6 @@ def _sdpa(
     if not may_switch_backend or matmul.fp32_precision != ONEDNN:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
-    with matmuls_by_mkl():
-        out = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    if not out.requires_grad:
-        return out
-
-    # the same in the backward pass, which enters at `out` and leaves at query, key and value
     held: list[str] = []
 
     def to_mkl(_: Tensor) -> None:
@@ -154,10 +148,18 @@ def _sdpa(
         if held:
             matmul.fp32_precision = held.pop()
 
-    out.register_hook(to_mkl)
-    for x in (query, key, value):
-        if x.requires_grad:
-            x.register_hook(and_back)
+    to_mkl(query)
+    try:
+        out = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    finally:
+        and_back(query)
+
+    # the same in the backward pass, which enters at `out` and leaves at query, key and value
+    if out.requires_grad:
+        out.register_hook(to_mkl)
+        for x in (query, key, value):
+            if x.requires_grad:
+                x.register_hook(and_back)
     return out
 
 
