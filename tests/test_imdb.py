@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import make_reviews
 
-from dpo_lab import sampling as imdb
 from dpo_lab.engine.distributed import parallel_map
 from dpo_lab.sampling import draw, first_above, sample_completions, sample_with_logps, texts_of
+from dpo_lab.sentiment import reviews as imdb
 from dpo_lab.sentiment.reviews import clean, load_imdb, reviews_csv, sample_prefixes
 
 
