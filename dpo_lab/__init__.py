@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_lab.batching import CompletionBatch, completion_batch
     from dpo_lab.engine.cpu import tune_cpu
+    from dpo_lab.engine.runs import Stopwatch
     from dpo_lab.evaluate import evaluate_policy, win_rate
     from dpo_lab.logprobs import can_compact, completion_logps, score_completions
     from dpo_lab.loop import LoopConfig
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     )
     from dpo_lab.models import load_model, load_tokenizer
     from dpo_lab.preferences import PairBatch, Preferences, from_rankings, from_rows, from_scores
-    from dpo_lab.sampling import sample_completions
+    from dpo_lab.sampling import sample_completions, texts_of
     from dpo_lab.theory.bradley_terry import fit_bradley_terry
     from dpo_lab.theory.frontier import best_of_n, optimal_frontier
     from dpo_lab.theory.objective import implicit_reward, objective_value, optimal_policy, value_gap
@@ -49,6 +50,7 @@ __all__ = [
     "MARGIN_LOSSES",
     "PairBatch",
     "Preferences",
+    "Stopwatch",
     "__version__",
     "bandit_explorer",
     "best_of_n",
@@ -79,6 +81,7 @@ __all__ = [
     "reward_model_loss",
     "sample_completions",
     "score_completions",
+    "texts_of",
     "train_dpo",
     "train_sft",
     "train_unlikelihood",
@@ -101,49 +104,18 @@ _NAMES = {
         "reward_model_loss",
         "unlikelihood_loss",
     ),
-    "batching": (
-        "CompletionBatch",
-        "completion_batch",
-    ),
-    "logprobs": (
-        "can_compact",
-        "completion_logps",
-        "score_completions",
-    ),
-    "sampling": ("sample_completions",),
-    "preferences": (
-        "PairBatch",
-        "Preferences",
-        "from_rankings",
-        "from_rows",
-        "from_scores",
-    ),
-    "models": (
-        "load_model",
-        "load_tokenizer",
-    ),
+    "batching": ("CompletionBatch", "completion_batch"),
+    "logprobs": ("can_compact", "completion_logps", "score_completions"),
+    "sampling": ("sample_completions", "texts_of"),
+    "preferences": ("PairBatch", "Preferences", "from_rankings", "from_rows", "from_scores"),
+    "models": ("load_model", "load_tokenizer"),
     "engine.cpu": ("tune_cpu",),
+    "engine.runs": ("Stopwatch",),
     "loop": ("LoopConfig",),
-    "train": (
-        "DPOConfig",
-        "train_dpo",
-        "train_sft",
-        "train_unlikelihood",
-    ),
-    "evaluate": (
-        "evaluate_policy",
-        "win_rate",
-    ),
-    "theory.objective": (
-        "implicit_reward",
-        "objective_value",
-        "optimal_policy",
-        "value_gap",
-    ),
-    "theory.frontier": (
-        "best_of_n",
-        "optimal_frontier",
-    ),
+    "train": ("DPOConfig", "train_dpo", "train_sft", "train_unlikelihood"),
+    "evaluate": ("evaluate_policy", "win_rate"),
+    "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),
+    "theory.frontier": ("best_of_n", "optimal_frontier"),
     "theory.bradley_terry": ("fit_bradley_terry",),
     "widgets.explorers": (
         "bandit_explorer",
