@@ -356,6 +356,25 @@ def latency() -> str:
     )
 
 
+# Which test holds a proof in sympy equal to the function that computes it.
+OBJECTIVE_TEST = "test_the_proved_objective_is_the_one_computed"
+LOSS_TEST = "test_the_proved_loss_and_gradient_are_those_that_train"
+PREFERENCE_TEST = "test_the_proved_preference_probability_is_the_one_computed"
+IDENTITY_TEST = "test_every_derivation_holds"
+EQUATION_TESTS = {
+    "Eq. 1": PREFERENCE_TEST,
+    "Eq. 3": OBJECTIVE_TEST,
+    "Eq. 4": OBJECTIVE_TEST,
+    "Eq. 5": OBJECTIVE_TEST,
+    "Eq. 6": LOSS_TEST,
+    "Eq. 7": LOSS_TEST,
+    "Eq. 11-15": OBJECTIVE_TEST,
+    "Eq. 18-20": IDENTITY_TEST,
+    "Eq. 21": LOSS_TEST,
+    "Lemmas 1, 2, Theorem 1": IDENTITY_TEST,
+}
+
+
 def equations() -> str:
     """The equation index, with the notebook cells that show each proof."""
     code = {
@@ -380,7 +399,7 @@ def equations() -> str:
         function, _, field = computed.partition(" ")
         computed = f"`{function}` {field}".strip() if computed else "(no number: an identity)"
         lines.append(
-            f"| {row['equation']} | {proofs} | {'; '.join(dict.fromkeys(shown))} | {computed} | `{row['test']}` |"
+            f"| {row['equation']} | {proofs} | {'; '.join(dict.fromkeys(shown))} | {computed} | `{EQUATION_TESTS[row['equation']]}` |"
         )
     return "\n".join(lines)
 
