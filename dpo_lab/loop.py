@@ -37,7 +37,7 @@ from dpo_lab.engine.distributed import (
 )
 from dpo_lab.engine.runs import append_metrics, atomic_write, read_metrics
 from dpo_lab.engine.structure import check_trainable, unwrapped, widest
-from dpo_lab.logprobs import Precision, completion_logps, logit_path
+from dpo_lab.logprobs import Precision, Scorer, logit_path
 
 Callback = Callable[[nn.Module, int], dict[str, float]]
 """Called with (policy, step); what it returns is added to the metrics, under `eval/`."""
@@ -72,9 +72,9 @@ class MicroBatch(Protocol):
 class Objective(Protocol):
     """What `fit` minimizes: the mean of `loss` over what `weight` counts.
 
-    Two attributes are optional. `scorer(model, batch)` computes what `loss` gets from `score`,
-    where that is not `completion_logps`. `data_of(step)` names the data read up to `step`, where
-    the record of the run does not.
+    Two attributes are optional. `scorer(model, precision)` makes the module that `loss` gets as
+    `score`, where that is not `logprobs.Scorer`. `data_of(step)` names the data read up to `step`,
+    where the record of the run does not.
     """
 
     def micro_batches(self, step: int, n: int) -> list[MicroBatch]:
@@ -325,13 +325,14 @@ def _scoring(
     model: nn.Module, objective: Objective, precision: Precision, optimizers: list[Optimizer]
 ) -> nn.Module:
     """The module whose forward pass scores a batch; of several processes, in step with theirs."""
-    scorer = getattr(objective, "scorer", None)
-    inside = copy.deepcopy(model) if sharding() else model
-    scoring = _Scorer(inside, scorer or completion_logps, precision)
+    scorer = getattr(objective, "scorer", Scorer)
     if sharding():
+        scoring = scorer(copy.deepcopy(model), precision)
         shard(scoring, model, optimizers)
-    elif world_size() > 1:
-        return DistributedDataParallel(scoring, find_unused_parameters=scorer is not None)
+        return scoring
+    scoring = scorer(model, precision)
+    if world_size() > 1:
+        return DistributedDataParallel(scoring, find_unused_parameters=scorer is not Scorer)
     return scoring
 
 
@@ -433,24 +434,21 @@ def _backward(
         tokens += micro.tokens
         logged.append({"loss": loss.detach(), **sums})
 
-    lines, tokens_of = zip(*all_gather((_means(logged, total), tokens)))
-    return _added(lines), sum(tokens_of)
+    return _means(logged, total), sum(all_gather(tokens))
 
 
 def _means(logged: list[dict[str, Tensor]], total: int) -> dict[str, float]:
-    """The sums of all micro-batches by name, over `total`; all values are read at once."""
+    """The sums of all micro-batches and processes by name, over `total`."""
+    # all values of this process at once
     line = {"loss": 0.0}
     named = [(name, value) for sums in logged for name, value in sums.items()]
     if named:
         values = torch.stack([value.to(widest(value.device)) for _, value in named]).tolist()
         for (name, _), value in zip(named, values):
             line[name] = line.get(name, 0.0) + value / total
-    return line
 
-
-def _added(lines: tuple[dict[str, float], ...]) -> dict[str, float]:
-    """The sum of dictionaries, name by name; names stand as in the first."""
-    first, *others = lines
+    # plus those of the others; names stand as in the first
+    first, *others = all_gather(line)
     for line in others:
         for name, value in line.items():
             first[name] = first.get(name, 0.0) + value
@@ -473,19 +471,6 @@ def _update(training: _Training, step: int, config: LoopConfig) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-class _Scorer(nn.Module):
-    """A forward pass that scores a batch: what DDP and FSDP wrap to synchronize gradients."""
-
-    def __init__(self, model: nn.Module, scorer: Callable, precision: Precision):
-        super().__init__()
-        self.model, self.scorer, self.bfloat16 = model, scorer, precision == "bfloat16"
-
-    def forward(self, batch: CompletionBatch) -> Tensor:
-        device = batch.sources.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
-            return self.scorer(self.model, batch)
 
 
 @checked

@@ -370,7 +370,8 @@ def _check_four(logps: dict[str, Tensor], check_values: bool) -> None:
 
 def _check_rankings(ranked_rewards: Tensor) -> None:
     """Raise unless `ranked_rewards` is (B, K) finite numbers with K of at least two."""
-    _check_float("ranked_rewards", ranked_rewards, "(B, K)")
+    if not isinstance(ranked_rewards, Tensor) or not ranked_rewards.is_floating_point():
+        raise TypeError(_not_float("ranked_rewards", ranked_rewards, "(B, K)"))
     if ranked_rewards.ndim != 2 or ranked_rewards.shape[1] < 2:
         raise ValueError(
             f"ranked_rewards has shape {tuple(ranked_rewards.shape)}; it must be (B, K) with "
@@ -407,16 +408,16 @@ def _check_shapes(**tensors: Tensor) -> None:
         raise ValueError(f"the shapes are {found}; they must be the same, one value per action")
 
 
-def _check_float(name: str, values: Tensor, shape: str) -> None:
-    """Raise TypeError unless `values` is a tensor of floating-point numbers."""
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        found = getattr(values, "dtype", type(values).__name__)
-        raise TypeError(f"{name} must be a floating-point tensor {shape}, found {found}")
+def _not_float(name: str, values: Any, shape: str) -> str:
+    """The error of what is not a tensor of floating-point numbers."""
+    found = getattr(values, "dtype", type(values).__name__)
+    return f"{name} must be a floating-point tensor {shape}, found {found}"
 
 
 def _check_logps(name: str, values: Tensor, shape: str = "(N,)", per: str = "completion") -> None:
     """Raise unless `values` is a vector of floating-point numbers."""
-    _check_float(name, values, shape)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise TypeError(_not_float(name, values, shape))
     if values.ndim != 1:
         raise ValueError(
             f"{name} has shape {tuple(values.shape)}; it must be {shape}, one value per {per} (sum "

@@ -247,9 +247,9 @@ class DPOObjective(PairObjective):
         logps, config = score(micro.completions), self.config
         data = (logps, micro.reference_logps, micro.chosen, micro.rejected, config.beta)
         if self.own is None:
-            # on a GPU a look at the values would wait for them
+            # no look at the values, which would wait for a GPU: the loop looks at the gradient
             names = {"loss_type": config.loss_type, "label_smoothing": config.label_smoothing}
-            result = dpo_loss(*data, **names, check_values=logps.device.type == "cpu")
+            result = dpo_loss(*data, **names, check_values=False)
         else:
             result = as_dpo_loss(self.own, self.own(*data), *data)
 

@@ -45,7 +45,8 @@ class LearnedReward:
     def __init__(
         self, model: ScalarModel, *, precision: Precision = "float32", batch_size: int = 128
     ):
-        self.model, self.precision, self.batch_size = unwrapped(model), precision, batch_size
+        self.model, self.batch_size = unwrapped(model), batch_size
+        self.scorer = LastValues(self.model, precision)
 
     @torch.no_grad()
     def __call__(self, prompts: Tokens, completions: Tokens) -> np.ndarray:
@@ -55,9 +56,7 @@ class LearnedReward:
             part = slice(i, i + self.batch_size)
             some = completions[part]
             batch = self.batch(prompts[part], some, range(len(some))).to(device)
-            with autocast(device.type, self.precision):
-                values = last_values(self.model, batch)
-            rewards.append(values.cpu().double().numpy())
+            rewards.append(self.scorer(batch).cpu().double().numpy())
         return np.concatenate(rewards) if rewards else np.empty(0)
 
     def batch(
@@ -69,12 +68,20 @@ class LearnedReward:
         return completion_batch(prompts, longer, prompt_of, compact=can_compact(self.model.model))
 
 
-def last_values(model: nn.Module, batch: CompletionBatch) -> Tensor:
-    """The model's value at the last token of each completion, (N,)."""
-    values = model(batch)  # (T,)
-    places = torch.arange(len(values), device=values.device)
-    none = torch.zeros(batch.n, dtype=places.dtype, device=places.device)
-    return values[none.scatter_reduce(0, batch.owners, places, "amax")]
+class LastValues(nn.Module):
+    """The model's value at the last token of each completion."""
+
+    def __init__(self, model: ScalarModel, precision: Precision):
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, batch: CompletionBatch) -> Tensor:
+        """Values (N,) of N completions."""
+        with autocast(batch.sources.device.type, self.precision):
+            values = self.model(batch)  # (T,)
+        places = torch.arange(len(values), device=values.device)
+        none = torch.zeros(batch.n, dtype=places.dtype, device=places.device)
+        return values[none.scatter_reduce(0, batch.owners, places, "amax")]
 
 
 @checked
@@ -162,7 +169,7 @@ class RankedBatch:
 class RewardObjective:
     """InstructGPT's loss of a reward model; the mean is over prompts."""
 
-    scorer = staticmethod(last_values)
+    scorer = LastValues
 
     def __init__(
         self,
