@@ -355,7 +355,7 @@ def sft_batches(
     size: int,
     *,
     chosen_only: bool = True,
-    share: bool = False,
+    compact: bool = False,
     seed: int = 0,
 ) -> list[CompletionBatch]:
     """One epoch of shuffled batches of `size` completions: the chosen one of every pair (Preferred-FT), or all of them (SFT).
@@ -370,7 +370,7 @@ def sft_batches(
             p.prompts,
             [p.completions[i] for i in part],
             [p.prompt_of[i] for i in part],
-            compact=share,
+            compact=compact,
         )
         for part in np.split(order, range(size, len(order), size))
     ]
@@ -393,12 +393,12 @@ def plan_prompts(
     return plan
 
 
-def _pair_batch(preferences: Preferences, pairs: Sequence[int], share: bool) -> PairBatch:
+def _pair_batch(preferences: Preferences, pairs: Sequence[int], compact: bool) -> PairBatch:
     p = preferences
     ends = np.concatenate([p.chosen[pairs], p.rejected[pairs]])
     used, local = np.unique(ends, return_inverse=True)
     batch = completion_batch(
-        p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], compact=share
+        p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], compact=compact
     )
     chosen, rejected = torch.from_numpy(local).chunk(2)
     reference = (
