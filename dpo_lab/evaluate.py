@@ -28,6 +28,10 @@ class Evaluation:
     rewards: tuple[float, ...]
     completions: tuple[tuple[int, ...], ...]  # token ids
 
+    def summary(self) -> dict[str, float]:
+        """The means and their standard errors, as they are recorded."""
+        return {name: getattr(self, name) for name in ("reward", "reward_se", "kl", "kl_se")}
+
 
 @checked
 def evaluate_policy(

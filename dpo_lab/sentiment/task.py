@@ -143,9 +143,7 @@ def located(config: TaskConfig) -> TaskConfig:
 
 
 @checked
-def recorded_settings(
-    config: TaskConfig, *directories: Path, prefixes: bool = False
-) -> TaskConfig:
+def recorded_settings(config: TaskConfig, *directories: Path, prefixes: bool = False) -> TaskConfig:
     """`config` with the precision that the first of `directories` was begun in, where it asks for "auto".
 
     With `prefixes` also with the number of prefixes that is recorded there.
@@ -277,6 +275,11 @@ class Task:
             getattr(self, name)
         return_freed_memory()
 
+    def release(self) -> None:
+        """Forget what is loaded and made; the next use loads it again."""
+        for name in ("initial", "reference", "reviews", "reward", "samples", "preferences"):
+            self.__dict__.pop(name, None)
+
     # what is settled
 
     @cached_property
@@ -286,6 +289,13 @@ class Task:
             return self.asked
         self.load()
         return replace(self.asked, precision=self._measured_precision())
+
+    def resize(self, prefixes: int) -> None:
+        """Take another number of training prefixes; for before anything is made."""
+        settled = replace(self.config, prefixes=prefixes)
+        self.asked = replace(self.asked, prefixes=prefixes)
+        self.__dict__["config"] = settled
+        self.__dict__.pop("prompts", None)
 
     @property
     def precision(self) -> Precision:
@@ -478,9 +488,7 @@ class Task:
     def _fine_tune(self, run: Path) -> None:
         """Train the initial model on the training reviews."""
         rows = _sft_rows(list(self.reviews["train"]["text"]), self.tokenizer, self.initial)
-        steps = plan_prompts(
-            [[0]] * len(rows), self.asked.sft_epochs, SFT_ROWS, self.asked.seed
-        )
+        steps = plan_prompts([[0]] * len(rows), self.asked.sft_epochs, SFT_ROWS, self.asked.seed)
         loop = LoopConfig(
             learning_rate=self.asked.sft_learning_rate, gradient_accumulation_steps=SFT_ACCUMULATE
         )
@@ -540,9 +548,7 @@ def _logps_by_tokens(
     """The log-prob of each sampled completion, by the tokens of its prompt and its own."""
     return {
         (tuple(prompt), tuple(ids)): logp
-        for prompt, rows, logps in zip(
-            samples["prompts"], samples["completions"], samples["logps"]
-        )
+        for prompt, rows, logps in zip(samples["prompts"], samples["completions"], samples["logps"])
         for ids, logp in zip(rows, logps)
     }
 
