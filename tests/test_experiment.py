@@ -20,7 +20,7 @@ from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment import task
 from dpo_lab.sentiment.precision import PrecisionTest
-from dpo_lab.sentiment.task import TaskConfig, data_config
+from dpo_lab.sentiment.task import Task, TaskConfig, data_config
 
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
 SMALL = (
@@ -120,7 +120,7 @@ def test_steps_run_alone_are_cached_and_give_the_same_run(
         and "ties" in out
     )
     sampled = []
-    monkeypatch.setattr(task, "sample", lambda *a: sampled.append(a))
+    monkeypatch.setattr(task, "sample_with_logps", lambda *a, **k: sampled.append(a))
     run = tmp_path / "run"
     assert (
         main(["train", "--model", str(tiny), "--out", str(run), "--data", str(data), *SMALL]) == 0
@@ -273,18 +273,18 @@ def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothin
     tiny, tmp_path, monkeypatch, capsys
 ):
     """Here the second one comes from the evaluation of the first, whose directory it finds taken."""
-    run, evaluation, statuses = tmp_path / "run", experiment.task_evaluation, []
+    run, evaluation, statuses = tmp_path / "run", Task.evaluate, []
     command = ["train", "--model", str(tiny), "--out", str(run), *SMALL]
 
-    def evaluates(*arguments):
+    def evaluates(*arguments, **options):
         if not statuses:
             statuses.append(None)
             before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
             statuses[0] = main([*command, "--resume"])
             assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-        return evaluation(*arguments)
+        return evaluation(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "task_evaluation", evaluates)
+    monkeypatch.setattr(Task, "evaluate", evaluates)
     assert main(command) == 0 and statuses == [2]
     assert f"in use by process {os.getpid()} " in capsys.readouterr().err
     assert not list(run.glob("*.lock"))
@@ -293,12 +293,12 @@ def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothin
 def test_the_paper_s_config_is_the_paper_s():
     config = experiment.CONFIGS["paper"]
     task, dpo, loop = config.task, config.dpo, config.dpo.loop
-    assert (task.sft_epochs, task.prefixes, task.completions, task.imdb, task.lane) == (
+    assert (task.sft_epochs, task.prefixes, task.completions, task.imdb, task.device) == (
         1,
         25_000,
         4,
         "hub",
-        "gpu",
+        "cuda",
     )
     assert (dpo.beta, dpo.batch_pairs, dpo.loss_type) == (0.1, 64, "sigmoid")
     assert (loop.optimizer, loop.learning_rate, loop.warmup_steps, loop.eval_every) == (
@@ -331,7 +331,7 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--beta", "0"], "beta is 0"),
         (["--beta", "nan"], "beta is nan"),
         (["--label-smoothing", "0.5"], "label_smoothing is 0.5"),
-        (["--kind", "ipo", "--label-smoothing", "0.1"], "label_smoothing.*ipo"),
+        (["--loss-type", "ipo", "--label-smoothing", "0.1"], "label_smoothing.*ipo"),
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--batch-pairs", "0"], "batch_pairs is 0"),
         (["--epochs", "0"], "epochs is 0"),
@@ -341,7 +341,11 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--max-new-tokens", "64"], "context"),
         (["--imdb", "hub"], "stanfordnlp/imdb|hub"),
         (["--sft-epochs", "-1"], "sft_epochs is -1"),
-        (["--config", "papers"], "--config is 'papers'; it must be one of laptop, paper"),
+        (["--lane", "gpu"], "--lane is now --config: give --config gpu"),
+        (["--lane=laptop"], "--config laptop"),
+        (["--minutes", "0"], "minutes is 0"),
+        (["--minutes", "nan"], "minutes is nan"),
+        (["--config", "papers"], "--config is 'papers'; it must be one of laptop, gpu, paper"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
@@ -365,8 +369,8 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_lane_without_a_gpu_says_so(tmp_path, capsys):
-    assert main(["train", "--lane", "gpu", "--out", str(tmp_path / "run")]) == 2
+def test_the_gpu_config_without_a_gpu_says_so(tmp_path, capsys):
+    assert main(["train", "--config", "gpu", "--out", str(tmp_path / "run")]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 

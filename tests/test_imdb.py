@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import make_reviews
 
-from dpo_lab import sampling as imdb
 from dpo_lab.engine.distributed import parallel_map
 from dpo_lab.sampling import _draw, _first_above, sample_completions, sample_with_logps, texts_of
+from dpo_lab.sentiment import reviews as module
 from dpo_lab.sentiment.reviews import clean, load_imdb, reviews_csv, sample_prefixes
 
 
@@ -47,7 +47,7 @@ def test_the_hub_gives_the_same_split_in_any_order(reviews, monkeypatch):
         assert (name, split) == ("stanfordnlp/imdb", "train")
         return {"text": [row["text"] for row in rows], "label": [int(row["label"]) for row in rows]}
 
-    monkeypatch.setattr(imdb, "load_dataset", hub)
+    monkeypatch.setattr(module, "load_dataset", hub)
     assert load_imdb("hub")["test"]["text"][:] == reviews["test"]["text"][:]
 
 
@@ -127,7 +127,7 @@ def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
 def test_sampling_from_adapters_leaves_no_gaps_in_the_heap():
     """In a process of its own: where oneDNN computes float32 matmuls it came to 2 GB."""
     source = """
-from dpo_lab.imdb import sample_completions
+from dpo_lab.sampling import sample_completions
 from dpo_lab.models import load_model, lora
 
 def resident():

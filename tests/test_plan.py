@@ -24,7 +24,7 @@ from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment import task as task_steps
 from dpo_lab.sentiment.cost import Plan, forward_flops, plan, sampling_flops, training_flops
 from dpo_lab.sentiment.run import ExperimentConfig
-from dpo_lab.sentiment.task import TaskConfig
+from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig
 
 PROMPTS = [[0, 5], [0, 9, 4, 2, 7], [0, 3, 3], [0, 8, 1, 6]]
@@ -231,7 +231,7 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
         task, DPOConfig(batch_pairs=20, epochs=2, loop=LoopConfig(eval_every=3))
     )
     summary = experiment.train(config, tmp_path / "run")
-    made = experiment.planned(config, task_steps.load_parts(task))
+    made = experiment.plan_run(config, tmp_path / "elsewhere")
     assert f"{'train':<10}{counts['trained']:>14,}" in capsys.readouterr().out
     found = Preferences.load(tmp_path / "run" / "data" / "preferences")
     assert summary["pairs"] == 6 * 12 and counts["trained"] == made.tokens["train"]
@@ -254,18 +254,19 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
         precision="float32",
         sft_epochs=2,
     )
-    parts, read = task_steps.load_parts(task), []
-    config = ExperimentConfig(task, DPOConfig(batch_pairs=20))
-    made = experiment.planned(config, parts)
-    without = experiment.planned(replace(config, task=replace(task, sft_epochs=0)), parts)
+    config, read = ExperimentConfig(task, DPOConfig(batch_pairs=20)), []
+    made = experiment.plan_run(config, tmp_path / "run")
+    plain = replace(config, task=replace(task, sft_epochs=0))
+    without = experiment.plan_run(plain, tmp_path / "run")
+    opened = Task.open(task, tmp_path / "data")
+    batch, batches = opened.planned_sft()
     monkeypatch.setattr(loop, "_to", lambda micro, device: read.append(micro) or micro)
-    task_steps.sft(task, tmp_path, parts)
-    batch, batches = task_steps.planned_sft(task, parts)
+    reference = opened.reference
     assert batches * batch.n == sum(micro.n for micro in read)
     assert made.tokens == {"SFT": batch.tokens * batches} | without.tokens
     per_token = made.flops["SFT"] / made.tokens["SFT"]
     assert per_token == pytest.approx(
-        planning.training_flops(parts.reference, read[0], "float32") / read[0].tokens, rel=0.1
+        planning.training_flops(reference, read[0], "float32") / read[0].tokens, rel=0.1
     )
     assert (
         not without.tuning
@@ -312,7 +313,7 @@ def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(
 ):
     with pytest.raises(
         ValueError,
-        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--accumulate.*checkpointing.*--lora-rank.*bfloat16",
+        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--gradient-accumulation-steps.*checkpointing.*--lora-rank.*bfloat16",
     ):
         small_plan(available=59 * 10**8).check()
     monkeypatch.setattr(planning, "available_bytes", lambda device: 10**6)
