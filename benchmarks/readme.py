@@ -393,7 +393,7 @@ def contender_lines() -> str:
         "|---" * 6 + "|",
     ]
     for row in sorted(result.summary(at_most=5), key=lambda row: -row["reward"]):
-        share = f"{row['share']:.0%}" if math.isfinite(row["share"]) else ""
+        share = f"{row['fraction']:.0%}" if math.isfinite(row["fraction"]) else ""
         lines.append(
             f"| {row['label']} | {row['reward']:.3f} ± {row['reward_se']:.3f} | {row['kl']:.2f} | {share} | {row['seconds']:.0f} "
             f"| {row['tokens']:,} |"
@@ -414,7 +414,7 @@ def spread_lines() -> str:
         "|---" * 7 + "|",
     ]
     for row in (row for result in results for row in result.spread()):
-        share = " to ".join(dict.fromkeys(f"{end:.0%}" for end in row["share"]))
+        share = " to ".join(dict.fromkeys(f"{end:.0%}" for end in row["fraction"]))
         lines.append(
             f"| {row['name']} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
             f"| {share} | {row['least_gain']:.3f} | {row['peak_memory_mb']:,} MB |"

@@ -153,12 +153,12 @@ class SweepResults:
                     row["kl"] <= at_most
                     and row["reward"] > found.get(run.method, {"reward": -np.inf})["reward"]
                 ):
-                    found[run.method] = {**row, "label": run.label, "share": self.share(row)}
+                    found[run.method] = {**row, "label": run.label, "fraction": self.fraction(row)}
         return list(found.values())
 
     def spread(self) -> list[dict[str, Any]]:
         """Of each method and setting that ran with more than one seed: its name, the number of seeds and, of its last evaluations,
-        mean and standard deviation of the reward, mean KL, `share_bounds` at the means, the least gain over the reference, and
+        mean and standard deviation of the reward, mean KL, `fraction_bounds` at the means, the least gain over the reference, and
         the largest peak memory of a run's process in MB."""
         groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for run, rows in self.runs().items():
@@ -176,7 +176,7 @@ class SweepResults:
                 line = {"name": name, "seeds": len(rows), "reward": reward, "kl": kl}
                 line |= {
                     "reward_sd": float(np.std(rewards, ddof=1)),
-                    "share": self.share_bounds(reward, kl),
+                    "fraction": self.fraction_bounds(reward, kl),
                 }
                 memory = max(row["peak_memory_mb"] for row in rows)
                 found.append(
@@ -184,7 +184,7 @@ class SweepResults:
                 )
         return found
 
-    def share_bounds(self, reward: float, kl: float) -> tuple[float, float]:
+    def fraction_bounds(self, reward: float, kl: float) -> tuple[float, float]:
         """Between which shares of the optimal gain a policy lies. Past the estimate's end the optimum is at least what it was
         there, and at most `OptimalFrontier.most_at`, or 1, the highest reward there is."""
         lowest = float(self.optimal.reward_at(min(kl, self.optimal.kl[self.optimal.valid].max())))
@@ -193,7 +193,7 @@ class SweepResults:
             for best in (min(self.optimal.most_at(kl), 1.0), lowest)
         )
 
-    def share(self, row: Mapping[str, Any]) -> float:
+    def fraction(self, row: Mapping[str, Any]) -> float:
         """The share of the optimal gain that an evaluation reaches at its KL; NaN below 0.1 nats and past the estimate."""
         return (
             float(self.optimal.share(row["reward"], row["kl"], self.before))
