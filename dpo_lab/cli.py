@@ -34,13 +34,14 @@ Command = Callable[..., Any]
 
 
 def doctor_command() -> int:
-    """Say what is here and what is not, and what to do about it; exit 0 when the laptop config can run."""
+    """Say what is installed here, what is missing, and what to do; exit 0 when the laptop config
+    can run."""
     return 0 if doctor() else 1
 
 
 @checked
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
-    """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
+    """Evaluate the policy of a finished run again, on more held-out prefixes if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
     print0(f"{_means(s, ', ')}, in {run / 'evaluation.json'}")
 
@@ -84,7 +85,9 @@ def run_commands(default: ExperimentConfig) -> dict[str, Command]:
         resume: bool = False,
         minutes: float | None = None,
     ) -> None:
-        """What `dpo-lab train` with the same flags will cost: tokens, FLOPs, seconds, memory. Nothing is written.
+        """What `dpo-lab train` with the same options will cost: tokens, FLOPs, seconds, memory.
+
+        Nothing is written.
 
         Args:
             out: the run directory, which decides the precision where it holds a run.
@@ -108,7 +111,8 @@ def run_commands(default: ExperimentConfig) -> dict[str, Command]:
 
         Args:
             out: run directory; it must be new, or hold this config.
-            data: where `dpo-lab sample` and `dpo-lab label` put their results; by default inside the run directory.
+            data: where `dpo-lab sample` and `dpo-lab label` put their results; by default inside
+                the run directory.
             resume: continue an interrupted run.
             minutes: take as few prefixes as fit into this time here, unless --prefixes is given.
         """
@@ -136,7 +140,9 @@ def frontier_commands(default: FrontierConfig) -> dict[str, Command]:
         out: Path = Path("runs/frontier"),
         repeat: tuple[Repeated, ...] = (),
     ) -> None:
-        """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT. Call it again after an interruption.
+        """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT.
+
+        Call it again after an interruption.
 
         Args:
             out: where every run has a directory, and `frontier.csv` all their evaluations.
@@ -194,7 +200,7 @@ def named_config(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _renamed(argument: str) -> str:
-    """An argument with the option's name of today: --accumulate was short for --gradient-accumulation-steps."""
+    """An argument under today's name: --accumulate is short for --gradient-accumulation-steps."""
     return re.sub(
         r"^(--(?:[\w-]+\.)*)accumulate(?==|$)", r"\1gradient-accumulation-steps", argument
     )

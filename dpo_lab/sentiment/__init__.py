@@ -1,4 +1,5 @@
-"""The paper's controlled-sentiment experiment: reviews, reward, task, plan, run, sweep and its results.
+"""The paper's controlled-sentiment experiment: reviews, reward, task, plan, run, sweep and its
+results.
 
 Names are imported when they are first used.
 """

@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: tokens, FLOPs, memory and seconds.
 
-Tokens and FLOPs follow from the config; seconds and activations come from passes of a few rows on this
-machine.
+Tokens and FLOPs follow from the config; seconds and activations come from passes of a few rows on
+this machine.
 """
 
 import os
@@ -66,10 +66,12 @@ COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens, FLOPs and seconds of each phase (SFT where there is one, sample, train, evaluate), and memory by part."""
+    """Tokens, FLOPs and seconds of each phase (SFT where there is one, sample, train, evaluate),
+    and memory by part."""
 
     tokens: dict[str, int]
-    """completion tokens if none ends before `max_new_tokens`, an upper bound; for SFT, predicted tokens"""
+    """completion tokens if none ends before `max_new_tokens`, an upper bound; for SFT, predicted
+    tokens"""
     flops: dict[str, float]
     """matmuls and attention"""
     seconds: dict[str, float]
@@ -79,7 +81,8 @@ class Plan:
     training: dict[str, int]
     """bytes by part in a step"""
     available: int | None
-    """bytes that this process can have, with those that it has; None where the system does not tell"""
+    """bytes that this process can have, with those that it has; None where the system does not
+    tell"""
     tuning: dict[str, int] = field(default_factory=dict)
     """bytes by part in a step of SFT, where there is one"""
 
@@ -207,13 +210,14 @@ def plan(
     eval_prefixes: int,
     precision: Precision = "float32",
 ) -> Plan:
-    """The cost of `run.train` with these prompts and a policy that begins with the weights of `reference`.
+    """The cost of `run.train` with these prompts and a policy that begins with the weights of
+    `reference`.
 
     A forward pass takes 2 FLOPs per weight and token, a backward pass 4 (Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361, Section 2.1): for the weights of the blocks at every position, for
-    those of the LM head at completion tokens only, and once more forward for what is recomputed.
-    Attention's two products take 4 x width x layers for each query and key (sdpa visits all of a padded
-    row), and twice that backward.
+    https://arxiv.org/abs/2001.08361, Section 2.1): for the weights of the blocks at every position,
+    for those of the LM head at completion tokens only, and once more forward for what is recomputed.
+    Attention's two products take 4 x width x layers for each query and key (sdpa visits all of a
+    padded row), and twice that backward.
 
     Raises:
         ValueError: nothing to train on.
@@ -277,7 +281,8 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
 
 
 def completions_of(job: Job) -> tuple[int, int, int]:
-    """Completions that are sampled to train on, sampled in evaluations, and scored in evaluations."""
+    """Completions that are sampled to train on, sampled in evaluations, and scored in
+    evaluations."""
     n, steps, loop = job.eval_prefixes, len(job.steps), job.config.loop
     drawn = len(job.prompts) * job.completions
     evaluations = sum(evaluates(step, steps, loop) for step in range(1, steps + 1))
@@ -286,7 +291,7 @@ def completions_of(job: Job) -> tuple[int, int, int]:
     # before and after on all prefixes, during on some, and the optimal frontier
     sampled = 2 * n + during + min(FRONTIER_PREFIXES, n) * FRONTIER_COMPLETIONS
 
-    # by policy and reference, but for the evaluation before, in which they are one; and the snapshots
+    # by policy and reference, which are one in the evaluation before; and the snapshots
     pairs = len(job.prompts) * comb(job.completions, 2)
     snapshots = (evaluations + 1) * 2 * min(SNAPSHOT_PAIRS, pairs)
     return drawn, sampled, 2 * (n + during) + snapshots
@@ -335,7 +340,8 @@ def measure_speed(job: Job) -> Speed:
 
 
 def memory(job: Job) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Bytes by part while a job samples, in a step of its training, and in one of its SFT (none without)."""
+    """Bytes by part while a job samples, in a step of its training, and in one of its SFT (none
+    without)."""
     model, device = job.reference, job.device
     return_freed_memory()
 
@@ -385,10 +391,11 @@ def training_flops(
     again: bool = False,
     rank: int = 0,
 ) -> float:
-    """FLOPs of `completion_logps` and its backward pass; `again` says whether that recomputes the blocks.
+    """FLOPs of `completion_logps` and its backward pass; `again` says whether that recomputes the
+    blocks.
 
-    With LoRA adapters of `rank` the frozen weights need no gradients of their own: 2 FLOPs per weight
-    and token backward.
+    With LoRA adapters of `rank` the frozen weights need no gradients of their own: 2 FLOPs per
+    weight and token backward.
     """
     forward, head = forward_flops(model, batch), _head_flops(model, batch)
     positions = batch.input_ids.numel()
@@ -406,7 +413,8 @@ def training_flops(
 
 
 def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int) -> float:
-    """FLOPs of a completion of `new_tokens` after a prompt: each position once, keys and values from the cache."""
+    """FLOPs of a completion of `new_tokens` after a prompt: each position once, keys and values
+    from the cache."""
     read = prompt_tokens + new_tokens - 1
     blocks = 2 * block_weights(model) * read
     head = 2 * model.get_output_embeddings().weight.numel() * new_tokens
@@ -425,7 +433,8 @@ def block_weights(model: nn.Module) -> int:
 
 
 def trained(model: nn.Module, rank: int) -> nn.Module:
-    """What the optimizer gets: the model itself, or LoRA's two matrices of each linear layer of its decoder."""
+    """What the optimizer gets: the model itself, or LoRA's two matrices of each linear layer of its
+    decoder."""
     if not rank:
         return model
     linear = nn.Linear | Conv1D
@@ -437,7 +446,8 @@ def trained(model: nn.Module, rank: int) -> nn.Module:
 
 @checked
 def pass_seconds(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
-    """Seconds of a forward and a backward pass of `batch`: the faster of two, after one that is not timed."""
+    """Seconds of a forward and a backward pass of `batch`: the faster of two, after one that is not
+    timed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     device, times = batch.sources.device.type, []
     for _ in range(3):
@@ -458,7 +468,8 @@ def sampling_rate(
     max_new_tokens: int,
     precision: Precision,
 ) -> float:
-    """FLOP/s of sampling as many rows at a time as the run does, whole completions where that takes seconds.
+    """FLOP/s of sampling as many rows at a time as the run does, whole completions where that takes
+    seconds.
 
     For a larger model the completions are shorter, and then fewer.
     """
@@ -517,7 +528,8 @@ def training_bytes(
     config: DPOConfig,
     precision: Precision,
 ) -> dict[str, int]:
-    """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits, slack.
+    """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`,
+    logits, slack.
 
     Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it.
     """
@@ -579,7 +591,8 @@ def activation_bytes(
     *,
     again: bool = False,
 ) -> int:
-    """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches that are small.
+    """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches
+    that are small.
 
     With gradient checkpointing (`again`), those of the blocks' inputs, and of the one block that is
     recomputed.
@@ -601,7 +614,8 @@ def activation_bytes(
 
 @checked
 def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:
-    """Bytes that autograd saves in the decoder for the backward pass of `batch`, without the weights themselves."""
+    """Bytes that autograd saves in the decoder for the backward pass of `batch`, without the
+    weights themselves."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -622,7 +636,8 @@ def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) 
 def sampling_bytes(
     model: nn.Module, rows: int, length: int, precision: Precision
 ) -> dict[str, int]:
-    """Bytes of sampling `rows` at a time, `length` positions each: keys and values, and logits with their softmax."""
+    """Bytes of sampling `rows` at a time, `length` positions each: keys and values, and logits with
+    their softmax."""
     config, item = model.config, torch.finfo(getattr(torch, precision)).bits // 8
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = _head_width(model) * heads
@@ -643,7 +658,8 @@ def held_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can come to hold: all of the GPU's memory, or what is available beside what it has."""
+    """Bytes that this process can come to hold: all of the GPU's memory, or what is available
+    beside what it has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     meminfo = Path("/proc/meminfo")

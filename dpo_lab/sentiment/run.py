@@ -1,4 +1,5 @@
-"""The paper's controlled-sentiment experiment (Section 6): a task, DPO on it, an evaluation, in a run directory."""
+"""The paper's controlled-sentiment experiment (Section 6): a task, DPO on it, an evaluation, in a
+run directory."""
 
 import json
 import time
@@ -63,27 +64,29 @@ class ExperimentConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
 
-# beta and learning rate by benchmarks/sweep.py
-ADAPTERS = DPOConfig(beta=0.33, batch_pairs=64, lora_rank=8, loop=LoopConfig(learning_rate=3e-4))
+def _adapters() -> DPOConfig:
+    """DPO with adapters; beta and learning rate by benchmarks/sweep.py."""
+    loop = LoopConfig(learning_rate=3e-4)
+    return DPOConfig(beta=0.33, batch_pairs=64, lora_rank=8, loop=loop)
 
-# Section 6.1 and Appendices B and C.1
-PAPER = DPOConfig(
-    beta=0.1,
-    batch_pairs=64,
-    loop=LoopConfig(
+
+def _paper() -> DPOConfig:
+    """DPO of all weights, as in Section 6.1 and Appendices B and C.1."""
+    loop = LoopConfig(
         learning_rate=1e-6,
         optimizer="rmsprop",
         schedule="constant",
         warmup_steps=150,
         eval_every=100,
-    ),
-)
+    )
+    return DPOConfig(beta=0.1, batch_pairs=64, loop=loop)
+
 
 # what `--config` selects
 CONFIGS = {
-    "laptop": ExperimentConfig(task_config("laptop"), ADAPTERS),
-    "gpu": ExperimentConfig(task_config("gpu"), ADAPTERS),
-    "paper": ExperimentConfig(task_config("paper"), PAPER),
+    "laptop": ExperimentConfig(task_config("laptop"), _adapters()),
+    "gpu": ExperimentConfig(task_config("gpu"), _adapters()),
+    "paper": ExperimentConfig(task_config("paper"), _paper()),
 }
 
 
@@ -135,7 +138,8 @@ def plan_run(
 def _planned(
     config: ExperimentConfig, task: Task, out: Path, minutes: float | None, began: float
 ) -> Plan:
-    """The plan of a run; with `minutes`, of a new run that is made to fit into them, counted from `began`."""
+    """The plan of a run; with `minutes`, of a new run that is made to fit into them, counted from
+    `began`."""
     job = job_of(config, task)
     speed = measure_speed(job)
 
@@ -164,7 +168,8 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
 ) -> dict[str, Any]:
-    """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated.
+    """The whole experiment into the run directory `out`; return its summary. A finished run is not
+    repeated.
 
     Args:
         config: what decides the result.
@@ -175,7 +180,7 @@ def train(
             was begun keeps its number.
 
     Raises:
-        ValueError: a bad config, a directory with another one, or one in which another process is at work.
+        ValueError: a bad config, a directory with another one, or one that another process uses.
     """
     # the task and its config, settled
     began = time.perf_counter()
@@ -222,7 +227,8 @@ def train(
 
 
 def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> dict[str, Any]:
-    """Data, training and evaluation of a run whose directory is this process's; what its summary says of them."""
+    """Data, training and evaluation of a run whose directory is this process's; what its summary
+    says of them."""
     # preferences by this very reference
     preferences = task.preferences
     task.check_reference()
@@ -275,19 +281,22 @@ def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> d
 def _evaluation(
     task: Task, model: torch.nn.Module, n: int | None = None, *, progress: str | None = None
 ) -> Evaluation:
-    """`task.evaluate`, after the memory that the phase before it freed has gone back to the system."""
+    """`task.evaluate`, after the memory that the phase before it freed has gone back to the
+    system."""
     return_freed_memory()
     return task.evaluate(model, n, progress=progress)
 
 
 def _relative_to_run(run: Path, name: str) -> str:
-    """A model's name for the record of `run`: a folder in it by its path from there, so that both can be moved."""
+    """A model's name for the record of `run`: a folder in it by its path from there, so that both
+    can be moved."""
     inside = Path(name).is_absolute() and Path(name).resolve().is_relative_to(run.resolve())
     return Path(name).resolve().relative_to(run.resolve()).as_posix() if inside else name
 
 
 def _reference_of(run: Path, recorded: str) -> str:
-    """The model that a run recorded as its reference, by `_relative_to_run` or by the path it had when the run was made."""
+    """The model that a run recorded as its reference, by `_relative_to_run` or by the path it had
+    when the run was made."""
     for folder in (run / recorded, run / "data" / "sft" / "model"):
         same = folder == run / recorded or Path(recorded).parts[-2:] == folder.parts[-2:]
         if folder.is_dir() and same:
@@ -297,7 +306,8 @@ def _reference_of(run: Path, recorded: str) -> str:
 
 @checked
 def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
-    """Evaluate the policy of a finished run again, on as many held-out prefixes as asked, into `evaluation.json`.
+    """Evaluate the policy of a finished run again, on as many held-out prefixes as asked, into
+    `evaluation.json`.
 
     Raises:
         ValueError: the run is not finished, or its reference has other weights now.
@@ -334,7 +344,8 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
 
 @checked
 def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int = 20) -> None:
-    """The first `n` held-out prefixes with their completions before and after, side by side, as `samples.md` in `out`."""
+    """The first `n` held-out prefixes with their completions before and after, side by side, as
+    `samples.md` in `out`."""
     rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
     for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
         rows.append(f"| {for_markdown(b)} | {rb:.2f} | {for_markdown(a)} | {ra:.2f} |")
@@ -353,10 +364,11 @@ def save_snapshot(
     pairs: int = SNAPSHOT_PAIRS,
     texts: int = 8,
 ) -> None:
-    """Add a line to `snapshots.jsonl`, in place of any from this step on: what the explorers of a recorded run show.
+    """Add a line to `snapshots.jsonl`, in place of any from this step on: what the explorers of a
+    recorded run show.
 
-    `chosen` and `rejected` are the log-ratios (nats) of the same `pairs` pairs in every line, spread
-    over the data.
+    `chosen` and `rejected` are the log-ratios (nats) of the same `pairs` pairs in every line,
+    spread over the data.
     """
     # log-ratios of some pairs
     p, path = preferences, out / SNAPSHOTS

@@ -1,7 +1,8 @@
-"""The paper's methods on one task under one evaluation: 22 runs (Section 6.1 and Figure 2 of Rafailov et al. 2023).
+"""The paper's methods on one task under one evaluation: 22 runs (Section 6.1 and Figure 2 of
+Rafailov et al. 2023).
 
-DPO, PPO with a learned reward, PPO with the true one (PPO-GT), unlikelihood and Preferred-FT, from one
-reference and one set of preferences; best-of-N and the reference itself need no training.
+DPO, PPO with a learned reward, PPO with the true one (PPO-GT), unlikelihood and Preferred-FT, from
+one reference and one set of preferences; best-of-N and the reference itself need no training.
 """
 
 import csv
@@ -78,19 +79,22 @@ class FrontierConfig:
     samples: int = 256
     """completions of the reference per held-out prefix: best-of-N and the optimal frontier"""
     jobs: int | None = None
-    """runs at a time, each in its own process of about 2 GB; by default one per core, at most 4, and one on a GPU"""
+    """runs at a time, each in its own process of about 2 GB; by default one per core, at most 4,
+    and one on a GPU"""
 
 
 @checked
 def frontier(
     config: FrontierConfig, out: Path, *, runs: list[Run] | None = None
 ) -> list[dict[str, Any]]:
-    """Do every run that has not finished yet, and write the evaluations of all finished runs to `out/frontier.csv`.
+    """Do every run that has not finished yet, and write the evaluations of all finished runs to
+    `out/frontier.csv`.
 
-    Each run has its own directory under `out`; an interrupted run begins again, a finished one is kept.
+    Each run has its own directory under `out`; an interrupted run begins again, a finished one is
+    kept.
 
     Raises:
-        ValueError: a bad config, a directory with another one, or one in which another process is at work.
+        ValueError: a bad config, a directory with another one, or one that another process uses.
     """
     if launched() > 1:
         raise ValueError(
@@ -126,7 +130,8 @@ def frontier(
 
 
 def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """What every finished run in `out` found, by the name of its directory, in the order of methods and settings."""
+    """What every finished run in `out` found, by the name of its directory, in the order of methods
+    and settings."""
     found = {
         file.parent.name: json.loads(file.read_text(encoding="utf-8"))
         for file in out.glob("*/rows.json")
@@ -143,7 +148,8 @@ def _write_tables(
     origin: dict[str, str],
     seconds: int | None,
 ) -> list[dict[str, Any]]:
-    """Write the evaluations to `frontier.csv` and all else to `frontier.json`; return the evaluations."""
+    """Write the evaluations to `frontier.csv` and all else to `frontier.json`; return the
+    evaluations."""
     reference = json.loads((out / "baselines.json").read_text(encoding="utf-8"))
     tables = [reference, *found.values()]
     rows = [row for table in tables for row in table["rows"]]
@@ -183,7 +189,8 @@ def _finish_all(
     out: Path,
     origin: dict[str, str],
 ) -> None:
-    """The baselines and the runs that have not finished yet, of `total`, as many at a time as there are jobs."""
+    """The baselines and the runs that have not finished yet, of `total`, as many at a time as there
+    are jobs."""
     # what the runs share is made first
     _ = task.preferences
     task.check_reference()
@@ -214,7 +221,8 @@ def _finish_all(
 
 @checked
 def check_frontier(config: FrontierConfig, runs: list[Run]) -> None:
-    """Raise ValueError for a value that the sweep or one of its runs cannot work with, named with what is allowed."""
+    """Raise ValueError for a value that the sweep or one of its runs cannot work with, named with
+    what is allowed."""
     check_task(config.task)
     check_loop(config.loop)
     check_reward_model(config.reward_model)
@@ -222,11 +230,13 @@ def check_frontier(config: FrontierConfig, runs: list[Run]) -> None:
     check_epochs(1, config.batch_pairs)
     if config.loop.tensorboard:
         raise ValueError(
-            "tensorboard is on, and the runs of a sweep have no run directories to log to; switch it off"
+            "tensorboard is on, and the runs of a sweep have no run directories to log to; "
+            "switch it off"
         )
     if config.samples < BEST_OF[-1]:
         raise ValueError(
-            f"samples is {config.samples}; it must be at least {BEST_OF[-1]}, for best-of-{BEST_OF[-1]}"
+            f"samples is {config.samples}; it must be at least {BEST_OF[-1]}, "
+            f"for best-of-{BEST_OF[-1]}"
         )
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1, or None")
@@ -274,7 +284,8 @@ def finish_alone(
 
 @checked
 def finish_baselines(config: FrontierConfig, task: Task, out: Path, origin: dict[str, str]) -> int:
-    """Write what the reference's samples say, unless it is there; 0, the number of runs that this finishes."""
+    """Write what the reference's samples say, unless it is there; 0, the number of runs that this
+    finishes."""
     path = out / "baselines.json"
     if not path.exists():
         write_json(path, {**baselines(task, config.samples), **origin})
@@ -295,8 +306,8 @@ def finish_run(
 class Evaluations:
     """The callback of a run: evaluates its policy, and keeps a row for each evaluation.
 
-    Rows have the columns `COLUMNS`; seconds leave out the evaluations themselves, which no method is
-    charged with.
+    Rows have the columns `COLUMNS`; seconds leave out the evaluations themselves, which no method
+    is charged with.
     """
 
     def __init__(self, run: Run, task: Task):
@@ -338,10 +349,11 @@ class Evaluations:
 
 @checked
 def train_run(run: Run, config: FrontierConfig, task: Task, out: Path) -> dict[str, Any]:
-    """Train a policy by one method: `rows`, a row per evaluation, and `samples`, the first texts of the last one.
+    """Train a policy by one method: `rows`, a row per evaluation, and `samples`, the first texts of
+    the last one.
 
-    `scores` are PPO's: the mean of the reward it was given in every rollout, in standard deviations on
-    the reference's completions.
+    `scores` are PPO's: the mean of the reward it was given in every rollout, in standard deviations
+    on the reference's completions.
     """
     one_of("method", run.method, Repeated)
     preferences, evaluations, scores = task.preferences, Evaluations(run, task), []
@@ -396,7 +408,8 @@ def _train_ppo(
 
 @checked
 def reward_model(config: FrontierConfig, task: Task, out: Path) -> ScalarModel:
-    """The learned reward of all PPO runs, fitted to the preferences once and kept in `out/reward_model.safetensors`."""
+    """The learned reward of all PPO runs, fitted to the preferences once and kept in
+    `out/reward_model.safetensors`."""
     model, path = ScalarModel(task.policy()), out / "reward_model.safetensors"
     if not path.exists():
         metrics = train_reward_model(
@@ -419,8 +432,8 @@ def reward_model(config: FrontierConfig, task: Task, out: Path) -> ScalarModel:
 def baselines(task: Task, k: int) -> dict[str, Any]:
     """What `k` samples of the reference per held-out prefix say, without training.
 
-    Rows of best-of-N for N = 1 (the reference itself), 2, 4, ..., 16, and the optimal frontier with its
-    90 % band.
+    Rows of best-of-N for N = 1 (the reference itself), 2, 4, ..., 16, and the optimal frontier with
+    its 90 % band.
     """
     # draw and score them
     began = time.perf_counter()

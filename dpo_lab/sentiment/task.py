@@ -1,6 +1,6 @@
 """The controlled-sentiment task (Section 6 of the paper): reference, prompts, completions, labels.
 
-A `Task` is opened once, in a folder. What it needs is loaded on first use, and every result is kept:
+A `Task` is opened once, in a folder. It loads what it needs on first use, and keeps every result:
 
     task = Task.open(TaskConfig(prefixes=1_000), Path("runs/data"))
     policy = task.policy()
@@ -79,22 +79,27 @@ class TaskConfig:
     eval_prefixes: int = 1_024
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""
     sft_epochs: int = 0
-    """epochs of SFT on the training reviews that make the reference; the embedded model has had them"""
+    """epochs of SFT on the training reviews that make the reference; the embedded model has had
+    them"""
     sft_learning_rate: float = 1e-5
     """of SFT; falls to zero"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of sampling and training (evaluation scores in float32); auto: bfloat16 where it is fast here"""
+    """of sampling and training (evaluation scores in float32); auto: bfloat16 where it is fast
+    here"""
     seed: int = 0
     """decides everything random"""
 
 
-GPU = TaskConfig(device="cuda", model="openai-community/gpt2-large", reward=HUB_CLASSIFIER)
-
 # the task of each `--config`
+LARGE: dict[str, Any] = {
+    "device": "cuda",
+    "model": "openai-community/gpt2-large",
+    "reward": HUB_CLASSIFIER,
+}
 TASKS = {
     "laptop": TaskConfig(),
-    "gpu": GPU,
-    "paper": replace(GPU, imdb="hub", prefixes=25_000, sft_epochs=1),
+    "gpu": TaskConfig(**LARGE),
+    "paper": TaskConfig(**LARGE, imdb="hub", prefixes=25_000, sft_epochs=1),
 }
 
 
@@ -144,7 +149,8 @@ def located(config: TaskConfig) -> TaskConfig:
 
 @checked
 def recorded_settings(config: TaskConfig, *directories: Path, prefixes: bool = False) -> TaskConfig:
-    """`config` with the precision that the first of `directories` was begun in, where it asks for "auto".
+    """`config` with the precision that the first of `directories` was begun in, where it asks for
+    "auto".
 
     With `prefixes` also with the number of prefixes that is recorded there.
     """
@@ -173,7 +179,8 @@ def prefixes_during(eval_prefixes: int) -> int:
 
 
 class Task:
-    """The controlled-sentiment task in a folder: settled when it is made, loaded on first use, each result kept.
+    """The controlled-sentiment task in a folder: settled when it is made, loaded on first use, each
+    result kept.
 
     `reviews`, `tokenizer`, `initial` (the model before any SFT) and `reward` are loaded;
     `samples`, `preferences` and `reference` (the model after SFT) are made, and lie in the folder.
@@ -222,7 +229,8 @@ class Task:
         check_run(self.folder, data_config(self.asked), resume=True)
 
     def variant(self, folder: Path, **changes: Any) -> "Task":
-        """The task with some fields of its config changed, in another folder, with the models that are loaded here."""
+        """The task with some fields of its config changed, in another folder, with the models that
+        are loaded here."""
         task = Task.open(replace(self.asked, **changes), folder)
         for name in ("reviews", "tokenizer", "initial", "reward"):
             if name in self.__dict__:
@@ -238,7 +246,8 @@ class Task:
 
     @cached_property
     def initial(self) -> PreTrainedModel:
-        """The model that the task begins with. Raises ValueError for one that cannot sample so long a completion."""
+        """The model that the task begins with. Raises ValueError for one that cannot sample so long
+        a completion."""
         model = load_model(self.asked.model, device=self.asked.device)
         check_sampling(model, self.tokenizer)
 
@@ -252,7 +261,8 @@ class Task:
 
     @cached_property
     def reviews(self) -> DatasetDict:
-        """The reviews, split. Raises ValueError where fewer are held out than the evaluation asks for."""
+        """The reviews, split. Raises ValueError where fewer are held out than the evaluation asks
+        for."""
         reviews = load_imdb(self.asked.imdb)
         if self.asked.eval_prefixes > (held_out := len(reviews["test"])):
             raise ValueError(
@@ -303,7 +313,8 @@ class Task:
         return self.config.precision  # type: ignore[return-value]
 
     def _measured_precision(self) -> Precision:
-        """The precision in which the initial model scores the beginnings of reviews faster; prints the measurement."""
+        """The precision in which the initial model scores the beginnings of reviews faster; prints
+        the measurement."""
         rows = self.tokenizer(list(self.reviews["train"]["text"][:64]))["input_ids"]
         prompts = [row[:1] for row in rows]
         completions = [row[1 : 1 + self.asked.max_new_tokens] for row in rows]
@@ -340,7 +351,8 @@ class Task:
 
     @cached_property
     def reference(self) -> PreTrainedModel:
-        """The model that samples and is the reference: the initial one, after `sft_epochs` of SFT on the reviews.
+        """The model that samples and is the reference: the initial one, after `sft_epochs` of SFT
+        on the reviews.
 
         Rows of `sft_length` tokens, 64 per step. Interrupted SFT continues at its last checkpoint.
         """
@@ -356,7 +368,8 @@ class Task:
 
     @property
     def reference_name(self) -> str:
-        """Where the weights of the reference come from: the task's model, or what SFT made of it."""
+        """Where the weights of the reference come from: the task's model, or what SFT made of
+        it."""
         if self.asked.sft_epochs:
             return str((self.folder / "sft" / "model").absolute())
         return self.asked.model
@@ -367,7 +380,8 @@ class Task:
 
     @cached_property
     def samples(self) -> dict[str, Any]:
-        """`prompts`, `completions` of each from the reference, their `logps`, and their `texts`; kept in `samples.json`."""
+        """`prompts`, `completions` of each from the reference, their `logps`, and their `texts`;
+        kept in `samples.json`."""
         path = self.folder / "samples.json"
         if self._holds("samples.json"):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -397,7 +411,8 @@ class Task:
 
     @cached_property
     def preferences(self) -> Preferences:
-        """Every two samples of one prompt that differ, ranked by the reward, with their reference log-probs."""
+        """Every two samples of one prompt that differ, ranked by the reward, with their reference
+        log-probs."""
         if self._holds("preferences"):
             return Preferences.load(self.folder / "preferences")
 
@@ -424,7 +439,8 @@ class Task:
         return preferences
 
     def check_reference(self) -> None:
-        """Raise ValueError unless the reference has the weights that the preferences were made with."""
+        """Raise ValueError unless the reference has the weights that the preferences were made
+        with."""
         if self.preferences.reference_key.split("-")[0] != weights_hash(self.reference):
             raise ValueError(
                 f"{self.folder} was made with other weights than those of "
@@ -437,7 +453,8 @@ class Task:
     def evaluate(
         self, policy: nn.Module, n: int | None = None, *, progress: str | None = None
     ) -> Evaluation:
-        """`evaluate_policy` against the reference, on the first `n` held-out prefixes or all of them."""
+        """`evaluate_policy` against the reference, on the first `n` held-out prefixes or all of
+        them."""
         return evaluate_policy(
             policy,
             self.reference,
@@ -452,7 +469,8 @@ class Task:
 
     @cached_property
     def frontier(self) -> OptimalFrontier:
-        """The optimal reward-KL frontier, from 64 reference completions of each of 32 held-out prefixes."""
+        """The optimal reward-KL frontier, from 64 reference completions of each of 32 held-out
+        prefixes."""
         some = self.held_out[:FRONTIER_PREFIXES]
         scores, _ = self.score_reference(some, FRONTIER_COMPLETIONS, progress="optimal frontier")
         return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
@@ -460,7 +478,8 @@ class Task:
     def score_reference(
         self, prompts: list[list[int]], k: int, *, progress: str | None = None
     ) -> tuple[np.ndarray, list[list[list[int]]]]:
-        """Rewards (N, k) of `k` completions of each prompt, drawn from the reference, and the completions."""
+        """Rewards (N, k) of `k` completions of each prompt, drawn from the reference, and the
+        completions."""
         completions = sample_completions(
             self.reference,
             prompts,
@@ -511,7 +530,8 @@ class Task:
         )
 
     def planned_sft(self) -> tuple[CompletionBatch | None, int]:
-        """A batch as SFT reads them, and how many it will read, by the rows that some 500 reviews fill.
+        """A batch as SFT reads them, and how many it will read, by the rows that some 500 reviews
+        fill.
 
         None and 0 without SFT.
         """
@@ -535,7 +555,8 @@ def sft_length(model: PreTrainedModel) -> int:
 def _sft_rows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> list[list[int]]:
-    """Reviews end to end in rows of `sft_length`, each begun with BOS (or EOS where there is none)."""
+    """Reviews end to end in rows of `sft_length`, each begun with BOS (or EOS where there is
+    none)."""
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     begun_rows = [begun(ids, end if start is None else start) for ids in encoded]
@@ -555,7 +576,8 @@ def _logps_by_tokens(
 
 @checked
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Save model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all.
+    """Save model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or
+    not at all.
 
     A generation config is written as it is: transformers reads what it refuses to write, such as a
     temperature without sampling.
