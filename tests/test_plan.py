@@ -18,11 +18,19 @@ from dpo_lab.logprobs import completion_logps, logit_path
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, lora
 from dpo_lab.preferences import Preferences
-from dpo_lab.sampling import sample_completions, sample_with_logps
+from dpo_lab.sampling import rows_on, sample_completions, sample_with_logps
 from dpo_lab.sentiment import cost as planning
 from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment import task as task_steps
-from dpo_lab.sentiment.cost import Plan, forward_flops, plan, sampling_flops, training_flops
+from dpo_lab.sentiment.cost import (
+    Job,
+    Plan,
+    Speed,
+    forward_flops,
+    plan,
+    sampling_flops,
+    training_flops,
+)
 from dpo_lab.sentiment.run import ExperimentConfig
 from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig
@@ -275,6 +283,49 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
         and "SFT" not in str(without)
     )
     assert replace(made, tuning=made.tuning | {"logits": 10**13}).peak > 10**13
+
+
+def made_up_speed(**changes):
+    speed = Speed(sampling=1e9, training=2e9, tuning=3e9, scoring=4e9, labeling=0.01)
+    return replace(speed, **changes)
+
+
+def test_as_many_prompts_are_taken_as_there_is_time_for(model):
+    job = Job(model, PROMPTS * 50, DPOConfig(batch_pairs=20), 4, 8, 8)
+    speed = made_up_speed()
+
+    def seconds(n):
+        return sum(planning.costs(replace(job, prompts=job.prompts[:n]), speed)[2].values())
+
+    for time in (seconds(60), (seconds(60) + seconds(61)) / 2):
+        assert planning.fitting_prompts(job, speed, time, least=10) == 60
+    assert planning.fitting_prompts(job, speed, 0.0, least=10) == 10
+    assert planning.fitting_prompts(job, speed, 1e9, least=10) == 200
+
+
+def test_the_seconds_of_a_phase_are_its_flops_at_its_rate_and_the_labels(model):
+    job = Job(model, PROMPTS * 5, DPOConfig(batch_pairs=20), 4, 8, 8)
+    _, flops, seconds = planning.costs(job, made_up_speed())
+    drawn, sampled, scored = planning.completions_of(job)
+    assert drawn == 80
+    assert seconds["sample"] == pytest.approx(flops["sample"] / 1e9 + 0.01 * drawn)
+    assert seconds["train"] == pytest.approx(flops["train"] / 2e9)
+    to_score = scored * forward_flops(model, job.micro_batch) / job.micro_batch.n
+    to_sample = flops["evaluate"] - to_score
+    assert seconds["evaluate"] == pytest.approx(to_sample / 1e9 + to_score / 4e9 + 0.01 * sampled)
+
+
+def test_memory_of_sampling_is_that_of_a_batch_on_each_thread(model, monkeypatch):
+    """A batch is as large as the sampler makes it."""
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        job = Job(model, PROMPTS * 1_000, DPOConfig(), 4, 8, 8)
+        sampling, _, _ = planning.memory(job)
+        found.append(sampling["cache"])
+    rows = rows_on(torch.device("cpu"))
+    assert found[0] == planning.sampling_bytes(model, rows, 5 + 8, "float32")["cache"]
+    assert found[1] == 3 * found[0]
 
 
 def small_plan(**changes):

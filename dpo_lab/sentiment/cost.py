@@ -215,7 +215,7 @@ def plan(
 
     A forward pass takes 2 FLOPs per weight and token, a backward pass 4 (Kaplan et al. 2020,
     https://arxiv.org/abs/2001.08361, Section 2.1): for the weights of the blocks at every position,
-    for those of the LM head at completion tokens only, and once more forward for what is recomputed.
+    for those of the LM head at completion tokens only; what is recomputed takes 2 more.
     Attention's two products take 4 x width x layers for each query and key (sdpa visits all of a
     padded row), and twice that backward.
 

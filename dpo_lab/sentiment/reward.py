@@ -85,7 +85,7 @@ class SentimentReward:
         Raises:
             FileNotFoundError: it is not on this machine and the hub cannot be reached.
             ValueError: no label, or several, begin with "pos"; a device that is not there; or it
-                cannot score texts of unequal length together, or gives them other values than alone.
+                cannot score texts of unequal length together, or not to the values they have alone.
         """
         # tokenizer and model
         check_device(device)
