@@ -70,7 +70,7 @@ def push(config: HackingConfig, task: Task, i: int) -> list[dict[str, Any]]:
     preferences = task.preferences
     mine = preferences.prompt_of[preferences.chosen] // config.prefixes == i
     few = preferences.select(np.flatnonzero(mine))
-    model = ScalarModel(task.policy())
+    model = ScalarModel(task.new_policy())
     train_reward_model(
         model, few, config.reward_model, precision=task.precision, seed=i, progress=None
     )
@@ -96,9 +96,9 @@ def push(config: HackingConfig, task: Task, i: int) -> list[dict[str, Any]]:
         return {"given": given, "reward": found.reward, "kl": found.kl}
 
     train_ppo(
-        task.policy(),
+        task.new_policy(),
         task.reference,
-        ScalarModel(task.policy()),
+        ScalarModel(task.new_policy()),
         learned,
         task.training_prefixes(config.prompts, i),
         replace(config.ppo, max_new_tokens=task.config.max_new_tokens),

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from dpo_lab.sentiment.cost import plan
     from dpo_lab.sentiment.precision import measure_precision
     from dpo_lab.sentiment.pretrain import held_out_loss
-    from dpo_lab.sentiment.results import LABELS, REPEATS, Run, load_sweep, paper_runs, repeats
+    from dpo_lab.sentiment.results import (
+        LABELS,
+        REPEATS,
+        Run,
+        load_hacking,
+        load_sweep,
+        paper_runs,
+        repeats,
+    )
     from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
     from dpo_lab.sentiment.reward import SentimentReward, cache_directory
     from dpo_lab.sentiment.run import (
@@ -40,6 +48,7 @@ __all__ = [
     "cache_directory",
     "frontier",
     "held_out_loss",
+    "load_hacking",
     "load_imdb",
     "load_sweep",
     "measure_precision",
@@ -61,7 +70,7 @@ _NAMES = {
     "cost": ("plan",),
     "precision": ("measure_precision",),
     "pretrain": ("held_out_loss",),
-    "results": ("LABELS", "REPEATS", "Run", "load_sweep", "paper_runs", "repeats"),
+    "results": ("LABELS", "REPEATS", "Run", "load_hacking", "load_sweep", "paper_runs", "repeats"),
     "reviews": ("load_imdb", "sample_prefixes"),
     "reward": ("SentimentReward", "cache_directory"),
     "run": (

@@ -262,3 +262,13 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             row = {k: v if k == "method" else float(v) for k, v in line.items()}
             rows.append(row | {name: int(row[name]) for name in ("seed", "step", "tokens")})
     return rows
+
+
+def load_hacking() -> dict[str, Any]:
+    """What PPO made of rewards learned from few pairs (benchmarks/hacking.py), as it comes with the
+    package.
+
+    `runs` holds for each reward the evaluations of its policy: the mean score `given`, in standard
+    deviations on the reference's completions, and the true `reward` and `kl`.
+    """
+    return json.loads((ASSETS / "hacking.json").read_text(encoding="utf-8"))

@@ -247,7 +247,7 @@ def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> d
 
     # before, training, after
     before = _evaluation(task, task.reference, progress="evaluate before")
-    policy = task.policy()
+    policy = task.new_policy()
     metrics = train_dpo(
         policy,
         preferences,

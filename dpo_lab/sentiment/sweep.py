@@ -365,7 +365,10 @@ def train_run(run: Run, config: FrontierConfig, task: Task, out: Path) -> dict[s
 
     # the others read those of the preferences
     evaluations.tokens = sum(map(len, preferences.completions))
-    policy, options = task.policy(), {"seed": run.seed, "callback": evaluations, "progress": None}
+    policy, options = (
+        task.new_policy(),
+        {"seed": run.seed, "callback": evaluations, "progress": None},
+    )
     if run.method == "dpo":
         train_dpo(policy, preferences, dpo_config(run, config), **options)
     else:
@@ -385,7 +388,7 @@ def _train_ppo(
     run: Run, config: FrontierConfig, task: Task, evaluations: Evaluations, out: Path
 ) -> list[float]:
     """PPO against the true reward or a learned one; the mean score of every rollout."""
-    policy = task.policy()
+    policy = task.new_policy()
     reward = text_reward(task.reward, task.tokenizer)
     if run.method == "ppo":
         reward = LearnedReward(reward_model(config, task, out), precision=task.precision)
@@ -393,7 +396,7 @@ def _train_ppo(
     metrics = train_ppo(
         policy,
         task.reference,
-        ScalarModel(task.policy()),
+        ScalarModel(task.new_policy()),
         evaluations.counted(reward),
         task.training_prefixes(config.task.prefixes, run.seed),
         ppo_config(run, config),
@@ -410,7 +413,7 @@ def _train_ppo(
 def reward_model(config: FrontierConfig, task: Task, out: Path) -> ScalarModel:
     """The learned reward of all PPO runs, fitted to the preferences once and kept in
     `out/reward_model.safetensors`."""
-    model, path = ScalarModel(task.policy()), out / "reward_model.safetensors"
+    model, path = ScalarModel(task.new_policy()), out / "reward_model.safetensors"
     if not path.exists():
         metrics = train_reward_model(
             model,

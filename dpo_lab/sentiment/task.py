@@ -3,7 +3,7 @@
 A `Task` is opened once, in a folder. It loads what it needs on first use, and keeps every result:
 
     task = Task.open(TaskConfig(prefixes=1_000), Path("runs/data"))
-    policy = task.policy()
+    policy = task.new_policy()
     train_dpo(policy, task.preferences, DPOConfig())
     task.evaluate(policy)
 """
@@ -374,7 +374,7 @@ class Task:
             return str((self.folder / "sft" / "model").absolute())
         return self.asked.model
 
-    def policy(self) -> PreTrainedModel:
+    def new_policy(self) -> PreTrainedModel:
         """A new model with the reference's weights, to be trained."""
         return load_model(self.reference_name, device=self.asked.device)
 
