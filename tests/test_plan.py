@@ -286,7 +286,9 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
 
 
 def made_up_speed(**changes):
-    speed = Speed(sampling=1e9, training=2e9, tuning=3e9, scoring=4e9, labeling=0.01)
+    speed = Speed(
+        1e9, 0.5e9, training=2e9, tuning=3e9, scoring=4e9, scoring_during=5e9, labeling=0.01
+    )
     return replace(speed, **changes)
 
 
@@ -306,13 +308,18 @@ def test_as_many_prompts_are_taken_as_there_is_time_for(model):
 def test_the_seconds_of_a_phase_are_its_flops_at_its_rate_and_the_labels(model):
     job = Job(model, PROMPTS * 5, DPOConfig(batch_pairs=20), 4, 8, 8)
     _, flops, seconds = planning.costs(job, made_up_speed())
-    drawn, sampled, scored = planning.completions_of(job)
-    assert drawn == 80
-    assert seconds["sample"] == pytest.approx(flops["sample"] / 1e9 + 0.01 * drawn)
+    counts = planning.completions_of(job)
+    assert counts.drawn == 80
+    assert seconds["sample"] == pytest.approx(flops["sample"] / 1e9 + 0.01 * counts.drawn)
     assert seconds["train"] == pytest.approx(flops["train"] / 2e9)
-    to_score = scored * forward_flops(model, job.micro_batch) / job.micro_batch.n
-    to_sample = flops["evaluate"] - to_score
-    assert seconds["evaluate"] == pytest.approx(to_sample / 1e9 + to_score / 4e9 + 0.01 * sampled)
+
+    # two rates of sampling and of scoring, and the labels
+    to_score = forward_flops(model, job.micro_batch) / job.micro_batch.n
+    to_draw = flops["sample"] / counts.drawn
+    expected = to_draw * (counts.sampled / 1e9 + counts.sampled_during / 0.5e9)
+    expected += to_score * (counts.scored / 4e9 + counts.scored_during / 5e9)
+    expected += 0.01 * (counts.sampled + counts.sampled_during)
+    assert seconds["evaluate"] == pytest.approx(expected)
 
 
 def test_memory_of_sampling_is_that_of_a_batch_on_each_thread(model, monkeypatch):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, comb
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,12 +171,22 @@ class Job:
         return self.batch(self.prompts[:n])
 
     @cached_property
-    def trial(self) -> CompletionBatch:
-        """As much of a forward pass of training as can be measured in a second, on its device."""
+    def trial_prompts(self) -> list[list[int]]:
+        """Those of a forward pass that can be measured in a second."""
         most = len(self.prompts) * self.completions
         rows = _trial_rows(self.reference, self.max_new_tokens, most)
         n = min(rows // self.completions + 1, max(2, len(self.steps[0])))
-        return self.batch(self.prompts[:n]).to(self.device)
+        return [list(ids) for ids in self.prompts[:n]]
+
+    @cached_property
+    def trial(self) -> CompletionBatch:
+        """As much of a forward pass of training as can be measured in a second, on its device."""
+        return self.batch(self.trial_prompts).to(self.device)
+
+    @property
+    def trial_flops(self) -> float:
+        """FLOPs of scoring the trial."""
+        return forward_flops(self.reference, self.trial)
 
     def batch(self, prompts: Sequence[Sequence[int]]) -> CompletionBatch:
         """The completions of these prompts as training lays them out, none of them ended."""
@@ -185,18 +195,40 @@ class Job:
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine does, measured on a few rows."""
+    """What this machine does, measured on a few rows.
+
+    During training a policy is evaluated with its adapters, on one batch of prefixes.
+    """
 
     sampling: float
-    """FLOP/s of sampling"""
+    """FLOP/s of sampling, as many batches at a time as there are threads"""
+    sampling_during: float
+    """FLOP/s of sampling in an evaluation during training"""
     training: float
     """FLOP/s of forward and backward passes, with adapters where they are trained"""
     tuning: float
     """FLOP/s of forward and backward passes of all weights, as in SFT"""
     scoring: float
     """FLOP/s of forward passes in float32"""
+    scoring_during: float
+    """FLOP/s of forward passes in float32 during training"""
     labeling: float
     """seconds per text of the reward"""
+
+
+class Counts(NamedTuple):
+    """Completions that a run samples and scores."""
+
+    drawn: int
+    """sampled to train on"""
+    sampled: int
+    """sampled before and after training, and for the optimal frontier"""
+    sampled_during: int
+    """sampled in evaluations during training"""
+    scored: int
+    """scored by the reference, or by the policy after training"""
+    scored_during: int
+    """scored by the policy during training, with those of the snapshots"""
 
 
 @checked
@@ -244,8 +276,8 @@ def plan_job(job: Job, speed: Speed) -> Plan:
 
 def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
     """Tokens, FLOPs and seconds of each phase."""
-    drawn, evaluated, scored = completions_of(job)
-    trained = job.config.epochs * drawn
+    counts = completions_of(job)
+    trained = job.config.epochs * counts.drawn
     model, rank = job.reference, job.config.lora_rank
 
     # FLOPs per completion: sampled, scored, trained on
@@ -257,18 +289,23 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
     to_train = step / job.micro_batch.n
 
     # each phase
-    counts = {"sample": drawn, "train": trained, "evaluate": evaluated + scored}
-    tokens = {name: count * job.max_new_tokens for name, count in counts.items()}
+    sampled = counts.sampled + counts.sampled_during
+    scored = counts.scored + counts.scored_during
+    phases = {"sample": counts.drawn, "train": trained, "evaluate": sampled + scored}
+    tokens = {name: count * job.max_new_tokens for name, count in phases.items()}
     flops = {
-        "sample": drawn * to_draw,
+        "sample": counts.drawn * to_draw,
         "train": trained * to_train,
-        "evaluate": evaluated * to_draw + scored * to_score,
+        "evaluate": sampled * to_draw + scored * to_score,
     }
     seconds = {
-        "sample": drawn * (to_draw / speed.sampling + speed.labeling),
-        "train": trained * to_train / speed.training,
-        "evaluate": evaluated * (to_draw / speed.sampling + speed.labeling)
-        + scored * to_score / speed.scoring,
+        "sample": flops["sample"] / speed.sampling + counts.drawn * speed.labeling,
+        "train": flops["train"] / speed.training,
+        "evaluate": counts.sampled * to_draw / speed.sampling
+        + counts.sampled_during * to_draw / speed.sampling_during
+        + counts.scored * to_score / speed.scoring
+        + counts.scored_during * to_score / speed.scoring_during
+        + sampled * speed.labeling,
     }
 
     # SFT before them
@@ -280,21 +317,24 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
     return tokens, flops, seconds
 
 
-def completions_of(job: Job) -> tuple[int, int, int]:
-    """Completions that are sampled to train on, sampled in evaluations, and scored in
-    evaluations."""
+def completions_of(job: Job) -> Counts:
+    """How many completions each part of a run samples and scores."""
     n, steps, loop = job.eval_prefixes, len(job.steps), job.config.loop
-    drawn = len(job.prompts) * job.completions
     evaluations = sum(evaluates(step, steps, loop) for step in range(1, steps + 1))
     during = evaluations * prefixes_during(n)
 
-    # before and after on all prefixes, during on some, and the optimal frontier
-    sampled = 2 * n + during + min(FRONTIER_PREFIXES, n) * FRONTIER_COMPLETIONS
-
-    # by policy and reference, which are one in the evaluation before; and the snapshots
+    # snapshots are taken at step 0, too
     pairs = len(job.prompts) * comb(job.completions, 2)
     snapshots = (evaluations + 1) * 2 * min(SNAPSHOT_PAIRS, pairs)
-    return drawn, sampled, 2 * (n + during) + snapshots
+
+    # policy and reference score what the policy samples; before training they are one
+    return Counts(
+        drawn=len(job.prompts) * job.completions,
+        sampled=2 * n + min(FRONTIER_PREFIXES, n) * FRONTIER_COMPLETIONS,
+        sampled_during=during,
+        scored=2 * n + during,
+        scored_during=during + snapshots,
+    )
 
 
 def fitting_prompts(job: Job, speed: Speed, seconds: float, *, least: int) -> int:
@@ -317,22 +357,33 @@ def fitting_prompts(job: Job, speed: Speed, seconds: float, *, least: int) -> in
 @kept_memory()
 def measure_speed(job: Job) -> Speed:
     """The speed of this machine at what a job does; the main process's, where there are several."""
-    model, rank = job.reference, job.config.lora_rank
-    batch, precision = job.trial, job.precision
+    model, rank, precision = job.reference, job.config.lora_rank, job.precision
+    rows = min(rows_on(job.device) * sampling_threads(job.device), len(job.prompts))
+    batch = job.trial
 
-    # passes with the adapters that are trained, and with all weights as in SFT
+    # all weights, as in sampling, SFT and scoring by the reference
+    sampling = sampling_rate(model, job.prompts[:rows], job.max_new_tokens, precision)
     tuning = training_flops(model, batch, precision) / pass_seconds(model, batch, precision)
-    training = tuning
-    if rank:
-        with lora(model, rank) as policy:
+    scoring = job.trial_flops / scoring_seconds(model, job)
+
+    # the policy during training, on its way with adapters
+    some = job.prompts[: prefixes_during(job.eval_prefixes)]
+    with lora(model, rank) if rank else nullcontext(model) as policy:
+        sampling_during = sampling_rate(policy, some, job.max_new_tokens, precision, base=model)
+        training = tuning
+        scoring_during = scoring
+        if rank:
             seconds = pass_seconds(policy, batch, precision)
-        training = training_flops(model, batch, precision, rank=rank) / seconds
+            training = training_flops(model, batch, precision, rank=rank) / seconds
+            scoring_during = job.trial_flops / scoring_seconds(policy, job)
 
     found = Speed(
-        sampling=sampling_rate(model, job.prompts, job.completions, job.max_new_tokens, precision),
-        training=training,
-        tuning=tuning,
-        scoring=scoring_rate(job),
+        sampling,
+        sampling_during,
+        training,
+        tuning,
+        scoring,
+        scoring_during,
         labeling=labeling_seconds(job),
     )
     return_freed_memory()
@@ -464,49 +515,48 @@ def pass_seconds(model: nn.Module, batch: CompletionBatch, precision: Precision)
 def sampling_rate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    k: int,
     max_new_tokens: int,
     precision: Precision,
+    *,
+    base: nn.Module | None = None,
 ) -> float:
-    """FLOP/s of sampling as many rows at a time as the run does, whole completions where that takes
-    seconds.
+    """FLOP/s of sampling a completion of each prompt, whole where that takes seconds.
 
-    For a larger model the completions are shorter, and then fewer.
+    For a larger model the completions are shorter, and then fewer. FLOPs are counted for `base`, the
+    model without its adapters.
     """
-    device = next(model.parameters()).device
-    most = min(rows_on(device) * sampling_threads(device), len(prompts) * k)
-    allowed = 3 * _trial_flops(device) / sampling_flops(model, 1, 1)
+    base = model if base is None else base
+    allowed = 3 * _trial_flops(next(base.parameters()).device) / sampling_flops(base, 1, 1)
 
-    # rows and tokens that are allowed: all rows, and some tokens of each
-    rows = max(1, min(most, round(allowed / min(4, max_new_tokens))))
+    # some tokens of all rows, if that is allowed
+    rows = max(1, min(len(prompts), round(allowed / min(4, max_new_tokens))))
     new = max(1, min(max_new_tokens, round(allowed / rows)))
-    some = [list(ids) for ids in prompts[: ceil(rows / k)]]
+    some = [list(ids) for ids in prompts[:rows]]
 
     def sampled(tokens: int) -> float:
         began = time.perf_counter()
         sample_completions(
-            model, some, k, eos_token_id=-1, max_new_tokens=tokens, precision=precision
+            model, some, 1, eos_token_id=-1, max_new_tokens=tokens, precision=precision
         )
         return time.perf_counter() - began
 
+    # the first pass is not timed
     sampled(1)
     seconds = sampled(new)
-    return k * sum(sampling_flops(model, len(ids), new) for ids in some) / seconds
+    return sum(sampling_flops(base, len(ids), new) for ids in some) / seconds
 
 
-def scoring_rate(job: Job) -> float:
-    """FLOP/s of `score_completions` in float32; the faster of two, after one that is not timed."""
-    n = max(1, job.trial.n // job.completions)
-    prompts = [list(ids) for ids in job.prompts[:n]]
-    owners = [i for i in range(len(prompts)) for _ in range(job.completions)]
+def scoring_seconds(model: nn.Module, job: Job) -> float:
+    """Seconds in which `model` scores a job's trial in float32: the faster of two, after one that
+    is not timed."""
+    owners = [i for i in range(len(job.trial_prompts)) for _ in range(job.completions)]
     completions = [[0] * job.max_new_tokens] * len(owners)
-
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        score_completions(job.reference, prompts, completions, owners)
+        score_completions(model, job.trial_prompts, completions, owners)
         times.append(time.perf_counter() - began)
-    return forward_flops(job.reference, job.batch(prompts)) / min(times[1:])
+    return min(times[1:])
 
 
 def labeling_seconds(job: Job) -> float:
