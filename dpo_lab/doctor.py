@@ -34,7 +34,7 @@ Row = tuple[str, str, str]
 
 
 def examine() -> tuple[list[Row], bool]:
-    """Rows of (what, finding, what to do: empty when all is well), and whether the laptop config can run."""
+    """Rows of what was looked at, and whether the laptop config can run."""
     parts = [
         _packages(),
         _hardware(),
@@ -122,8 +122,8 @@ def _cache(what: str, directory: Path, variable: str, loss: str) -> Row:
         return what, str(directory), ""
     except OSError:
         todo = (
-            f"nothing, for the laptop config, but {loss}; set {variable} to a directory that can be "
-            "written"
+            f"nothing, for the laptop config, but {loss}; "
+            f"set {variable} to a directory that can be written"
         )
         return what, f"{directory} cannot be written", todo
 

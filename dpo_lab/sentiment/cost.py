@@ -522,8 +522,8 @@ def sampling_rate(
 ) -> float:
     """FLOP/s of sampling a completion of each prompt, whole where that takes seconds.
 
-    For a larger model the completions are shorter, and then fewer. FLOPs are counted for `base`, the
-    model without its adapters.
+    For a larger model the completions are shorter, and then fewer. FLOPs are counted for `base`,
+    the model without its adapters.
     """
     base = model if base is None else base
     allowed = 3 * _trial_flops(next(base.parameters()).device) / sampling_flops(base, 1, 1)

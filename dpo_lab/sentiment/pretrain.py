@@ -4,6 +4,7 @@ training reviews."""
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,9 @@ class PretrainConfig:
 def pretrain(
     out: Path | str, config: PretrainConfig = PretrainConfig(), *, resume: bool = False
 ) -> Path:
-    """Train tokenizer and model into the run directory `out`; return the folder that
-    `AutoModelForCausalLM` loads.
+    """Train tokenizer and model into the run directory `out`; return the folder of the model.
 
-    The folder, `out/model`, also holds `card.json`: bits per byte on the held-out reviews, samples
+    `AutoModelForCausalLM` loads it. The folder, `out/model`, also holds `card.json`: bits per byte on the held-out reviews, samples
     and provenance. Weights are saved in float16 and measured as saved.
     """
     # the run directory
@@ -96,21 +96,13 @@ def pretrain(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = GPT2LMHeadModel(gpt2_config(config))
-    per_epoch = len(rows) // config.rows
-
-    def batches(step: int) -> list[CompletionBatch]:
-        epoch, k = divmod(step, per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(rows))
-        chosen = [rows[i] for i in order[k * config.rows : (k + 1) * config.rows]]
-        prompts, completions = [row[:1] for row in chosen], [row[1:] for row in chosen]
-        return [completion_batch(prompts, completions, range(len(chosen)))]
 
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         return held_out_loss(model, tokenizer, held_out[:200])
 
     train_sft(
         model,
-        batches,
+        partial(batches_of, rows, config),
         config.steps,
         config.loop,
         precision="bfloat16",
@@ -138,6 +130,16 @@ def pretrain(
         written = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         (folder / "card.json").write_text(written, encoding="utf-8")
     return run / "model"
+
+
+@checked
+def batches_of(rows: list[list[int]], config: PretrainConfig, step: int) -> list[CompletionBatch]:
+    """The rows of a step (0-based); every epoch is shuffled by the seed and its number."""
+    epoch, k = divmod(step, len(rows) // config.rows)
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(rows))
+    chosen = [rows[i] for i in order[k * config.rows : (k + 1) * config.rows]]
+    prompts, completions = [row[:1] for row in chosen], [row[1:] for row in chosen]
+    return [completion_batch(prompts, completions, range(len(chosen)))]
 
 
 @checked
