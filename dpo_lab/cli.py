@@ -34,8 +34,7 @@ Command = Callable[..., Any]
 
 
 def doctor_command() -> int:
-    """Say what is installed here, what is missing, and what to do; exit 0 when the laptop config
-    can run."""
+    """Say what is here, what is missing, and what to do; exit 0 when the laptop config can run."""
     return 0 if doctor() else 1
 
 

@@ -66,12 +66,13 @@ COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens, FLOPs and seconds of each phase (SFT where there is one, sample, train, evaluate),
-    and memory by part."""
+    """Tokens, FLOPs and seconds of each phase of a run, and memory by part.
+
+    The phases are SFT (where there is any), sample, train and evaluate.
+    """
 
     tokens: dict[str, int]
-    """completion tokens if none ends before `max_new_tokens`, an upper bound; for SFT, predicted
-    tokens"""
+    """completion tokens if none ends early, an upper bound; for SFT, predicted tokens"""
     flops: dict[str, float]
     """matmuls and attention"""
     seconds: dict[str, float]
@@ -81,8 +82,7 @@ class Plan:
     training: dict[str, int]
     """bytes by part in a step"""
     available: int | None
-    """bytes that this process can have, with those that it has; None where the system does not
-    tell"""
+    """bytes that this process can have in all; None where the system does not tell"""
     tuning: dict[str, int] = field(default_factory=dict)
     """bytes by part in a step of SFT, where there is one"""
 
@@ -391,8 +391,7 @@ def measure_speed(job: Job) -> Speed:
 
 
 def memory(job: Job) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Bytes by part while a job samples, in a step of its training, and in one of its SFT (none
-    without)."""
+    """Bytes by part: while a job samples, in a step of its training, in one of its SFT."""
     model, device = job.reference, job.device
     return_freed_memory()
 
@@ -464,8 +463,7 @@ def training_flops(
 
 
 def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int) -> float:
-    """FLOPs of a completion of `new_tokens` after a prompt: each position once, keys and values
-    from the cache."""
+    """FLOPs of a completion of `new_tokens` after a prompt, with a key-value cache."""
     read = prompt_tokens + new_tokens - 1
     blocks = 2 * block_weights(model) * read
     head = 2 * model.get_output_embeddings().weight.numel() * new_tokens
@@ -484,8 +482,7 @@ def block_weights(model: nn.Module) -> int:
 
 
 def trained(model: nn.Module, rank: int) -> nn.Module:
-    """What the optimizer gets: the model itself, or LoRA's two matrices of each linear layer of its
-    decoder."""
+    """What the optimizer gets: the model, or the LoRA matrices of its linear layers."""
     if not rank:
         return model
     linear = nn.Linear | Conv1D
@@ -497,8 +494,10 @@ def trained(model: nn.Module, rank: int) -> nn.Module:
 
 @checked
 def pass_seconds(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
-    """Seconds of a forward and a backward pass of `batch`: the faster of two, after one that is not
-    timed."""
+    """Seconds of a forward and a backward pass of `batch`.
+
+    The faster of two passes counts, after one that is not timed.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device, times = batch.sources.device.type, []
     for _ in range(3):
@@ -547,8 +546,10 @@ def sampling_rate(
 
 
 def scoring_seconds(model: nn.Module, job: Job) -> float:
-    """Seconds in which `model` scores a job's trial in float32: the faster of two, after one that
-    is not timed."""
+    """Seconds in which `model` scores a job's trial in float32.
+
+    The faster of two times counts, after one that is not timed.
+    """
     owners = [i for i in range(len(job.trial_prompts)) for _ in range(job.completions)]
     completions = [[0] * job.max_new_tokens] * len(owners)
     times = []
@@ -664,8 +665,7 @@ def activation_bytes(
 
 @checked
 def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:
-    """Bytes that autograd saves in the decoder for the backward pass of `batch`, without the
-    weights themselves."""
+    """Bytes that autograd saves in the decoder for a backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -686,8 +686,10 @@ def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) 
 def sampling_bytes(
     model: nn.Module, rows: int, length: int, precision: Precision
 ) -> dict[str, int]:
-    """Bytes of sampling `rows` at a time, `length` positions each: keys and values, and logits with
-    their softmax."""
+    """Bytes of sampling `rows` at a time, `length` positions each.
+
+    Keys and values, and logits with their softmax.
+    """
     config, item = model.config, torch.finfo(getattr(torch, precision)).bits // 8
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = _head_width(model) * heads
@@ -708,8 +710,10 @@ def held_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can come to hold: all of the GPU's memory, or what is available
-    beside what it has."""
+    """Bytes that this process can come to hold.
+
+    All of the GPU's memory, or what is available beside what the process has.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     meminfo = Path("/proc/meminfo")

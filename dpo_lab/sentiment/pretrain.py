@@ -1,5 +1,4 @@
-"""The embedded GPT-2: a byte-level BPE and a small GPT-2, both trained from scratch on the IMDb
-training reviews."""
+"""The embedded GPT-2 and its byte-level BPE, trained from scratch on the IMDb training reviews."""
 
 import json
 import math
@@ -144,8 +143,7 @@ def batches_of(rows: list[list[int]], config: PretrainConfig, step: int) -> list
 
 @checked
 def check_pretrain(config: PretrainConfig) -> None:
-    """Raise ValueError for a value that no model can have or be trained with, named with what is
-    allowed."""
+    """Raise ValueError for a value that no model can have, named with what is allowed."""
     check_loop(config.loop)
     least = {
         "vocabulary": 257,
@@ -176,8 +174,10 @@ def read_minutes(run: Path) -> float:
 
 @checked
 def gpt2_config(config: PretrainConfig) -> GPT2Config:
-    """GPT-2 without dropout, and with the exact GELU, which is several times as fast on CPUs as
-    tanh's."""
+    """GPT-2 without dropout, and with the exact GELU.
+
+    On CPUs that is several times as fast as the tanh approximation.
+    """
     return GPT2Config(
         vocab_size=config.vocabulary,
         n_positions=config.context,

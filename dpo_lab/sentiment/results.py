@@ -1,5 +1,7 @@
-"""The paper's methods, and what a finished sweep of them found (Section 6.1 and Figure 2 of
-Rafailov et al. 2023)."""
+"""The paper's methods, and what a finished sweep of them found.
+
+Section 6.1 and Figure 2 of Rafailov et al. 2023.
+"""
 
 import csv
 import json
@@ -98,8 +100,11 @@ class Run:
 
 
 def paper_runs(seed: int = 0) -> list[Run]:
-    """The paper's 22 runs: beta of DPO, target KL of PPO and PPO-GT, alpha of unlikelihood, seeds
-    of Preferred-FT."""
+    """The paper's 22 runs.
+
+    Over beta for DPO, the target KL for PPO and PPO-GT, alpha for unlikelihood, and seeds for
+    Preferred-FT.
+    """
     grid = {"dpo": BETAS, "ppo": TARGETS, "ppo-gt": TARGETS, "unlikelihood": ALPHAS}
     runs = [Run(method, setting, seed) for method, settings in grid.items() for setting in settings]
     return runs + [Run("preferred-ft", 0.0, seed + i) for i in SEEDS]
@@ -124,15 +129,13 @@ class SweepResults:
     samples: dict[str, list[tuple[str, float]]]
     """by the name of the run: the first texts of its last policy, and their rewards"""
     scores: dict[str, list[float]]
-    """by the name of a PPO run: the mean reward it was given in every rollout, in standard
-    deviations on the reference"""
+    """by the name of a PPO run: mean reward given per rollout, in reference standard deviations"""
     peak_memory_mb: dict[str, int]
     """of each run's process"""
     provenance: dict[str, str]
     """commit, command, machine and versions"""
     seconds: int | None
-    """wall clock of the sweep with its data and reward model; None where it took several calls of
-    `dpo-lab frontier`"""
+    """wall clock of the whole sweep; None where it took several calls of `dpo-lab frontier`"""
 
     @property
     def before(self) -> float:
@@ -230,8 +233,7 @@ class SweepResults:
 
 @checked
 def load_sweep(folder: Path | str | None = None) -> SweepResults:
-    """The sweep that `dpo-lab frontier` left in `folder`; by default the one that comes with the
-    package."""
+    """The sweep that `dpo-lab frontier` left in `folder`, or the one in the package."""
     folder = ASSETS if folder is None else folder
     for name in ("frontier.csv", "frontier.json"):
         if not (folder / name).exists():

