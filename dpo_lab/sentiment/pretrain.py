@@ -69,8 +69,9 @@ def pretrain(
 ) -> Path:
     """Train tokenizer and model into the run directory `out`; return the folder of the model.
 
-    `AutoModelForCausalLM` loads it. The folder, `out/model`, also holds `card.json`: bits per byte on the held-out reviews, samples
-    and provenance. Weights are saved in float16 and measured as saved.
+    `AutoModelForCausalLM` loads it. The folder, `out/model`, also holds `card.json`: bits per byte
+    on the held-out reviews, samples and provenance. Weights are saved in float16 and measured as
+    saved.
     """
     # the run directory
     check_pretrain(config)

@@ -79,7 +79,7 @@ class FrontierConfig:
     samples: int = 256
     """completions of the reference per held-out prefix: best-of-N and the optimal frontier"""
     jobs: int | None = None
-    """runs at a time, in processes of about 2 GB; by default one per core, at most 4, one on a GPU"""
+    """runs at a time, each a process of 2 GB; by default one per core, at most 4, one on a GPU"""
 
 
 @checked
