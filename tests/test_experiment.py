@@ -347,8 +347,6 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--sft-epochs", "-1"], "sft_epochs is -1"),
         (["--lane", "gpu"], "--lane is now --config: give --config gpu"),
         (["--lane=laptop"], "--config laptop"),
-        (["--minutes", "0"], "minutes is 0"),
-        (["--minutes", "nan"], "minutes is nan"),
         (["--config", "papers"], "--config is 'papers'; it must be one of laptop, gpu, paper"),
     ],
 )
@@ -667,6 +665,12 @@ def test_a_run_fits_into_the_minutes_that_it_is_given(tiny, tmp_path, monkeypatc
     assert main(["train", *small[:-2], "--prefixes", "9", "--out", str(out)]) == 0
     assert main(["plan", *small, "--out", str(out)]) == 0
     assert not asked
+
+    # no time at all
+    for minutes in ("0", "nan"):
+        where = tmp_path / "never"
+        assert main(["train", *small[:-1], minutes, "--out", str(where)]) == 2
+        assert f"minutes is {float(minutes)}" in capsys.readouterr().err and not where.exists()
 
     # named in full
     capsys.readouterr()
