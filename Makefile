@@ -18,8 +18,8 @@ test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
 test-long: .venv/.installed-test ## Run what takes minutes alone: notebooks and experiments at full size
 	.venv/bin/python -m pytest -m long $(ARGS)
 
-demo: .venv/.installed ## Train with dpo-lab; ARGS="--help" goes to dpo-lab train
-	.venv/bin/dpo-lab train $(ARGS)
+demo: .venv/.installed ## Train with dpo-lab for 5 minutes; ARGS="--prefixes 7500" is the full run
+	.venv/bin/dpo-lab train --minutes 5 $(ARGS)
 
 bench: .venv/.installed-test ## Measure speed beside TRL and a textbook loop (about 40 minutes)
 	.venv/bin/python benchmarks/speed.py $(ARGS)

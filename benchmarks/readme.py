@@ -151,7 +151,7 @@ def methods() -> str:
             row["label"],
             _reward(row),
             f"{row['kl']:.2f}",
-            f"{row['share']:.0%}" if math.isfinite(row["share"]) else "",
+            f"{row['fraction']:.0%}" if math.isfinite(row["fraction"]) else "",
             f"{row['seconds']:.0f}",
             f"{row['tokens']:,}",
         )
@@ -177,7 +177,7 @@ def spread() -> str:
             row["seeds"],
             f"{row['reward']:.3f} ± {row['reward_sd']:.3f}",
             f"{row['kl']:.2f}",
-            _percent(row["share"]),
+            _percent(row["fraction"]),
             f"{row['least_gain']:.3f}",
             f"{row['peak_memory_mb']:,} MB",
         )
@@ -530,8 +530,8 @@ def _methods_result() -> str:
         for method in ("DPO", "PPO, learned reward")
     )
     return (
-        f"DPO reaches {_percent(dpo['share'])} of the gain that is possible at its KL, and PPO "
-        f"with a learned reward {_percent(ppo['share'])} ({dpo['seeds']} and {ppo['seeds']} seeds): "
+        f"DPO reaches {_percent(dpo['fraction'])} of the gain that is possible at its KL, and PPO "
+        f"with a learned reward {_percent(ppo['fraction'])} ({dpo['seeds']} and {ppo['seeds']} seeds): "
         "[methods compared](docs/results.md#methods-on-one-task)."
     )
 

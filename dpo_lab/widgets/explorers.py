@@ -468,7 +468,7 @@ def frontier_explorer(sweep: SweepResults | None = None) -> Explorer:
         state = {name: [row[name] for row in rows] for name in ("kl", "reward", "step")}
         moving.update({**state, "target": targets.get(run)})
         samples.value = _sample_table(*zip(*sweep.samples[run.name]))
-        last, share = rows[-1], sweep.share(rows[-1])
+        last, share = rows[-1], sweep.fraction(rows[-1])
         gain = f", {share:.0%} of the optimal gain" if np.isfinite(share) else ""
         return (
             f"reward {last['reward']:.2f} at {last['kl']:.1f} nats{gain}; {last['seconds']:.0f} s, "
