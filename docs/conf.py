@@ -1,5 +1,7 @@
 """Sphinx settings of the site: `make site` renders README, notebooks (executed), pages and API into site/."""
 
+import os
+
 project = "DPO Lab"
 author = "The DPO Lab authors"
 extensions = [
@@ -20,9 +22,9 @@ nb_execution_mode = "force"
 nb_execution_timeout = 1800  # seconds a cell, for machines that do other work beside
 nb_execution_raise_on_error = True
 nb_ipywidgets_js = {}  # no page asks another host for anything
-nb_mime_priority_overrides = [
-    ("html", "image/png", 0)
-]  # sliders show their first picture; a page has no kernel to move them
+# explorers move from frames (text/html) or show their first picture: a page has no kernel
+os.environ["DPO_LAB_FRAMES"] = "1"
+nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/png", 1)]
 
 
 def setup(app):
