@@ -222,7 +222,7 @@ def protocol(
         }
 
     lines = watch.time(
-        "train", train_dpo, policy, preferences, paper(size), evaluate=during, progress=None
+        "train", train_dpo, policy, preferences, paper(size), callback=during, progress=None
     )
     after = watch.time("evaluate after", task_evaluation, task, parts, policy, prompts)
     steps = [line["seconds"] for line in lines if "seconds" in line]

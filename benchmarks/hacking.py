@@ -122,7 +122,7 @@ def push(
         eos_token_id=end_tokens(parts.reference, parts.tokenizer),
         precision=task.precision,
         seed=i,
-        evaluate=evaluate,
+        callback=evaluate,
         progress=f"reward {i}",
     )
     return rows

@@ -1,4 +1,4 @@
-"""Sampling completions: `sample_completions` beside transformers' `generate` on the embedded GPT-2, taking turns; labelling.
+"""Sampling completions: `sample_completions` beside transformers' `generate` on the embedded GPT-2, taking turns; labeling.
 
     python benchmarks/sampling.py
 

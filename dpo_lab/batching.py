@@ -19,7 +19,7 @@ Tokens = Sequence[Sequence[int]]  # token ids, one sequence each
 
 SHARE_FROM, PACK_FROM = 1 / 4, 1 / 8  # the share of tokens that it must save
 
-ALIKE = (
+BUCKET_RATIO = (
     2 / 3
 )  # rows of these lengths go through attention together, whose work grows with the square
 
@@ -97,7 +97,7 @@ def completion_batch(
         completions: token ids of N completions, at least one token each, with EOS where they have ended.
         prompt_of: N indices into `prompts`.
         share: put completions of one prompt in one row where that saves a quarter of the tokens, and pack the rows where
-            that saves an eighth. Exact for the model families in `logprobs.SHARES_PROMPTS`; `can_share` tells.
+            that saves an eighth. Exact for the model families in `logprobs.SHARES_PROMPTS`; `can_compact` tells.
 
     Raises:
         ValueError, TypeError: an empty prompt or completion, an index outside `prompts`, or a token id that is no integer.
@@ -166,7 +166,7 @@ def completion_batch(
         lying = Spans(spans, list(range(0, there.numel(), there.shape[1])), there.numel())
         padded = [values[index].where(there, 0) for values in (tokens, positions_)]
         return CompletionBatch(*padded, segment, (), None, None, place[sources_], *predicted, lying)
-    laid = [lay(some) for some in _alike(lengths)]
+    laid = [lay(some) for some in length_buckets(lengths)]
     spread, there = (torch.cat([part[i].flatten() for part in laid]) for i in (0, 1))
     pack = torch.empty(len(ids), dtype=torch.long)
     pack[spread[there]] = there.nonzero()[:, 0]
@@ -179,11 +179,11 @@ def completion_batch(
     )
 
 
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows by length, the longest first, in parts within which no row is shorter than `ALIKE` of the longest."""
+def length_buckets(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows by length, the longest first, in parts within which no row is shorter than `BUCKET_RATIO` of the longest."""
     parts: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not parts or lengths[row] < ALIKE * lengths[parts[-1][0]]:
+        if not parts or lengths[row] < BUCKET_RATIO * lengths[parts[-1][0]]:
             parts.append([])
         parts[-1].append(row)
     return parts
@@ -214,7 +214,7 @@ def split(batch: CompletionBatch, parts: int) -> list[CompletionBatch]:
             [prompts[row] for row in range(len(prompts))],
             [completions[i] for row in some for i in members[row]],
             [int(row) for row in some for _ in members[row]],
-            share=share,
+            compact=share,
         )
         for some in rows
     ]

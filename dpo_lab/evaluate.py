@@ -95,14 +95,14 @@ def win_rate(
             f"rewards and baseline give {gap.shape} differences; give two lists of one reward a prompt"
         )
     rate, z = float(np.mean((gap > 0) + (gap == 0) / 2)), norm.ppf(0.5 + level / 2)
-    centre, half = (
+    center, half = (
         rate + z**2 / (2 * len(gap)),
         z * math.sqrt(rate * (1 - rate) / len(gap) + (z / (2 * len(gap))) ** 2),
     )
     return (
         rate,
-        float((centre - half) / (1 + z**2 / len(gap))),
-        float((centre + half) / (1 + z**2 / len(gap))),
+        float((center - half) / (1 + z**2 / len(gap))),
+        float((center + half) / (1 + z**2 / len(gap))),
     )
 
 

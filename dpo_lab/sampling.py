@@ -14,10 +14,10 @@ from dpo_lab.batching import Tokens
 from dpo_lab.engine.arguments import checked, integer, number, token_lists
 from dpo_lab.engine.attention import NO_MASK
 from dpo_lab.engine.cpu import kept_memory, matmuls_by_mkl
-from dpo_lab.engine.distributed import is_main, my_share, side_by_side, whole
-from dpo_lab.engine.lm_head import IN_CACHE
+from dpo_lab.engine.distributed import gather_shards, is_main, local_shard, parallel_map
+from dpo_lab.engine.lm_head import SOFTMAX_ROWS
 from dpo_lab.engine.structure import check_fits, check_vocabulary, unwrapped, widest
-from dpo_lab.logprobs import Precision, autocast, can_share, logit_path, use_packed_attention
+from dpo_lab.logprobs import Precision, autocast, can_compact, logit_path, use_packed_attention
 from dpo_lab.models import check_cache
 
 
@@ -98,7 +98,7 @@ def sample_with_logps(
     )
     batches: list[list[int]] = []
     while waiting:
-        longest = len(prompts[waiting[-1]]) + MOST_READ
+        longest = len(prompts[waiting[-1]]) + MAX_LENGTH_GAP
         batches.append([waiting.pop()])
         while waiting and len(batches[-1]) < rows and len(prompts[waiting[-1]]) <= longest:
             batches[-1].append(waiting.pop())
@@ -106,7 +106,7 @@ def sample_with_logps(
         seed,
         *map(int, np.random.SeedSequence(seed).generate_state(len(batches))),
     ]  # a batch's own, whoever takes it
-    mine = my_share(list(zip(batches, seeds)))
+    mine = local_shard(list(zip(batches, seeds)))
 
     def continued(item: tuple[list[int], int]) -> list[tuple[list[int], float]]:
         now, own = item
@@ -130,13 +130,13 @@ def sample_with_logps(
     )
     with bar, matmuls_by_mkl():  # oneDNN's of so few rows leave gaps in the heap that came to 2 GB
         for found in (
-            side_by_side(continued, mine) if device.type == "cpu" else map(continued, mine)
+            parallel_map(continued, mine) if device.type == "cpu" else map(continued, mine)
         ):
             sampled.append(found)
             bar.update(len(found))
     completions: list[list[list[int]]] = [[] for _ in prompts]
     logps: list[list[float]] = [[] for _ in prompts]
-    for now, found in zip(batches, whole(sampled)):
+    for now, found in zip(batches, gather_shards(sampled)):
         for i, (tokens, logp) in zip(now, found):
             completions[i].append(tokens)
             logps[i].append(logp)
@@ -180,7 +180,9 @@ def _checked(
     return *counts.values(), temperature
 
 
-MOST_READ = 16  # tokens by which prompts in one batch may differ: those that are read one by one
+MAX_LENGTH_GAP = (
+    16  # tokens by which prompts in one batch may differ: those that are read one by one
+)
 
 
 def _sample(
@@ -197,7 +199,7 @@ def _sample(
     eighth token.
     """
     device, every = generator.device, 8 if generator.device.type == "cuda" else 1
-    packed = device.type == "cuda" and can_share(
+    packed = device.type == "cuda" and can_compact(
         model
     )  # whose attention needs no mask, which transformers would look at
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -214,7 +216,9 @@ def _sample(
         torch.arange(len(prompts), device=device),
         torch.zeros_like(ends) > 0,
     )
-    cache.layers = [_Roomy(end) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        PreallocatedLayer(end) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     step = text[:, :shortest]
     for t in range(shortest, end):
         mask = NO_MASK if packed else torch.ones(len(step), t, dtype=torch.long, device=device)
@@ -225,7 +229,7 @@ def _sample(
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        part = IN_CACHE if device.type == "cpu" else len(logits)
+        part = SOFTMAX_ROWS if device.type == "cpu" else len(logits)
         drawn = [_draw(some, temperature, generator) for some in logits[:, -1].split(part)]
         step, chance = (torch.cat(parts) for parts in zip(*drawn))  # (b, 1) each
         read = t < lengths[rows]
@@ -287,7 +291,7 @@ def _first_above(cumulative: Tensor, level: Tensor) -> Tensor:
 BLOCK = 64  # tokens
 
 
-class _Roomy(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A cache layer with room for all that will come: a new token is written into it, and nothing is copied."""
 
     def __init__(self, room: int):

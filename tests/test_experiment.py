@@ -300,7 +300,7 @@ def test_the_paper_s_config_is_the_paper_s():
         "hub",
         "gpu",
     )
-    assert (dpo.beta, dpo.batch_pairs, dpo.kind) == (0.1, 64, "sigmoid")
+    assert (dpo.beta, dpo.batch_pairs, dpo.loss_type) == (0.1, 64, "sigmoid")
     assert (loop.optimizer, loop.learning_rate, loop.warmup_steps, loop.eval_every) == (
         "rmsprop",
         1e-6,

@@ -1,4 +1,4 @@
-"""Another family with other tokenizers goes through sampling, labelling, DPO and evaluation as the embedded GPT-2 does."""
+"""Another family with other tokenizers goes through sampling, labeling, DPO and evaluation as the embedded GPT-2 does."""
 
 import json
 import re

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import dpo_lab
 
 PACKAGE = Path(dpo_lab.__file__).parent
@@ -81,3 +83,29 @@ def test_no_two_modules_import_each_other():
 def test_packages_are_one_level_deep():
     assert max(len(name.split(".")) for name in modules()) == 3
     assert not [name for name in modules() if "utils" in name]
+
+
+def test_the_front_door_says_the_same_three_times():
+    """`__all__`, the table of homes, and the imports that editors read."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    read = {
+        alias.name: node.module.removeprefix("dpo_lab.")
+        for node in block.body
+        for alias in node.names
+    }
+    assert read == dpo_lab._HOME
+    assert set(dpo_lab.__all__) == {*read, "__version__"} == set(dir(dpo_lab))
+    assert len(dpo_lab.__all__) == len(set(dpo_lab.__all__)) <= 50
+
+
+@pytest.mark.parametrize("name", dpo_lab.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(dpo_lab, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'dpo_los'; it has .*dpo_loss"):
+        getattr(dpo_lab, "dpo_" + "los")
+    with pytest.raises(ImportError, match="dpo_los"):
+        exec("from dpo_lab import dpo_los")

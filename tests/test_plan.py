@@ -38,12 +38,12 @@ def counted(work):
 
 
 def padded_batch(lengths=(20, 20, 20, 20)):
-    return completion_batch(PROMPTS, [[1] * n for n in lengths], range(4), share=True)
+    return completion_batch(PROMPTS, [[1] * n for n in lengths], range(4), compact=True)
 
 
 def shared_batch():
     return completion_batch(
-        [list(range(30))] * 2, [[1] * 20 for _ in range(8)], [0] * 4 + [1] * 4, share=True
+        [list(range(30))] * 2, [[1] * 20 for _ in range(8)], [0] * 4 + [1] * 4, compact=True
     )
 
 
@@ -85,14 +85,14 @@ def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
 
 
 def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
-    monkeypatch.setattr("dpo_lab.engine.lm_head.KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr("dpo_lab.engine.lm_head.STORED_LOGITS_BYTES", 0)
     work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
     assert training_flops(model, padded_batch(), "float32") == pytest.approx(work, rel=0.1)
 
 
 def test_flops_of_sampling_are_those_that_torch_counts(model, monkeypatch):
     monkeypatch.setattr(
-        "dpo_lab.sampling.side_by_side", map
+        "dpo_lab.sampling.parallel_map", map
     )  # torch counts what its own thread does
     work = counted(
         lambda: sample_completions(model, PROMPTS, 3, eos_token_id=-1, max_new_tokens=20)

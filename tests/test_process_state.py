@@ -37,7 +37,7 @@ from dpo_lab.sentiment import sweep as frontier
 from dpo_lab.sentiment.cost import plan
 from dpo_lab.sentiment.precision import measure_precision
 from dpo_lab.sentiment.pretrain import PretrainConfig, pretrain
-from dpo_lab.sentiment.results import Contender
+from dpo_lab.sentiment.results import Run
 from dpo_lab.sentiment.reviews import load_imdb
 from dpo_lab.sentiment.reward import SentimentReward
 from dpo_lab.sentiment.run import ExperimentConfig
@@ -119,7 +119,7 @@ def stopped(tiny, folder):
                 make_preferences(str(tiny)),
                 many,
                 run=run,
-                evaluate=evaluate,
+                callback=evaluate,
                 progress=None,
             )
 
@@ -185,7 +185,7 @@ def all_of_it(tiny, folder):
 
 def sweep(tiny, folder):
     config = FrontierConfig(task=small_task(tiny), loop=LOOP, samples=16, jobs=1)
-    frontier.frontier(config, folder / "sweep", runs=[Contender("dpo", 0.1, 0)])
+    frontier.frontier(config, folder / "sweep", runs=[Run("dpo", 0.1, 0)])
 
 
 def from_scratch(tiny, folder):

@@ -71,7 +71,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(name, tied, tmp_path):
     data, whole, resumed = preferences(fresh()), fresh(), fresh()
     train_dpo(whole, data, CONFIG, progress=None)
     with pytest.raises(Interrupted):
-        train_dpo(fresh(), data, CONFIG, run=tmp_path, evaluate=stops, progress=None)
+        train_dpo(fresh(), data, CONFIG, run=tmp_path, callback=stops, progress=None)
     train_dpo(resumed, data, CONFIG, run=tmp_path, resume=True, progress=None)
     assert same(resumed, whole) and not same(whole, fresh())
 

@@ -35,7 +35,7 @@ def packed_attention(
     value,
     attention_mask,
     *,
-    alone=False,
+    may_switch_backend=False,
     rows=(),
     spread=None,
     pack=None,
@@ -47,7 +47,7 @@ def packed_attention(
     On a GPU in half precision both go through flash attention instead, as `pieces` of variable length.
 
     All else in a decoder works on one token at a time and never sees padding. bfloat16 on a CPU goes through float32: the
-    backward pass of the bfloat16 kernel is the slower one. `alone`: no other thread computes meanwhile (as those that sample
+    backward pass of the bfloat16 kernel is the slower one. `may_switch_backend`: no other thread computes meanwhile (as those that sample
     do), so that the matmuls may change hands.
     """
     if pieces is not None:
@@ -60,7 +60,7 @@ def packed_attention(
     if one and (
         widened or device == "cuda"
     ):  # there cuDNN would make a plan for each number of rows and keys
-        return _next(query.to(dtype), key.to(dtype), value, options["scaling"]), None
+        return decode_attention(query.to(dtype), key.to(dtype), value, options["scaling"]), None
     if rows:
         query, key, value = (
             x[0].transpose(0, 1).index_select(0, spread) for x in (query, key, value)
@@ -72,13 +72,13 @@ def packed_attention(
         rows = [(shape, None if mask is None else mask.float()) for shape, mask in rows]
     with torch.autocast(device, enabled=False) if widened else nullcontext():
         if not rows:
-            return _sdpa(alone, module, query, key, value, attention_mask, **options).to(
-                dtype
-            ), None  # (R, L, H, D)
+            return _sdpa(
+                may_switch_backend, module, query, key, value, attention_mask, **options
+            ).to(dtype), None  # (R, L, H, D)
         parts, sizes = [], [r * length for (r, length), _ in rows]
         for (shape, mask), *laid in zip(rows, *(x.split(sizes) for x in (query, key, value))):
             laid = (x.unflatten(0, shape).transpose(1, 2) for x in laid)  # (r, H, l, D) each
-            parts.append(_sdpa(alone, module, *laid, mask, **options).flatten(0, 1))
+            parts.append(_sdpa(may_switch_backend, module, *laid, mask, **options).flatten(0, 1))
         return torch.cat(parts).to(dtype).index_select(0, pack)[None], None
 
 
@@ -168,9 +168,15 @@ def fixed_order() -> Iterator[None]:
 
 
 def _sdpa(
-    alone: bool, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
+    may_switch_backend: bool,
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options,
 ) -> Tensor:
-    """transformers' sdpa, forward and backward, (R, L, H, D); `alone`, by MKL where the other matmuls are oneDNN's.
+    """transformers' sdpa, forward and backward, (R, L, H, D); `may_switch_backend`, by MKL where the other matmuls are oneDNN's.
 
     Its many products are so small that oneDNN would take longer to begin them than to compute them.
     """
@@ -182,7 +188,7 @@ def _sdpa(
             [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         ):
             return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    if not alone or matmul.fp32_precision != ONEDNN:
+    if not may_switch_backend or matmul.fp32_precision != ONEDNN:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
     held: list[str] = []
@@ -205,7 +211,7 @@ def _sdpa(
     return out
 
 
-def _next(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention of one query per row (R, H, 1, D) to L keys (R, G, L, D), as (R, 1, H, D): sdpa is slow at it."""
     grouped = query.unflatten(1, (key.shape[1], -1))[..., 0, :] * scaling  # (R, G, H / G, D)
     weights = (

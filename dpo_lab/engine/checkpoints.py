@@ -19,8 +19,8 @@ from safetensors.torch import save_file as save_weights
 from torch.optim import Optimizer
 
 from dpo_lab.engine.arguments import checked
-from dpo_lab.engine.distributed import count, from_main, full, is_main
-from dpo_lab.engine.runs import TRAINING, file_hash, require_space, write_whole
+from dpo_lab.engine.distributed import from_main, full_tensor, is_main, world_size
+from dpo_lab.engine.runs import TRAINING, atomic_write, file_hash, require_space
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"  # files of a checkpoint
 
@@ -49,7 +49,9 @@ def save_checkpoint(
         state["rng.cuda"] = torch.cuda.get_rng_state()
     for k, optimizer in enumerate(optimizers):
         for index, values in optimizer.state_dict()["state"].items():
-            values = {name: full(torch.as_tensor(v)) for name, v in values.items() if v is not None}
+            values = {
+                name: full_tensor(torch.as_tensor(v)) for name, v in values.items() if v is not None
+            }
             if is_main():
                 state |= {f"{k}.{index}.{name}": v.contiguous() for name, v in values.items()}
     return from_main(_write_checkpoint, path, step, model, state, data)
@@ -71,7 +73,7 @@ def _write_checkpoint(
     require_space(
         path, sum(t.numel() * t.element_size() for t in [*weights.values(), *state.values()])
     )
-    with write_whole(path, directory=True) as temporary:
+    with atomic_write(path, directory=True) as temporary:
         save_weights(weights, temporary / WEIGHTS)
         save_file(state, temporary / OPTIMIZER)
         hashes = {name: file_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
@@ -253,7 +255,7 @@ def interruptible() -> Iterator[threading.Event]:
 
     def handler(number: int, frame: Any) -> None:
         if (
-            stop.is_set() and count() == 1
+            stop.is_set() and world_size() == 1
         ):  # a launcher sends on what its processes have had from the terminal already
             raise KeyboardInterrupt
         stop.set()

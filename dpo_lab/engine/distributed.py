@@ -24,7 +24,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join(device: str) -> None:
+def setup(device: str) -> None:
     """Join the other processes that a launcher started, to compute on "cpu" (gloo) or "cuda" (nccl)."""
     if launched() > 1:
         from accelerate import PartialState  # takes a second, which a process alone need not spend
@@ -36,20 +36,20 @@ def join(device: str) -> None:
             os.environ[SHARD] = os.environ.pop("ACCELERATE_USE_FSDP")
 
 
-def leave() -> None:
+def cleanup() -> None:
     """Part from the others at the end of the work."""
-    if count() > 1:
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes that have joined; 1 where there is no launcher."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
@@ -57,27 +57,27 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def my_share(items: Sequence[T]) -> Sequence[T]:
+def local_shard(items: Sequence[T]) -> Sequence[T]:
     """Every `count()`-th of `items`, from the `rank()`-th on: what this process takes."""
-    return items[rank() :: count()]
+    return items[rank() :: world_size()]
 
 
-def gathered(mine: T) -> list[T]:
+def all_gather(mine: T) -> list[T]:
     """What each process has, in the order of the processes."""
-    if count() == 1:
+    if world_size() == 1:
         return [mine]
-    found: list = [None] * count()
+    found: list = [None] * world_size()
     dist.all_gather_object(found, mine)
     return found
 
 
-def whole(mine: Sequence[T]) -> list[T]:
+def gather_shards(mine: Sequence[T]) -> list[T]:
     """What all processes made of their shares, in the order of the items that were shared."""
-    parts = gathered(mine)
+    parts = all_gather(mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def side_by_side(call: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+def parallel_map(call: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
     """`call` of each of the items, in their order, as many at a time as torch has threads, each on one of them.
 
     Where kernels are small, as many of them as there are cores finish sooner than one after the other on all cores.
@@ -96,7 +96,7 @@ def side_by_side(call: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
 
 def from_main(call: Callable[..., T], *arguments: Any) -> T:
     """Call `call` in the main process alone; every process waits, and gets its result or its error."""
-    if count() == 1:
+    if world_size() == 1:
         return call(*arguments)
     found: list = [None, None]
     if is_main():
@@ -110,7 +110,7 @@ def from_main(call: Callable[..., T], *arguments: Any) -> T:
     return found[0]
 
 
-def say(text: object) -> None:
+def print0(text: object) -> None:
     """Print `text`, once however many processes say it."""
     if is_main():
         print(text)
@@ -118,7 +118,7 @@ def say(text: object) -> None:
 
 def sharding() -> bool:
     """Whether each process holds a part of the weights, gradients and optimizer state (`accelerate launch --use_fsdp`)."""
-    return count() > 1 and os.environ.get(SHARD, "false").lower() == "true"
+    return world_size() > 1 and os.environ.get(SHARD, "false").lower() == "true"
 
 
 def shard(module: nn.Module, model: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -150,13 +150,13 @@ def shard(module: nn.Module, model: nn.Module, optimizers: list[Optimizer]) -> N
         optimizer.state = defaultdict(dict, states)
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process holds a part; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def collect(module: nn.Module, model: nn.Module) -> None:
+def gather_weights(module: nn.Module, model: nn.Module) -> None:
     """Bring the weights of the sharded `module` into `model`, whole, in every process."""
     if sharding():
-        for whole, part in zip(model.parameters(), module.parameters()):
-            whole.data.copy_(full(part.detach()))
+        for gather_shards, part in zip(model.parameters(), module.parameters()):
+            gather_shards.data.copy_(full_tensor(part.detach()))

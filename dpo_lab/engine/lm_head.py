@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from dpo_lab.engine.cpu import matmuls_by_onednn
 from dpo_lab.engine.pieces import ROUND
 
-KEPT_LOGITS_BYTES = (
+STORED_LOGITS_BYTES = (
     2**28
 )  # logits up to 256 MiB wait for the backward pass, in one piece; beyond that it computes them again,
 
@@ -21,14 +21,14 @@ PADS_HEAD = (
 
 ON_GPU = 4  # times as much of both: a GPU needs more rows to be busy
 
-IN_CACHE = 64  # rows that are normalised at a time: many times faster than all of them, which would go through memory
+SOFTMAX_ROWS = 64  # rows that are normalized at a time: many times faster than all of them, which would go through memory
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """log softmax(hidden @ weight.T + bias)[target] at each position, (T,) nats, in chunks of bounded memory.
 
     hidden (T, D), weight (V, D), bias (V,) or None, targets (T,). Under autocast the product runs in its dtype; the
-    normaliser is float32 (float64 for float64 input).
+    normalizer is float32 (float64 for float64 input).
     """
     device, n, extra = hidden.device.type, len(targets), -len(targets) % ROUND
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -42,7 +42,7 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 def logits_budget(device: str) -> tuple[int, int]:
     """Bytes of logits that may wait for the backward pass, and of those that are there at a time beyond that."""
     times = ON_GPU if device == "cuda" else 1
-    return times * KEPT_LOGITS_BYTES, times * CHUNK_BYTES
+    return times * STORED_LOGITS_BYTES, times * CHUNK_BYTES
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -65,8 +65,8 @@ class _TokenLogps(torch.autograd.Function):
         kept_bytes, chunk_bytes = logits_budget(hidden.device.type)
         keep = grad_enabled and any(ctx.needs_input_grad) and len(targets) * row <= kept_bytes
         ctx.wide = torch.promote_types(dtype, torch.float32)
-        ctx.part = IN_CACHE if hidden.device.type == "cpu" else len(targets)
-        chunks = 1 if keep else -(-len(targets) // max(IN_CACHE, chunk_bytes // row))
+        ctx.part = SOFTMAX_ROWS if hidden.device.type == "cpu" else len(targets)
+        chunks = 1 if keep else -(-len(targets) // max(SOFTMAX_ROWS, chunk_bytes // row))
         ctx.chunk, ctx.dtype, ctx.kept = -(-len(targets) // chunks), dtype, None
         h, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if hidden.device.type in PADS_HEAD:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dpo_lab.engine.checkpoints import checkpoints_of, tensors_hash, unique_tensors, what_is_kept
 from dpo_lab.engine.distributed import from_main
-from dpo_lab.engine.runs import TRAINING, differences, read_metrics, write_json, write_whole
+from dpo_lab.engine.runs import TRAINING, atomic_write, differences, read_metrics, write_json
 
 REFERENCE = "reference.safetensors"
 
@@ -136,7 +136,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _write_logps(run: Path, logps: np.ndarray) -> None:
-    with write_whole(run / REFERENCE) as temporary:
+    with atomic_write(run / REFERENCE) as temporary:
         save_file({"logps": torch.as_tensor(logps)}, temporary)
 
 

@@ -33,7 +33,7 @@ TRAINING = "training.json"  # records.py
 
 @checked
 @contextmanager
-def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when it does not.
 
     Of several processes only the main one's file is kept.
@@ -79,7 +79,7 @@ def write_whole(path: Path | str, *, directory: bool = False) -> Iterator[Path]:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -118,7 +118,7 @@ def require_writable(directory: Path) -> None:
 
 def provenance() -> dict[str, str]:
     """Where a result comes from: commit ("-dirty" where code differs from it), command, machine and versions."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     script = Path(sys.argv[0]).absolute()
     shown = script.relative_to(root) if script.is_relative_to(root) else script.name
     program = "dpo-lab" if script.name in ("dpo-lab", "cli.py") else f"python {shown}"

@@ -26,8 +26,8 @@ from dpo_lab.engine.distributed import from_main
 from dpo_lab.engine.records import locked, require_unused
 from dpo_lab.engine.runs import append_metrics
 from dpo_lab.engine.structure import check_trainable, context_of, unwrapped, widest
-from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps
-from dpo_lab.loop import Evaluate
+from dpo_lab.logprobs import Precision, autocast, can_compact, completion_logps
+from dpo_lab.loop import Callback
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel
 from dpo_lab.sampling import sample_completions
@@ -42,7 +42,7 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (N, L) of tokens, by generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
+    """Advantages and returns (N, L) of tokens, by generalized advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
 
     A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t; behind a row's last token V and A are zero. `mask`
     (N, L) is True from the first token of a row to its last. Returns are advantages plus values.
@@ -119,7 +119,7 @@ class PPOConfig:
     gamma: float = 1.0
     """discount a token"""
     lam: float = 0.95
-    """lambda of generalised advantage estimation"""
+    """lambda of generalized advantage estimation"""
     whiten_rewards: bool = False
     """divide the rewards of a rollout's tokens by their standard deviation, as Ziegler et al. do; `value_clip` is then in these"""
     value_coefficient: float = 0.1
@@ -188,7 +188,7 @@ def train_ppo(
     seed: int = 0,
     ptx: Callable[[], CompletionBatch] | None = None,
     run: Path | str | None = None,
-    evaluate: Evaluate | None = None,
+    callback: Callback | None = None,
     progress: str | None = "PPO",
 ) -> list[dict[str, Any]]:
     """Train `policy` and `value_model` in place by PPO on the reward, and return the metrics, one dict a rollout.
@@ -196,14 +196,14 @@ def train_ppo(
     Args:
         policy: a causal LM, at first equal to `reference`; dropout is switched off in all models.
         value_model: of the same family and vocabulary; a copy of the reference under a zero head.
-        reward: called with N prompts and N completions (token ids). It is normalised by its mean and standard deviation on
+        reward: called with N prompts and N completions (token ids). It is normalized by its mean and standard deviation on
             completions of the reference, so that `kl_coefficient` means the same for every reward.
         prompts: token ids, taken in shuffled order.
         ptx: gives a batch of text for each optimizer step, for `ptx_coefficient`.
         run: directory for `metrics.jsonl`, a new one for each run; without it nothing is written.
-        evaluate: called with (policy, rollout), as by `train_dpo`.
+        callback: called with (policy, rollout), as by `train_dpo`.
 
-    Metrics: `objective/*` of the rollout (reward as given; score, normalised; kl in nats a completion; non_score_reward;
+    Metrics: `objective/*` of the rollout (reward as given; score, normalized; kl in nats a completion; non_score_reward;
     entropy in nats a token), `policy/*` and `value/*`, means over its updates, `kl_coefficient`, `tokens` sampled so far.
 
     Raises:
@@ -235,7 +235,7 @@ def train_ppo(
         return [row[0] for row in rows]
 
     first = [prompts[i] for i in rng.choice(len(prompts), min(512, len(prompts)), replace=False)]
-    raw = checked_rewards(reward, first, sample(reference, first))
+    raw = score(reward, first, sample(reference, first))
     mean, deviation = raw.mean(), raw.std() or 1.0
     groups = [
         {"params": list(policy.parameters()), "lr": config.learning_rate},
@@ -254,18 +254,18 @@ def train_ppo(
         locked(run) if run else nullcontext(),
         tqdm(total=config.steps, desc=progress, disable=progress is None, unit="rollout") as bar,
     ):
-        if evaluate:
-            log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(policy, 0).items()})
+        if callback:
+            log({"step": 0} | {f"eval/{k}": v for k, v in callback(policy, 0).items()})
         for step in range(1, config.steps + 1):
             began = time.perf_counter()
             while len(order) < config.batch:
                 order += rng.permutation(len(prompts)).tolist()
             some, order = [prompts[i] for i in order[: config.batch]], order[config.batch :]
             completions = sample(policy, some)
-            raw = checked_rewards(reward, some, completions)
+            raw = score(reward, some, completions)
             cut = np.array([ids[-1] not in stops for ids in completions])
             scores = torch.from_numpy((raw - mean) / deviation - config.no_eos_penalty * cut)
-            rollout, means = learn(
+            rollout, means = ppo_update(
                 roles,
                 optimizer,
                 some,
@@ -304,13 +304,13 @@ def train_ppo(
                 )
             bar.set_postfix(reward=f"{raw.mean():.3f}", kl=f"{kl:.2f}", refresh=False)
             bar.update()
-            if evaluate and (step % config.eval_every == 0 or step == config.steps):
-                log({"step": step} | {f"eval/{k}": v for k, v in evaluate(policy, step).items()})
+            if callback and (step % config.eval_every == 0 or step == config.steps):
+                log({"step": step} | {f"eval/{k}": v for k, v in callback(policy, step).items()})
     return history
 
 
 @checked
-def learn(
+def ppo_update(
     roles: Roles,
     optimizer: torch.optim.Optimizer,
     prompts: list[list[int]],
@@ -328,7 +328,7 @@ def learn(
         parts = np.split(rng.permutation(config.batch), config.batch // config.minibatch)
         minibatches = [(part, batch_of(roles, prompts, completions, part)) for part in parts]
         if epoch == 0:
-            rollout = assess(
+            rollout = annotate_rollout(
                 roles, completions, scores, minibatches, kl_coefficient, config, precision
             )
         for part, batch in minibatches:
@@ -355,16 +355,16 @@ def batch_of(
     roles: Roles, prompts: list[list[int]], completions: list[list[int]], part: np.ndarray
 ) -> CompletionBatch:
     """The completions of a minibatch, their tokens in its order."""
-    share = all(map(can_share, (roles.policy, roles.reference, roles.value.model)))
+    share = all(map(can_compact, (roles.policy, roles.reference, roles.value.model)))
     batch = completion_batch(
-        [prompts[i] for i in part], [completions[i] for i in part], range(len(part)), share=share
+        [prompts[i] for i in part], [completions[i] for i in part], range(len(part)), compact=share
     )
     return batch.to(roles.policy.device)
 
 
 @torch.no_grad()
 @checked
-def assess(
+def annotate_rollout(
     roles: Roles,
     completions: list[list[int]],
     scores: Tensor,
@@ -459,9 +459,7 @@ def update(
     return float(norm)
 
 
-def checked_rewards(
-    reward: Reward, prompts: list[list[int]], completions: list[list[int]]
-) -> np.ndarray:
+def score(reward: Reward, prompts: list[list[int]], completions: list[list[int]]) -> np.ndarray:
     """The rewards of N completions, (N,). Raises ValueError unless they are N finite numbers."""
     found = np.asarray(reward(prompts, completions), dtype=np.float64)
     if found.shape != (len(completions),):

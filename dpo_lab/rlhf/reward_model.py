@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dpo_lab.batching import CompletionBatch, Tokens, completion_batch
 from dpo_lab.engine.arguments import checked
-from dpo_lab.engine.distributed import count, my_share
+from dpo_lab.engine.distributed import local_shard, world_size
 from dpo_lab.engine.structure import unwrapped
-from dpo_lab.logprobs import Precision, autocast, can_share
+from dpo_lab.logprobs import Precision, autocast, can_compact
 from dpo_lab.loop import LoopConfig, check_loop, fit
 from dpo_lab.losses import bradley_terry_nll
 from dpo_lab.models import ScalarModel
@@ -49,7 +49,7 @@ class LearnedReward:
         longer = [
             [*ids, ids[-1]] for ids in completions
         ]  # for the last token of a completion is not read
-        return completion_batch(prompts, longer, prompt_of, share=can_share(self.model.model))
+        return completion_batch(prompts, longer, prompt_of, compact=can_compact(self.model.model))
 
     @torch.no_grad()
     def __call__(self, prompts: Tokens, completions: Tokens) -> np.ndarray:
@@ -138,9 +138,11 @@ def train_reward_model(
     plan = plan_prompts(groups, config.epochs, config.batch_pairs, seed)
     reward, best = LearnedReward(model, precision=precision), {}
 
-    def micro_batches(step: int, accumulate: int) -> list[_RankedBatch]:
-        parts = np.array_split(np.array(plan[step]), min(accumulate * count(), len(plan[step])))
-        return [ranked([groups[g] for g in part]) for part in my_share(parts)]
+    def micro_batches(step: int, gradient_accumulation_steps: int) -> list[_RankedBatch]:
+        parts = np.array_split(
+            np.array(plan[step]), min(gradient_accumulation_steps * world_size(), len(plan[step]))
+        )
+        return [ranked([groups[g] for g in part]) for part in local_shard(parts)]
 
     def ranked(some: list[list[int]]) -> _RankedBatch:
         pairs = np.concatenate(some)
@@ -188,7 +190,7 @@ def train_reward_model(
         precision=precision,
         run=None,
         resume=False,
-        evaluate=evaluate,
+        callback=evaluate,
         progress=progress,
         scorer=_Rewarder,
     )

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from dpo_lab.batching import CompletionBatch, completion_batch
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, return_freed_memory
-from dpo_lab.engine.lm_head import IN_CACHE, logits_budget
+from dpo_lab.engine.lm_head import SOFTMAX_ROWS, logits_budget
 from dpo_lab.engine.pieces import ROUND
 from dpo_lab.engine.runs import peak_memory_mb
-from dpo_lab.logprobs import Precision, autocast, can_share, completion_logps, completion_states
+from dpo_lab.logprobs import Precision, autocast, can_compact, completion_logps, completion_states
 from dpo_lab.loop import (
     LoopConfig,
     blocks_of,
@@ -145,7 +145,7 @@ def plan(
     n, k, device = len(prompts), completions, next(reference.parameters()).device
     groups = [list(range(comb(k, 2)))] * n
     steps = plan_prompts(groups, config.epochs, config.batch_pairs, 0)
-    some = prompts[: -(-len(steps[0]) // config.loop.accumulate)]
+    some = prompts[: -(-len(steps[0]) // config.loop.gradient_accumulation_steps)]
     micro = _batch(reference, some, k, max_new_tokens)
     again = config.loop.gradient_checkpointing
     warn_of_warmup(len(steps), config.loop)
@@ -330,7 +330,7 @@ def training_bytes(
     """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits, slack.
 
     Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it. Logits are those that
-    wait for the backward pass, a chunk of them, a few rows that are normalised, the gradient of the head before it is added to
+    wait for the backward pass, a chunk of them, a few rows that are normalized, the gradient of the head before it is added to
     the others, and the head in bfloat16 where that is not its own precision.
     """
     head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
@@ -352,7 +352,7 @@ def training_bytes(
         "activations": activations,
         "logits": kept * (kept <= most_kept)
         + chunk
-        + 3 * 4 * IN_CACHE * len(head)
+        + 3 * 4 * SOFTMAX_ROWS * len(head)
         + (not config.lora_rank) * head.numel() * head.element_size()
         + (precision == "bfloat16" and head.dtype != torch.bfloat16)
         * head.numel()
@@ -464,7 +464,9 @@ def _batch(
 ) -> CompletionBatch:
     """`k` completions of each prompt, all of `tokens` tokens, as training lays them out."""
     owners = [p for p in range(len(prompts)) for _ in range(k)]
-    return completion_batch(prompts, [[0] * tokens] * len(owners), owners, share=can_share(model))
+    return completion_batch(
+        prompts, [[0] * tokens] * len(owners), owners, compact=can_compact(model)
+    )
 
 
 def _rows(model: nn.Module, tokens: int, device: str, most: int) -> int:

@@ -17,9 +17,9 @@ from transformers import (
 
 from dpo_lab.batching import CompletionBatch, completion_batch, pack, whole_documents
 from dpo_lab.engine.arguments import checked
-from dpo_lab.engine.distributed import join
+from dpo_lab.engine.distributed import setup
 from dpo_lab.engine.records import require_free
-from dpo_lab.engine.runs import open_run, provenance, read_metrics, require_writable, write_whole
+from dpo_lab.engine.runs import atomic_write, open_run, provenance, read_metrics, require_writable
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig, check_loop
 from dpo_lab.sampling import sample_completions
@@ -73,7 +73,7 @@ def pretrain(
     """
     check_pretrain(config)
     require_writable(out)
-    join("cpu")
+    setup("cpu")
     run = open_run(Path(out).expanduser(), asdict(config), resume=resume)
     require_free(run)
     origin = provenance()
@@ -111,11 +111,11 @@ def pretrain(
         precision="bfloat16",
         run=run,
         resume=resume,
-        evaluate=evaluate,
+        callback=evaluate,
         progress="pretrain",
     )
 
-    with write_whole(run / "model", directory=True) as folder:
+    with atomic_write(run / "model", directory=True) as folder:
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         saved = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)

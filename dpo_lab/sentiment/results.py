@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_lab.assets import EMBEDDED
+from dpo_lab.assets import ASSETS
 from dpo_lab.engine.arguments import checked, integer, number, one_of
 from dpo_lab.theory.frontier import OptimalFrontier
 
@@ -34,7 +34,7 @@ LABELS: dict[Method, tuple[str, str]] = {  # and what is varied of it
 
 Repeated = Literal["dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft"]
 
-REPEATED: dict[Repeated, float] = {  # settings that end within 5 nats
+REPEAT_SETTINGS: dict[Repeated, float] = {  # settings that end within 5 nats
     "dpo": 0.37,
     "ppo": 4.8,
     "ppo-gt": 5.1,
@@ -42,9 +42,7 @@ REPEATED: dict[Repeated, float] = {  # settings that end within 5 nats
     "preferred-ft": 0.0,
 }
 
-REPEATS = [
-    EMBEDDED.parent / name for name in ("repeats", "repeats-ppo-gt", "repeats-likelihood")
-]  # shipped
+REPEATS = [ASSETS / name for name in ("repeats", "repeats-ppo-gt", "repeats-likelihood")]  # shipped
 
 COLUMNS = (
     "method",
@@ -61,7 +59,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Contender:
+class Run:
     """One run: a method, what is varied of it, and a seed."""
 
     method: Method
@@ -92,25 +90,21 @@ class Contender:
         return f"{self.method}-{short if float(short) == self.setting else repr(self.setting)}-seed{self.seed}"
 
 
-def contenders(seed: int = 0) -> list[Contender]:
+def paper_runs(seed: int = 0) -> list[Run]:
     """The paper's 22 runs: beta of DPO, target KL of PPO and PPO-GT, alpha of unlikelihood, seeds of Preferred-FT."""
     grid = {"dpo": BETAS, "ppo": TARGETS, "ppo-gt": TARGETS, "unlikelihood": ALPHAS}
-    runs = [
-        Contender(method, setting, seed)
-        for method, settings in grid.items()
-        for setting in settings
-    ]
-    return runs + [Contender("preferred-ft", 0.0, seed + i) for i in SEEDS]
+    runs = [Run(method, setting, seed) for method, settings in grid.items() for setting in settings]
+    return runs + [Run("preferred-ft", 0.0, seed + i) for i in SEEDS]
 
 
 @checked
-def repeats(*methods: Repeated) -> list[Contender]:
+def repeats(*methods: Repeated) -> list[Run]:
     """The setting of `REPEATED` of each of these methods in three seeds."""
-    return [Contender(method, REPEATED[method], seed) for seed in range(3) for method in methods]
+    return [Run(method, REPEAT_SETTINGS[method], seed) for seed in range(3) for method in methods]
 
 
 @dataclass(frozen=True)
-class Recorded:
+class SweepResults:
     """A finished sweep."""
 
     rows: list[dict[str, Any]]
@@ -134,11 +128,11 @@ class Recorded:
         """Mean reward of the reference."""
         return next(row["reward"] for row in self.rows if row["method"] == "sft")
 
-    def runs(self) -> dict[Contender, list[dict[str, Any]]]:
+    def runs(self) -> dict[Run, list[dict[str, Any]]]:
         """The evaluations of every run."""
-        found: dict[Contender, list[dict[str, Any]]] = {}
+        found: dict[Run, list[dict[str, Any]]] = {}
         for row in self.rows:
-            found.setdefault(Contender(row["method"], row["setting"], row["seed"]), []).append(row)
+            found.setdefault(Run(row["method"], row["setting"], row["seed"]), []).append(row)
         return found
 
     def by_method(self) -> dict[str, list[dict[str, Any]]]:
@@ -209,9 +203,9 @@ class Recorded:
 
 
 @checked
-def recorded(folder: Path | str | None = None) -> Recorded:
+def load_sweep(folder: Path | str | None = None) -> SweepResults:
     """The sweep that `dpo-lab frontier` left in `folder`; by default the one that comes with the package."""
-    folder = EMBEDDED.parent if folder is None else folder
+    folder = ASSETS if folder is None else folder
     for name in ("frontier.csv", "frontier.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(
@@ -226,7 +220,7 @@ def recorded(folder: Path | str | None = None) -> Recorded:
         row |= {name: int(row[name]) for name in ("seed", "step", "tokens")}
     found = json.loads((folder / "frontier.json").read_text(encoding="utf-8"))
     optimal = found["optimal"]
-    return Recorded(
+    return SweepResults(
         rows,
         OptimalFrontier(*(np.array(optimal[name]) for name in OptimalFrontier._fields)),
         np.array([optimal[name] for name in ("at", "low", "high")], dtype=np.float64),

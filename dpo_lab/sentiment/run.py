@@ -12,11 +12,12 @@ import torch
 from dpo_lab.engine.arguments import checked, settled
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.cpu import return_freed_memory
-from dpo_lab.engine.distributed import join, say
+from dpo_lab.engine.distributed import print0, setup
 from dpo_lab.engine.escaping import for_markdown
 from dpo_lab.engine.records import locked, require_free
 from dpo_lab.engine.runs import (
     SNAPSHOTS,
+    atomic_write,
     check_run,
     open_run,
     peak_memory_mb,
@@ -25,7 +26,6 @@ from dpo_lab.engine.runs import (
     require_space,
     require_writable,
     write_json,
-    write_whole,
 )
 from dpo_lab.evaluate import Evaluation
 from dpo_lab.logprobs import score_completions
@@ -129,7 +129,7 @@ def train(
     Raises:
         ValueError: a bad config, a directory with another one, or one in which another process is at work.
     """
-    join(config.task.device)
+    setup(config.task.device)
     began = time.perf_counter()
     finished, data = out / "summary.json", data or out / "data"
     config = replace(config, task=recorded_precision(located(config.task), out, data))
@@ -148,7 +148,7 @@ def train(
     require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
     config = replace(config, task=measured_precision(config.task, parts, config.dpo.beta))
     expected = planned(config, parts)
-    say(expected)
+    print0(expected)
     expected.check()
     open_run(out, asdict(config), resume=resume)
     with locked(out, "run.lock"):
@@ -192,7 +192,7 @@ def _trained(
         seed=config.task.seed,
         run=out,
         resume=resume,
-        evaluate=during,
+        callback=during,
         progress="train",
     )
     after = evaluation(policy, len(prompts), "evaluate after")
@@ -244,7 +244,7 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
     task = TaskConfig(**recorded["task"])
     task = settled(replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes))
     require_writable(run)
-    join(task.device)
+    setup(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     parts = load_parts(replace(task, model=_reference_of(run, summary["reference"])))
     if summary.get("reference_weights") not in (None, weights_hash(parts.reference)):
@@ -265,7 +265,7 @@ def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int 
     rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
     for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
         rows.append(f"| {for_markdown(b)} | {rb:.2f} | {for_markdown(a)} | {ra:.2f} |")
-    with write_whole(out / "samples.md") as temporary:
+    with atomic_write(out / "samples.md") as temporary:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
@@ -303,7 +303,7 @@ def save_snapshot(
         "kl": result.kl,
     }
     earlier = [old for old in read_snapshots(out) if old["step"] < step] if path.exists() else []
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]),
             encoding="utf-8",
@@ -333,7 +333,7 @@ def save_figures(
         "reward_kl": plot_frontier({"DPO": points}, frontier),
     }
     for name, figure in figures.items():
-        with write_whole(out / "figures" / f"{name}.png") as temporary:
+        with atomic_write(out / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png")
 
 

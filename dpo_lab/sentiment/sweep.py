@@ -24,13 +24,13 @@ from dpo_lab.engine.cpu import keep_freed_memory
 from dpo_lab.engine.distributed import launched
 from dpo_lab.engine.records import locked, require_free
 from dpo_lab.engine.runs import (
+    atomic_write,
     check_run,
     open_run,
     peak_memory_mb,
     provenance,
     require_writable,
     write_json,
-    write_whole,
 )
 from dpo_lab.loop import LoopConfig, blocks_of, check_loop
 from dpo_lab.models import ScalarModel, end_tokens, load_model
@@ -43,7 +43,7 @@ from dpo_lab.rlhf.reward_model import (
     train_reward_model,
 )
 from dpo_lab.sampling import sample_completions, texts_of
-from dpo_lab.sentiment.results import COLUMNS, Contender, Repeated, contenders
+from dpo_lab.sentiment.results import COLUMNS, Repeated, Run, paper_runs
 from dpo_lab.sentiment.reviews import sample_prefixes
 from dpo_lab.sentiment.task import (
     Parts,
@@ -95,7 +95,7 @@ class FrontierConfig:
 
 @checked
 def frontier(
-    config: FrontierConfig, out: Path, *, runs: list[Contender] | None = None
+    config: FrontierConfig, out: Path, *, runs: list[Run] | None = None
 ) -> list[dict[str, Any]]:
     """Run every contender that has not finished yet, and write the evaluations of all finished runs to `out/frontier.csv`.
 
@@ -108,7 +108,7 @@ def frontier(
         raise ValueError(
             f"frontier was launched {launched()} times; it starts processes of its own (jobs), so launch it once"
         )
-    runs = contenders(config.task.seed) if runs is None else runs
+    runs = paper_runs(config.task.seed) if runs is None else runs
     check_frontier(config, runs)
     began = time.perf_counter()
     origin, config = (
@@ -138,7 +138,7 @@ def frontier(
     tables = [reference, *(found[name] for name in finished)]
     rows = [row for table in tables for row in table["rows"]]
     with (
-        write_whole(out / "frontier.csv") as temporary,
+        atomic_write(out / "frontier.csv") as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS)
@@ -168,7 +168,7 @@ def frontier(
 def _run_all(
     config: FrontierConfig,
     parts: Parts,
-    todo: list[Contender],
+    todo: list[Run],
     total: int,
     out: Path,
     origin: dict[str, str],
@@ -201,7 +201,7 @@ def _run_all(
 
 
 @checked
-def check_frontier(config: FrontierConfig, runs: list[Contender]) -> None:
+def check_frontier(config: FrontierConfig, runs: list[Run]) -> None:
     """Raise ValueError for a value that the sweep or one of its runs cannot work with, named with what is allowed."""
     check_task(config.task)
     check_loop(config.loop)
@@ -229,13 +229,13 @@ def check_frontier(config: FrontierConfig, runs: list[Contender]) -> None:
 
 
 @checked
-def dpo_config(run: Contender, config: FrontierConfig) -> DPOConfig:
+def dpo_config(run: Run, config: FrontierConfig) -> DPOConfig:
     """What `train_dpo` does in this run."""
     return DPOConfig(beta=run.setting, batch_pairs=config.batch_pairs, loop=config.loop)
 
 
 @checked
-def ppo_config(run: Contender, config: FrontierConfig) -> PPOConfig:
+def ppo_config(run: Run, config: FrontierConfig) -> PPOConfig:
     """What `train_ppo` does in this run."""
     return replace(config.ppo, kl_target=run.setting, max_new_tokens=config.task.max_new_tokens)
 
@@ -248,7 +248,7 @@ def settings(config: FrontierConfig) -> dict[str, Any]:
 
 @checked
 def finish_alone(
-    run: Contender | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int
+    run: Run | None, config: FrontierConfig, out: Path, origin: dict[str, str], threads: int
 ) -> int:
     """`finish` in a process of its own."""
     torch.set_num_threads(threads)
@@ -259,7 +259,7 @@ def finish_alone(
 
 @checked
 def finish(
-    run: Contender | None,
+    run: Run | None,
     config: FrontierConfig,
     parts: Parts,
     preferences: Preferences,
@@ -273,7 +273,7 @@ def finish(
                 out / "baselines.json", {**baselines(config.task, parts, config.samples), **origin}
             )
         return 0
-    result = run_contender(run, config, parts, preferences, out)
+    result = finish_run(run, config, parts, preferences, out)
     write_json(
         out / run.name / "rows.json",
         {**result, "peak_memory_mb": round(peak_memory_mb()), **origin},
@@ -282,8 +282,8 @@ def finish(
 
 
 @checked
-def run_contender(
-    run: Contender, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path
+def finish_run(
+    run: Run, config: FrontierConfig, parts: Parts, preferences: Preferences, out: Path
 ) -> dict[str, Any]:
     """Train one contender; a row for each of its evaluations, the first eight texts of the last with their rewards, and of PPO
     the mean score of every rollout: the reward that it was given, in standard deviations on the reference's completions."""
@@ -324,7 +324,7 @@ def run_contender(
         return {"reward": result.reward, "kl": result.kl}
 
     scores: list[float] = []
-    common: dict[str, Any] = {"evaluate": evaluate, "progress": None}
+    common: dict[str, Any] = {"callback": evaluate, "progress": None}
     one_of("method", run.method, Repeated)
     if run.method == "dpo":
         train_dpo(policy, preferences, dpo_config(run, config), seed=run.seed, **common)
@@ -378,9 +378,9 @@ def reward_model(config: FrontierConfig, preferences: Preferences, out: Path) ->
             precision=config.task.precision,
             seed=config.task.seed,
         )
-        with write_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             save_weights(model, str(temporary))
-        with write_whole(out / "reward_model.jsonl") as temporary:
+        with atomic_write(out / "reward_model.jsonl") as temporary:
             temporary.write_text(
                 "".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8"
             )

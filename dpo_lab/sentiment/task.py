@@ -15,14 +15,14 @@ from dpo_lab.batching import CompletionBatch, begun, completion_batch, pack
 from dpo_lab.engine.arguments import checked, finite_positive
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.cpu import return_freed_memory
-from dpo_lab.engine.distributed import from_main, join, say
+from dpo_lab.engine.distributed import from_main, print0, setup
 from dpo_lab.engine.runs import (
+    atomic_write,
     check_run,
     open_run,
     read_config,
     require_space,
     require_writable,
-    write_whole,
 )
 from dpo_lab.engine.structure import context_of
 from dpo_lab.evaluate import Evaluation, evaluate_policy
@@ -188,7 +188,7 @@ def measured_precision(
         )
         if test.speedup < 0.5:
             break
-    say(test)
+    print0(test)
     return replace(config, precision=test.choice)
 
 
@@ -248,7 +248,7 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
 
     Rows of `sft_length` tokens, 64 a step. An interrupted call continues at its last checkpoint.
     """
-    join(config.device)
+    setup(config.device)
     config = recorded_precision(located(config), data)
     parts = parts or load_parts(config)
     if not config.sft_epochs:
@@ -258,7 +258,9 @@ def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
         config = measured_precision(config, parts)
         rows = _sft_rows(list(parts.reviews["train"]["text"]), parts)
         plan = plan_prompts([[0]] * len(rows), config.sft_epochs, SFT_ROWS, config.seed)
-        loop = LoopConfig(learning_rate=config.sft_learning_rate, accumulate=SFT_ACCUMULATE)
+        loop = LoopConfig(
+            learning_rate=config.sft_learning_rate, gradient_accumulation_steps=SFT_ACCUMULATE
+        )
         open_run(data, data_config(config), resume=True)
         open_run(run, asdict(loop) | {"steps": len(plan)}, resume=True)
 
@@ -290,7 +292,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
 
     Their log-probs, which sampling knows, are kept beside them.
     """
-    join(config.device)
+    setup(config.device)
     path = data / "samples.json"
     config = recorded_precision(located(config), data)
     if (data / "config.json").exists() and path.exists():
@@ -318,7 +320,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
     )
     texts = texts_of(parts.tokenizer, prompts, completions)
     samples = {"prompts": prompts, "completions": completions, "logps": logps, "texts": texts}
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
     return samples
 
@@ -326,7 +328,7 @@ def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[s
 @checked
 def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
     """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
-    join(config.device)
+    setup(config.device)
     config = recorded_precision(located(config), data)
     if (data / "config.json").exists() and (data / "preferences").exists():
         open_run(data, data_config(config), resume=True)
@@ -429,7 +431,7 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pat
     A generation config is written as it is: transformers reads what it refuses to write, such as a temperature without sampling.
     """
     own = getattr(policy, "generation_config", None)
-    with write_whole(path, directory=True) as temporary:
+    with atomic_write(path, directory=True) as temporary:
         if own is not None:
             policy.generation_config = GenerationConfig()
         try:

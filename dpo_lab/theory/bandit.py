@@ -35,7 +35,7 @@ def pair_weights(reference: Tensor, reward: Tensor) -> Tensor:
 def sample_pairs(
     reference: Tensor, reward: Tensor, n: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """`n` labelled pairs drawn as `pair_weights` says: chosen and rejected, (n,) each."""
+    """`n` labeled pairs drawn as `pair_weights` says: chosen and rejected, (n,) each."""
     drawn = torch.multinomial(
         pair_weights(reference, reward), integer("n", n), replacement=True, generator=generator
     )
@@ -43,7 +43,7 @@ def sample_pairs(
     return chosen[drawn], rejected[drawn]
 
 
-def descend(loss: Loss, reference: Tensor, *, steps: int, learning_rate: float) -> Tensor:
+def gradient_descent(loss: Loss, reference: Tensor, *, steps: int, learning_rate: float) -> Tensor:
     """Gradient descent on logits from the reference: the policies on the way, (steps + 1, n)."""
     steps, learning_rate = integer("steps", steps), number("learning_rate", learning_rate)
     logits = reference.log().clone().requires_grad_()
@@ -55,7 +55,7 @@ def descend(loss: Loss, reference: Tensor, *, steps: int, learning_rate: float) 
     return torch.stack(path)
 
 
-def minimise(loss: Loss, reference: Tensor, *, iterations: int = 500) -> Tensor:
+def minimize(loss: Loss, reference: Tensor, *, iterations: int = 500) -> Tensor:
     """The policy (n,) of least loss, by L-BFGS from the reference. Where there is none, it is how far `iterations` came."""
     logits = reference.log().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -84,8 +84,8 @@ def exact_gradient(logits: Tensor, reference: Tensor, reward: Tensor, beta: floa
     )[0]
 
 
-def penalised_rewards(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """r - beta log(pi / pi_ref) of each completion, (n,): what policy gradients maximise the mean of. It has no gradient."""
+def penalized_rewards(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """r - beta log(pi / pi_ref) of each completion, (n,): what policy gradients maximize the mean of. It has no gradient."""
     return (
         reward - number("beta", beta) * (torch.log_softmax(logits, -1) - reference.log())
     ).detach()
@@ -134,7 +134,7 @@ def policy_gradient(
     for _ in range(steps):
         policy = torch.softmax(logits, -1)
         actions = torch.multinomial(policy, samples, replacement=True, generator=generator)  # (N,)
-        returns = penalised_rewards(logits, reference, reward, beta)[actions]
+        returns = penalized_rewards(logits, reference, reward, beta)[actions]
         advantages = returns - returns.mean() if baseline else returns
         if clip is None:
             logits = logits + learning_rate * reinforce_gradients(logits, actions, advantages).mean(

@@ -29,8 +29,8 @@ class BradleyTerryFit:
         direction = np.zeros(len(self.rewards))
         direction[a], direction[b] = 1, -1
         half = norm.ppf(0.5 + level / 2) * np.sqrt(direction @ self.covariance @ direction)
-        centre = self.rewards[a] - self.rewards[b]
-        return float(centre - half), float(centre + half)
+        center = self.rewards[a] - self.rewards[b]
+        return float(center - half), float(center + half)
 
 
 def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) -> BradleyTerryFit:

@@ -74,7 +74,7 @@ def optimal_frontier(scores: np.ndarray, betas: Sequence[float]) -> OptimalFront
         scores: (M, K) rewards of K completions of each of M prompts, sampled from the reference.
         betas: (B,) strengths of the KL constraint, positive.
 
-    KL = E*[r] / beta - log Z, by self-normalised importance sampling. Where the effective number of samples nears 1 it is no
+    KL = E*[r] / beta - log Z, by self-normalized importance sampling. Where the effective number of samples nears 1 it is no
     longer valid: the KL cannot exceed log K.
     """
     scores, betas = floats("scores", scores), floats("betas", betas)

@@ -39,7 +39,7 @@ def log_partition(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
 
 
 def optimal_policy(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """pi* = pi_ref exp(r / beta) / Z, the policy that maximises the objective, (..., n) (Eq. 4)."""
+    """pi* = pi_ref exp(r / beta) / Z, the policy that maximizes the objective, (..., n) (Eq. 4)."""
     beta = _checked_tilt(reference, reward, beta)
     return torch.softmax(_log(reference) + (reward - reward.amax(-1, keepdim=True)) / beta, -1)
 

@@ -104,7 +104,7 @@ def is_zero(expression: Expr) -> bool:
 
 def equation(left: Expr, right: Expr) -> Eq:
     """left = right, kept as it is written."""
-    return Eq(left, right, evaluate=False)
+    return Eq(left, right, callback=False)
 
 
 def partition(rho: tuple[Expr, ...], r: tuple[Expr, ...]) -> Expr:
@@ -250,7 +250,7 @@ def optimum_by_lagrange(n: int) -> Derivation:
     )
 
 
-def reparametrisation(n: int) -> Derivation:
+def reparameterization(n: int) -> Derivation:
     """Eq. 5: the reward in terms of its optimal policy."""
     steps = tuple(
         Step(
@@ -386,7 +386,7 @@ def derivations(n: int = 3) -> list[Derivation]:
         optimum(n),
         optimum_for_any_n(),
         optimum_by_lagrange(n),
-        reparametrisation(n),
+        reparameterization(n),
         bradley_terry(),
         plackett_luce(n),
         loss_and_gradient(),
@@ -410,7 +410,7 @@ def equation_index() -> list[dict[str, str]]:
         ),
         ("Eq. 3", "optimum", "objective.objective_value", objective_test),
         ("Eq. 4", "optimum, optimum_by_lagrange", "objective.optimal_policy", objective_test),
-        ("Eq. 5", "reparametrisation", "objective.implicit_reward", objective_test),
+        ("Eq. 5", "reparameterization", "objective.implicit_reward", objective_test),
         ("Eq. 6", "bradley_terry", "losses.dpo_loss", loss_test),
         ("Eq. 7", "loss_and_gradient", "losses.dpo_loss", loss_test),
         ("Eq. 11-15", "optimum, optimum_for_any_n", "objective.value_gap", objective_test),

@@ -25,22 +25,22 @@ from torch import Tensor
 from dpo_lab.engine.arguments import checked, floats, folder, integer, integers
 from dpo_lab.engine.escaping import for_html
 from dpo_lab.engine.runs import read_config, read_metrics, read_snapshots
-from dpo_lab.losses import Kind, bradley_terry_nll, dpo_loss
+from dpo_lab.losses import LossType, bradley_terry_nll, dpo_loss
 from dpo_lab.plots import check_labels
-from dpo_lab.sentiment.results import Contender, Recorded, recorded
+from dpo_lab.sentiment.results import Run, SweepResults, load_sweep
 from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.objective import kl, log_partition, optimal_policy
 from dpo_lab.widgets.figures import (
-    Moving,
+    BlittedFigure,
+    bandit_figure,
+    betas_figure,
+    comparisons_figure,
+    curves_figure,
     holding,
-    moving_bandit,
-    moving_betas,
-    moving_comparisons,
-    moving_contenders,
-    moving_curves,
-    moving_optimum,
-    moving_pairs,
-    moving_run,
+    optimum_figure,
+    pairs_figure,
+    run_figure,
+    sweep_figure,
 )
 from dpo_lab.widgets.frames import frames_html
 
@@ -63,7 +63,7 @@ class Picture:
     The background is drawn anew where the limits of the axes have changed.
     """
 
-    def __init__(self, moving: Moving):
+    def __init__(self, moving: BlittedFigure):
         self.canvas, self.artists = FigureCanvasAgg(moving.figure), moving.artists
         for artist in self.artists:
             artist.set_animated(True)
@@ -87,7 +87,7 @@ class Picture:
         image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
         image = image.quantize(
             method=Image.Quantize.FASTOCTREE
-        )  # with its PNG, half the time of all colours
+        )  # with its PNG, half the time of all colors
         image.putpalette(
             [255 if value > 252 else value for value in image.getpalette()]
         )  # the octree's white is 254
@@ -235,7 +235,7 @@ def beta_explorer(
     """
     reference, reward = _outcomes(reference, reward, labels)
     path = [beta_state(float(beta), reference, reward) for beta in BETAS]
-    moving = moving_optimum(reference, labels, [s["kl"] for s in path], [s["reward"] for s in path])
+    moving = optimum_figure(reference, labels, [s["kl"] for s in path], [s["reward"] for s in path])
 
     def show(beta: float) -> str:
         state = beta_state(beta, reference, reward)
@@ -261,7 +261,7 @@ def bandit_explorer(
 ) -> Explorer:
     """Rewards and reference under your hands, and the optimal policy that follows. Errors are those of `beta_explorer`."""
     reference, reward = _outcomes(reference, reward, labels)
-    n, moving = len(reference), moving_bandit(labels)
+    n, moving = len(reference), bandit_figure(labels)
 
     def show(beta: float, **values: float) -> str:
         state = bandit_state(
@@ -283,13 +283,13 @@ def bandit_explorer(
 
 @checked
 def gradient_weight_state(
-    beta: float, log_ratios: Sequence[float] | Tensor, kind: Kind = "sigmoid"
+    beta: float, log_ratios: Sequence[float] | Tensor, loss_type: LossType = "sigmoid"
 ) -> dict[str, np.ndarray]:
     """Margins, losses and gradient weights of pairs whose log-ratios differ by `log_ratios` (P,) nats, chosen less rejected."""
     log_ratios = torch.from_numpy(floats("log_ratios", log_ratios))
     logps = torch.stack([log_ratios, torch.zeros_like(log_ratios)], 1).flatten()  # (2 P,)
     index = torch.arange(0, 2 * len(log_ratios), 2)
-    result = dpo_loss(logps, torch.zeros_like(logps), index, index + 1, beta, kind=kind)
+    result = dpo_loss(logps, torch.zeros_like(logps), index, index + 1, beta, loss_type=loss_type)
     return {
         "margins": result.margins.numpy(),
         "losses": result.losses.numpy(),
@@ -297,14 +297,16 @@ def gradient_weight_state(
     }
 
 
-def _on_curve(beta: float, log_ratios: Tensor, kind: Kind = "sigmoid") -> dict[str, Any]:
+def _on_curve(beta: float, log_ratios: Tensor, loss_type: LossType = "sigmoid") -> dict[str, Any]:
     """`gradient_weight_state`, and as `curve` that of margins on both sides of 0 as far as any of the pairs', which lie on it."""
-    state = gradient_weight_state(beta, log_ratios, kind)
-    _, most = holding(np.abs(state["margins"]), 0, 1.0 if kind == "ipo" else 6.0)
+    state = gradient_weight_state(beta, log_ratios, loss_type)
+    _, most = holding(np.abs(state["margins"]), 0, 1.0 if loss_type == "ipo" else 6.0)
     line = torch.linspace(-most, most, 241, dtype=torch.float64) / beta
     return {
         **state,
-        "curve": gradient_weight_state(beta, torch.cat([line, log_ratios]).sort().values, kind),
+        "curve": gradient_weight_state(
+            beta, torch.cat([line, log_ratios]).sort().values, loss_type
+        ),
     }
 
 
@@ -313,7 +315,7 @@ def gradient_weight_explorer(
     log_ratios: Sequence[float] | Tensor | None = None,
     *,
     run: Path | str | None = None,
-    kind: Kind = "sigmoid",
+    loss_type: LossType = "sigmoid",
 ) -> Explorer:
     """The loss and its gradient weight against the margin, with your pairs on the curve as beta moves.
 
@@ -332,10 +334,10 @@ def gradient_weight_explorer(
         raise ValueError(
             f"log_ratios has shape {tuple(pairs.shape)}; it must be (P,) finite numbers, one a pair"
         )
-    moving = moving_pairs(_on_curve(1.0, torch.zeros(1, dtype=torch.float64), kind)["curve"])
+    moving = pairs_figure(_on_curve(1.0, torch.zeros(1, dtype=torch.float64), loss_type)["curve"])
 
     def show(beta: float) -> str:
-        state = _on_curve(beta, pairs, kind)
+        state = _on_curve(beta, pairs, loss_type)
         moving.update(state)
         ranked = np.mean(state["margins"] > 0)
         return f"mean weight {state['weights'].mean():.3f}, mean loss {state['losses'].mean():.3f}, ranked rightly {ranked:.0%}"
@@ -398,7 +400,7 @@ def bradley_terry_explorer(
     chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     fit = fit_bradley_terry(chosen, rejected, len(labels))
     most = max(4.0, math.ceil(np.abs(fit.rewards).max()) + 1.0)
-    moving = moving_comparisons(
+    moving = comparisons_figure(
         labels, fit.rewards, bradley_terry_state(fit.rewards, chosen, rejected)["observed"], most
     )
 
@@ -438,7 +440,7 @@ def training_explorer(run: Path | str) -> Explorer:
     lines = [line for line in read_metrics(run) if "rewards/chosen" in line]
     means = [[line[f"rewards/{side}"] / beta for line in lines] for side in ("chosen", "rejected")]
     furthest = max(float(np.abs([s["chosen"], s["rejected"]]).max()) for s in snapshots)
-    moving = moving_run([line["step"] for line in lines], *means, furthest=max(furthest, 1.0))
+    moving = run_figure([line["step"] for line in lines], *means, furthest=max(furthest, 1.0))
     samples = widgets.HTML()
 
     def show(snapshot: int) -> str:
@@ -458,15 +460,15 @@ def training_explorer(run: Path | str) -> Explorer:
     return _explorer(show, Picture(moving), {"snapshot": slider}, caption, samples)
 
 
-def frontier_explorer(sweep: Recorded | None = None) -> Explorer:
+def frontier_explorer(sweep: SweepResults | None = None) -> Explorer:
     """Walk through the runs of a sweep, by default the shipped one: its path under the optimal frontier, KL and samples."""
-    sweep = recorded() if sweep is None else sweep
+    sweep = load_sweep() if sweep is None else sweep
     runs = {run: rows for run, rows in sweep.runs().items() if run.name in sweep.samples}
     targets = {run: run.setting for run in runs if run.method.startswith("ppo")}
-    moving = moving_contenders(sweep.rows, sweep.optimal, list(targets.values()))
+    moving = sweep_figure(sweep.rows, sweep.optimal, list(targets.values()))
     samples = widgets.HTML()
 
-    def show(run: Contender) -> str:
+    def show(run: Run) -> str:
         rows = runs[run]
         state = {name: [row[name] for row in rows] for name in ("kl", "reward", "step")}
         moving.update({**state, "target": targets.get(run)})
@@ -509,7 +511,7 @@ class LiveCurves:
 @checked
 def live_curves(run: Path | str, steps: int) -> LiveCurves:
     """Curves of the `steps` steps that `train_dpo` will write into the directory `run`."""
-    moving = moving_curves(integer("steps", steps))
+    moving = curves_figure(integer("steps", steps))
     picture = Picture(moving)
     image = widgets.Image(value=picture.png(), format="png", layout={"max_width": "100%"})
     return LiveCurves(folder("run", run), picture, moving.update, image)
@@ -530,7 +532,7 @@ def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -
         beta: [{name: snapshot[name] for name in ("kl", "reward")} for snapshot in found]
         for beta, found in snapshots.items()
     }
-    moving = moving_betas(
+    moving = betas_figure(
         list(paths.values()), optimal, _on_curve(1.0, torch.zeros(1, dtype=torch.float64))["curve"]
     )
     samples = widgets.HTML()

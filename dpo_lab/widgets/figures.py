@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_lab.plots import CHOSEN, OPTIMUM, POLICY, REJECTED, check_labels, root_scale
 
 
-class Moving(NamedTuple):
+class BlittedFigure(NamedTuple):
     """A figure, those of its artists that move, and what moves them to another state."""
 
     figure: Figure
@@ -50,9 +50,9 @@ def _hold(panel: Any, values: Sequence[float], low: float, high: float) -> None:
     panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def moving_optimum(
+def optimum_figure(
     reference: Tensor, labels: Sequence[str], kls: Sequence[float], rewards: Sequence[float]
-) -> Moving:
+) -> BlittedFigure:
     """Reference and optimum as bars, and the optimum's place on the frontier; a state has `policy`, `kl` and `reward`."""
     figure, (left, right) = _wide(2)
     shown, places = check_labels(labels, len(reference), "outcomes"), np.arange(len(labels))
@@ -73,10 +73,10 @@ def moving_optimum(
             bar.set_height(height)
         point.set_data([state["kl"]], [state["reward"]])
 
-    return Moving(figure, [*bars, point], update)
+    return BlittedFigure(figure, [*bars, point], update)
 
 
-def moving_bandit(labels: Sequence[str]) -> Moving:
+def bandit_figure(labels: Sequence[str]) -> BlittedFigure:
     """Two distributions as bars; a state has `reference` and `policy`."""
     figure, (axes,) = _wide(1)
     places = np.arange(len(labels))
@@ -93,12 +93,12 @@ def moving_bandit(labels: Sequence[str]) -> Moving:
             for bar, height in zip(bars, heights.tolist()):
                 bar.set_height(height)
 
-    return Moving(figure, [*before, *after], update)
+    return BlittedFigure(figure, [*before, *after], update)
 
 
-def moving_comparisons(
+def comparisons_figure(
     labels: Sequence[str], likeliest: Sequence[float], observed: Sequence[float], most: float = 4.0
-) -> Moving:
+) -> BlittedFigure:
     """Rewards as bars beside the likeliest ones, and predicted shares beside `observed`; a state has `rewards`, `predicted`.
 
     Rewards are from -`most` to `most`, in nats.
@@ -134,14 +134,14 @@ def moving_comparisons(
             bar.set_height(height)
         points.set_data(state["predicted"], observed)
 
-    return Moving(
+    return BlittedFigure(
         figure, [*bars, *marks, points], update
     )  # the marks move not, but stand before the bars
 
 
-def moving_run(
+def run_figure(
     steps: Sequence[int], chosen: Sequence[float], rejected: Sequence[float], furthest: float
-) -> Moving:
+) -> BlittedFigure:
     """Mean log-ratios over a run with the step marked, and pairs at that step; a state has `step`, `chosen`, `rejected`."""
     figure, (left, right) = _wide(2)
     left.plot(steps, chosen, color=CHOSEN, label="chosen")
@@ -165,12 +165,12 @@ def moving_run(
         mark.set_xdata([state["step"], state["step"]])
         cloud.set_data(state["rejected"], state["chosen"])
 
-    return Moving(figure, [mark, cloud], update)
+    return BlittedFigure(figure, [mark, cloud], update)
 
 
-def moving_contenders(
+def sweep_figure(
     rows: Sequence[Mapping[str, float]], optimal: Any, targets: Sequence[float] = ()
-) -> Moving:
+) -> BlittedFigure:
     """One run among all, reward against KL, and its KL as it trains; a state has `kl`, `reward`, `step` and `target`.
 
     `target` is one of the `targets`, a KL in nats, or None.
@@ -205,16 +205,16 @@ def moving_contenders(
         target.set_visible(state["target"] is not None)
         target.set_ydata([state["target"] or 0.0] * 2)
 
-    return Moving(figure, [path, last, meter, target], update)
+    return BlittedFigure(figure, [path, last, meter, target], update)
 
 
 PAIRS = {
     "losses": ("loss", POLICY),
     "weights": ("gradient weight", REJECTED),
-}  # what a panel shows: its label and colour
+}  # what a panel shows: its label and color
 
 
-def moving_pairs(usual: Mapping[str, np.ndarray]) -> Moving:
+def pairs_figure(usual: Mapping[str, np.ndarray]) -> BlittedFigure:
     """Pairs on the curves of loss and gradient weight; a state has `margins`, `losses`, `weights`, and those of its `curve`.
 
     `usual` is the curve whose limits are kept as long as they hold the state.
@@ -226,16 +226,16 @@ def moving_pairs(usual: Mapping[str, np.ndarray]) -> Moving:
         for _, _, move in shown:
             move(state)
 
-    return Moving(figure, [artists[i] for i in (0, 1) for artists in shown], update)
+    return BlittedFigure(figure, [artists[i] for i in (0, 1) for artists in shown], update)
 
 
 def _pairs_on_curve(
     axes: Any, name: str, usual: Mapping[str, np.ndarray]
 ) -> tuple[Artist, Artist, Callable[[Mapping[str, Any]], None]]:
     """The artists of pairs and of the curve of `name` against the margin, and what moves both."""
-    label, colour = PAIRS[name]
+    label, color = PAIRS[name]
     (curve,) = axes.plot([], [], color=OPTIMUM, zorder=1.9)
-    (cloud,) = axes.plot([], [], "o", color=colour, alpha=0.35, markersize=5)
+    (cloud,) = axes.plot([], [], "o", color=color, alpha=0.35, markersize=5)
     axes.set(xlabel="margin (beta x nats)", ylabel=label)
     low, high = min(0.0, usual[name].min()), max(1.0, usual[name].max())
 
@@ -250,7 +250,7 @@ def _pairs_on_curve(
     return cloud, curve, move
 
 
-def moving_curves(steps: int) -> Moving:
+def curves_figure(steps: int) -> BlittedFigure:
     """Loss and margin of a run while it trains; a state has `step`, `loss` and `margin`, each a list."""
     figure, (left, right) = _wide(2)
     left.axhline(np.log(2), color=OPTIMUM, linestyle="--", label="log 2")
@@ -270,15 +270,15 @@ def moving_curves(steps: int) -> Moving:
         for axes in (left, right):
             axes.set_xlim(holding(state["step"], 0, steps))
 
-    return Moving(figure, [loss, margin], update)
+    return BlittedFigure(figure, [loss, margin], update)
 
 
-def moving_betas(
+def betas_figure(
     paths: Sequence[Sequence[Mapping[str, float]]], optimal: Any, usual: Mapping[str, np.ndarray]
-) -> Moving:
+) -> BlittedFigure:
     """One recorded run among those of other betas: reward against KL, and its pairs on the curve of the gradient weight.
 
-    `paths` have points with `kl` and `reward`; `usual` and a state, beside `kl` and `reward`, are as in `moving_pairs`.
+    `paths` have points with `kl` and `reward`; `usual` and a state, beside `kl` and `reward`, are as in `pairs_figure`.
     """
     figure, (left, right) = _wide(2)
     valid = optimal.valid
@@ -305,4 +305,4 @@ def moving_betas(
         last.set_data(state["kl"][-1:], state["reward"][-1:])
         move(state)
 
-    return Moving(figure, [path, last, cloud, curve], update)
+    return BlittedFigure(figure, [path, last, cloud, curve], update)
