@@ -1,4 +1,4 @@
-"""Sphinx settings of the site: `make site` renders README, notebooks (executed), pages and API into site/."""
+"""Sphinx settings of the site: `make site` renders README, notebooks, pages and API into site/."""
 
 import os
 
@@ -15,14 +15,21 @@ root_doc = "docs/index"
 include_patterns = ["README.md", "docs/*.md", "notebooks/*.ipynb"]
 html_theme = "furo"
 html_title = "DPO Lab"
+# index.html, which leads to docs/index.html
+html_extra_path = ["extra"]
 autodoc_member_order = "bysource"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+
+# seconds per cell, enough on a busy machine
+nb_execution_timeout = 1800
 nb_execution_mode = "force"
-nb_execution_timeout = 1800  # seconds a cell, for machines that do other work beside
 nb_execution_raise_on_error = True
-nb_ipywidgets_js = {}  # no page asks another host for anything
-# explorers move from frames (text/html) or show their first picture: a page has no kernel
+
+# no page asks another host for anything
+nb_ipywidgets_js = {}
+
+# a page has no kernel: explorers move from frames (text/html), or show their first picture
 os.environ["DPO_LAB_FRAMES"] = "1"
 nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/png", 1)]
 
