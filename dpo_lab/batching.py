@@ -88,7 +88,7 @@ def allowed(segments: Tensor) -> Tensor:
 
 
 def completion_batch(
-    prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, share: bool = False
+    prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], *, compact: bool = False
 ) -> CompletionBatch:
     """Lay out completions for `completion_logps`.
 
@@ -96,7 +96,7 @@ def completion_batch(
         prompts: token ids of each prompt, at least one (BOS for an empty text).
         completions: token ids of N completions, at least one token each, with EOS where they have ended.
         prompt_of: N indices into `prompts`.
-        share: put completions of one prompt in one row where that saves a quarter of the tokens, and pack the rows where
+        compact: put completions of one prompt in one row where that saves a quarter of the tokens, and pack the rows where
             that saves an eighth. Exact for the model families in `logprobs.SHARES_PROMPTS`; `can_compact` tells.
 
     Raises:
@@ -111,7 +111,7 @@ def completion_batch(
         groups.setdefault(p, []).append(i)
     saved = sum((len(members) - 1) * len(prompts[p]) for p, members in groups.items())
     total = sum(len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of))
-    together = share and saved >= SHARE_FROM * total
+    together = compact and saved >= SHARE_FROM * total
     rows = list(groups.items()) if together else [(p, [i]) for i, p in enumerate(prompt_of)]
 
     ids, positions, lengths, segments, sources, targets, owners = ([] for _ in range(7))
@@ -161,7 +161,7 @@ def completion_batch(
         (min(int(low) for low, _ in ends), max(int(high) for _, high in ends)),
     )
     index, there, segment = lay(range(len(rows)))
-    if not share or there.numel() - len(ids) < PACK_FROM * there.numel():
+    if not compact or there.numel() - len(ids) < PACK_FROM * there.numel():
         place = there.flatten().nonzero()[:, 0]  # of the tokens that are there
         lying = Spans(spans, list(range(0, there.numel(), there.shape[1])), there.numel())
         padded = [values[index].where(there, 0) for values in (tokens, positions_)]

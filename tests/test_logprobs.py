@@ -148,7 +148,7 @@ completion_lists = st.lists(
 
 @every_model
 @settings(deadline=None, max_examples=15)
-@given(prompts=prompt_lists, members=completion_lists, compact=st.booleans())
+@given(prompts=prompt_lists, members=completion_lists, share=st.booleans())
 def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, members, share):
     model = shared_model(name)
     prompt_of, completions = [p % len(prompts) for p, _ in members], [c for _, c in members]
