@@ -10,7 +10,7 @@ help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 lab: .venv/.installed ## Open the first notebook in JupyterLab; ARGS="--no-browser" goes to it
-	.venv/bin/jupyter lab notebooks/ --LabApp.default_url=/lab/tree/00_start_here.ipynb $(ARGS)
+	.venv/bin/jupyter lab notebooks/00_start_here.ipynb --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
