@@ -4,15 +4,12 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 from PIL import Image
 
 from dpo_lab.engine.escaping import for_html
-
-if TYPE_CHECKING:
-    from dpo_lab.widgets.explorers import Explorer
 
 # a frame takes up to 9 KB, and a page of two explorers at most 1.5 MB
 MAX_FRAMES = 81
@@ -27,13 +24,13 @@ ON_INPUT = (
 )
 
 
-def frames_html(explorer: "Explorer", values: Sequence[Any] | None = None) -> str:
+def frames_html(explorer: Any, values: Sequence[Any] | None = None) -> str:
     """HTML in which the explorer's first slider moves: picture, readout and samples of each value.
 
     The HTML needs no kernel, no other file and no network. The other sliders keep their values.
 
     Args:
-        explorer: any explorer of `dpo_lab.widgets`.
+        explorer: an `Explorer` of `dpo_lab.widgets`.
         values: of the first slider, in the order of the range; by default `slider_values`.
 
     Raises:
@@ -106,12 +103,12 @@ def _label(slider: widgets.Widget, value: Any) -> str:
     return format(value, slider.readout_format)
 
 
-def _texts(explorer: "Explorer") -> list[str]:
+def _texts(explorer: Any) -> list[str]:
     """HTML of the texts below the picture: samples, if any, and last the caption."""
     return [child.value for child in explorer.box.children if isinstance(child, widgets.HTML)]
 
 
-def _frame(explorer: "Explorer", readout: str, label: str, hidden: bool) -> str:
+def _frame(explorer: Any, readout: str, label: str, hidden: bool) -> str:
     """The block of one value: readout, picture and samples as `show` left them."""
     return (
         f'<div class="dpo-lab-frame" data-value="{html.escape(label)}"{" hidden" * hidden}>'
