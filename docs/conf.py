@@ -35,8 +35,21 @@ nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/png", 1)
 
 
 def setup(app):
+    app.connect("autodoc-process-docstring", leave_out_aliases)
+    app.connect("doctree-read", leave_out_own_link)
+
+
+def leave_out_aliases(app, what, name, obj, options, lines):
     """Leave out what a named tuple says of its fields by itself."""
-    app.connect(
-        "autodoc-process-docstring",
-        lambda *event: event[-1].clear() if "Alias for field" in "".join(event[-1]) else None,
-    )
+    if "Alias for field" in "".join(lines):
+        lines.clear()
+
+
+def leave_out_own_link(app, doctree):
+    """Leave out a notebook's link to its rendered twin, which is this page."""
+    # here: the tests read these settings where there is no Sphinx
+    from docutils import nodes
+
+    for link in list(doctree.findall(nodes.reference)):
+        if link.get("refuri", "").endswith(f".github.io/dpo-lab/{app.env.docname}.html"):
+            link.parent.parent.remove(link.parent)
