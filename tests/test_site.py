@@ -435,11 +435,19 @@ class TestInABrowser:
             )
             title = page.locator(".lm-TabBar-tab.jp-mod-current .lm-TabBar-tabLabel").first
             assert title.inner_text() == NOTEBOOKS[0].name
-            # the question comes a second after the page
+            # "none" would ask, about a second after the page is there
+            answer = page.evaluate(
+                """async () => {
+                    const name = "@jupyterlab/apputils-extension:notification";
+                    const settings = await (await fetch("/lab/api/settings/" + name)).json();
+                    return settings.schema.properties.fetchNews.default;
+                }"""
+            )
+            assert answer == "false"
             page.wait_for_timeout(3_000)
             assert page.locator(".jp-Dialog").count() == 0
             assert page.locator(".Toastify__toast").count() == 0
             page.close()
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=20)
+            process.wait(timeout=120)
