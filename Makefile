@@ -4,7 +4,7 @@ ARGS ?=
 INSTALL = .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test demo bench bench-gpu site clean-env
+.PHONY: help lab test test-long demo bench bench-gpu site clean-env
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,6 +14,9 @@ lab: .venv/.installed ## Open the notebooks in JupyterLab
 
 test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+test-long: .venv/.installed-test ## Run what takes minutes alone: notebooks and experiments at full size
+	.venv/bin/python -m pytest -m long $(ARGS)
 
 demo: .venv/.installed ## Train with dpo-lab; ARGS="--help" goes to dpo-lab train
 	.venv/bin/dpo-lab train $(ARGS)

@@ -26,17 +26,20 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from dpo_lab import layout, lm_head, loop, tuning
+from dpo_lab import batching as layout
+from dpo_lab import loop
 from dpo_lab import preferences as data_format
-from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import autocast, can_share, completion_logps
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import cpu as tuning
+from dpo_lab.engine import lm_head
+from dpo_lab.engine.cpu import keep_freed_memory, use_onednn
+from dpo_lab.engine.runs import peak_memory_mb
+from dpo_lab.logprobs import autocast, can_compact, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import prepare_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import peak_memory_mb
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft
-from dpo_lab.tuning import keep_freed_memory, use_onednn
 
 BETA, LEARNING_RATE = 0.1, 1e-6
 
@@ -192,12 +195,12 @@ def run_dpo_lab(
     if "packing" in config.without:
         layout.PACK_FROM = math.inf
     if "stored logits" in config.without:
-        lm_head.KEPT_LOGITS_BYTES = 0
+        lm_head.STORED_LOGITS_BYTES = 0
     batch = completion_batch(
         preferences.prompts,
         preferences.completions[:8],
         preferences.prompt_of[:8].tolist(),
-        share=can_share(policy),
+        compact=can_compact(policy),
     )
     with torch.no_grad(), autocast(config.device, config.precision):
         logps, reference_logps = (
@@ -223,7 +226,10 @@ def run_dpo_lab(
     loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
     per_step = len(preferences.chosen) // workload.steps
     loop_config = LoopConfig(
-        learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes
+        learning_rate=LEARNING_RATE,
+        schedule="linear",
+        warmup_steps=0,
+        gradient_accumulation_steps=workload.passes,
     )
     one_optimizer(policy, loop_config)
     dpo = DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop_config)
@@ -293,17 +299,20 @@ def run_sft(
     size = len(preferences.completions) // workload.steps
     p = preferences
     first = completion_batch(
-        p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), share=can_share(policy)
+        p.prompts, p.completions[:8], p.prompt_of[:8].tolist(), compact=can_compact(policy)
     )
     with torch.no_grad(), autocast(config.device, config.precision):
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
     loop_config = LoopConfig(
-        learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0, accumulate=workload.passes
+        learning_rate=LEARNING_RATE,
+        schedule="linear",
+        warmup_steps=0,
+        gradient_accumulation_steps=workload.passes,
     )
     one_optimizer(policy, loop_config)
     for data, steps in ((short, 1), *[(p, workload.steps)] * (config.untimed + 1)):
         batches = sft_batches(
-            data, size, chosen_only=False, share=can_share(policy), seed=config.seed
+            data, size, chosen_only=False, compact=can_compact(policy), seed=config.seed
         )
         train_sft(policy, batches, steps, loop_config, precision=config.precision, progress=None)
     return {"loss": loss, "reference_seconds": 0.0}

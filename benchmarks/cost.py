@@ -15,8 +15,8 @@ import tyro
 from contender import WORKLOADS
 from matplotlib.figure import Figure
 
-from dpo_lab.runs import provenance, write_json, write_whole
-from dpo_lab.tuning import onednn_is_exact
+from dpo_lab.engine.cpu import onednn_is_exact
+from dpo_lab.engine.runs import atomic_write, provenance, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cost.json"
@@ -106,7 +106,7 @@ def main(config: CostConfig) -> None:
         for workload in ("paper", "long")
     }
     write_json(RESULTS, {"provenance": provenance(), "curves": curves, "savings": saved})
-    with write_whole(ROOT / "docs" / "cost.png") as temporary:
+    with atomic_write(ROOT / "docs" / "cost.png") as temporary:
         plot(curves).savefig(temporary, format="png")
 
 

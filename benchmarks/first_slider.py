@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo_lab.runs import provenance, write_json
+from dpo_lab.engine.runs import provenance, write_json
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

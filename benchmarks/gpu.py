@@ -204,7 +204,7 @@ def identity(device: str, commit: str | None) -> dict[str, Any]:
     """Card, driver, versions, commit and command of a run."""
     import torch
 
-    from dpo_lab.runs import provenance
+    from dpo_lab.engine.runs import provenance
 
     found: dict[str, Any] = {"provenance": provenance() | ({"commit": commit} if commit else {})}
     if device == "cuda":

@@ -19,16 +19,23 @@ from datasets import DatasetDict
 from gpu import Report, Settings
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from dpo_lab.experiment import CONFIGS
-from dpo_lab.imdb import load_imdb
-from dpo_lab.layout import CompletionBatch, completion_batch
+from dpo_lab.batching import CompletionBatch, completion_batch, pack
+from dpo_lab.engine.runs import peak_memory_mb
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import Preferences
-from dpo_lab.pretrain import PretrainConfig, gpt2_config, held_out_loss, pack
-from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import peak_memory_mb
-from dpo_lab.task import Parts, TaskConfig, held_out_prefixes, label, sample, task_evaluation
+from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config, held_out_loss
+from dpo_lab.sentiment.reviews import load_imdb
+from dpo_lab.sentiment.reward import SentimentReward
+from dpo_lab.sentiment.run import CONFIGS
+from dpo_lab.sentiment.task import (
+    Parts,
+    TaskConfig,
+    held_out_prefixes,
+    label,
+    sample,
+    task_evaluation,
+)
 from dpo_lab.train import DPOConfig, train_dpo, train_sft
 
 
@@ -215,7 +222,7 @@ def protocol(
         }
 
     lines = watch.time(
-        "train", train_dpo, policy, preferences, paper(size), evaluate=during, progress=None
+        "train", train_dpo, policy, preferences, paper(size), callback=during, progress=None
     )
     after = watch.time("evaluate after", task_evaluation, task, parts, policy, prompts)
     steps = [line["seconds"] for line in lines if "seconds" in line]

@@ -27,13 +27,13 @@ from transformers import (
     set_seed,
 )
 
-from dpo_lab import layout
-from dpo_lab.imdb import sample_completions
-from dpo_lab.layout import completion_batch
+from dpo_lab import batching as layout
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.logprobs import Precision, autocast, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import weights_hash
+from dpo_lab.sampling import sample_completions
 from dpo_lab.train import DPOConfig, train_dpo
 
 VOCABULARY, CONTEXT, WIDTH = 512, 512, 128
@@ -128,7 +128,7 @@ def errors(shape: str, how: str, precision: Precision, device: str) -> dict[str,
             preferences.prompts,
             preferences.completions,
             preferences.prompt_of.tolist(),
-            share=how != "plain",
+            compact=how != "plain",
         )
     with autocast(device, precision):
         logps = completion_logps(model, batch.to(device))
@@ -205,7 +205,9 @@ def out_of_memory(preferences: Preferences) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         found.append(
             step_gradient(
-                make_model("gpt2").to("cuda"), preferences, replace(loop, accumulate=accumulate)
+                make_model("gpt2").to("cuda"),
+                preferences,
+                replace(loop, gradient_accumulation_steps=accumulate),
             )
         )
         peaks.append(torch.cuda.max_memory_reserved())
@@ -221,7 +223,7 @@ def out_of_memory(preferences: Preferences) -> dict[str, Any]:
     exact = found[0][0]
     off = sum((a - b).square().sum() for a, b in zip(gradient, exact))
     return {
-        "accumulate": line.get("accumulate", 1),
+        "accumulate": line.get("gradient_accumulation_steps", 1),
         "gradient": float((off / sum(g.square().sum() for g in exact)).sqrt()),
         "peak_mb": [round(peak / 1e6) for peak in peaks],
     }
@@ -247,7 +249,7 @@ def same_bytes(device: str, precision: Precision, longest: int, work: Path) -> d
 
         model = make_model("gpt2").to(device)
         try:
-            train_dpo(model, data, config, run=run, resume=resume, evaluate=evaluate, progress=None)
+            train_dpo(model, data, config, run=run, resume=resume, callback=evaluate, progress=None)
         except Stopped:
             return "stopped"
         return weights_hash(model)

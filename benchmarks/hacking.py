@@ -16,14 +16,15 @@ import numpy as np
 import tyro
 from torch import nn
 
-from dpo_lab.imdb import sample_prefixes
+from dpo_lab.assets import EMBEDDED
+from dpo_lab.engine.runs import provenance, write_json
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import EMBEDDED, ScalarModel, end_tokens, load_model
-from dpo_lab.ppo import PPOConfig, train_ppo
+from dpo_lab.models import ScalarModel, end_tokens, load_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.runs import provenance, write_json
-from dpo_lab.task import (
+from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
+from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.sentiment.reviews import sample_prefixes
+from dpo_lab.sentiment.task import (
     LANES,
     Parts,
     TaskConfig,
@@ -121,7 +122,7 @@ def push(
         eos_token_id=end_tokens(parts.reference, parts.tokenizer),
         precision=task.precision,
         seed=i,
-        evaluate=evaluate,
+        callback=evaluate,
         progress=f"reward {i}",
     )
     return rows

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from dpo_lab.runs import provenance, write_json
+from dpo_lab.engine.runs import provenance, write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

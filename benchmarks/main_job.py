@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_lab.runs import provenance, write_json, write_whole
+from dpo_lab.engine.runs import atomic_write, provenance, write_json
 
 ROOT = Path(__file__).parent.parent
 SEEDS = [int(seed) for seed in sys.argv[1:]] or [0, 1, 2]
@@ -43,7 +43,7 @@ def main() -> None:
             summary = json.loads((run / "summary.json").read_text())
             rows.append({"seed": seed, "process_seconds": round(seconds, 1), **summary})
             if seed == SEEDS[0]:
-                with write_whole(ROOT / "docs" / "reward_kl.png") as temporary:
+                with atomic_write(ROOT / "docs" / "reward_kl.png") as temporary:
                     shutil.copy(run / "figures" / "reward_kl.png", temporary)
         save(rows, origin)
 

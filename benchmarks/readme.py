@@ -13,9 +13,9 @@ from pathlib import Path
 
 from scale import table
 
-from dpo_lab.contenders import REPEATS, recorded
-from dpo_lab.plots import plot_contenders
-from dpo_lab.symbolic import equation_index
+from dpo_lab.plots import plot_sweep
+from dpo_lab.sentiment.results import REPEATS, load_sweep
+from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
 
@@ -333,7 +333,7 @@ def savings() -> str:
 
 
 def sampling() -> str:
-    """Sampling and labelling on the embedded GPT-2."""
+    """Sampling and labeling on the embedded GPT-2."""
     result = _result("sampling")
     ours, theirs = (
         statistics.median(result["tokens_per_second"][name]) for name in ("dpo_lab", "generate")
@@ -387,7 +387,7 @@ def equations() -> str:
 
 def contender_lines() -> str:
     """What each contender reaches within 5 nats in the shipped sweep, the most reward first."""
-    result = recorded()
+    result = load_sweep()
     lines = [
         "| within 5 nats, best of its runs | reward | sequence KL (nats) | share of the optimal gain | seconds | tokens |",
         "|---" * 6 + "|",
@@ -408,7 +408,7 @@ def contender_lines() -> str:
 
 def spread_lines() -> str:
     """What the shipped runs of several seeds end with."""
-    results = [recorded(folder) for folder in REPEATS]
+    results = [load_sweep(folder) for folder in REPEATS]
     lines = [
         "| at the end of training | seeds | reward | sequence KL (nats) | share of the optimal gain | least gain of a seed | peak memory |",
         "|---" * 7 + "|",
@@ -460,7 +460,7 @@ def render(text: str) -> str:
 if __name__ == "__main__":
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
-    shipped = recorded()
-    plot_contenders(shipped.by_method(), shipped.optimal, shipped.band).savefig(
+    shipped = load_sweep()
+    plot_sweep(shipped.by_method(), shipped.optimal, shipped.band).savefig(
         ROOT / "docs" / "frontier.png"
     )

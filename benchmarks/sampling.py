@@ -1,4 +1,4 @@
-"""Sampling completions: `sample_completions` beside transformers' `generate` on the embedded GPT-2, taking turns; labelling.
+"""Sampling completions: `sample_completions` beside transformers' `generate` on the embedded GPT-2, taking turns; labeling.
 
     python benchmarks/sampling.py
 
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from dpo_lab.imdb import load_imdb, sample_completions, sample_prefixes, texts_of
+from dpo_lab.engine.runs import provenance, write_json
 from dpo_lab.models import load_model, load_tokenizer
-from dpo_lab.rewards import SentimentReward
-from dpo_lab.runs import provenance, write_json
+from dpo_lab.sampling import sample_completions, texts_of
+from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
+from dpo_lab.sentiment.reward import SentimentReward
 
 RESULTS = Path(__file__).parent / "results" / "sampling.json"
 

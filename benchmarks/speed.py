@@ -17,7 +17,7 @@ import torch
 import tyro
 from contender import WORKLOADS, Workload, make_preferences
 
-from dpo_lab.runs import provenance, write_json
+from dpo_lab.engine.runs import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from dpo_lab.experiment import CONFIGS
-from dpo_lab.runs import provenance, read_metrics, write_json
+from dpo_lab.engine.runs import provenance, read_metrics, write_json
+from dpo_lab.sentiment.run import CONFIGS
 
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
 

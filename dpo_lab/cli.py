@@ -10,20 +10,23 @@ import datasets
 import transformers
 import tyro
 
-from dpo_lab import experiment, task
-from dpo_lab.arguments import checked
-from dpo_lab.contenders import Repeated, repeats
 from dpo_lab.doctor import doctor
-from dpo_lab.experiment import CONFIGS, ExperimentConfig
-from dpo_lab.frontier import FrontierConfig, frontier
+from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.cpu import keep_freed_memory
+from dpo_lab.engine.distributed import cleanup, print0
 from dpo_lab.loop import Interrupted
-from dpo_lab.pretrain import PretrainConfig, pretrain
-from dpo_lab.processes import leave, say
-from dpo_lab.task import TaskConfig
-from dpo_lab.tuning import keep_freed_memory
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import task
+from dpo_lab.sentiment.pretrain import PretrainConfig, pretrain
+from dpo_lab.sentiment.results import Repeated, repeats
+from dpo_lab.sentiment.run import CONFIGS, ExperimentConfig
+from dpo_lab.sentiment.sweep import FrontierConfig, frontier
+from dpo_lab.sentiment.task import TaskConfig
 
 Flat = tyro.conf.OmitArgPrefixes
+
 T = TypeVar("T")
+
 Nested = Annotated[T, tyro.conf.arg(name="")]  # --task.prefixes
 
 
@@ -36,7 +39,7 @@ def doctor_command() -> int:
 def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Sample completions of training prefixes from the reference."""
     samples = task.sample(config, data)
-    say(
+    print0(
         f"{sum(map(len, samples['completions'])):,} completions of {len(samples['prompts']):,} prefixes in {data / 'samples.json'}"
     )
 
@@ -45,7 +48,7 @@ def sample_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> 
 def label_command(config: Flat[TaskConfig], data: Path = Path("runs/data")) -> None:
     """Label the samples by the reward: preference pairs and reference log-probs."""
     preferences = task.label(config, data)
-    say(f"{preferences.report}\npreferences in {data / 'preferences'}")
+    print0(f"{preferences.report}\npreferences in {data / 'preferences'}")
 
 
 def train_from(name: str) -> Callable[..., None]:
@@ -68,13 +71,13 @@ def train_from(name: str) -> Callable[..., None]:
         summary = experiment.train(config, out, data=data, resume=resume)
         for name in ("before", "after"):
             s = summary[name]
-            say(
+            print0(
                 f"{name:<7} reward {s['reward']:.3f} ± {s['reward_se']:.3f}   sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats"
             )
-        say(
+        print0(
             f"{summary['pairs']:,} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB peak"
         )
-        say(
+        print0(
             f"policy in {out / 'policy'}, figures in {out / 'figures'}, samples in {out / 'samples.md'}, all of it in {out}"
         )
 
@@ -98,7 +101,7 @@ def plan_from(name: str) -> Callable[..., None]:
             data: as for `dpo-lab train`.
             resume: changes nothing; the plan is that of the whole run.
         """
-        say(experiment.plan_run(config, out, data=data))
+        print0(experiment.plan_run(config, out, data=data))
 
     return plan_command
 
@@ -107,7 +110,7 @@ def plan_from(name: str) -> Callable[..., None]:
 def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = None) -> None:
     """Evaluate the policy of a finished run on held-out prefixes again, on more of them if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
-    say(
+    print0(
         f"reward {s['reward']:.3f} ± {s['reward_se']:.3f}, sequence KL {s['kl']:.2f} ± {s['kl_se']:.2f} nats, in {run / 'evaluation.json'}"
     )
 
@@ -125,7 +128,7 @@ def frontier_command(
         repeat: instead of them one setting of each of these methods in three seeds.
     """
     rows = frontier(config, out, runs=repeats(*repeat) if repeat else None)
-    say(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
+    print0(f"{len(rows)} evaluations in {out / 'frontier.csv'}")
 
 
 @checked
@@ -133,7 +136,7 @@ def pretrain_command(
     config: Flat[PretrainConfig], out: Path = Path("runs/pretrain"), resume: bool = False
 ) -> None:
     """Train the embedded GPT-2 and its tokenizer from scratch on the IMDb training reviews."""
-    say(f"model in {pretrain(out, config, resume=resume)}")
+    print0(f"model in {pretrain(out, config, resume=resume)}")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -180,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             or 0
         )
-        leave()
+        cleanup()
         return status
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"dpo-lab: error: {error}", file=sys.stderr)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from dpo_lab.imdb import reviews_csv
-from dpo_lab.models import EMBEDDED
-from dpo_lab.rewards import cache_directory
-from dpo_lab.runs import file_hash, require_writable
+from dpo_lab.assets import EMBEDDED
+from dpo_lab.engine.runs import file_hash, require_writable
+from dpo_lab.sentiment.reviews import reviews_csv
+from dpo_lab.sentiment.reward import cache_directory
 
 PACKAGES = (
     "torch",

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dpo_lab.arguments import checked, finite_positive
-from dpo_lab.attention import NO_MASK, PACKED, takes_pieces
-from dpo_lab.layout import CompletionBatch, Tokens, allowed, check_tokens, completion_batch
-from dpo_lab.lm_head import token_logps
-from dpo_lab.processes import is_main, my_share, whole
-from dpo_lab.structure import (
+from dpo_lab.batching import CompletionBatch, Tokens, allowed, check_tokens, completion_batch
+from dpo_lab.engine.arguments import checked, finite_positive
+from dpo_lab.engine.attention import NO_MASK, PACKED, takes_pieces
+from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, tune_backward
+from dpo_lab.engine.distributed import gather_shards, is_main, local_shard
+from dpo_lab.engine.lm_head import token_logps
+from dpo_lab.engine.structure import (
     after_head,
     beside_modules,
     check_fits,
@@ -28,16 +29,18 @@ from dpo_lab.structure import (
     unwrapped,
     widest,
 )
-from dpo_lab.tuning import kept_memory, matmuls_by_onednn, tune_backward
 
 Precision = Literal[
     "float32", "bfloat16"
 ]  # of the computation; weights and log-prob sums stay float32 or wider
+
 SHARES_PROMPTS = (
     "gpt2",
     "llama",
 )  # attention sees only position ids and the mask, so a shared prompt is exact
+
 LEAST_TEMPERATURE = 1e-30  # of a log-prob, in float32
+
 LogitPath = Literal["weights", "head", "forward"]  # see `logit_path`
 
 
@@ -47,14 +50,14 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def can_share(model: nn.Module) -> bool:
+def can_compact(model: nn.Module) -> bool:
     """Whether sharing a prompt among its completions, and packing rows, is exact for this model."""
     model = unwrapped(model)
     return _shares(model) and logit_path(model) != "forward"
 
 
 def _shares(model: nn.Module) -> bool:
-    """`can_share` by what a model says of itself."""
+    """`can_compact` by what a model says of itself."""
     config = model.config
     plain = config.model_type in SHARES_PROMPTS and getattr(config, "sliding_window", None) is None
     return plain and config._attn_implementation in ("sdpa", PACKED)
@@ -104,7 +107,7 @@ def _compared(model: nn.Module) -> LogitPath:
         [0, 0, 1],
     )
     layouts = [
-        completion_batch(prompts, completions, prompt_of, share=share).to(embedding.device)
+        completion_batch(prompts, completions, prompt_of, compact=share).to(embedding.device)
         for share in (False, True)
     ]
     rows = [
@@ -176,22 +179,22 @@ def completion_logps(
 
     Args:
         model: a Hugging Face causal LM. Its mode is yours to set: dropout changes the result.
-        batch: made by `completion_batch`, on the model's device; `share` only where `can_share(model)`.
+        batch: made by `completion_batch`, on the model's device; `compact` only where `can_compact(model)`.
         reduction: "sum" over tokens, as DPO defines it; "mean" divides by the number of tokens, which removes the length
             from the implicit reward and is another objective (IPO on means, SimPO); "none" gives each token's, (T,).
         temperature: divides the logits, as in sampling at that temperature; positive, for greedy choices have no log-probs.
 
     Differentiable with respect to the model's parameters. Token log-probabilities are computed in float32 or better and
     summed in float64: a float32 sum near -700 is off by up to 8e-4. `logit_path` says which way they take. A model that
-    `can_share` prompts computes attention by `packed_attention` from then on, which is sdpa for its other callers.
+    `can_compact` prompts computes attention by `packed_attention` from then on, which is sdpa for its other callers.
 
     Raises:
         ValueError: `reduction` or `temperature` not allowed, token ids outside the vocabulary, a row longer than the model's
-            context, a batch with `share` for a model that does not allow it, or a model without log-probs (`logit_path`).
+            context, a batch with `compact` for a model that does not allow it, or a model without log-probs (`logit_path`).
     """
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(
-            f"reduction is {reduction!r}; it must be 'sum' (DPO), 'mean' (length-normalised) or 'none'"
+            f"reduction is {reduction!r}; it must be 'sum' (DPO), 'mean' (length-normalized) or 'none'"
         )
     model, temperature = unwrapped(model), finite_positive("temperature", temperature)
     if temperature < LEAST_TEMPERATURE:
@@ -265,7 +268,7 @@ def _own_logits(model: nn.Module, batch: CompletionBatch) -> Tensor:
     return logits.flatten(0, 1).index_select(0, batch.sources)
 
 
-_UNSHARED = "the batch shares prompts or packs rows, which {} does not allow; make it with share=can_share(model)"
+_UNSHARED = "the batch shares prompts or packs rows, which {} does not allow; make it with compact=can_compact(model)"
 
 
 def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
@@ -277,7 +280,7 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
         may, lowest = allowed(segments), torch.finfo(model.dtype).min
         return torch.zeros_like(may, dtype=model.dtype).masked_fill_(~may, lowest)
 
-    packed: dict[str, Any] = {"alone": True} if use_packed_attention(model) else {}
+    packed: dict[str, Any] = {"may_switch_backend": True} if use_packed_attention(model) else {}
     mask = (
         NO_MASK if packed else torch.ones_like(batch.input_ids)
     )  # causal: it never sees the padding
@@ -330,7 +333,7 @@ def score_completions(
     """
     prompts, completions, prompt_of = check_tokens(prompts, completions, prompt_of)
     model = unwrapped(model)
-    device, share = next(model.parameters()).device, can_share(model)
+    device, share = next(model.parameters()).device, can_compact(model)
     batch_tokens = batch_tokens or (16_384 if device.type == "cuda" else 2_048)
     modes = [(module, module.training) for module in model.modules()]
     lengths = [
@@ -344,7 +347,7 @@ def score_completions(
         size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
         batches.append(order[-size:])
         del order[-size:]
-    mine = my_share(batches)
+    mine = local_shard(batches)
     # one tensor for all: kept between them, a small one from each batch would cut the memory that the next could have used
     logps = torch.empty(len(completions), dtype=torch.float64)
     model.eval()
@@ -358,13 +361,16 @@ def score_completions(
         with bar, autocast(device.type, precision):
             for now in mine:
                 batch = completion_batch(
-                    prompts, [completions[i] for i in now], [prompt_of[i] for i in now], share=share
+                    prompts,
+                    [completions[i] for i in now],
+                    [prompt_of[i] for i in now],
+                    compact=share,
                 )
                 logps[now] = completion_logps(model, batch.to(device)).cpu().double()
                 bar.update(len(now))
     finally:
         for module, training in modes:
             module.training = training
-    for now, values in zip(batches, whole([logps[now] for now in mine])):
+    for now, values in zip(batches, gather_shards([logps[now] for now in mine])):
         logps[now] = values
     return logps

@@ -20,33 +20,26 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.arguments import checked, finite_positive, settled
-from dpo_lab.layout import CompletionBatch, completion_batch
-from dpo_lab.logprobs import Precision, autocast, completion_logps, logit_path
-from dpo_lab.processes import (
-    collect,
-    count,
+from dpo_lab.batching import CompletionBatch, completion_batch
+from dpo_lab.engine.arguments import checked, finite_positive, settled
+from dpo_lab.engine.checkpoints import interruptible, load_checkpoint, save_checkpoint
+from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn
+from dpo_lab.engine.distributed import (
+    all_gather,
     from_main,
-    full,
-    gathered,
+    full_tensor,
+    gather_weights,
     is_main,
-    join,
+    setup,
     shard,
     sharding,
+    world_size,
 )
-from dpo_lab.runs import (
-    append_metrics,
-    interruptible,
-    load_checkpoint,
-    read_metrics,
-    save_checkpoint,
-    write_whole,
-)
-from dpo_lab.structure import check_trainable, unwrapped, widest
-from dpo_lab.tuning import kept_memory, matmuls_by_onednn
+from dpo_lab.engine.runs import append_metrics, atomic_write, read_metrics
+from dpo_lab.engine.structure import check_trainable, unwrapped, widest
+from dpo_lab.logprobs import Precision, autocast, completion_logps, logit_path
 
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
-
+Callback = Callable[[nn.Module, int], dict[str, float]]
 
 NO_MEMORY = (
     "Free the memory that others hold and continue with --resume, or start anew with gradient_checkpointing, bfloat16, "
@@ -74,7 +67,7 @@ class LoopConfig:
     """decoupled weight decay (adamw, muon)"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """forward passes a step; the gradient is that of the whole batch; doubled when a GPU runs out of memory"""
     gradient_checkpointing: bool = False
     """compute the activations of a block again in the backward pass instead of keeping them: a third more work, little memory"""
@@ -91,7 +84,7 @@ def check_loop(config: LoopConfig) -> None:
     """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
     for name in ("learning_rate", "max_grad_norm"):
         finite_positive(name, getattr(config, name))
-    for name in ("accumulate", "eval_every", "save_every"):
+    for name in ("gradient_accumulation_steps", "eval_every", "save_every"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     for name in ("warmup_steps", "weight_decay"):
@@ -139,14 +132,14 @@ def fit(
     precision: Precision,
     run: Path | None,
     resume: bool,
-    evaluate: Evaluate | None,
+    callback: Callback | None,
     progress: str | None,
     scorer: Callable[[nn.Module], nn.Module] | None = None,
     data_of: Callable[[int], str] | None = None,
 ) -> list[dict[str, Any]]:
     """Update `model` for `steps` steps on the mean of `loss_of` over what `weigh` counts (pairs, tokens, prompts).
 
-    `micro_batches(step, accumulate)` gives the forward passes of a step (0-based), `accumulate` of them where it can split
+    `micro_batches(step, gradient_accumulation_steps)` gives the forward passes of a step (0-based), `gradient_accumulation_steps` of them where it can split
     the batch: a step that runs out of a GPU's memory is done again with twice as many, and so are all that follow.
     `loss_of(score, micro_batch)` gives a sum and more sums to log, tensors all, which are read at the end of the step; `score`
     computes `completion_logps`, or what `scorer(model)` does. A micro-batch is a `CompletionBatch`, or a dataclass of tensors with one as its field `batch`.
@@ -165,9 +158,9 @@ def fit(
     check_trainable(model)
 
     # one process of several, dropout off
-    join(next(model.parameters()).device.type)
+    setup(next(model.parameters()).device.type)
     warn_of_warmup(steps, config)
-    if count() > 1 and next(model.parameters()).is_cuda:
+    if world_size() > 1 and next(model.parameters()).is_cuda:
         model.cuda()  # each process has a GPU of its own
     model.eval()  # no dropout: the reference was scored without it
 
@@ -181,7 +174,7 @@ def fit(
     )
     if sharding():
         shard(scoring, model, optimizers)
-    elif count() > 1:
+    elif world_size() > 1:
         scoring = DistributedDataParallel(scoring, find_unused_parameters=scorer is not None)
     blocks = blocks_of(scoring) if config.gradient_checkpointing else []
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -189,13 +182,20 @@ def fit(
     # metrics up to there, and where new ones go
     history = from_main(read_metrics, run, start) if run and start else []
     if run:
-        with write_whole(run / "metrics.jsonl") as temporary:
+        with atomic_write(run / "metrics.jsonl") as temporary:
             temporary.write_text("")
         for line in history:
             append_metrics(run, line)
     board = _tensorboard(run, config) if run and config.tensorboard and is_main() else None
-    accumulate = max(
-        [config.accumulate, *(line["accumulate"] for line in history if "accumulate" in line)]
+    gradient_accumulation_steps = max(
+        [
+            config.gradient_accumulation_steps,
+            *(
+                line["gradient_accumulation_steps"]
+                for line in history
+                if "gradient_accumulation_steps" in line
+            ),
+        ]
     )
 
     def save(step: int) -> None:
@@ -209,8 +209,8 @@ def fit(
             board.add_scalar(name, value, line["step"])
 
     # the evaluation before the first step, then the steps
-    if start == 0 and evaluate:
-        log({"step": 0} | {f"eval/{k}": v for k, v in evaluate(model, 0).items()})
+    if start == 0 and callback:
+        log({"step": 0} | {f"eval/{k}": v for k, v in callback(model, 0).items()})
     with (
         checkpointed(blocks),
         board or nullcontext(),
@@ -231,9 +231,9 @@ def fit(
                     group["lr"] = rate * scale
 
             # the gradient, in more and smaller parts where memory is short
-            before = accumulate
+            before = gradient_accumulation_steps
             while True:
-                micros, reason = micro_batches(step - 1, accumulate), ""
+                micros, reason = micro_batches(step - 1, gradient_accumulation_steps), ""
                 try:
                     line, tokens = _backward(scoring, micros, loss_of, weigh)
                     break
@@ -242,23 +242,25 @@ def fit(
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
-                if count() > 1 or len(micro_batches(step - 1, 2 * accumulate)) == len(micros):
+                if world_size() > 1 or len(
+                    micro_batches(step - 1, 2 * gradient_accumulation_steps)
+                ) == len(micros):
                     if run and step - 1 > start:
                         save(step - 1)
                     raise ValueError(
                         f"step {step} does not fit in memory in {len(micros)} forward passes ({reason}). {NO_MEMORY}"
                     )
-                accumulate *= 2
+                gradient_accumulation_steps *= 2
                 if progress:
                     bar.write(
-                        f"{progress}: out of memory at step {step}; from here on accumulate is {accumulate}, the batch the same"
+                        f"{progress}: out of memory at step {step}; from here on gradient_accumulation_steps is {gradient_accumulation_steps}, the batch the same"
                     )
 
             # clip, and update unless it is not finite
-            if accumulate != before:
-                line["accumulate"] = accumulate
+            if gradient_accumulation_steps != before:
+                line["gradient_accumulation_steps"] = gradient_accumulation_steps
             line["grad_norm"] = float(
-                full(nn.utils.clip_grad_norm_(scoring.parameters(), config.max_grad_norm))
+                full_tensor(nn.utils.clip_grad_norm_(scoring.parameters(), config.max_grad_norm))
             )
             if not math.isfinite(line["grad_norm"]):
                 raise ValueError(
@@ -278,14 +280,14 @@ def fit(
             log({"step": step, **line})
             bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             bar.update()
-            if evaluate and evaluates(step, steps, config):
-                collect(scoring, model)
-                log({"step": step} | {f"eval/{k}": v for k, v in evaluate(model, step).items()})
+            if callback and evaluates(step, steps, config):
+                gather_weights(scoring, model)
+                log({"step": step} | {f"eval/{k}": v for k, v in callback(model, step).items()})
 
             # a checkpoint where it is due, or where somebody stops the run
-            stopping = run is not None and any(gathered(stop.is_set())) and step < steps
+            stopping = run is not None and any(all_gather(stop.is_set())) and step < steps
             if run and (stopping or step % config.save_every == 0 or step == steps):
-                collect(scoring, model)
+                gather_weights(scoring, model)
                 save(step)
             if stopping:
                 raise Interrupted(
@@ -293,7 +295,7 @@ def fit(
                 )
 
     # whole weights in every process
-    collect(scoring, model)
+    gather_weights(scoring, model)
     return history
 
 
@@ -430,7 +432,7 @@ def _backward(
     A GPU is waited for once, after the last backward pass.
     """
     device = next(scoring.parameters()).device
-    weights = gathered([weigh(micro) for micro in micros])
+    weights = all_gather([weigh(micro) for micro in micros])
     total, passes = sum(map(sum, weights)), max(map(len, weights))
     line, tokens, logged = {"loss": 0.0}, 0, []
     for k in range(passes):
@@ -441,7 +443,9 @@ def _backward(
                 continue
             micro = _to(micros[k], device)
             loss, sums = loss_of(scoring, micro)
-            (loss * count() / total).backward()  # for the gradients are averaged over processes
+            (
+                loss * world_size() / total
+            ).backward()  # for the gradients are averaged over processes
         tokens += getattr(micro, "batch", micro).tokens
         logged.append({"loss": loss.detach(), **sums})
     values = (
@@ -453,7 +457,7 @@ def _backward(
     )
     for name, value in zip((name for sums in logged for name in sums), values):
         line[name] = line.get(name, 0.0) + value / total
-    return _added(gathered(line)), sum(gathered(tokens))
+    return _added(all_gather(line)), sum(all_gather(tokens))
 
 
 def _added(parts: list[dict[str, float]]) -> dict[str, float]:

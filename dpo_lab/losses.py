@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_lab.arguments import number
+from dpo_lab.engine.arguments import number
 
-Kind = Literal["sigmoid", "ipo", "hinge", "robust"]
+LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 
 
 class DPOLoss(NamedTuple):
@@ -33,7 +33,7 @@ def dpo_loss(
     rejected: Tensor,
     beta: float,
     *,
-    kind: Kind = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     check_values: bool = True,
 ) -> DPOLoss:
@@ -49,7 +49,7 @@ def dpo_loss(
       are those you pass: sums, as in the DPO paper's code, or means per token.
     - `hinge`: max(0, 1 - m) (Zhao et al. 2023, https://arxiv.org/abs/2305.10425).
 
-    The gradient weight -d loss / d margin is the sigma(-m) of the paper's gradient (Section 4) when kind is "sigmoid".
+    The gradient weight -d loss / d margin is the sigma(-m) of the paper's gradient (Section 4) when loss_type is "sigmoid".
     Completions stacked chosen first, with chosen = arange(P) and rejected = arange(P, 2P), give the textbook loss.
 
     Args:
@@ -64,7 +64,7 @@ def dpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what was found and what is allowed.
     """
-    e, beta = check_kind(kind, label_smoothing), check_beta(beta)
+    e, beta = check_loss_type(loss_type, label_smoothing), check_beta(beta)
     _check_logps("policy_logps", policy_logps)
     _check_logps("reference_logps", reference_logps)
     if policy_logps.shape != reference_logps.shape:
@@ -79,13 +79,13 @@ def dpo_loss(
 
     rewards = beta * (policy_logps - reference_logps)  # (N,)
     margins = rewards[chosen] - rewards[rejected]  # (P,)
-    if kind == "sigmoid":
+    if loss_type == "sigmoid":
         losses = -(1 - e) * F.logsigmoid(margins) - e * F.logsigmoid(-margins)
         weights = (1 - e) * torch.sigmoid(-margins) - e * torch.sigmoid(margins)
-    elif kind == "robust":
+    elif loss_type == "robust":
         losses = (-(1 - e) * F.logsigmoid(margins) + e * F.logsigmoid(-margins)) / (1 - 2 * e)
         weights = ((1 - e) * torch.sigmoid(-margins) + e * torch.sigmoid(margins)) / (1 - 2 * e)
-    elif kind == "ipo":
+    elif loss_type == "ipo":
         losses = (margins / beta - 1 / (2 * beta)) ** 2
         weights = -2 / beta * (margins / beta - 1 / (2 * beta))
     else:
@@ -189,19 +189,21 @@ def check_beta(beta: float) -> float:
     )
 
 
-def check_kind(kind: str, label_smoothing: float) -> float:
-    """`label_smoothing` as a float. Raises ValueError unless `kind` is known and the smoothing in [0, 0.5) and defined for it."""
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(get_args(Kind))}")
+def check_loss_type(loss_type: str, label_smoothing: float) -> float:
+    """`label_smoothing` as a float. Raises ValueError unless `loss_type` is known and the smoothing in [0, 0.5) and defined for it."""
+    if loss_type not in get_args(LossType):
+        raise ValueError(
+            f"loss_type is {loss_type!r}; it must be one of {', '.join(get_args(LossType))}"
+        )
     e = _number(
         "label_smoothing",
         label_smoothing,
         lambda e: 0 <= e < 0.5,
         "in [0, 0.5), the share of flipped labels",
     )
-    if e and kind in ("ipo", "hinge"):
+    if e and loss_type in ("ipo", "hinge"):
         raise ValueError(
-            f"label_smoothing is {e!r} with kind={kind!r}; it is defined for sigmoid and robust"
+            f"label_smoothing is {e!r} with loss_type={loss_type!r}; it is defined for sigmoid and robust"
         )
     return e
 
@@ -213,9 +215,9 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
             torch.int64,
             torch.int32,
         ):  # torch takes uint8 for a mask
-            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            found = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(
-                f"{name} is {kind}; it must be a tensor of integer indices (int64 or int32) into the completions"
+                f"{name} is {found}; it must be a tensor of integer indices (int64 or int32) into the completions"
             )
         if index.ndim != 1:
             raise ValueError(

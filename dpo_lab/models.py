@@ -30,9 +30,10 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_gguf_available
 
-from dpo_lab.layout import CompletionBatch
-from dpo_lab.logprobs import completion_states, logit_path
-from dpo_lab.structure import (
+from dpo_lab.assets import EMBEDDED
+from dpo_lab.batching import CompletionBatch
+from dpo_lab.engine.cpu import matmuls_by_onednn
+from dpo_lab.engine.structure import (
     after_head,
     beside_modules,
     check_precision,
@@ -40,10 +41,7 @@ from dpo_lab.structure import (
     structure,
     unwrapped,
 )
-from dpo_lab.structure import context_of as context_of
-from dpo_lab.tuning import matmuls_by_onednn
-
-EMBEDDED = Path(__file__).parent / "assets" / "gpt2-imdb"
+from dpo_lab.logprobs import completion_states, logit_path
 
 
 def load_tokenizer(name: str = "embedded") -> PreTrainedTokenizerBase:

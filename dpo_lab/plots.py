@@ -16,24 +16,26 @@ from matplotlib.scale import FuncScale
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from dpo_lab.arguments import floats, integers
-from dpo_lab.escaping import for_figure, for_html
+from dpo_lab.engine.arguments import floats, integers
+from dpo_lab.engine.escaping import for_figure, for_html
 
 CONTENDERS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
+
 CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
-COLOURS, STROKES = (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")
+
+COLORS, STROKES = (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")
 
 
 def looks(
-    colours: Sequence[Any], others: Sequence[Any], *, beside: bool = True
+    colors: Sequence[Any], others: Sequence[Any], *, beside: bool = True
 ) -> Iterator[tuple[Any, Any]]:
-    """Colours with strokes, markers or hatches, for any number of things: a colour that comes again has another one.
+    """Colors with strokes, markers or hatches, for any number of things: a color that comes again has another one.
 
-    The second moves on with the colour, or, unless `beside`, only when the colours are through.
+    The second moves on with the color, or, unless `beside`, only when the colors are through.
     """
     for k in count():
-        turn = k // len(colours)
-        yield colours[k % len(colours)], others[(turn + k * beside) % len(others)]
+        turn = k // len(colors)
+        yield colors[k % len(colors)], others[(turn + k * beside) % len(others)]
 
 
 def check_labels(labels: Sequence[str], n: int, what: str) -> list[str]:
@@ -67,9 +69,7 @@ def _legend(axes: Any, **options: Any) -> None:
         axes.figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=3)
 
 
-def _curve(
-    axes: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, label: str
-) -> None:
+def _curve(axes: Any, metrics: Sequence[dict[str, Any]], name: str, color: str, label: str) -> None:
     """A metric against the step, faint, under its running mean over a tenth of the steps."""
     points = [(line["step"], line[name]) for line in metrics if name in line]
     steps, values = map(np.array, zip(*points))
@@ -77,8 +77,8 @@ def _curve(
     sums = np.cumsum(np.insert(values, 0, 0.0))
     starts = np.maximum(np.arange(len(values)) + 1 - width, 0)
     ends = np.arange(1, len(values) + 1)
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=colour, label=label)
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=color, label=label)
 
 
 def plot_distributions(
@@ -88,11 +88,11 @@ def plot_distributions(
     figure, axes = _figure("Probabilities", "probability", x="outcome")
     width, places = 0.8 / len(distributions), np.arange(len(labels))
     own = looks((OPTIMUM, CHOSEN, POLICY, REJECTED), (None, "//", "..", "xx"), beside=False)
-    for k, ((name, values), (colour, hatch)) in enumerate(zip(distributions.items(), own)):
+    for k, ((name, values), (color, hatch)) in enumerate(zip(distributions.items(), own)):
         values = floats(f"distributions[{name!r}]", values)
         shown = check_labels(labels, len(values), f"probabilities in {name!r}")
         left = places + (k - (len(distributions) - 1) / 2) * width
-        axes.bar(left, values, width, label=for_figure(name), color=colour, hatch=hatch)
+        axes.bar(left, values, width, label=for_figure(name), color=color, hatch=hatch)
     axes.set_xticks(places, shown)
     axes.set_ylim(0, 1)
     _legend(axes)
@@ -119,10 +119,10 @@ def plot_beta_path(
         check_labels(labels, policies.shape[1], "outcomes"),
         (*STROKES, (0, (5, 1)), (0, (1, 1))),
     )
-    for label, line, (colour, style) in zip(
+    for label, line, (color, style) in zip(
         shown, policies.T, looks((OPTIMUM, REJECTED, POLICY, CHOSEN), strokes)
     ):
-        top.plot(betas, line, linestyle=style, color=colour, label=label)
+        top.plot(betas, line, linestyle=style, color=color, label=label)
     bottom.plot(betas, value, color=CHOSEN, label="mean reward")
     bottom.set_xscale("log")
     bottom.invert_xaxis()
@@ -139,16 +139,16 @@ def plot_beta_path(
 def plot_lines(
     title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, y_label: str
 ) -> Figure:
-    """Named curves over one axis, told apart by colour and by stroke."""
+    """Named curves over one axis, told apart by color and by stroke."""
     figure, axes = _figure(title, y_label, x=x_label)
     x = floats("x", x)
-    for (name, values), (colour, style) in zip(lines.items(), looks(COLOURS, STROKES)):
+    for (name, values), (color, style) in zip(lines.items(), looks(COLORS, STROKES)):
         values = floats(f"lines[{name!r}]", values)
         if len(values) != len(x):
             raise ValueError(
                 f"line {name!r} has {len(values)} values and x has {len(x)}; there must be one for each"
             )
-        axes.plot(x, values, color=colour, linestyle=style, label=for_figure(name))
+        axes.plot(x, values, color=color, linestyle=style, label=for_figure(name))
     _legend(axes)
     return figure
 
@@ -189,12 +189,12 @@ def plot_race(
 ) -> Figure:
     """Median and band from the 10th to the 90th percentile of each racer, (x, values (len(x), seeds)), both axes in logs."""
     figure, axes = _figure(title, y_label, x=x_label)
-    for (name, (x, values)), (colour, style) in zip(racers.items(), looks(COLOURS, STROKES)):
+    for (name, (x, values)), (color, style) in zip(racers.items(), looks(COLORS, STROKES)):
         low, middle, high = np.quantile(
             floats(f"racers[{name!r}]", values), (0.1, 0.5, 0.9), axis=1
         )
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(x, middle, color=colour, linestyle=style, label=for_figure(name))
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(x, middle, color=color, linestyle=style, label=for_figure(name))
     if goal is not None:
         axes.axhline(goal, color=OPTIMUM, linewidth=0.8)
     axes.set(xscale="log", yscale="log")
@@ -226,24 +226,24 @@ def plot_simplex(
         *(grid.numpy() @ corners).T, value(grid).numpy(), levels=16, cmap="cividis"
     )
     figure.colorbar(surface, ax=axes, label="objective", shrink=0.8)
-    for (name, curve), (colour, style) in zip(
+    for (name, curve), (color, style) in zip(
         curves.items(), looks(("white", REJECTED), STROKES, beside=False)
     ):
         axes.plot(
             *(np.asarray(curve) @ corners).T,
             style,
-            color=colour,
+            color=color,
             linewidth=2,
             label=for_figure(name),
         )
-    for (name, point), (marker, colour) in zip(
+    for (name, point), (marker, color) in zip(
         points.items(), looks("so^D", (REJECTED, POLICY, CHOSEN), beside=False)
     ):
         place = np.asarray(point) @ corners
         axes.plot(
             *place,
             marker,
-            color=colour,
+            color=color,
             markeredgecolor="white",
             markersize=9,
             label=for_figure(name),
@@ -257,14 +257,14 @@ def plot_simplex(
 
 
 def plot_intervals(
-    labels: Sequence[str], low: Sequence[float], centre: Sequence[float], high: Sequence[float]
+    labels: Sequence[str], low: Sequence[float], center: Sequence[float], high: Sequence[float]
 ) -> Figure:
     """Estimates with their intervals, one line each, the first at the top."""
-    low, centre, high = floats("low", low), floats("centre", centre), floats("high", high)
+    low, center, high = floats("low", low), floats("center", center), floats("high", high)
     figure, axes = _figure("Estimates with intervals", "", x="reward (nats)")
-    shown, places = check_labels(labels, len(centre), "estimates"), np.arange(len(labels))[::-1]
+    shown, places = check_labels(labels, len(center), "estimates"), np.arange(len(labels))[::-1]
     axes.hlines(places, low, high, color=POLICY)
-    axes.plot(centre, places, "o", color=POLICY)
+    axes.plot(center, places, "o", color=POLICY)
     axes.axvline(0, color=OPTIMUM, linewidth=0.8)
     axes.set_yticks(places, shown)
     return figure
@@ -344,7 +344,7 @@ def plot_frontier(
             linestyle="--",
             label="optimal policy, estimated from the reference",
         )
-    for (name, points), (colour, marker) in zip(runs.items(), looks(COLOURS, "os^D")):
+    for (name, points), (color, marker) in zip(runs.items(), looks(COLORS, "os^D")):
         kl, reward, kl_se, reward_se = (
             [p[k] for p in points] for k in ("kl", "reward", "kl_se", "reward_se")
         )
@@ -355,7 +355,7 @@ def plot_frontier(
             kl_se,
             marker=marker,
             markersize=4,
-            color=colour,
+            color=color,
             label=for_figure(name),
         )
     low, high = axes.dataLim.intervaly
@@ -364,7 +364,7 @@ def plot_frontier(
     return figure
 
 
-def plot_contenders(
+def plot_sweep(
     runs: Mapping[str, Sequence[Mapping[str, float]]], optimal: Any, band: np.ndarray
 ) -> Figure:
     """Every evaluation of each method, reward against sequence KL, under the optimal frontier with its `band` (3, A).
@@ -387,13 +387,13 @@ def plot_contenders(
     )
     end = np.argmax(np.where(valid, optimal.kl, -1))
     axes.plot(optimal.kl[end], optimal.reward[end], "x", color=OPTIMUM, markersize=9)
-    for (name, points), (colour, marker) in zip(runs.items(), looks(CONTENDERS, "os^DvP*")):
+    for (name, points), (color, marker) in zip(runs.items(), looks(CONTENDERS, "os^DvP*")):
         kl, reward = ([p[k] for p in points] for k in ("kl", "reward"))
         axes.plot(
             kl,
             reward,
             marker,
-            color=colour,
+            color=color,
             markersize=5,
             alpha=0.75,
             markeredgewidth=0,
@@ -426,8 +426,8 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
     axes = figure.subplots()
     for y, roles in enumerate(methods.values()):
         for x, (role, use) in enumerate(roles.items()):
-            colour = REJECTED if "trained" in use else POLICY
-            axes.barh(y, 0.94 * gigabytes, left=x * gigabytes, height=0.7, color=colour, alpha=0.8)
+            color = REJECTED if "trained" in use else POLICY
+            axes.barh(y, 0.94 * gigabytes, left=x * gigabytes, height=0.7, color=color, alpha=0.8)
             place = ((x + 0.47) * gigabytes, y)
             axes.annotate(
                 for_figure(f"{role}\n{use}"),
@@ -456,7 +456,7 @@ def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> 
     figure = Figure(figsize=(8.4, 3.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     bins = np.linspace(scores.min(), scores.max(), 25)
-    for index, colour, style, name in (
+    for index, color, style, name in (
         (chosen, CHOSEN, "-", "chosen"),
         (rejected, REJECTED, "--", "rejected"),
     ):
@@ -467,7 +467,7 @@ def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> 
             histtype="step",
             linewidth=2,
             linestyle=style,
-            color=colour,
+            color=color,
             label=label,
         )
     gaps = scores[chosen] - scores[rejected]
@@ -508,9 +508,9 @@ def plot_betas(runs: Mapping[float, Sequence[Mapping[str, float]]], optimal: Any
 def token_html(
     tokens: Sequence[str], values: Sequence[float], *, limit: float | None = None
 ) -> str:
-    """A text whose tokens are coloured by a value each, green above zero and red below; the value is in the tooltip.
+    """A text whose tokens are colored by a value each, green above zero and red below; the value is in the tooltip.
 
-    `limit` is the value with full colour, by default the largest in size.
+    `limit` is the value with full color, by default the largest in size.
     """
     values = floats("values", values).tolist()
     if len(tokens) != len(values):

@@ -1,6 +1,6 @@
-"""Preferences as data: prompts, completions and pairs of completion indices, tokenised in one place.
+"""Preferences as data: prompts, completions and pairs of completion indices, tokenized in one place.
 
-Prompt and completion are tokenised apart and joined as ids, so no token straddles the boundary; a prompt begins with BOS
+Prompt and completion are tokenized apart and joined as ids, so no token straddles the boundary; a prompt begins with BOS
 where the tokenizer has one, a completion ends with EOS unless it was cut, and neither is written twice. What was cut,
 dropped or found twice is counted in a report, never silent.
 """
@@ -23,7 +23,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.arguments import (
+from dpo_lab.batching import begun, ended
+from dpo_lab.engine.arguments import (
     checked,
     floats,
     folder,
@@ -33,20 +34,25 @@ from dpo_lab.arguments import (
     token_ids,
     token_lists,
 )
-from dpo_lab.layout import begun, ended
+from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.runs import atomic_write
+from dpo_lab.engine.structure import unwrapped
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
-from dpo_lab.runs import weights_hash, write_whole
-from dpo_lab.structure import unwrapped
 
 SAME_LOGPS = {
     "float32": 1e-2,
     "bfloat16": 0.75,
 }  # nats a completion by which batches of other shapes may differ
+
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
+
 OPTIONAL = ("tools", "chat_template_kwargs")  # columns of TRL's that the chat template is given
+
 PICTURES = ("image", "images")  # columns of TRL's that no tokenizer reads
+
 JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # a chat template that adds nothing
+
 Bad = Literal["error", "drop"]
 
 
@@ -68,7 +74,7 @@ class Report:
     """pairs that stood there already; they are kept, and count twice in the loss"""
     ties: int = 0
     """pairs dropped because both completions have the same score"""
-    retokenised: int = 0
+    retokenized: int = 0
     """pairs dropped by `as_text` because their text has other tokens"""
     inner_eos: int = 0
     """completions with EOS, or BOS, before their end: their text spells it out, or they were padded with it"""
@@ -97,7 +103,7 @@ class Preferences:
     prompt_of: np.ndarray  # (N,) index into prompts
     chosen: np.ndarray  # (P,) index into completions
     rejected: np.ndarray  # (P,) index into completions
-    scores: np.ndarray | None = None  # (N,) what the pairs were labelled by
+    scores: np.ndarray | None = None  # (N,) what the pairs were labeled by
     reference_logps: np.ndarray | None = None  # (N,) nats
     reference_key: str = ""  # which weights and tokens reference_logps belong to
     reference_precision: Precision = (
@@ -219,7 +225,7 @@ class Preferences:
         )
 
     def as_text(self, tokenizer: PreTrainedTokenizerBase) -> "Preferences":
-        """These preferences without the pairs whose text, tokenised in one piece, has other tokens; the report counts them.
+        """These preferences without the pairs whose text, tokenized in one piece, has other tokens; the report counts them.
 
         Samples are token ids, and not always those that the tokenizer gives their text: it never writes "film" as "fi" + "lm".
         """
@@ -227,12 +233,12 @@ class Preferences:
         report = replace(
             self.report,
             pairs=len(kept),
-            retokenised=self.report.retokenised + len(self.chosen) - len(kept),
+            retokenized=self.report.retokenized + len(self.chosen) - len(kept),
         )
         return replace(self, chosen=self.chosen[kept], rejected=self.rejected[kept], report=report)
 
     def to_trl(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """A row a pair, in order, that TRL's `DPOTrainer` (1.16) tokenises to exactly these ids.
+        """A row a pair, in order, that TRL's `DPOTrainer` (1.16) tokenizes to exactly these ids.
 
         TRL takes text alone, and appends EOS to plain strings, which a cut completion must not have. So the values are messages
         with BOS and EOS written out, and each row brings a chat template that only joins them. TRL cuts at its `max_length`.
@@ -323,7 +329,7 @@ class Preferences:
         meta = {name: getattr(self, name) for name in ("reference_key", "reference_precision")} | {
             "report": asdict(self.report)
         }
-        with write_whole(directory, directory=True) as temporary:
+        with atomic_write(directory, directory=True) as temporary:
             parts.save_to_disk(temporary)
             (temporary / "preferences.json").write_text(
                 json.dumps(meta, indent=2) + "\n", encoding="utf-8"
@@ -603,7 +609,7 @@ class _Builder:
         head: str = "",
         score: float | None = None,
     ) -> int:
-        """The index of a completion of prompt `p`; `head` is a prompt that it is tokenised in one piece with."""
+        """The index of a completion of prompt `p`; `head` is a prompt that it is tokenized in one piece with."""
         if isinstance(completion, str):
             _check_text(where, completion)
             ids = (

@@ -1,4 +1,4 @@
-"""DPO, unlikelihood and SFT: what each of them minimises, in one loop."""
+"""DPO, unlikelihood and SFT: what each of them minimizes, in one loop."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_lab.arguments import checked, folder, integer, number, settled
-from dpo_lab.layout import CompletionBatch, completion_batch, split
-from dpo_lab.logprobs import Precision, can_share
-from dpo_lab.loop import Evaluate, LoopConfig, check_loop, check_policy, fit
-from dpo_lab.losses import Kind, check_beta, check_kind, dpo_loss, unlikelihood_loss
+from dpo_lab.batching import CompletionBatch, completion_batch, split
+from dpo_lab.engine.arguments import checked, folder, integer, number, settled
+from dpo_lab.engine.distributed import local_shard, world_size
+from dpo_lab.engine.records import data_hash, training_run, weights_record
+from dpo_lab.logprobs import Precision, can_compact
+from dpo_lab.loop import Callback, LoopConfig, check_loop, check_policy, fit
+from dpo_lab.losses import LossType, check_beta, check_loss_type, dpo_loss, unlikelihood_loss
 from dpo_lab.models import check_adaptable, check_lora, lora
 from dpo_lab.preferences import SAME_LOGPS, Preferences
-from dpo_lab.processes import count, my_share
-from dpo_lab.records import data_hash, training_run, weights_record
 
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """What `train_dpo` minimises, and how."""
+    """What `train_dpo` minimizes, and how."""
 
     beta: float = 0.37
     """strength of the KL constraint"""
-    kind: Kind = "sigmoid"
+    loss_type: LossType = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust, ipo or hinge"""
     label_smoothing: float = 0.0
     """assumed share of flipped labels, in [0, 0.5)"""
@@ -44,7 +44,7 @@ class DPOConfig:
 def check_config(config: DPOConfig) -> None:
     """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
     check_beta(config.beta)
-    check_kind(config.kind, config.label_smoothing)
+    check_loss_type(config.loss_type, config.label_smoothing)
     check_lora(config.lora_rank)
     check_loop(config.loop)
     if config.lora_rank and config.loop.optimizer == "muon":
@@ -89,14 +89,14 @@ def train_dpo(
     seed: int = 0,
     run: Path | str | None = None,
     resume: bool = False,
-    evaluate: Evaluate | None = None,
+    callback: Callback | None = None,
     progress: str | None = "DPO",
 ) -> list[dict[str, Any]]:
     """Train `policy` in place by DPO (Eq. 7 of Rafailov et al. 2023) and return the metrics, one dict a step.
 
     Args:
         policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and the loss is log 2. With a
-            `lora_rank` adapters are trained, and merged into it at the end; `evaluate` gets it with them.
+            `lora_rank` adapters are trained, and merged into it at the end; `callback` gets it with them.
         preferences: pairs with stored `reference_logps`, in whose precision the policy is computed; the reference model
             itself is not needed.
         seed: decides the order of the prompts, and how LoRA's adapters begin.
@@ -104,7 +104,7 @@ def train_dpo(
             it nothing is written.
         resume: continue the run that is recorded in `run` from its newest checkpoint, or begin it; the result has the bytes of
             an uninterrupted run. With a `lora_rank` the policy must have the weights that it began with.
-        evaluate: called with (policy, step) before the first step, as `eval_every` says, and after the last; what it
+        callback: called with (policy, step) before the first step, as `eval_every` says, and after the last; what it
             returns is added to the metrics, under `eval/`.
 
     Metrics have TRL's names; rewards and margins are in units of beta x nats, `logps/*` in nats a completion.
@@ -134,7 +134,7 @@ def train_dpo(
             micro.chosen,
             micro.rejected,
             config.beta,
-            kind=config.kind,
+            loss_type=config.loss_type,
             label_smoothing=config.label_smoothing,
             check_values=logps.device.type == "cpu",
         )
@@ -158,7 +158,7 @@ def train_dpo(
         return found | weights_record(policy, adapters=bool(config.lora_rank))
 
     logps, atol = preferences.reference_logps, SAME_LOGPS[preferences.reference_precision]
-    options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
+    options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
     with (
         training_run(run, describe, resume=resume, logps=logps, atol=atol) as began_with,
         lora(policy, config.lora_rank, seed=seed)
@@ -181,10 +181,10 @@ def train_unlikelihood(
     epochs: int = 1,
     batch_pairs: int = DPOConfig.batch_pairs,
     seed: int = 0,
-    evaluate: Evaluate | None = None,
+    callback: Callback | None = None,
     progress: str | None = "unlikelihood",
 ) -> list[dict[str, Any]]:
-    """Minimise -log pi(chosen) + alpha log pi(rejected) a pair: the paper's baseline (Section 6), which degenerates.
+    """Minimize -log pi(chosen) + alpha log pi(rejected) a pair: the paper's baseline (Section 6), which degenerates.
 
     The rest is as in `train_dpo`; no reference is needed.
     """
@@ -210,7 +210,7 @@ def train_unlikelihood(
         batch_pairs,
         config,
         seed,
-        evaluate=evaluate,
+        callback=callback,
         progress=progress,
     )
 
@@ -226,25 +226,27 @@ def _fit_pairs(
     *,
     run: Path | None = None,
     resume: bool = False,
-    evaluate: Evaluate | None,
+    callback: Callback | None,
     progress: str | None,
 ) -> list[dict[str, Any]]:
     """`fit` on the mean over pairs, those that share completions kept together, in the precision of the reference log-probs."""
-    groups, share = preferences.linked_pairs(), can_share(policy)
+    groups, share = preferences.linked_pairs(), can_compact(policy)
     plan = plan_prompts(groups, epochs, batch_pairs, seed)
 
-    def micro_batches(step: int, accumulate: int) -> list[PairBatch]:
-        parts = np.array_split(np.array(plan[step]), min(accumulate * count(), len(plan[step])))
+    def micro_batches(step: int, gradient_accumulation_steps: int) -> list[PairBatch]:
+        parts = np.array_split(
+            np.array(plan[step]), min(gradient_accumulation_steps * world_size(), len(plan[step]))
+        )
         return [
             _pair_batch(preferences, [pair for g in part for pair in groups[g]], share)
-            for part in my_share(parts)
+            for part in local_shard(parts)
         ]
 
     def weigh(micro: PairBatch) -> int:
         return len(micro.chosen)
 
     precision = preferences.reference_precision
-    options = {"run": run, "resume": resume, "evaluate": evaluate, "progress": progress}
+    options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
     return fit(
         policy, len(plan), micro_batches, loss_of, weigh, loop, precision=precision, **options
     )
@@ -260,10 +262,10 @@ def train_sft(
     precision: Precision = "float32",
     run: Path | str | None = None,
     resume: bool = False,
-    evaluate: Evaluate | None = None,
+    callback: Callback | None = None,
     progress: str | None = "SFT",
 ) -> list[dict[str, Any]]:
-    """Maximise the log-likelihood of completions; the loss is nats a completion token. Preferred-FT is SFT on chosen.
+    """Maximize the log-likelihood of completions; the loss is nats a completion token. Preferred-FT is SFT on chosen.
 
     `batches(step)` gives the forward passes of a step, the same ones whenever it is asked (a sequence is cycled through, one
     batch a step). The rest is as in `train_dpo`; `sft_batches` makes the batches from preferences.
@@ -290,11 +292,15 @@ def train_sft(
             read.append(data_hash(read[-1], batches_of(len(read) - 1)))
         return read[steps]
 
-    def micro_batches(step: int, accumulate: int) -> list[CompletionBatch]:
+    def micro_batches(step: int, gradient_accumulation_steps: int) -> list[CompletionBatch]:
         if run and listed is None:
             data_of(step + 1)
-        return my_share(
-            [part for batch in batches_of(step) for part in split(batch, accumulate * count())]
+        return local_shard(
+            [
+                part
+                for batch in batches_of(step)
+                for part in split(batch, gradient_accumulation_steps * world_size())
+            ]
         )
 
     def loss_of(
@@ -328,7 +334,7 @@ def train_sft(
             precision=precision,
             run=run,
             resume=resume,
-            evaluate=evaluate,
+            callback=callback,
             progress=progress,
             data_of=data_of if listed is None else None,
         )
@@ -349,19 +355,22 @@ def sft_batches(
     size: int,
     *,
     chosen_only: bool = True,
-    share: bool = False,
+    compact: bool = False,
     seed: int = 0,
 ) -> list[CompletionBatch]:
     """One epoch of shuffled batches of `size` completions: the chosen one of every pair (Preferred-FT), or all of them (SFT).
 
-    `share` is that of `completion_batch`: faster, and exact where `can_share` says so of the model.
+    `compact` is that of `completion_batch`: faster, and exact where `can_compact` says so of the model.
     """
     p = preferences
     which = p.chosen if chosen_only else np.arange(len(p.completions))
     order = np.random.default_rng(seed).permutation(which)
     return [
         completion_batch(
-            p.prompts, [p.completions[i] for i in part], [p.prompt_of[i] for i in part], share=share
+            p.prompts,
+            [p.completions[i] for i in part],
+            [p.prompt_of[i] for i in part],
+            compact=compact,
         )
         for part in np.split(order, range(size, len(order), size))
     ]
@@ -384,12 +393,12 @@ def plan_prompts(
     return plan
 
 
-def _pair_batch(preferences: Preferences, pairs: Sequence[int], share: bool) -> PairBatch:
+def _pair_batch(preferences: Preferences, pairs: Sequence[int], compact: bool) -> PairBatch:
     p = preferences
     ends = np.concatenate([p.chosen[pairs], p.rejected[pairs]])
     used, local = np.unique(ends, return_inverse=True)
     batch = completion_batch(
-        p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], share=share
+        p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], compact=compact
     )
     chosen, rejected = torch.from_numpy(local).chunk(2)
     reference = (

@@ -18,9 +18,9 @@ from transformers import (
 )
 from xdist.scheduler import LoadScopeScheduling
 
-from dpo_lab import task
 from dpo_lab.models import load_model, load_tokenizer
-from dpo_lab.pretrain import PretrainConfig, gpt2_config, train_tokenizer
+from dpo_lab.sentiment import task
+from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config, train_tokenizer
 
 
 @pytest.fixture

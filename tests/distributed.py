@@ -12,14 +12,23 @@ from conftest import make_reviews
 from datasets import Dataset, DatasetDict
 from test_train import CONFIG, LOOP, make_preferences, timeless
 
-from dpo_lab import processes, task
 from dpo_lab.cli import main
-from dpo_lab.imdb import sample_completions
-from dpo_lab.logprobs import can_share
+from dpo_lab.engine import distributed as processes
+from dpo_lab.engine.distributed import (
+    all_gather,
+    from_main,
+    gather_shards,
+    is_main,
+    local_shard,
+    rank,
+    setup,
+)
+from dpo_lab.logprobs import can_compact
 from dpo_lab.loop import Interrupted
 from dpo_lab.models import ScalarModel, load_model
-from dpo_lab.processes import from_main, gathered, is_main, join, my_share, rank, whole
-from dpo_lab.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.rlhf.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.sampling import sample_completions
+from dpo_lab.sentiment import task
 from dpo_lab.train import sft_batches, train_dpo, train_sft, train_unlikelihood
 
 LONG = replace(CONFIG, epochs=3)  # 6 steps
@@ -42,7 +51,9 @@ def losses(tiny):
     found = {}
     for name, config in {
         "dpo": CONFIG,
-        "dpo, accumulated": replace(CONFIG, batch_pairs=9, loop=replace(LOOP, accumulate=2)),
+        "dpo, accumulated": replace(
+            CONFIG, batch_pairs=9, loop=replace(LOOP, gradient_accumulation_steps=2)
+        ),
         "dpo, a prompt a step": replace(CONFIG, batch_pairs=3, epochs=1),
         "dpo, muon": replace(CONFIG, loop=replace(LOOP, optimizer="muon")),
     }.items():
@@ -52,7 +63,9 @@ def losses(tiny):
     )
     for share in (True, False):
         policy = load_model(tiny)
-        batches = sft_batches(preferences, 5, chosen_only=False, share=share and can_share(policy))
+        batches = sft_batches(
+            preferences, 5, chosen_only=False, compact=share and can_compact(policy)
+        )
         found[f"sft, share {share}"] = train_sft(policy, batches, len(batches), LOOP, progress=None)
     config = RewardModelConfig(batch_pairs=9, loop=LOOP)
     found["reward model"] = train_reward_model(
@@ -65,7 +78,7 @@ def stopped(tiny, run):
     """What a run says that a SIGTERM to its last process stops after step 3."""
 
     def evaluate(model, step):
-        if step == 3 and rank() == len(gathered(None)) - 1:
+        if step == 3 and rank() == len(all_gather(None)) - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
@@ -76,7 +89,7 @@ def stopped(tiny, run):
             make_preferences(tiny),
             LONG,
             run=run,
-            evaluate=evaluate,
+            callback=evaluate,
             progress=None,
         )
     except Interrupted as error:
@@ -113,11 +126,11 @@ def train(tiny, out):
 
 def together(tiny, folder, earlier):
     """What each of the processes does; `earlier` holds a run that one process began."""
-    join("cpu")
+    setup("cpu")
     found = {
         "sharded": processes.sharding(),
-        "shares": gathered(my_share([0, 1, 2, 3, 4])),
-        "whole": whole(my_share("abcde")),
+        "shares": all_gather(local_shard([0, 1, 2, 3, 4])),
+        "whole": gather_shards(local_shard("abcde")),
     }
     for kind, sharded in (("fsdp", "true"), ("ddp", "false")):
         os.environ[processes.SHARD] = sharded

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dpo_lab.runs import append_metrics, write_json
+from dpo_lab.engine.runs import append_metrics, write_json
 
 
 def record_run(run: Path) -> None:

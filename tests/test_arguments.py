@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab.arguments import (
+from dpo_lab.engine.arguments import (
     finite_positive,
     floats,
     folder,

@@ -5,19 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lab.bandit import (
+from dpo_lab.losses import dpo_loss, ppo_clip_loss
+from dpo_lab.theory.bandit import (
     all_pairs,
-    descend,
     exact_gradient,
-    minimise,
+    gradient_descent,
+    minimize,
     pair_weights,
-    penalised_rewards,
+    penalized_rewards,
     policy_gradient,
     reinforce_gradients,
     sample_pairs,
 )
-from dpo_lab.losses import dpo_loss, ppo_clip_loss
-from dpo_lab.objective import kl, optimal_policy
+from dpo_lab.theory.objective import kl, optimal_policy
 
 REFERENCE = torch.tensor([0.35, 0.4, 0.2, 0.05], dtype=torch.float64)
 REWARD = torch.tensor([-1.0, 0.0, 1.0, 1.5], dtype=torch.float64)
@@ -40,7 +40,7 @@ def population_loss(reference, reward, beta, **options):
 def test_with_labels_without_end_dpo_ends_at_the_optimal_policy(weights, rewards, beta):
     reference = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     reward = torch.tensor(rewards[: len(weights)], dtype=torch.float64)
-    found = minimise(population_loss(reference, reward, beta), reference)
+    found = minimize(population_loss(reference, reward, beta), reference)
     assert kl(found, optimal_policy(reference, reward, beta)) < 1e-8
 
 
@@ -72,7 +72,9 @@ def test_sampled_pairs_come_as_often_as_their_shares_say():
 
 
 def test_descent_takes_the_gradient_step_and_starts_at_the_reference():
-    path = descend(population_loss(REFERENCE, REWARD, 0.5), REFERENCE, steps=2, learning_rate=0.1)
+    path = gradient_descent(
+        population_loss(REFERENCE, REWARD, 0.5), REFERENCE, steps=2, learning_rate=0.1
+    )
     assert path.shape == (3, 4) and torch.equal(path[0], REFERENCE)
     logits, eps, slope = REFERENCE.log(), 1e-6, torch.zeros(4, dtype=torch.float64)
     loss = population_loss(REFERENCE, REWARD, 0.5)
@@ -85,7 +87,7 @@ def test_descent_takes_the_gradient_step_and_starts_at_the_reference():
 
 
 def test_descent_reaches_the_optimum_too():
-    path = descend(
+    path = gradient_descent(
         population_loss(REFERENCE, REWARD, 1.0), REFERENCE, steps=3_000, learning_rate=3.0
     )
     gaps = kl(path, optimal_policy(REFERENCE, REWARD, 1.0).expand_as(path))
@@ -94,7 +96,9 @@ def test_descent_reaches_the_optimum_too():
 
 @pytest.mark.parametrize("kind", ["ipo", "hinge", "robust"])
 def test_other_losses_end_elsewhere(kind):
-    found = minimise(population_loss(REFERENCE, REWARD, 1.0, kind=kind), REFERENCE, iterations=100)
+    found = minimize(
+        population_loss(REFERENCE, REWARD, 1.0, loss_type=kind), REFERENCE, iterations=100
+    )
     assert torch.isfinite(found).all()
     assert (kl(found, optimal_policy(REFERENCE, REWARD, 1.0)) < 1e-8) == (
         kind == "robust"
@@ -113,7 +117,7 @@ def test_the_policy_gradient_s_mean_is_the_exact_gradient(baseline):
         replacement=True,
         generator=torch.Generator().manual_seed(0),
     )
-    returns = penalised_rewards(LOGITS, REFERENCE, REWARD, 0.5)[actions]
+    returns = penalized_rewards(LOGITS, REFERENCE, REWARD, 0.5)[actions]
     b = {"none": 0.0, "mean return": returns.mean(), "a constant": 3.0}[baseline]
     estimates = reinforce_gradients(LOGITS, actions, returns, b)
     error = estimates.std(0) / len(actions) ** 0.5
@@ -129,7 +133,7 @@ def test_a_baseline_takes_from_the_variance():
         replacement=True,
         generator=torch.Generator().manual_seed(0),
     )
-    returns = penalised_rewards(LOGITS, REFERENCE, REWARD + 5, 0.5)[actions]
+    returns = penalized_rewards(LOGITS, REFERENCE, REWARD + 5, 0.5)[actions]
     spread = [
         reinforce_gradients(LOGITS, actions, returns, b).var(0).sum() for b in (0.0, returns.mean())
     ]

@@ -21,9 +21,9 @@ import scale  # noqa: E402
 import speed  # noqa: E402
 
 from dpo_lab.loop import LoopConfig  # noqa: E402
-from dpo_lab.ppo import PPOConfig  # noqa: E402
-from dpo_lab.reward_model import RewardModelConfig  # noqa: E402
-from dpo_lab.task import TaskConfig  # noqa: E402
+from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
+from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
+from dpo_lab.sentiment.task import TaskConfig  # noqa: E402
 
 
 def measured(name, precision="float32", job="dpo"):

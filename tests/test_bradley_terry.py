@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from dpo_lab.rewards import fit_bradley_terry
+from dpo_lab.theory.bradley_terry import fit_bradley_terry
 
 
 def simulate(rewards, pairs, seed):

@@ -13,10 +13,10 @@ from browser import CHROMIUM, chromium, jupyterlab, open_notebook, run_all_cells
 from ipywidgets import HTML, SelectionSlider
 from recording import record_run
 
-from dpo_lab.bandit import sample_pairs
-from dpo_lab.contenders import recorded
-from dpo_lab.objective import optimal_policy
-from dpo_lab.widgets import (
+from dpo_lab.sentiment.results import load_sweep
+from dpo_lab.theory.bandit import sample_pairs
+from dpo_lab.theory.objective import optimal_policy
+from dpo_lab.widgets.explorers import (
     BETAS,
     REFERENCE,
     REWARD,
@@ -186,7 +186,7 @@ def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, 
 RECORDED = {
     "training": (training_explorer, "training_explorer({run!r})"),
     "betas": (
-        lambda run: betas_explorer({0.1: run, 5.0: run}, recorded().optimal),
+        lambda run: betas_explorer({0.1: run, 5.0: run}, load_sweep().optimal),
         "betas_explorer({{0.1: {run!r}, 5.0: {run!r}}}, recorded().optimal)",
     ),
     "frontier": (lambda run: frontier_explorer(), "frontier_explorer()"),

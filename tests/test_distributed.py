@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab import runs, task
+from dpo_lab.batching import completion_batch, split
 from dpo_lab.cli import main
-from dpo_lab.layout import completion_batch, split
+from dpo_lab.engine import runs
+from dpo_lab.engine.runs import append_metrics, atomic_write, read_metrics, read_snapshots
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import append_metrics, read_metrics, read_snapshots, write_whole
+from dpo_lab.sentiment import task
 
 TOLERANCE = 1e-5
 MUON = 3e-3  # it orthogonalises in bfloat16, which makes of a last bit of the gradient the last bit of a bfloat16
@@ -154,7 +155,7 @@ def test_a_split_batch_scores_each_completion_as_the_whole_does(tiny, share, lon
     owners = [0, 1, 0, 2, 2, 1, 0]
     completions = [list(map(int, rng.integers(1, 512, 2 + longer * (i % 2)))) for i in range(7)]
     batch, model = (
-        completion_batch(prompts, completions, owners, share=share),
+        completion_batch(prompts, completions, owners, compact=share),
         load_model(str(tiny)).double(),
     )
     assert (batch.segments is not None) == (share and not longer) or longer
@@ -172,7 +173,7 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "is_main", lambda: False)
     append_metrics(tmp_path, {"step": 1})
     for directory in (True, False):
-        with write_whole(tmp_path / "result", directory=directory) as temporary:
+        with atomic_write(tmp_path / "result", directory=directory) as temporary:
             (temporary / "file" if directory else temporary).write_text("mine")
     assert not list(tmp_path.iterdir())
 

@@ -30,7 +30,9 @@ def test_the_python_of_the_page_runs_on_any_folder(tiny, tmp_path):
 
 def test_the_commands_and_errors_of_the_page_are_those_of_the_code():
     assert set(re.findall(r"dpo-lab (\w+)", PAGE)) <= set(COMMANDS)
-    source = "".join((ROOT / "dpo_lab" / f"{name}.py").read_text() for name in ("models", "task"))
+    source = "".join(
+        (ROOT / "dpo_lab" / f"{name}.py").read_text() for name in ("models", "sentiment/task")
+    )
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that go on in the next line
     rows = re.findall(r"^\| (.+?) \|", PAGE.split("## When it says no")[1], re.MULTILINE)[1:]
     for row in rows:

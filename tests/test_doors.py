@@ -14,19 +14,22 @@ import pytest
 import torch
 
 import dpo_lab
-from dpo_lab import experiment, frontier, loop, pretrain, task
-from dpo_lab.arguments import checked, settled
-from dpo_lab.contenders import Contender
-from dpo_lab.experiment import ExperimentConfig
-from dpo_lab.frontier import FrontierConfig
-from dpo_lab.layout import completion_batch
+from dpo_lab import loop
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.arguments import checked, settled
 from dpo_lab.loop import LoopConfig, make_optimizers
 from dpo_lab.models import load_model
-from dpo_lab.plan import plan
 from dpo_lab.preferences import Preferences, from_rows
-from dpo_lab.pretrain import PretrainConfig
-from dpo_lab.reward_model import RewardModelConfig, train_reward_model
-from dpo_lab.task import TaskConfig
+from dpo_lab.rlhf.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.sentiment import pretrain, task
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import sweep as frontier
+from dpo_lab.sentiment.cost import plan
+from dpo_lab.sentiment.pretrain import PretrainConfig
+from dpo_lab.sentiment.results import Run
+from dpo_lab.sentiment.run import ExperimentConfig
+from dpo_lab.sentiment.sweep import FrontierConfig
+from dpo_lab.sentiment.task import TaskConfig
 from dpo_lab.train import DPOConfig, check_config, train_dpo, train_sft, train_unlikelihood
 
 WRONG = "a name that nobody allowed"
@@ -34,7 +37,7 @@ SETTLED_BEFORE = {
     "loop.evaluates"
 }  # takes the numbers of a config once a step, after its loop has settled it
 MODULES = [
-    importlib.import_module(f"dpo_lab.{m.name}") for m in pkgutil.iter_modules(dpo_lab.__path__)
+    importlib.import_module(m.name) for m in pkgutil.walk_packages(dpo_lab.__path__, "dpo_lab.")
 ]
 
 
@@ -120,12 +123,12 @@ def test_the_doors_were_found():
         len(names) > 100
         and {
             "train.train_dpo.config.loop.optimizer",
-            "frontier.frontier.config.reward_model.loop.schedule",
+            "sentiment.sweep.frontier.config.reward_model.loop.schedule",
             "preferences.Preferences.with_reference.precision",
-            "reward_model.LearnedReward.__init__.precision",
+            "rlhf.reward_model.LearnedReward.__init__.precision",
             "logprobs.completion_logps.reduction",
-            "contenders.repeats.methods",
-            "imdb.load_imdb.source",
+            "sentiment.results.repeats.methods",
+            "sentiment.reviews.load_imdb.source",
         }
         <= names
     )
@@ -163,7 +166,7 @@ def test_a_wrong_name_is_refused_before_any_other_argument_is_touched(
 @pytest.mark.parametrize(("kind", "name"), DATACLASSES)
 def test_a_wrong_name_makes_no_object(kind, name):
     given = {
-        Contender: {"method": "dpo", "setting": 0.1, "seed": 0},
+        Run: {"method": "dpo", "setting": 0.1, "seed": 0},
         Preferences: dict(
             prompts=[[1]],
             completions=[[2], [3]],
@@ -288,11 +291,11 @@ def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded_or_written
 def test_runs_of_a_sweep_are_refused_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(frontier, "load_parts", Untouched())
     for run, found in (
-        (Contender("dpo", -0.1, 0), "beta is -0.1"),
-        (Contender("ppo", 0.0, 0), "kl_target is 0"),
-        (Contender("unlikelihood", 2.0, 0), "alpha is 2"),
+        (Run("dpo", -0.1, 0), "beta is -0.1"),
+        (Run("ppo", 0.0, 0), "kl_target is 0"),
+        (Run("unlikelihood", 2.0, 0), "alpha is 2"),
         (
-            Contender("best-of-n", 4, 0),
+            Run("best-of-n", 4, 0),
             "method is 'best-of-n'; it must be one of 'dpo', 'ppo', 'ppo-gt', 'unlikelihood'",
         ),
     ):
@@ -304,8 +307,8 @@ def test_runs_of_a_sweep_are_refused_before_anything_is_loaded(monkeypatch, tmp_
 
 
 def test_a_run_of_numpy_numbers_is_that_of_pythons():
-    run = Contender("dpo", np.float32(0.5), np.int64(3))
-    assert run == Contender("dpo", 0.5, 3) and json.loads(json.dumps([run.setting, run.seed])) == [
+    run = Run("dpo", np.float32(0.5), np.int64(3))
+    assert run == Run("dpo", 0.5, 3) and json.loads(json.dumps([run.setting, run.seed])) == [
         0.5,
         3,
     ]

@@ -7,18 +7,11 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from dpo_lab.evaluate import (
-    OptimalFrontier,
-    best_of_n,
-    distinct_n,
-    evaluate_policy,
-    frontier_band,
-    optimal_frontier,
-    win_rate,
-)
+from dpo_lab.evaluate import distinct_n, evaluate_policy, win_rate
 from dpo_lab.models import load_model
-from dpo_lab.objective import kl as exact_kl
-from dpo_lab.objective import optimal_policy
+from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.objective import kl as exact_kl
+from dpo_lab.theory.objective import optimal_policy
 
 
 def test_a_policy_that_is_its_reference_has_no_kl(model, tokenizer):

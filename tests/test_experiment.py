@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_lab import experiment, task
 from dpo_lab.cli import main, named_config
-from dpo_lab.machine import PrecisionTest
+from dpo_lab.engine.runs import read_metrics, read_snapshots
 from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import read_metrics, read_snapshots
-from dpo_lab.task import TaskConfig, data_config
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import task
+from dpo_lab.sentiment.precision import PrecisionTest
+from dpo_lab.sentiment.task import TaskConfig, data_config
 
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
 SMALL = (
@@ -299,7 +300,7 @@ def test_the_paper_s_config_is_the_paper_s():
         "hub",
         "gpu",
     )
-    assert (dpo.beta, dpo.batch_pairs, dpo.kind) == (0.1, 64, "sigmoid")
+    assert (dpo.beta, dpo.batch_pairs, dpo.loss_type) == (0.1, 64, "sigmoid")
     assert (loop.optimizer, loop.learning_rate, loop.warmup_steps, loop.eval_every) == (
         "rmsprop",
         1e-6,

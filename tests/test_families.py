@@ -1,4 +1,4 @@
-"""Another family with other tokenizers goes through sampling, labelling, DPO and evaluation as the embedded GPT-2 does."""
+"""Another family with other tokenizers goes through sampling, labeling, DPO and evaluation as the embedded GPT-2 does."""
 
 import json
 import re
@@ -45,11 +45,13 @@ from transformers import (
 )
 
 from dpo_lab.cli import main
-from dpo_lab.imdb import sample_completions, sample_prefixes
+from dpo_lab.engine.structure import context_of
 from dpo_lab.logprobs import score_completions
-from dpo_lab.models import check_sampling, context_of, end_tokens, load_model, load_tokenizer
+from dpo_lab.models import check_sampling, end_tokens, load_model, load_tokenizer
 from dpo_lab.preferences import Preferences, from_rows
-from dpo_lab.rewards import SentimentReward
+from dpo_lab.sampling import sample_completions
+from dpo_lab.sentiment.reviews import sample_prefixes
+from dpo_lab.sentiment.reward import SentimentReward
 
 SMALL = (
     "--precision float32 --prefixes 40 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 60 --eval-every 2 --save-every 2"

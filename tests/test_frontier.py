@@ -9,28 +9,37 @@ import pytest
 import torch
 from conftest import make_classifier
 
-from dpo_lab import cli, frontier
+from dpo_lab import cli
 from dpo_lab.cli import main
-from dpo_lab.contenders import COLUMNS, REPEATS, Contender, Recorded, contenders, recorded, repeats
-from dpo_lab.evaluate import OptimalFrontier
-from dpo_lab.frontier import FrontierConfig
+from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model
-from dpo_lab.plots import plot_contenders
-from dpo_lab.ppo import PPOConfig
-from dpo_lab.reward_model import RewardModelConfig
-from dpo_lab.runs import weights_hash
-from dpo_lab.task import TaskConfig, load_parts
-from dpo_lab.widgets import frontier_explorer
+from dpo_lab.plots import plot_sweep
+from dpo_lab.rlhf.ppo import PPOConfig
+from dpo_lab.rlhf.reward_model import RewardModelConfig
+from dpo_lab.sentiment import sweep as frontier
+from dpo_lab.sentiment.results import (
+    COLUMNS,
+    REPEATS,
+    Run,
+    SweepResults,
+    load_sweep,
+    paper_runs,
+    repeats,
+)
+from dpo_lab.sentiment.sweep import FrontierConfig
+from dpo_lab.sentiment.task import TaskConfig, load_parts
+from dpo_lab.theory.frontier import OptimalFrontier
+from dpo_lab.widgets.explorers import frontier_explorer
 
 METHODS = ("dpo", "ppo", "ppo-gt", "unlikelihood", "preferred-ft")
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
 RUNS = [
-    Contender("dpo", 0.1, 0),
-    Contender("ppo", 3.0, 0),
-    Contender("ppo-gt", 3.0, 0),
-    Contender("unlikelihood", 0.5, 0),
-    Contender("preferred-ft", 0.0, 1),
+    Run("dpo", 0.1, 0),
+    Run("ppo", 3.0, 0),
+    Run("ppo-gt", 3.0, 0),
+    Run("unlikelihood", 0.5, 0),
+    Run("preferred-ft", 0.0, 1),
 ]
 
 
@@ -49,7 +58,7 @@ def config(tiny):
 
 
 def test_the_paper_s_sweep_has_22_runs():
-    runs = contenders()
+    runs = paper_runs()
     assert len(runs) == len({run.name for run in runs}) == 22
     by_method = {
         method: [run.setting for run in runs if run.method == method]
@@ -68,14 +77,12 @@ def test_the_paper_s_sweep_has_22_runs():
 
 
 def test_two_settings_never_share_a_directory():
-    names = [
-        Contender("dpo", setting, 0).name for setting in (0.1, 0.1 + 1e-9, 0.1 + 2e-9, 1.0, 5e-7)
-    ]
+    names = [Run("dpo", setting, 0).name for setting in (0.1, 0.1 + 1e-9, 0.1 + 2e-9, 1.0, 5e-7)]
     assert len(set(names)) == 5 and names[0] == "dpo-0.1-seed0" and names[3] == "dpo-1-seed0"
 
 
 def test_a_repeat_is_one_setting_of_a_method_in_three_seeds():
-    assert repeats("unlikelihood") == [Contender("unlikelihood", 0.5, seed) for seed in (0, 1, 2)]
+    assert repeats("unlikelihood") == [Run("unlikelihood", 0.5, seed) for seed in (0, 1, 2)]
     runs = repeats("dpo", "ppo", "ppo-gt")
     assert len(runs) == len({run.name for run in runs}) == 9 and [
         run.seed for run in runs
@@ -85,10 +92,10 @@ def test_a_repeat_is_one_setting_of_a_method_in_three_seeds():
 def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path, monkeypatch):
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS[:2])
     assert {row["method"] for row in rows} == {"dpo", "ppo", "sft", "best-of-n"}
-    assert isinstance(recorded(tmp_path).seconds, int)  # one call made it all
-    ran, original = [], frontier.run_contender
+    assert isinstance(load_sweep(tmp_path).seconds, int)  # one call made it all
+    ran, original = [], frontier.finish_run
     monkeypatch.setattr(
-        frontier, "run_contender", lambda run, *rest: ran.append(run) or original(run, *rest)
+        frontier, "finish_run", lambda run, *rest: ran.append(run) or original(run, *rest)
     )
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS)
     assert ran == RUNS[2:]
@@ -105,7 +112,7 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
         and len(shipped["optimal"]["kl"]) == 100
     )
     assert all(len(shipped["runs"][run.name]["samples"]) == 8 for run in RUNS)
-    sweep = recorded(tmp_path)
+    sweep = load_sweep(tmp_path)
     assert sweep.seconds is None  # two calls
     assert (
         sweep.rows == rows
@@ -153,7 +160,7 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
         assert list(path.get_ydata()) == [row["reward"] for row in sweep.runs()[run]]
     by_method = sweep.by_method()
     assert sum(map(len, by_method.values())) == len(rows) and len(by_method) == 7
-    axes = plot_contenders(by_method, sweep.optimal, sweep.band).axes[0]
+    axes = plot_sweep(by_method, sweep.optimal, sweep.band).axes[0]
     assert set(by_method) < {text.get_text() for text in axes.get_legend().get_texts()}
     for run in RUNS:
         mine = [row for row in rows if (row["method"], row["seed"]) == (run.method, run.seed)]
@@ -180,12 +187,12 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     finished = tmp_path / RUNS[1].name / "rows.json"
     finished.write_text(json.dumps({**json.loads(finished.read_text()), "commit": "0123456789ab"}))
     assert frontier.frontier(config(tiny), tmp_path, runs=RUNS) == rows
-    assert recorded(tmp_path).provenance["commit"] == f"{shipped['commit']}, 0123456789ab"
+    assert load_sweep(tmp_path).provenance["commit"] == f"{shipped['commit']}, 0123456789ab"
 
 
 def test_a_sweep_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="frontier.csv.*dpo-lab frontier"):
-        recorded(tmp_path)
+        load_sweep(tmp_path)
 
 
 def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
@@ -259,7 +266,7 @@ def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch,
         == 0
     )
     assert f"evaluations in {tmp_path / 'sweep' / 'frontier.csv'}" in capsys.readouterr().out
-    assert set(recorded(tmp_path / "sweep").samples) == {run.name for run in RUNS[4:]}
+    assert set(load_sweep(tmp_path / "sweep").samples) == {run.name for run in RUNS[4:]}
     settings = json.loads((tmp_path / "sweep" / "config.json").read_text())
     assert settings["loop"]["eval_every"] == 5 and settings["task"]["prefixes"] == 12
 
@@ -268,7 +275,7 @@ def test_a_share_has_two_ends_past_the_estimate_s_end():
     optimal = OptimalFrontier(
         np.array([0.5, 0.8, 0.9]), np.array([0.0, 1.0, 2.0]), np.array([64.0, 20.0, 9.0])
     )
-    sweep = Recorded(
+    sweep = SweepResults(
         [{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {}, None
     )
     assert sweep.share_bounds(0.65, 1.0) == pytest.approx((0.5, 0.5))
@@ -277,7 +284,7 @@ def test_a_share_has_two_ends_past_the_estimate_s_end():
 
 
 def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_percent_of_the_optimal_gain_within_5_nats():
-    rows = {row["name"]: row for folder in REPEATS for row in recorded(folder).spread()}
+    rows = {row["name"]: row for folder in REPEATS for row in load_sweep(folder).spread()}
     assert {name: row["seeds"] for name, row in rows.items()} == {
         "DPO, beta 0.37": 3,
         "PPO, learned reward, target KL 4.8": 3,
@@ -292,7 +299,7 @@ def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_pe
         row["least_gain"] > (0.2 if name.startswith(("DPO", "PPO")) else 0.05)
         for name, row in rows.items()
     )
-    assert all(samples for folder in REPEATS for samples in recorded(folder).samples.values())
+    assert all(samples for folder in REPEATS for samples in load_sweep(folder).samples.values())
 
 
 def test_after_sft_every_contender_starts_from_the_tuned_reference(tiny, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def finished(report):
 def test_the_stage_of_the_protocol_in_its_smallest_form(settings, tmp_path, monkeypatch):
     import gpu_dpo
 
-    from dpo_lab import task
+    from dpo_lab.sentiment import task
 
     parts = task.load_imdb("package")
     longer = DatasetDict(

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from dpo_lab import models
-from dpo_lab.runs import read_metrics
+from dpo_lab.engine.runs import read_metrics
 
 GPT2, CLASSIFIER, IMDB = (
     "openai-community/gpt2",

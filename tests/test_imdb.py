@@ -12,19 +12,10 @@ import pytest
 import torch
 from conftest import make_reviews
 
-from dpo_lab import imdb
-from dpo_lab.imdb import (
-    _draw,
-    _first_above,
-    clean,
-    load_imdb,
-    reviews_csv,
-    sample_completions,
-    sample_prefixes,
-    sample_with_logps,
-    texts_of,
-)
-from dpo_lab.processes import side_by_side
+from dpo_lab import sampling as imdb
+from dpo_lab.engine.distributed import parallel_map
+from dpo_lab.sampling import _draw, _first_above, sample_completions, sample_with_logps, texts_of
+from dpo_lab.sentiment.reviews import clean, load_imdb, reviews_csv, sample_prefixes
 
 
 @pytest.fixture(scope="module")
@@ -256,11 +247,11 @@ def test_side_by_side_keeps_the_order_raises_and_stops_with_its_reader():
 
     try:
         torch.set_num_threads(2)
-        assert list(side_by_side(square, range(6))) == [0, 1, 4, 9, 16, 25]
+        assert list(parallel_map(square, range(6))) == [0, 1, 4, 9, 16, 25]
         with pytest.raises(ZeroDivisionError):
-            list(side_by_side(square, range(100)))
+            list(parallel_map(square, range(100)))
         begun.clear()
-        results = side_by_side(square, [0] * 100)
+        results = parallel_map(square, [0] * 100)
         next(results)
         results.close()
         assert len(begun) < 50 and torch.get_num_threads() == 2

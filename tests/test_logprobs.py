@@ -26,11 +26,14 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dpo_lab import attention, layout, lm_head, logprobs
-from dpo_lab.layout import completion_batch
-from dpo_lab.lm_head import token_logps
+from dpo_lab import batching as layout
+from dpo_lab import logprobs
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import attention, lm_head
+from dpo_lab.engine.lm_head import token_logps
+from dpo_lab.engine.pieces import pieces_of
 from dpo_lab.logprobs import (
-    can_share,
+    can_compact,
     completion_logps,
     logit_path,
     score_completions,
@@ -149,7 +152,7 @@ completion_lists = st.lists(
 def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, members, share):
     model = shared_model(name)
     prompt_of, completions = [p % len(prompts) for p, _ in members], [c for _, c in members]
-    batch = completion_batch(prompts, completions, prompt_of, share=share)
+    batch = completion_batch(prompts, completions, prompt_of, compact=share)
     assert batch.n == len(completions) and batch.tokens == sum(map(len, completions))
     with torch.no_grad():
         close(completion_logps(model, batch), loops(model, prompts, completions, prompt_of))
@@ -159,7 +162,7 @@ def test_any_lengths_and_shared_prompts_agree_with_the_loop(name, prompts, membe
 def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
     model = make_model(name)
     apart, together = (
-        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share) for share in (False, True)
+        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=share) for share in (False, True)
     )
     assert (
         apart.input_ids.shape[0] == 6
@@ -175,7 +178,7 @@ def test_sharing_a_prompt_changes_neither_values_nor_gradients(name):
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
 def test_a_shared_row_may_be_longer_than_the_context(name):
     model, completions = shared_model(name), [[k] * 20 for k in range(1, 5)]
-    batch = completion_batch([list(range(20))], completions, [0] * 4, share=True)
+    batch = completion_batch([list(range(20))], completions, [0] * 4, compact=True)
     assert batch.input_ids.shape == (1, 96)  # the context is 48
     close(
         completion_logps(model, batch).detach(),
@@ -185,8 +188,8 @@ def test_a_shared_row_may_be_longer_than_the_context(name):
 
 def test_prompts_are_shared_only_where_that_saves_a_quarter_of_the_tokens():
     prompt, completions = [0] * 4, [[1] * 4, [2] * 4]  # sharing saves 4 of 16 tokens
-    assert len(completion_batch([prompt], completions, [0, 0], share=True).input_ids) == 1
-    assert len(completion_batch([prompt], [[1] * 4, [2] * 5], [0, 0], share=True).input_ids) == 2
+    assert len(completion_batch([prompt], completions, [0, 0], compact=True).input_ids) == 1
+    assert len(completion_batch([prompt], [[1] * 4, [2] * 5], [0, 0], compact=True).input_ids) == 2
     assert len(completion_batch([prompt], completions, [0, 0]).input_ids) == 2
 
 
@@ -196,7 +199,7 @@ def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(na
     model, prompts = make_model(name), [PROMPTS[i % 3] for i in range(6)]
     completions = [c * (i + 1) for i, c in enumerate(COMPLETIONS)]
     packed, padded = (
-        completion_batch(prompts, completions, prompt_of, share=share) for share in (True, False)
+        completion_batch(prompts, completions, prompt_of, compact=share) for share in (True, False)
     )
     assert packed.rows and not padded.rows
     expected_values, expected = (
@@ -252,9 +255,9 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of
         PROMPTS if len(set(prompt_of)) == 3 else [[0, *range(1, n)] for n in (9, 1, 3, 1, 6, 2)]
     )
     completions = [[6, 6, 1] * 4, *COMPLETIONS[1:]]
-    batch = completion_batch(prompts, completions, prompt_of, share=True)
+    batch = completion_batch(prompts, completions, prompt_of, compact=True)
     assert batch.pieces is None  # until it goes to a GPU
-    batch = replace(batch, pieces=layout._pieces(batch.spans))
+    batch = replace(batch, pieces=pieces_of(batch.spans))
     assert (
         bool(batch.rows) == (pack < 0)
         and int(batch.pieces.query_ends[-1]) == batch.input_ids.numel()
@@ -311,15 +314,17 @@ def test_a_fixed_order_is_asked_for_meanwhile_and_what_was_set_comes_back():
 
 def test_rows_are_packed_only_where_that_saves_an_eighth():
     lengths = [8, 8, 8, 4]  # 4 of 32 positions are padding
-    packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, share=True)
+    packed = completion_batch([[0]], [[1] * n for n in lengths], [0] * 4, compact=True)
     assert packed.segments is None and packed.input_ids.shape == (1, 32)  # 28 tokens in a row of 32
-    assert completion_batch([[0]], [[1] * n for n in [8, 8, 8, 5]], [0] * 4, share=True).rows == ()
+    assert (
+        completion_batch([[0]], [[1] * n for n in [8, 8, 8, 5]], [0] * 4, compact=True).rows == ()
+    )
     assert completion_batch([[0]], [[1] * n for n in lengths], [0] * 4).rows == ()
 
 
 def test_rows_of_like_length_go_through_attention_together():
     lengths = [30, 2, 29, 10, 9, 20, 1]
-    batch = completion_batch([[0]], [[1] * n for n in lengths], [0] * 7, share=True)
+    batch = completion_batch([[0]], [[1] * n for n in lengths], [0] * 7, compact=True)
     assert [shape for shape, _ in batch.rows] == [(3, 30), (2, 10), (1, 2), (1, 1)]
     assert batch.spread[batch.pack[: sum(lengths)]].tolist() == list(
         range(sum(lengths))
@@ -354,7 +359,7 @@ def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(
     monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
     model, batch = (
         make_model(name).float(),
-        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share),
+        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=share),
     )
     logit_path(model)  # which computes a few tokens, once
     seen.clear()
@@ -372,7 +377,7 @@ def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
 def test_a_model_that_has_scored_packed_rows_generates_as_before(name):
     model, fresh = make_model(name), make_model(name)
-    batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True)
+    batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=True)
     completion_logps(model, batch)
     ids = torch.tensor([[0, 0, 5, 7], [3, 8, 2, 9]])
     options = {
@@ -413,18 +418,18 @@ def test_a_token_after_the_cache_sees_what_it_sees_in_the_whole_text(name, preci
 
 
 def test_prompts_are_shared_only_by_models_that_allow_it():
-    assert can_share(shared_model("gpt2")) and can_share(shared_model("llama-grouped"))
+    assert can_compact(shared_model("gpt2")) and can_compact(shared_model("llama-grouped"))
     for config in (
         {"model_type": "bloom"},
         {"sliding_window": 8},
         {"_attn_implementation": "eager"},
     ):
         options = {"model_type": "llama", "_attn_implementation": "sdpa", **config}
-        assert not can_share(SimpleNamespace(config=SimpleNamespace(**options)))
+        assert not can_compact(SimpleNamespace(config=SimpleNamespace(**options)))
 
 
 def test_a_batch_moves_as_a_whole():
-    moved = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True).to("meta")
+    moved = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=True).to("meta")
     assert moved.n == 6
     assert {
         value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)
@@ -444,7 +449,7 @@ def test_the_mean_divides_each_sum_by_its_number_of_tokens():
 def test_tokens_at_a_temperature_are_those_of_a_loop(name, share):
     """Each token's log-prob from logits divided by the temperature, in the order of `owners`; the gradient too."""
     model = shared_model(name)
-    batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
+    batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=share)
     found = completion_logps(model, batch, reduction="none", temperature=0.7)
     for i, (completion, p) in enumerate(zip(COMPLETIONS, PROMPT_OF)):
         ids = torch.tensor([[*PROMPTS[p], *completion]])
@@ -473,7 +478,7 @@ def test_float32_is_exact_to_a_ten_thousandth_near_minus_700():
 @pytest.mark.parametrize("pads", [(), ("cpu",)], ids=["head as it is", "head padded"])
 def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, kept, chunk, pads):
     monkeypatch.setattr(lm_head, "PADS_HEAD", pads)
-    monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", kept)
+    monkeypatch.setattr(lm_head, "STORED_LOGITS_BYTES", kept)
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", chunk)
     model = make_model(name)
     generator = torch.Generator().manual_seed(0)
@@ -498,7 +503,7 @@ def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, 
 @pytest.mark.parametrize("kept", [2**27, 0], ids=["logits kept", "logits computed again"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_token_logps_pass_gradcheck(monkeypatch, kept, bias):
-    monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", kept)
+    monkeypatch.setattr(lm_head, "STORED_LOGITS_BYTES", kept)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, b = (
         torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -548,7 +553,7 @@ def test_the_head_sees_completion_positions_only(monkeypatch, share):
     logit_path(shared_model("gpt2"))  # which computes a few tokens, once
     monkeypatch.setattr(logprobs, "token_logps", recorded)
     completion_logps(
-        shared_model("gpt2"), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=share)
+        shared_model("gpt2"), completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=share)
     )
     assert seen == [sum(map(len, COMPLETIONS))]
 
@@ -563,7 +568,7 @@ def test_memory_does_not_grow_with_prompt_length_times_vocabulary():
 
 def test_memory_does_not_grow_with_the_completions_beyond_a_chunk(monkeypatch):
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", 4 * 64 * 20_032)
-    monkeypatch.setattr(lm_head, "KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr(lm_head, "STORED_LOGITS_BYTES", 0)
     model = make_model("gpt2", vocabulary=20_032, context=101).float()
     with LargestTensor() as largest:
         completion_logps(
@@ -590,7 +595,7 @@ def test_scoring_holds_the_logits_of_one_chunk_at_a_time(monkeypatch):
 def test_bfloat16_autocast_gives_finite_sums_near_those_of_float32(name):
     model, batch = (
         make_model(name).float(),
-        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, share=True),
+        completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=True),
     )
     expected = completion_logps(model, batch).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -604,7 +609,7 @@ def test_bfloat16_autocast_gives_finite_sums_near_those_of_float32(name):
     assert all(gradient.isfinite().all() for gradient in gradients(model, found).values())
 
 
-def test_bfloat16_logits_are_normalised_in_float32():
+def test_bfloat16_logits_are_normalized_in_float32():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(9, 16, generator=generator),

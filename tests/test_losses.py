@@ -65,7 +65,7 @@ def pair_loss(log_ratio, beta, kind, smoothing, dtype=torch.float64):
         index(0),
         index(1),
         beta,
-        kind=kind,
+        loss_type=kind,
         label_smoothing=smoothing,
     )
 
@@ -118,7 +118,7 @@ def test_gradient_weights_are_minus_the_derivative_by_the_margin(kind, smoothing
     beta = 10**log_beta
     policy = doubles(margin / beta, 0.0).requires_grad_()
     result = dpo_loss(
-        policy, doubles(0, 0), index(0), index(1), beta, kind=kind, label_smoothing=smoothing
+        policy, doubles(0, 0), index(0), index(1), beta, loss_type=kind, label_smoothing=smoothing
     )
     result.losses.sum().backward()
     derivative = policy.grad[0].item() / beta  # d margin / d policy_logps[chosen] = beta
@@ -145,7 +145,7 @@ def test_gradients_with_respect_to_the_policy_pass_gradcheck(kind, smoothing):
 
     def losses(policy):
         return dpo_loss(
-            policy, reference, chosen, rejected, 0.3, kind=kind, label_smoothing=smoothing
+            policy, reference, chosen, rejected, 0.3, loss_type=kind, label_smoothing=smoothing
         ).losses
 
     assert torch.autograd.gradcheck(losses, policy.requires_grad_())
@@ -156,7 +156,7 @@ def test_gradients_with_respect_to_the_policy_pass_gradcheck(kind, smoothing):
 def test_the_dtype_and_one_value_a_pair_are_kept(kind, smoothing, dtype):
     policy, reference = random_completions(dtype=dtype)
     result = dpo_loss(
-        policy, reference, index(0, 1), index(2, 3), 0.1, kind=kind, label_smoothing=smoothing
+        policy, reference, index(0, 1), index(2, 3), 0.1, loss_type=kind, label_smoothing=smoothing
     )
     assert [tuple(part.shape) for part in result] == [(2,), (6,), (2,), (2,)]
     assert {part.dtype for part in result} == {dtype}
@@ -349,13 +349,13 @@ BAD = [  # what is changed in GOOD, the error, words that its message must hold
     ),
     *(
         (
-            {"label_smoothing": 0.1, "kind": kind},
+            {"label_smoothing": 0.1, "loss_type": kind},
             ValueError,
-            ["label_smoothing is 0.1", f"kind='{kind}'", "sigmoid and robust"],
+            ["label_smoothing is 0.1", f"loss_type='{kind}'", "sigmoid and robust"],
         )
         for kind in ("ipo", "hinge")
     ),
-    ({"kind": "dpo"}, ValueError, ["kind is 'dpo'", "sigmoid, ipo, hinge, robust"]),
+    ({"loss_type": "dpo"}, ValueError, ["loss_type is 'dpo'", "sigmoid, ipo, hinge, robust"]),
 ]
 
 

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from dpo_lab import machine
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
 from dpo_lab.logprobs import completion_logps
-from dpo_lab.machine import PrecisionTest, measure_precision
 from dpo_lab.models import load_model
+from dpo_lab.sentiment import precision as machine
+from dpo_lab.sentiment.precision import PrecisionTest, measure_precision
 
 
 def test_bfloat16_is_chosen_where_it_is_fast_and_its_error_is_told():

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_families import byte_level, sentencepiece_like, sentencepiece_with_bytes
 from transformers import BertForSequenceClassification
 
-from dpo_lab.imdb import sample_prefixes
+from dpo_lab.batching import pack, whole_documents
 from dpo_lab.preferences import JOINED, Preferences, Report, from_rankings, from_rows, from_scores
-from dpo_lab.pretrain import pack, whole_documents
-from dpo_lab.rewards import SentimentReward
-from dpo_lab.task import _sft_rows
+from dpo_lab.sentiment.reviews import sample_prefixes
+from dpo_lab.sentiment.reward import SentimentReward
+from dpo_lab.sentiment.task import _sft_rows
 
 ROW = {"prompt": "this film", "chosen": " was a joy", "rejected": " was a bore"}
 TURNS = (

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from dpo_lab import models
-from dpo_lab.attention import PACKED
+from dpo_lab.batching import completion_batch
 from dpo_lab.cli import main
-from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import can_share, completion_logps
+from dpo_lab.engine.attention import PACKED
+from dpo_lab.logprobs import can_compact, completion_logps
 from dpo_lab.models import check_same_vocabulary, load_model, load_tokenizer, lora, prepare_model
 
 GEMMA = {
@@ -247,9 +247,11 @@ def test_the_merged_model_is_the_one_with_adapters(tiny, tmp_path, family, share
     ids = torch.arange(12)[None] + 3
     batches = [
         completion_batch(
-            [list(range(1, 10))], [[i + 4] * 9 for i in range(6)], [0] * 6, share=share
+            [list(range(1, 10))], [[i + 4] * 9 for i in range(6)], [0] * 6, compact=share
         ),
-        completion_batch([[1], [2, 3], [9]], [[4] * 20, [5] * 2, [6] * 3], [0, 1, 2], share=share),
+        completion_batch(
+            [[1], [2, 3], [9]], [[4] * 20, [5] * 2, [6] * 3], [0, 1, 2], compact=share
+        ),
     ]
     assert not share or (batches[0].segments is not None and batches[1].rows)
     plain, before = (
@@ -264,7 +266,7 @@ def test_the_merged_model_is_the_one_with_adapters(tiny, tmp_path, family, share
                 torch.nn.init.normal_(parameter, std=0.1)
         logits = adapted(input_ids=ids).logits.detach()
         logps = [completion_logps(adapted, batch).detach() for batch in batches]
-        assert can_share(adapted) and model.config._attn_implementation == PACKED
+        assert can_compact(adapted) and model.config._attn_implementation == PACKED
     assert (logits - plain).abs().max() > 1e-3
     torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
     for batch, found in zip(batches, logps):

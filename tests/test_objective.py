@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from dpo_lab.losses import bradley_terry_nll, dpo_loss
-from dpo_lab.objective import (
+from dpo_lab.theory.objective import (
     implicit_reward,
     kl,
     log_partition,
@@ -99,7 +99,7 @@ def test_the_optimal_policy_has_no_gap_and_gives_the_reward_back(counts, reward,
     assert (implicit_reward(best, reference, beta)[reference == 0] == 0).all()
 
 
-def test_an_independent_optimiser_finds_the_same_optimum():
+def test_an_independent_optimizer_finds_the_same_optimum():
     reference, reward, beta = (
         distribution([4, 3, 2, 1]),
         torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64),

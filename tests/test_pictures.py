@@ -18,17 +18,17 @@ from matplotlib.patches import Rectangle
 from recording import record_run
 
 from dpo_lab import plots
-from dpo_lab.arguments import floats
-from dpo_lab.contenders import recorded
-from dpo_lab.escaping import for_figure, for_html, for_markdown
-from dpo_lab.evaluate import Evaluation, OptimalFrontier
-from dpo_lab.experiment import save_samples
+from dpo_lab.engine.arguments import floats
+from dpo_lab.engine.escaping import for_figure, for_html, for_markdown
+from dpo_lab.engine.runs import append_metrics, write_json
+from dpo_lab.evaluate import Evaluation
 from dpo_lab.losses import dpo_loss
-from dpo_lab.moving import holding
-from dpo_lab.objective import optimal_policy
-from dpo_lab.rewards import fit_bradley_terry
-from dpo_lab.runs import append_metrics, write_json
-from dpo_lab.widgets import (
+from dpo_lab.sentiment.results import load_sweep
+from dpo_lab.sentiment.run import save_samples
+from dpo_lab.theory.bradley_terry import fit_bradley_terry
+from dpo_lab.theory.frontier import OptimalFrontier
+from dpo_lab.theory.objective import optimal_policy
+from dpo_lab.widgets.explorers import (
     _sample_table,
     _slider,
     bandit_explorer,
@@ -41,6 +41,7 @@ from dpo_lab.widgets import (
     live_curves,
     training_explorer,
 )
+from dpo_lab.widgets.figures import holding
 
 LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", "<b>&\n\\$"]
 REFERENCE, REWARD = [0.6, 0.3, 0.099, 0.001], [-5.0, 0.0, 1.0, 8.0]
@@ -85,7 +86,7 @@ def far_run(folder):
 
 def far_sweep():
     """The shipped sweep, with a run that ends below a KL of 0 and one whose target lies above every KL."""
-    sweep = recorded()
+    sweep = load_sweep()
     rows = [
         row | ({"kl": -0.3} if row["method"] == "dpo" and row["step"] == 0 else {})
         for row in sweep.rows
@@ -302,7 +303,7 @@ def test_live_curves_hold_losses_margins_and_steps_of_any_size(tmp_path):
             assert outside(artist) == []
 
 
-# Labels and colours
+# Labels and colors
 
 
 def text_of(label):
@@ -343,7 +344,7 @@ MANY = {
         8,
     ),
     "frontier": lambda: plots.plot_frontier(dict.fromkeys(NAMES, POINTS), OPTIMAL),
-    "contenders": lambda: plots.plot_contenders(
+    "contenders": lambda: plots.plot_sweep(
         dict.fromkeys(NAMES, POINTS), OPTIMAL, np.array([[0, 1], [0, 1], [0, 1]])
     ),
 }
@@ -372,8 +373,8 @@ def test_what_is_drawn_together_can_be_told_apart(name, n):
 
 
 def test_the_first_looks_are_what_they_were():
-    first = [next(pair) for pair in [plots.looks(plots.COLOURS, plots.STROKES)] for _ in range(4)]
-    assert first == list(zip(plots.COLOURS, ("-", "--", "-.", ":")))
+    first = [next(pair) for pair in [plots.looks(plots.COLORS, plots.STROKES)] for _ in range(4)]
+    assert first == list(zip(plots.COLORS, ("-", "--", "-.", ":")))
 
 
 @pytest.mark.parametrize("name", ["frontier", "contenders"])
@@ -397,7 +398,7 @@ def test_the_scale_of_roots_goes_below_zero_where_a_kl_does(least):
     assert axes.get_xlim()[0] == pytest.approx(1.1 * least)
 
 
-LABELLED = {
+LABELED = {
     "bars": lambda labels: ticks(
         plots.plot_distributions(labels, {"one": [0.25] * 4}).axes[0].xaxis
     ),
@@ -416,15 +417,15 @@ LABELLED = {
 }
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", LABELED)
 def test_labels_are_shown_letter_by_letter_one_for_each(name):
-    assert LABELLED[name](LABELS) == LABELS
+    assert LABELED[name](LABELS) == LABELS
     for labels in (LABELS[:3], [*LABELS, "more"], []):
         with pytest.raises(
             ValueError,
             match=f"labels has {len(labels)} entries.* there are 4 .*give one label for each",
         ):
-            LABELLED[name](labels)
+            LABELED[name](labels)
 
 
 def test_labels_of_the_other_pictures_are_shown_letter_by_letter():
@@ -598,7 +599,7 @@ def test_samples_are_a_row_each_whatever_they_hold(tmp_path):
     assert len(rows) == 1 + len(texts)
 
 
-def test_a_table_of_samples_and_coloured_tokens_are_text():
+def test_a_table_of_samples_and_colored_tokens_are_text():
     shown, reader = read_html(_sample_table(["<script>$x$</script>\n\\(y\\)"], [0.5]))
     assert "<script>$x$</script>\n\\(y\\)" in shown and "script" not in reader.tags
     shown, reader = read_html(plots.token_html(["$5 to ", "$10<b>"], [0.5, -1.0]))

@@ -9,18 +9,11 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from dpo_lab import bandit, contenders, plots
-from dpo_lab.advantages import adapted_kl_coefficient, gae
-from dpo_lab.evaluate import (
-    best_of_n,
-    distinct_n,
-    evaluate_policy,
-    frontier_band,
-    optimal_frontier,
-    win_rate,
-)
-from dpo_lab.imdb import texts_of
-from dpo_lab.layout import completion_batch
+from dpo_lab import plots
+from dpo_lab.assets import EMBEDDED
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.runs import read_metrics
+from dpo_lab.evaluate import distinct_n, evaluate_policy, win_rate
 from dpo_lab.logprobs import score_completions
 from dpo_lab.losses import (
     bradley_terry_nll,
@@ -29,18 +22,21 @@ from dpo_lab.losses import (
     ppo_clip_loss,
     unlikelihood_loss,
 )
-from dpo_lab.models import EMBEDDED, ScalarModel, load_model, load_tokenizer
-from dpo_lab.objective import (
+from dpo_lab.models import ScalarModel, load_model, load_tokenizer
+from dpo_lab.preferences import Preferences, from_rankings, from_rows, from_scores
+from dpo_lab.rlhf.ppo import PPOConfig, adapted_kl_coefficient, gae, train_ppo
+from dpo_lab.sampling import texts_of
+from dpo_lab.sentiment import results as contenders
+from dpo_lab.theory import bandit
+from dpo_lab.theory.bradley_terry import fit_bradley_terry
+from dpo_lab.theory.frontier import best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.objective import (
     implicit_reward,
     log_partition,
     objective_value,
     optimal_policy,
     value_gap,
 )
-from dpo_lab.ppo import PPOConfig, train_ppo
-from dpo_lab.preferences import Preferences, from_rankings, from_rows, from_scores
-from dpo_lab.rewards import fit_bradley_terry
-from dpo_lab.runs import read_metrics
 
 ROW = {"prompt": "this film", "chosen": " was a joy", "rejected": " was a bore"}
 SEQUENCES = {
@@ -166,8 +162,8 @@ def test_batches_are_made_of_any_sequence(of, model):
     given = [of(p) for p in prompts], [of(c) for c in completions], of(prompt_of)
     for share in (False, True):
         plain, found = (
-            completion_batch(prompts, completions, prompt_of, share=share),
-            completion_batch(*given, share=share),
+            completion_batch(prompts, completions, prompt_of, compact=share),
+            completion_batch(*given, compact=share),
         )
         for name in ("input_ids", "position_ids", "sources", "targets", "owners", "spread", "pack"):
             a, b = getattr(plain, name), getattr(found, name)
@@ -328,7 +324,7 @@ SETTINGS = {
         LOGPS, LOGPS - 1, CHOSEN, REJECTED, 0.1, label_smoothing=x
     ),
     "robust label_smoothing": lambda x: dpo_loss(
-        LOGPS, LOGPS, CHOSEN, REJECTED, 0.1, kind="robust", label_smoothing=x
+        LOGPS, LOGPS, CHOSEN, REJECTED, 0.1, loss_type="robust", label_smoothing=x
     ),
     "unlikelihood_loss alpha": lambda x: unlikelihood_loss(LOGPS, CHOSEN, REJECTED, x),
     "ppo_clip_loss clip": lambda x: ppo_clip_loss(LOGPS, LOGPS - 1, LOGPS, x),
@@ -339,8 +335,8 @@ SETTINGS = {
     "implicit_reward beta": lambda x: implicit_reward(P, Q, x),
     "value_gap beta": lambda x: value_gap(P, Q, R, x),
     "exact_gradient beta": lambda x: bandit.exact_gradient(P, Q, R, x),
-    "penalised_rewards beta": lambda x: bandit.penalised_rewards(P, Q, R, x),
-    "descend learning_rate": lambda x: bandit.descend(
+    "penalized_rewards beta": lambda x: bandit.penalized_rewards(P, Q, R, x),
+    "descend learning_rate": lambda x: bandit.gradient_descent(
         lambda logps: -logps[0], Q, steps=2, learning_rate=x
     ),
     "policy_gradient learning_rate": lambda x: bandit.policy_gradient(
@@ -405,10 +401,10 @@ INTEGERS = {
     "sample_pairs n": lambda n: [
         x.tolist() for x in bandit.sample_pairs(Q, R, n, torch.Generator().manual_seed(0))
     ],
-    "descend steps": lambda n: bandit.descend(
+    "descend steps": lambda n: bandit.gradient_descent(
         lambda logps: -logps[0], Q, steps=n, learning_rate=0.5
     ).tolist(),
-    "minimise iterations": lambda n: bandit.minimise(
+    "minimize iterations": lambda n: bandit.minimize(
         lambda logps: (logps**2).sum(), Q, iterations=n
     ).tolist(),
     "frontier_band resamples": lambda n: [
@@ -540,7 +536,7 @@ def test_ppo_writes_plain_numbers(model, tiny, tmp_path):
 
 def test_folders_are_strings_or_paths(monkeypatch):
     monkeypatch.setenv("HOME", str(EMBEDDED.parent.parent))
-    found = contenders.recorded(f"~/{EMBEDDED.parent.name}")
-    assert found.rows == contenders.recorded(EMBEDDED.parent).rows == contenders.recorded().rows
+    found = contenders.load_sweep(f"~/{EMBEDDED.parent.name}")
+    assert found.rows == contenders.load_sweep(EMBEDDED.parent).rows == contenders.load_sweep().rows
     with pytest.raises(TypeError, match="folder is 3"):
-        contenders.recorded(3)
+        contenders.load_sweep(3)

@@ -10,20 +10,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dpo_lab import evaluate, experiment, loop, preferences
-from dpo_lab import plan as planning
-from dpo_lab import task as task_steps
+from dpo_lab import evaluate, loop, preferences
+from dpo_lab.batching import completion_batch
 from dpo_lab.cli import main
-from dpo_lab.experiment import ExperimentConfig
-from dpo_lab.imdb import sample_completions, sample_with_logps
-from dpo_lab.layout import completion_batch
+from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.logprobs import completion_logps, logit_path
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, lora
-from dpo_lab.plan import Plan, forward_flops, plan, sampling_flops, training_flops
 from dpo_lab.preferences import Preferences
-from dpo_lab.runs import weights_hash
-from dpo_lab.task import TaskConfig
+from dpo_lab.sampling import sample_completions, sample_with_logps
+from dpo_lab.sentiment import cost as planning
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import task as task_steps
+from dpo_lab.sentiment.cost import Plan, forward_flops, plan, sampling_flops, training_flops
+from dpo_lab.sentiment.run import ExperimentConfig
+from dpo_lab.sentiment.task import TaskConfig
 from dpo_lab.train import DPOConfig
 
 PROMPTS = [[0, 5], [0, 9, 4, 2, 7], [0, 3, 3], [0, 8, 1, 6]]
@@ -37,12 +38,12 @@ def counted(work):
 
 
 def padded_batch(lengths=(20, 20, 20, 20)):
-    return completion_batch(PROMPTS, [[1] * n for n in lengths], range(4), share=True)
+    return completion_batch(PROMPTS, [[1] * n for n in lengths], range(4), compact=True)
 
 
 def shared_batch():
     return completion_batch(
-        [list(range(30))] * 2, [[1] * 20 for _ in range(8)], [0] * 4 + [1] * 4, share=True
+        [list(range(30))] * 2, [[1] * 20 for _ in range(8)], [0] * 4 + [1] * 4, compact=True
     )
 
 
@@ -84,13 +85,15 @@ def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
 
 
 def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
-    monkeypatch.setattr("dpo_lab.lm_head.KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr("dpo_lab.engine.lm_head.STORED_LOGITS_BYTES", 0)
     work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
     assert training_flops(model, padded_batch(), "float32") == pytest.approx(work, rel=0.1)
 
 
 def test_flops_of_sampling_are_those_that_torch_counts(model, monkeypatch):
-    monkeypatch.setattr("dpo_lab.imdb.side_by_side", map)  # torch counts what its own thread does
+    monkeypatch.setattr(
+        "dpo_lab.sampling.parallel_map", map
+    )  # torch counts what its own thread does
     work = counted(
         lambda: sample_completions(model, PROMPTS, 3, eos_token_id=-1, max_new_tokens=20)
     )

@@ -5,7 +5,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dpo_lab.evaluate import OptimalFrontier
 from dpo_lab.plots import (
     plot_band,
     plot_beta_path,
@@ -25,6 +24,7 @@ from dpo_lab.plots import (
     root_scale,
     token_html,
 )
+from dpo_lab.theory.frontier import OptimalFrontier
 
 METRICS = [
     {
@@ -102,7 +102,7 @@ def test_the_beta_path_runs_from_large_to_small_beta():
     )
 
 
-def test_lines_are_told_apart_by_more_than_colour():
+def test_lines_are_told_apart_by_more_than_color():
     axes = plot_lines("Title", [0, 1], {"one": [0, 1], "two": [1, 0]}, "x", "y").axes[0]
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[0, 1], [1, 0]]
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == 2
@@ -207,7 +207,7 @@ def test_pairs_are_counted_on_the_side_where_they_stand():
     )
 
 
-def test_tokens_are_coloured_by_sign_and_escaped():
+def test_tokens_are_colored_by_sign_and_escaped():
     html = token_html(["<b>", " joy"], [-1.0, 0.5], limit=2.0)
     assert "&lt;b&gt;" in html and "<b>" not in html and 'title="+0.50"' in html
     assert "rgba(192,57,43,0.50)" in html and "rgba(27,127,92,0.25)" in html

@@ -7,12 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel, load_model
-from dpo_lab.ppo import PPOConfig, Roles, assess, batch_of, minibatch_losses, text_reward, train_ppo
-from dpo_lab.runs import read_metrics
+from dpo_lab.rlhf.ppo import (
+    PPOConfig,
+    Roles,
+    annotate_rollout,
+    batch_of,
+    minibatch_losses,
+    text_reward,
+    train_ppo,
+)
 
 CONFIG = PPOConfig(
     steps=3, batch=8, minibatch=4, epochs=2, max_new_tokens=6, learning_rate=1e-3, eval_every=2
@@ -74,7 +82,7 @@ def test_at_first_the_policy_is_the_reference_and_every_ratio_is_one(tiny, preci
 
 
 def test_the_first_minibatch_of_every_rollout_has_ratio_one(tiny, monkeypatch):
-    import dpo_lab.ppo as ppo
+    import dpo_lab.rlhf.ppo as ppo
 
     seen, original = [], ppo.minibatch_losses
     monkeypatch.setattr(ppo, "minibatch_losses", lambda *a: seen.append(original(*a)) or seen[-1])
@@ -131,7 +139,7 @@ def test_the_minibatch_loss_is_that_of_a_loop_over_completions(tiny):
         for part in (np.array([2, 0]), np.array([3, 1]))
     ]
     scores = torch.tensor([0.5, -1.0, 2.0, 0.1], dtype=torch.float64)
-    rollout = assess(roles, completions, scores, minibatches, 0.3, config, "float32")
+    rollout = annotate_rollout(roles, completions, scores, minibatches, 0.3, config, "float32")
     with torch.no_grad():
         for parameter in roles.policy.parameters():
             parameter += 0.01 * torch.randn(
@@ -181,7 +189,7 @@ def test_a_rollout_pays_for_kl_and_is_scored_at_its_end(tiny):
     completions = [[4, 9, 2], [7]]
     minibatches = [(np.array([0, 1]), batch_of(roles, PROMPTS[:2], completions, np.array([0, 1])))]
     config = replace(CONFIG, whiten_rewards=False, lam=1.0)
-    rollout = assess(
+    rollout = annotate_rollout(
         roles, completions, torch.tensor([2.0, -1.0]).double(), minibatches, 0.5, config, "float32"
     )
     batch = completion_batch(PROMPTS[:2], completions, [0, 1])
@@ -225,7 +233,7 @@ def test_a_missing_eos_costs_what_was_asked(tiny):
 
 def test_evaluation_comes_first_every_n_rollouts_and_last(tiny):
     seen = []
-    _, metrics = trained(tiny, evaluate=lambda model, step: seen.append(step) or {"reward": 1.0})
+    _, metrics = trained(tiny, callback=lambda model, step: seen.append(step) or {"reward": 1.0})
     assert seen == [0, 2, 3] and [line["step"] for line in metrics if "eval/reward" in line] == seen
 
 

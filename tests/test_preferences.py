@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from dpo_lab import preferences
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.preferences import Preferences, Report, from_rankings, from_rows, from_scores
 
@@ -299,7 +299,7 @@ def test_a_pair_that_comes_twice_is_kept_and_counted(tokenizer):
 
 
 def test_the_report_reads_as_a_sentence():
-    expected = "pairs 1,200, cut 0, without eos 3, dropped 0, identical 0, duplicated 0, ties 0, retokenised 0, inner eos 2, prompt repeated 0"
+    expected = "pairs 1,200, cut 0, without eos 3, dropped 0, identical 0, duplicated 0, ties 0, retokenized 0, inner eos 2, prompt repeated 0"
     assert str(Report(pairs=1200, without_eos=3, inner_eos=2)) == expected
     assert str(Report(unread=("score", "source"))).endswith(
         ", prompt repeated 0, columns not read: score, source"

@@ -9,11 +9,13 @@ from conftest import make_reviews
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lab import pretrain as module
-from dpo_lab.imdb import load_imdb
+from dpo_lab.assets import EMBEDDED
+from dpo_lab.batching import pack
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import EMBEDDED, load_model, load_tokenizer
-from dpo_lab.pretrain import PretrainConfig, held_out_loss, pack, pretrain
+from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.sentiment import pretrain as module
+from dpo_lab.sentiment.pretrain import PretrainConfig, held_out_loss, pretrain
+from dpo_lab.sentiment.reviews import load_imdb
 
 
 @settings(max_examples=60, deadline=None)

@@ -23,26 +23,29 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import make_classifier, make_reviews
 from test_train import CONFIG, LOOP, make_preferences
 
-from dpo_lab import experiment, frontier, symbolic
-from dpo_lab.contenders import Contender
+from dpo_lab.batching import completion_batch
 from dpo_lab.evaluate import evaluate_policy
-from dpo_lab.experiment import ExperimentConfig
-from dpo_lab.frontier import FrontierConfig
-from dpo_lab.imdb import load_imdb, sample_completions
-from dpo_lab.layout import completion_batch
 from dpo_lab.logprobs import completion_logps, score_completions
 from dpo_lab.loop import Interrupted
-from dpo_lab.machine import measure_precision
 from dpo_lab.models import ScalarModel, load_model, load_tokenizer
-from dpo_lab.plan import plan
 from dpo_lab.plots import plot_lines
-from dpo_lab.ppo import PPOConfig, train_ppo
-from dpo_lab.pretrain import PretrainConfig, pretrain
-from dpo_lab.reward_model import RewardModelConfig, train_reward_model
-from dpo_lab.rewards import SentimentReward
-from dpo_lab.task import TaskConfig
+from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
+from dpo_lab.rlhf.reward_model import RewardModelConfig, train_reward_model
+from dpo_lab.sampling import sample_completions
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import sweep as frontier
+from dpo_lab.sentiment.cost import plan
+from dpo_lab.sentiment.precision import measure_precision
+from dpo_lab.sentiment.pretrain import PretrainConfig, pretrain
+from dpo_lab.sentiment.results import Run
+from dpo_lab.sentiment.reviews import load_imdb
+from dpo_lab.sentiment.reward import SentimentReward
+from dpo_lab.sentiment.run import ExperimentConfig
+from dpo_lab.sentiment.sweep import FrontierConfig
+from dpo_lab.sentiment.task import TaskConfig
+from dpo_lab.theory import symbolic
 from dpo_lab.train import sft_batches, train_dpo, train_sft, train_unlikelihood
-from dpo_lab.widgets import beta_explorer
+from dpo_lab.widgets.explorers import beta_explorer
 
 
 def state():
@@ -116,7 +119,7 @@ def stopped(tiny, folder):
                 make_preferences(str(tiny)),
                 many,
                 run=run,
-                evaluate=evaluate,
+                callback=evaluate,
                 progress=None,
             )
 
@@ -182,7 +185,7 @@ def all_of_it(tiny, folder):
 
 def sweep(tiny, folder):
     config = FrontierConfig(task=small_task(tiny), loop=LOOP, samples=16, jobs=1)
-    frontier.frontier(config, folder / "sweep", runs=[Contender("dpo", 0.1, 0)])
+    frontier.frontier(config, folder / "sweep", runs=[Run("dpo", 0.1, 0)])
 
 
 def from_scratch(tiny, folder):
@@ -266,7 +269,7 @@ def test_the_process_is_left_as_it_was(tiny, tmp_path, monkeypatch, request, nam
     if name in ("experiment", "frontier", "pretrain"):
         request.getfixturevalue("made_up_reviews")
     monkeypatch.setattr(
-        "dpo_lab.pretrain.load_imdb",
+        "dpo_lab.sentiment.pretrain.load_imdb",
         lambda: {k: dict(zip(("text", "label"), make_reviews(60))) for k in ("train", "test")},
     )
     for kind in (PartialState, AcceleratorState, GradientState):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dpo_lab.experiment import CONFIGS
 from dpo_lab.logprobs import score_completions
+from dpo_lab.sentiment.run import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,15 +22,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from dpo_lab import experiment, frontier, pretrain
-from dpo_lab.experiment import ExperimentConfig
-from dpo_lab.frontier import FrontierConfig
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine.records import locked
+from dpo_lab.engine.runs import open_run
 from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.preferences import Preferences
-from dpo_lab.pretrain import PretrainConfig
-from dpo_lab.records import locked
-from dpo_lab.runs import open_run
+from dpo_lab.sentiment import pretrain
+from dpo_lab.sentiment import run as experiment
+from dpo_lab.sentiment import sweep as frontier
+from dpo_lab.sentiment.pretrain import PretrainConfig
+from dpo_lab.sentiment.run import ExperimentConfig
+from dpo_lab.sentiment.sweep import FrontierConfig
 from dpo_lab.train import DPOConfig, train_dpo, train_sft
 
 LOOP = LoopConfig(learning_rate=1e-2, warmup_steps=1, schedule="linear", eval_every=1, save_every=2)
@@ -317,7 +319,7 @@ def test_adapters_go_on_only_on_the_weights_that_they_began_with(tmp_path):
     """A stopped run leaves them merged into the model in memory, where they must not be added again."""
     model = copy.deepcopy(base_model())
     with pytest.raises(Interrupted):
-        trained(Job("adapters"), model, run=tmp_path, evaluate=stopper(2, "ctrl-c"))
+        trained(Job("adapters"), model, run=tmp_path, callback=stopper(2, "ctrl-c"))
     for some in (model, copy.deepcopy(base_model(1))):
         with pytest.raises(
             ValueError, match="frozen_weights: .* there, .* asked.*load the model anew"
@@ -339,7 +341,7 @@ def test_what_a_user_s_own_adapters_train_is_kept_whole(tmp_path):
         return get_peft_model(copy.deepcopy(base_model()), config).eval()
 
     with pytest.raises(Interrupted):
-        trained(Job(), adapted(), run=tmp_path, evaluate=stopper(3, "ctrl-c"))
+        trained(Job(), adapted(), run=tmp_path, callback=stopper(3, "ctrl-c"))
     whole, resumed = trained(Job(), adapted()), trained(Job(), adapted(), run=tmp_path, resume=True)
     assert bytes_of(resumed) == bytes_of(whole)
 
@@ -354,7 +356,7 @@ def test_weights_tied_by_their_memory_are_kept_once_and_come_back(tmp_path):
         return model
 
     with pytest.raises(Interrupted):
-        trained(Job(), tied(), run=tmp_path, evaluate=stopper(3, "ctrl-c"))
+        trained(Job(), tied(), run=tmp_path, callback=stopper(3, "ctrl-c"))
     kept = load_file(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors")
     assert "lm_head.weight" not in kept and "part" in kept
     assert bytes_of(trained(Job(), tied(), run=tmp_path, resume=True)) == bytes_of(
@@ -365,7 +367,7 @@ def test_weights_tied_by_their_memory_are_kept_once_and_come_back(tmp_path):
 def test_a_run_goes_on_with_the_reference_log_probs_that_it_began_with(tmp_path, monkeypatch):
     """Another machine, or another number of processes, computes their last bits otherwise."""
     with pytest.raises(Interrupted):
-        trained(Job(), run=tmp_path, evaluate=stopper(3, "ctrl-c"))
+        trained(Job(), run=tmp_path, callback=stopper(3, "ctrl-c"))
     near = replace(P, reference_logps=P.reference_logps.astype(np.float64) + 1e-4)
     monkeypatch.setitem(DATA, "pairs", near)
     assert bytes_of(trained(Job(), run=tmp_path, resume=True)) == expected(Job())
@@ -402,7 +404,7 @@ def test_sft_goes_on_with_the_same_batches_only(tmp_path, given, changed):
         for some in (BATCHES, others)
     )
     with pytest.raises(Interrupted):
-        tuned(ours, run=tmp_path, evaluate=stopper(3, "ctrl-c"))
+        tuned(ours, run=tmp_path, callback=stopper(3, "ctrl-c"))
     before = contents(tmp_path)
     if given == "list" or changed < 3:
         with pytest.raises(ValueError, match="data: |batches up to step 3 are not those"):
@@ -548,7 +550,7 @@ def test_a_second_run_in_the_same_process_is_refused_too(tmp_path):
         return {"refused": 1.0}
 
     metrics = train_dpo(
-        copy.deepcopy(base_model()), P, DPO, run=tmp_path, evaluate=evaluate, progress=None
+        copy.deepcopy(base_model()), P, DPO, run=tmp_path, callback=evaluate, progress=None
     )
     assert metrics[0] == {"step": 0, "eval/refused": 1.0}
 
@@ -559,7 +561,7 @@ def test_the_directory_is_free_again_however_a_run_ends(tmp_path, error):
         raise error
 
     with pytest.raises(error):
-        trained(Job(), run=tmp_path, evaluate=evaluate)
+        trained(Job(), run=tmp_path, callback=evaluate)
     assert not (tmp_path / "training.lock").exists()
     trained(Job(), run=tmp_path)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import Preferences
-from dpo_lab.task import save_policy
+from dpo_lab.sentiment.task import save_policy
 from dpo_lab.train import DPOConfig, train_dpo
 
 MOE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -71,7 +71,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(name, tied, tmp_path):
     data, whole, resumed = preferences(fresh()), fresh(), fresh()
     train_dpo(whole, data, CONFIG, progress=None)
     with pytest.raises(Interrupted):
-        train_dpo(fresh(), data, CONFIG, run=tmp_path, evaluate=stops, progress=None)
+        train_dpo(fresh(), data, CONFIG, run=tmp_path, callback=stops, progress=None)
     train_dpo(resumed, data, CONFIG, run=tmp_path, resume=True, progress=None)
     assert same(resumed, whole) and not same(whole, fresh())
 

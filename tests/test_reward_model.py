@@ -11,7 +11,7 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import reward_model_loss
 from dpo_lab.models import ScalarModel, load_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 
 LOOP = LoopConfig(learning_rate=3e-3, warmup_steps=2, eval_every=4)
 CONFIG = RewardModelConfig(epochs=2, batch_pairs=24, held_out=0.2, loop=LOOP)

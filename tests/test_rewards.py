@@ -14,10 +14,10 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from dpo_lab import rewards
-from dpo_lab.imdb import load_imdb
 from dpo_lab.models import load_model
-from dpo_lab.rewards import SentimentReward, cache_directory
+from dpo_lab.sentiment import reward as rewards
+from dpo_lab.sentiment.reviews import load_imdb
+from dpo_lab.sentiment.reward import SentimentReward, cache_directory
 
 
 def test_held_out_accuracy_on_imdb_is_at_least_0895():

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from dpo_lab import runs
-from dpo_lab.preferences import Preferences
-from dpo_lab.runs import (
+from dpo_lab.engine import runs
+from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.runs import (
     append_metrics,
+    atomic_write,
     check_run,
     differences,
     open_run,
@@ -23,17 +24,16 @@ from dpo_lab.runs import (
     provenance,
     read_metrics,
     require_space,
-    weights_hash,
     write_json,
-    write_whole,
 )
+from dpo_lab.preferences import Preferences
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "file.txt"
-    with write_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("one")
-    with pytest.raises(RuntimeError), write_whole(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("tw")
         raise RuntimeError
     assert path.read_text() == "one"
@@ -43,7 +43,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_a_directory_is_replaced_in_one_piece(tmp_path):
     path = tmp_path / "directory"
     for content in ("one", "two"):
-        with write_whole(path, directory=True) as temporary:
+        with atomic_write(path, directory=True) as temporary:
             (temporary / content).write_text(content)
     assert [p.name for p in path.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["directory"]
@@ -57,7 +57,7 @@ def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, target):
     with pytest.raises(
         ValueError, match="is the working directory or holds it; give a folder of its own"
     ):
-        with write_whole(target.format(here), directory=True):
+        with atomic_write(target.format(here), directory=True):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["here"] and not list(here.iterdir())
 
@@ -108,7 +108,7 @@ def test_a_folder_that_was_moved_is_the_same_place(tmp_path, monkeypatch):
 
 def test_a_directory_survives_a_failed_replacement(tmp_path, monkeypatch):
     path = tmp_path / "directory"
-    with write_whole(path, directory=True) as temporary:
+    with atomic_write(path, directory=True) as temporary:
         (temporary / "one").write_text("one")
 
     def fails(source, target):
@@ -117,7 +117,7 @@ def test_a_directory_survives_a_failed_replacement(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", fails)
     with (
         pytest.raises(OSError, match="Input/output"),
-        write_whole(path, directory=True) as temporary,
+        atomic_write(path, directory=True) as temporary,
     ):
         (temporary / "two").write_text("two")
     assert [p.name for p in path.iterdir()] == ["one"]
@@ -127,7 +127,7 @@ def test_no_space_says_so_and_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     with (
         pytest.raises(OSError, match="no space left to write .*a.json"),
-        write_whole(tmp_path / "a.json") as temporary,
+        atomic_write(tmp_path / "a.json") as temporary,
     ):
         temporary.write_text("{")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -189,7 +189,7 @@ def test_a_checkout_is_dirty_where_its_code_changed_and_not_its_results(monkeypa
         ).stdout.strip()
 
     code, result = (
-        tmp_path / "dpo_lab" / "runs.py",
+        tmp_path / "dpo_lab" / "engine" / "runs.py",
         tmp_path / "benchmarks" / "results" / "cpu.json",
     )
     monkeypatch.setattr(runs, "__file__", str(code))

@@ -45,25 +45,17 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from dpo_lab import runs
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import runs
+from dpo_lab.engine.structure import context_of, unwrapped, widest
 from dpo_lab.evaluate import evaluate_policy
-from dpo_lab.imdb import sample_completions, sample_with_logps
-from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import can_share, completion_logps, logit_path, score_completions
+from dpo_lab.logprobs import can_compact, completion_logps, logit_path, score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import (
-    ScalarModel,
-    check_cache,
-    context_of,
-    end_tokens,
-    load_model,
-    load_tokenizer,
-    lora,
-)
-from dpo_lab.ppo import PPOConfig, train_ppo
+from dpo_lab.models import ScalarModel, check_cache, end_tokens, load_model, load_tokenizer, lora
 from dpo_lab.preferences import Preferences
-from dpo_lab.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.structure import unwrapped, widest
+from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
+from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.sampling import sample_completions, sample_with_logps
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 PROMPTS, COMPLETIONS, PROMPT_OF = (
@@ -199,7 +191,7 @@ def own_sums(model):
 
 def laid_out(model, share=None):
     return completion_batch(
-        PROMPTS, COMPLETIONS, PROMPT_OF, share=can_share(model) if share is None else share
+        PROMPTS, COMPLETIONS, PROMPT_OF, compact=can_compact(model) if share is None else share
     )
 
 
@@ -259,7 +251,7 @@ def test_every_door_gives_the_log_probs_of_the_model_s_own_forward(name, tmp_pat
     (first,) = train_unlikelihood(copy.deepcopy(model), preferences, 0.3, LOOP, progress=None)
     assert first["logps/rejected"] == pytest.approx(float(expected[[1, 3]].mean()), abs=1e-4)
     trained = copy.deepcopy(model)
-    batches = sft_batches(preferences, 4, chosen_only=False, share=can_share(model))
+    batches = sft_batches(preferences, 4, chosen_only=False, compact=can_compact(model))
     (first,) = train_sft(
         trained, batches, 1, replace(LOOP, learning_rate=1e-3), run=tmp_path, progress=None
     )
@@ -503,18 +495,18 @@ def test_what_has_no_log_probs_is_refused_at_every_door(name, tmp_path):
 def test_a_shared_batch_is_refused_by_a_model_that_does_not_allow_it():
     for name in ("Granite", "prompt tuning"):
         model = ODD[name][0]()
-        assert not can_share(model)
+        assert not can_compact(model)
         with pytest.raises(
-            ValueError, match=r"shares prompts or packs rows.*share=can_share\(model\)"
+            ValueError, match=r"shares prompts or packs rows.*compact=can_compact\(model\)"
         ):
             completion_logps(model, laid_out(model, True))
     model = PLAIN["Mistral"][0]()
     for share in (
         laid_out(model, True),
-        completion_batch([[1]], [[2] * n for n in (9, 2, 2)], [0] * 3, share=True),
+        completion_batch([[1]], [[2] * n for n in (9, 2, 2)], [0] * 3, compact=True),
     ):
         with pytest.raises(
-            ValueError, match=r"MistralForCausalLM does not allow; .*share=can_share\(model\)"
+            ValueError, match=r"MistralForCausalLM does not allow; .*compact=can_compact\(model\)"
         ):
             completion_logps(model, share)
 
@@ -607,7 +599,7 @@ def test_dynamic_rope_is_as_it_was_at_the_top_of_its_context():
     ]
     for share in (False, True):
         beside = completion_logps(
-            model, completion_batch([[1, 2, 3]], long, [0, 0], share=share)
+            model, completion_batch([[1, 2, 3]], long, [0, 0], compact=share)
         ).detach()
         close(beside, torch.tensor(alone), atol=1e-4)
 
@@ -655,7 +647,7 @@ def test_every_dtype_takes_every_layout_with_and_without_autocast(
 ):
     model = load_model(str(tiny)) if name == "gpt2" else llama()
     prompts, completions, prompt_of, share = LAYOUTS[layout]
-    batch = completion_batch(prompts, completions, prompt_of, share=share)
+    batch = completion_batch(prompts, completions, prompt_of, compact=share)
     assert ("shared" in layout) == (
         batch.segments is not None or any(mask is not None for _, mask in batch.rows)
     )
@@ -897,7 +889,7 @@ def test_a_wrapped_model_is_the_model_inside_it(wrap, tmp_path, tokenizer):
         end_tokens(wrapped, tokenizer) == end_tokens(model, tokenizer)
         and len(end_tokens(model, tokenizer)) == 2
     )
-    assert context_of(wrapped) == 64 and can_share(wrapped)
+    assert context_of(wrapped) == 64 and can_compact(wrapped)
     close(completion_logps(wrapped, laid_out(wrapped)).detach(), own_sums(model))
     close(score_completions(wrapped, PROMPTS, COMPLETIONS, PROMPT_OF), own_sums(model))
     options = {"eos_token_id": 2, "max_new_tokens": 4}

@@ -7,9 +7,9 @@ import pytest
 import sympy as sp
 import torch
 
-from dpo_lab import symbolic as s
 from dpo_lab.losses import bradley_terry_nll, dpo_loss
-from dpo_lab.objective import (
+from dpo_lab.theory import symbolic as s
+from dpo_lab.theory.objective import (
     implicit_reward,
     kl,
     log_partition,

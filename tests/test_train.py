@@ -19,15 +19,16 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM
 
-from dpo_lab import loop, runs, train
-from dpo_lab.imdb import sample_completions
-from dpo_lab.layout import completion_batch
+from dpo_lab import loop, train
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import runs
+from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
-from dpo_lab.runs import read_metrics
+from dpo_lab.sampling import sample_completions
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_unlikelihood
 
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)
@@ -155,9 +156,9 @@ def test_accumulated_gradients_equal_the_large_batch(tiny, preferences, kind):
         )
         config = replace(
             CONFIG,
-            kind=kind,
+            loss_type=kind,
             batch_pairs=24,
-            loop=replace(LOOP, accumulate=accumulate, learning_rate=1e-4),
+            loop=replace(LOOP, gradient_accumulation_steps=accumulate, learning_rate=1e-4),
         )
         metrics = train_dpo(model, exact, config, progress=None)
         results.append(
@@ -213,7 +214,7 @@ def test_evaluation_comes_first_every_n_steps_and_last(model, preferences):
         preferences,
         CONFIG,
         progress=None,
-        evaluate=lambda m, step: seen.append(step) or {"reward": 1.0},
+        callback=lambda m, step: seen.append(step) or {"reward": 1.0},
     )
     steps = len(
         train.plan_prompts(preferences.linked_pairs(), CONFIG.epochs, CONFIG.batch_pairs, 0)
@@ -226,12 +227,12 @@ def test_evaluation_comes_first_every_n_steps_and_last(model, preferences):
         preferences,
         config,
         progress=None,
-        evaluate=lambda m, step: seen.append(step) or {"reward": 1.0},
+        callback=lambda m, step: seen.append(step) or {"reward": 1.0},
     )
     assert seen == sorted({0, 1, 2, *range(4, steps, 4), steps})
 
 
-def test_unlikelihood_minimises_its_loss(model, preferences):
+def test_unlikelihood_minimizes_its_loss(model, preferences):
     p = preferences
     with torch.no_grad():
         before = completion_logps(model, completion_batch(p.prompts, p.completions, p.prompt_of))
@@ -248,7 +249,7 @@ def test_adapters_begin_at_the_reference_and_end_in_the_weights(tiny, preference
     policy, reference, inside = load_model(str(tiny)), load_model(str(tiny)), []
 
     def evaluate(model, step):
-        batch = sft_batches(preferences, 6, share=True)[0]
+        batch = sft_batches(preferences, 6, compact=True)[0]
         inside[:] = [
             completion_logps(model, batch).detach(),
             {n for n, p in model.named_parameters() if p.requires_grad},
@@ -259,7 +260,7 @@ def test_adapters_begin_at_the_reference_and_end_in_the_weights(tiny, preference
     config = replace(CONFIG, lora_rank=2, loop=replace(LOOP, learning_rate=1e-2))
     metrics = [
         m
-        for m in train_dpo(policy, preferences, config, evaluate=evaluate, progress=None)
+        for m in train_dpo(policy, preferences, config, callback=evaluate, progress=None)
         if "loss" in m
     ]
     assert (
@@ -333,7 +334,7 @@ def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path
     assert same(state(policy), adapted)
 
 
-def test_sft_minimises_nats_per_completion_token(model, preferences):
+def test_sft_minimizes_nats_per_completion_token(model, preferences):
     batches = sft_batches(preferences, 4)
     assert sum(b.n for b in batches) == len(preferences.chosen)
     assert sum(b.tokens for b in batches) == sum(
@@ -361,7 +362,7 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(
     (tmp_path / "whole").mkdir()
     expected = timeless(
         train_dpo(
-            whole, preferences, config, run=tmp_path / "whole", evaluate=evaluate, progress=None
+            whole, preferences, config, run=tmp_path / "whole", callback=evaluate, progress=None
         )
     )
     steps = expected[-1]["step"]
@@ -386,12 +387,12 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bytes(
                 preferences,
                 config,
                 run=run,
-                evaluate=evaluate,
+                callback=evaluate,
                 progress=None,
             )
         resumed = load_model(str(tiny))
         metrics = train_dpo(
-            resumed, preferences, config, run=run, resume=True, evaluate=evaluate, progress=None
+            resumed, preferences, config, run=run, resume=True, callback=evaluate, progress=None
         )
         assert same(state(resumed), state(whole)), stop_after
         assert timeless(metrics) == timeless(read_metrics(run)) == expected
@@ -453,7 +454,7 @@ def test_control_c_stops_between_steps_and_leaves_a_checkpoint(model, preference
         return {}
 
     with pytest.raises(Interrupted, match="after step 3 .* --resume"):
-        train_dpo(model, preferences, CONFIG, run=tmp_path, evaluate=evaluate, progress=None)
+        train_dpo(model, preferences, CONFIG, run=tmp_path, callback=evaluate, progress=None)
     assert (tmp_path / "checkpoints/step-00000003/state.json").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -574,7 +575,7 @@ def test_checkpointing_computes_every_block_twice_and_the_same_gradient(
     tiny, preferences, tmp_path, family, share
 ):
     model = load_model(str(tiny)) if family == "gpt2" else make_opt(tmp_path)
-    batch = sft_batches(preferences, 6, chosen_only=False, share=share and family == "gpt2")[0]
+    batch = sft_batches(preferences, 6, chosen_only=False, compact=share and family == "gpt2")[0]
     entered, gradients = [], []
     blocks = loop.blocks_of(model)
     for block in blocks:
@@ -607,7 +608,7 @@ def test_a_checkpointed_run_is_the_same_run(tiny, preferences):
         runs.append(
             [
                 m["loss"]
-                for m in train_dpo(load_model(str(tiny)), preferences, config, evaluate=evaluate)
+                for m in train_dpo(load_model(str(tiny)), preferences, config, callback=evaluate)
                 if "loss" in m
             ]
         )
@@ -625,7 +626,7 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
     tiny, preferences, tmp_path, monkeypatch, where
 ):
     """Memory for 5 completions at once: from the first step on the batch goes in four parts; the gradient is the same."""
-    config, asked = replace(CONFIG, loop=replace(LOOP, accumulate=4)), []
+    config, asked = replace(CONFIG, loop=replace(LOOP, gradient_accumulation_steps=4)), []
     theirs = load_model(str(tiny))
     expected = train_dpo(theirs, preferences, config, progress=None)
 
@@ -645,7 +646,9 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
     ours = load_model(str(tiny))
     metrics = train_dpo(ours, preferences, CONFIG, run=tmp_path, progress=None)
     assert max(asked) > 5 and sum(n > 5 for n in asked) <= 4
-    assert metrics[0]["accumulate"] == 4 and not any("accumulate" in line for line in metrics[1:])
+    assert metrics[0]["gradient_accumulation_steps"] == 4 and not any(
+        "gradient_accumulation_steps" in line for line in metrics[1:]
+    )
     assert [line["loss"] for line in metrics] == pytest.approx(
         [line["loss"] for line in expected], rel=1e-6
     )
@@ -696,9 +699,17 @@ def test_the_larger_accumulate_is_said_once(model, preferences, monkeypatch, cap
         return completion_logps(model, batch)
 
     monkeypatch.setattr(loop, "completion_logps", scarce)
-    train_dpo(model, preferences, replace(CONFIG, loop=replace(LOOP, accumulate=2)), progress="DPO")
+    train_dpo(
+        model,
+        preferences,
+        replace(CONFIG, loop=replace(LOOP, gradient_accumulation_steps=2)),
+        progress="DPO",
+    )
     assert (
-        capsys.readouterr().out.count("out of memory at step 1; from here on accumulate is 4") == 1
+        capsys.readouterr().out.count(
+            "out of memory at step 1; from here on gradient_accumulation_steps is 4"
+        )
+        == 1
     )
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
-from dpo_lab.layout import completion_batch
+from dpo_lab.batching import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
@@ -33,7 +33,7 @@ def preferences(tokenizer):
     found = from_rankings(
         prompts, rankings, tokenizer, context=64, max_completion_tokens=16
     ).as_text(tokenizer)
-    assert found.report == replace(found.report, pairs=12, cut=4, without_eos=4, retokenised=0)
+    assert found.report == replace(found.report, pairs=12, cut=4, without_eos=4, retokenized=0)
     return found
 
 
@@ -168,7 +168,7 @@ def test_pairs_whose_text_has_other_tokens_are_dropped_and_counted(
     sampled, tokenizer, make_trainer
 ):
     kept = sampled.as_text(tokenizer)
-    assert (kept.report.pairs, kept.report.retokenised) == (1, 2)
+    assert (kept.report.pairs, kept.report.retokenized) == (1, 2)
     assert trained_ids(make_trainer(kept)) == pair_ids(kept) == pair_ids(sampled)[2:]
     assert kept.as_text(tokenizer).report == kept.report
 
@@ -186,7 +186,7 @@ def test_a_token_across_the_boundary_and_half_a_character_are_other_tokens(token
     assert len(camera) > 1
     for found in (across, half):
         with pytest.raises(
-            ValueError, match=re.escape("there is no pair left (pairs 0") + ".*retokenised 1"
+            ValueError, match=re.escape("there is no pair left (pairs 0") + ".*retokenized 1"
         ):
             found.as_text(tokenizer)
 
@@ -207,14 +207,20 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     kind, reduction, beta, label_smoothing, preferences, tiny, reference, make_trainer
 ):
     p = preferences
-    batch = completion_batch(p.prompts, p.completions, p.prompt_of.tolist(), share=True)
+    batch = completion_batch(p.prompts, p.completions, p.prompt_of.tolist(), compact=True)
     chosen, rejected = torch.from_numpy(p.chosen), torch.from_numpy(p.rejected)
     policy = load_model(str(tiny))
     with torch.no_grad():
         reference_logps = completion_logps(reference, batch, reduction=reduction)
     logps = completion_logps(policy, batch, reduction=reduction)
     ours = dpo_loss(
-        logps, reference_logps, chosen, rejected, beta, kind=kind, label_smoothing=label_smoothing
+        logps,
+        reference_logps,
+        chosen,
+        rejected,
+        beta,
+        loss_type=kind,
+        label_smoothing=label_smoothing,
     )
     ours.losses.mean().backward()
 

@@ -8,10 +8,9 @@ import sys
 import pytest
 import torch
 
-from dpo_lab import tuning
-from dpo_lab.layout import completion_batch
-from dpo_lab.logprobs import completion_logps
-from dpo_lab.tuning import (
+from dpo_lab.batching import completion_batch
+from dpo_lab.engine import cpu as tuning
+from dpo_lab.engine.cpu import (
     ONEDNN,
     kept_memory,
     matmuls_by_mkl,
@@ -19,6 +18,7 @@ from dpo_lab.tuning import (
     onednn_is_exact,
     use_onednn,
 )
+from dpo_lab.logprobs import completion_logps
 
 GLIBC = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the setting is glibc's"

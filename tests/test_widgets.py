@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from recording import record_run
 
-from dpo_lab.evaluate import OptimalFrontier
+from dpo_lab.engine.runs import append_metrics
 from dpo_lab.losses import dpo_loss
-from dpo_lab.objective import kl, log_partition, optimal_policy
-from dpo_lab.rewards import fit_bradley_terry
-from dpo_lab.runs import append_metrics
-from dpo_lab.widgets import (
+from dpo_lab.theory.bradley_terry import fit_bradley_terry
+from dpo_lab.theory.frontier import OptimalFrontier
+from dpo_lab.theory.objective import kl, log_partition, optimal_policy
+from dpo_lab.widgets.explorers import (
     BETAS,
     CHOSEN_FILMS,
     LABELS,
@@ -113,7 +113,7 @@ def test_a_picture_drawn_over_its_background_is_the_picture_drawn_anew(name):
     quick = np.asarray(explorer.picture.canvas.buffer_rgba())[..., :3].astype(int)
     assert (
         np.abs(shown - quick).max() <= 16
-    )  # an octree of 256 colours, eight levels of each primary in a leaf
+    )  # an octree of 256 colors, eight levels of each primary in a leaf
     for artist in explorer.picture.artists:
         artist.set_animated(False)
     explorer.picture.canvas.draw()
@@ -168,7 +168,7 @@ def test_pairs_are_weighed_as_the_loss_weighs_them(kind):
             torch.tensor([0]),
             torch.tensor([1]),
             0.3,
-            kind=kind,
+            loss_type=kind,
         )
         assert (
             state["weights"][i] == alone.gradient_weights.item()

@@ -1,0 +1,1 @@
+"""How it is fast and safe: attention, the LM head, CPU settings, processes, run directories. No student need enter."""

