@@ -470,7 +470,7 @@ def _added(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _to(micro: Any, device: torch.device) -> Any:
-    if isinstance(micro, CompletionBatch):
+    if hasattr(micro, "to"):
         return micro.to(device)
     moved = []
     for part in vars(micro).values():

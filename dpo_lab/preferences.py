@@ -20,10 +20,10 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.batching import begun, ended
+from dpo_lab.batching import CompletionBatch, begun, completion_batch, ended
 from dpo_lab.engine.arguments import (
     checked,
     floats,
@@ -36,7 +36,7 @@ from dpo_lab.engine.arguments import (
 )
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.runs import atomic_write
-from dpo_lab.engine.structure import unwrapped
+from dpo_lab.engine.structure import unwrapped, widest
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
 
@@ -88,6 +88,37 @@ class Report:
         said = [f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()]
         return ", ".join(
             [*said, *([f"columns not read: {', '.join(self.unread)}"] if self.unread else [])]
+        )
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """P pairs with the N completions that they are made of, each completion once: what one step of training reads."""
+
+    completions: CompletionBatch
+    reference_logps: Tensor | None
+    """(N,) nats; None where the preferences have none"""
+    chosen: Tensor
+    """(P,) index into the N completions"""
+    rejected: Tensor
+    """(P,) index into the N completions"""
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens in the batch."""
+        return self.completions.tokens
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
+        device, reference = torch.device(device), self.reference_logps
+        wait = device.type == "cpu"
+        if reference is not None:
+            reference = reference.to(widest(device)).to(device, non_blocking=not wait)
+        return PairBatch(
+            self.completions.to(device),
+            reference,
+            self.chosen.to(device, non_blocking=not wait),
+            self.rejected.to(device, non_blocking=not wait),
         )
 
 
@@ -151,6 +182,73 @@ class Preferences:
             raise ValueError(
                 f"pair {apart[0]} compares completions of two different prompts; both must answer the same one"
             )
+
+    def batch(self, pairs: Sequence[int], *, compact: bool = False) -> PairBatch:
+        """The completions of these pairs laid out for `completion_logps`, with their reference log-probs.
+
+        Args:
+            pairs: indices of P pairs, at least one; a sequence, array, tensor or range.
+            compact: as in `completion_batch`: faster, and exact where `can_compact(model)` says so.
+
+        Raises:
+            ValueError, TypeError: no pair, or an index that is no integer in 0..P-1.
+        """
+        used, chosen, rejected = self.completions_of(pairs)
+        completions = completion_batch(
+            self.prompts,
+            [self.completions[i] for i in used],
+            self.prompt_of[used],
+            compact=compact,
+        )
+        reference = None if self.reference_logps is None else self.reference_logps[used]
+        return PairBatch(
+            completions,
+            None if reference is None else torch.as_tensor(reference),
+            torch.from_numpy(chosen),
+            torch.from_numpy(rejected),
+        )
+
+    def completions_of(self, pairs: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The completions of these pairs, (N,), each once, and chosen and rejected (P,) as indices into those N."""
+        pairs = self._checked_pairs(pairs)
+        both = np.concatenate([self.chosen[pairs], self.rejected[pairs]])
+        used, local = np.unique(both, return_inverse=True)
+        return used, local[: len(pairs)], local[len(pairs) :]
+
+    def _checked_pairs(self, pairs: Sequence[int]) -> np.ndarray:
+        """Indices of pairs as an array, refused by name where there is no such pair."""
+        found = integers("pairs", pairs)
+        if not len(found):
+            raise ValueError("pairs is empty; give the index of at least one pair")
+        outside = np.flatnonzero((found < 0) | (found >= len(self.chosen)))
+        if len(outside):
+            raise ValueError(
+                f"pairs[{outside[0]}] is {found[outside[0]]}; "
+                f"with {len(self.chosen)} pairs an index must be in 0..{len(self.chosen) - 1}"
+            )
+        return found
+
+    def steps(self, batch_pairs: int, *, epochs: int = 1, seed: int = 0) -> list[np.ndarray]:
+        """The indices of the pairs of each training step, in the order in which `train_dpo` takes them.
+
+        Every epoch is shuffled by (`seed`, epoch). Pairs that share completions stay together, so a step has about
+        `batch_pairs` pairs: more only where one ranking has more.
+
+        Raises:
+            ValueError: `batch_pairs` or `epochs` below 1.
+        """
+        check_epochs(epochs, batch_pairs)
+        groups = self.linked_pairs()
+        plan = plan_prompts(groups, epochs, batch_pairs, seed)
+        return [np.array([pair for g in step for pair in groups[g]]) for step in plan]
+
+    def select(self, pairs: Sequence[int]) -> "Preferences":
+        """These preferences with only these pairs, in this order; the completions stay."""
+        pairs = self._checked_pairs(pairs)
+        report = replace(self.report, pairs=len(pairs))
+        return replace(
+            self, chosen=self.chosen[pairs], rejected=self.rejected[pairs], report=report
+        )
 
     def pairs_by_prompt(self) -> list[list[int]]:
         """The indices of the pairs of each prompt that has any."""
@@ -370,6 +468,33 @@ class Preferences:
             raise ValueError(
                 f"{directory} does not hold preferences ({error}); make them with `dpo-lab label`"
             ) from error
+
+
+def check_epochs(epochs: int, batch_pairs: int) -> None:
+    """Raise ValueError unless there is something to train on."""
+    for name, value in (("epochs", epochs), ("batch_pairs", batch_pairs)):
+        if integer(name, value) < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def plan_prompts(
+    groups: list[list[int]], epochs: int, batch_pairs: int, seed: int
+) -> list[list[int]]:
+    """Which groups of pairs each step takes: about `batch_pairs` pairs, groups kept whole.
+
+    Every epoch is shuffled by (seed, epoch).
+    """
+    plan: list[list[int]] = []
+    for epoch in range(epochs):
+        step, pairs = [], 0
+        for g in np.random.default_rng([seed, epoch]).permutation(len(groups)):
+            if step and pairs + len(groups[g]) > batch_pairs:
+                plan.append(step)
+                step, pairs = [], 0
+            step.append(int(g))
+            pairs += len(groups[g])
+        plan.append(step)
+    return plan
 
 
 def from_rows(

@@ -18,7 +18,7 @@ from dpo_lab.logprobs import Precision, can_compact
 from dpo_lab.loop import Callback, LoopConfig, check_loop, check_policy, fit
 from dpo_lab.losses import LossType, check_beta, check_loss_type, dpo_loss, unlikelihood_loss
 from dpo_lab.models import check_adaptable, check_lora, lora
-from dpo_lab.preferences import SAME_LOGPS, Preferences
+from dpo_lab.preferences import SAME_LOGPS, PairBatch, Preferences, check_epochs, plan_prompts
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,6 @@ def check_alpha(alpha: float) -> float:
             f"alpha is {found}; it must be in [0, 1], the weight of the rejected completion"
         )
     return found
-
-
-def check_epochs(epochs: int, batch_pairs: int) -> None:
-    """Raise ValueError unless there is something to train on."""
-    for name, value in (("epochs", epochs), ("batch_pairs", batch_pairs)):
-        if integer(name, value) < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """Completions, their reference log-probs, and the pairs among them."""
-
-    batch: CompletionBatch
-    reference_logps: Tensor  # (N,)
-    chosen: Tensor  # (P,)
-    rejected: Tensor  # (P,)
 
 
 @checked
@@ -127,7 +110,7 @@ def train_dpo(
     def loss_of(
         score: Callable[[CompletionBatch], Tensor], micro: PairBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = score(micro.batch)
+        logps = score(micro.completions)
         result = dpo_loss(
             logps,
             micro.reference_logps,
@@ -195,7 +178,7 @@ def train_unlikelihood(
     def loss_of(
         score: Callable[[CompletionBatch], Tensor], micro: PairBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = score(micro.batch)
+        logps = score(micro.completions)
         sums = {
             f"logps/{side}": logps.detach()[index].sum()
             for side, index in (("chosen", micro.chosen), ("rejected", micro.rejected))
@@ -230,7 +213,7 @@ def _fit_pairs(
     progress: str | None,
 ) -> list[dict[str, Any]]:
     """`fit` on the mean over pairs, those that share completions kept together, in the precision of the reference log-probs."""
-    groups, share = preferences.linked_pairs(), can_compact(policy)
+    groups, compact = preferences.linked_pairs(), can_compact(policy)
     plan = plan_prompts(groups, epochs, batch_pairs, seed)
 
     def micro_batches(step: int, gradient_accumulation_steps: int) -> list[PairBatch]:
@@ -238,7 +221,7 @@ def _fit_pairs(
             np.array(plan[step]), min(gradient_accumulation_steps * world_size(), len(plan[step]))
         )
         return [
-            _pair_batch(preferences, [pair for g in part for pair in groups[g]], share)
+            preferences.batch([pair for g in part for pair in groups[g]], compact=compact)
             for part in local_shard(parts)
         ]
 
@@ -374,36 +357,3 @@ def sft_batches(
         )
         for part in np.split(order, range(size, len(order), size))
     ]
-
-
-def plan_prompts(
-    groups: list[list[int]], epochs: int, batch_pairs: int, seed: int
-) -> list[list[int]]:
-    """Which groups of pairs each step takes: every epoch shuffled by (seed, epoch), groups kept whole, about `batch_pairs` pairs."""
-    plan: list[list[int]] = []
-    for epoch in range(epochs):
-        step, pairs = [], 0
-        for g in np.random.default_rng([seed, epoch]).permutation(len(groups)):
-            if step and pairs + len(groups[g]) > batch_pairs:
-                plan.append(step)
-                step, pairs = [], 0
-            step.append(int(g))
-            pairs += len(groups[g])
-        plan.append(step)
-    return plan
-
-
-def _pair_batch(preferences: Preferences, pairs: Sequence[int], compact: bool) -> PairBatch:
-    p = preferences
-    ends = np.concatenate([p.chosen[pairs], p.rejected[pairs]])
-    used, local = np.unique(ends, return_inverse=True)
-    batch = completion_batch(
-        p.prompts, [p.completions[i] for i in used], [p.prompt_of[i] for i in used], compact=compact
-    )
-    chosen, rejected = torch.from_numpy(local).chunk(2)
-    reference = (
-        torch.zeros(len(used))
-        if p.reference_logps is None
-        else torch.as_tensor(p.reference_logps[used])
-    )
-    return PairBatch(batch, reference, chosen, rejected)

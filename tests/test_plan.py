@@ -208,7 +208,7 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
         return scoring(model, prompts, completions, *rest, **options)
 
     def to(micro, device):
-        counts["trained"] += micro.batch.tokens
+        counts["trained"] += micro.tokens
         return micro
 
     def judge(texts):

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_lab import preferences
 from dpo_lab.batching import completion_batch
 from dpo_lab.logprobs import completion_logps
+from dpo_lab.losses import dpo_loss
 from dpo_lab.preferences import Preferences, Report, from_rankings, from_rows, from_scores
 
 EOS = 0
@@ -70,6 +73,23 @@ def small(**changes):
         "rejected": np.array([1, 2]),
     }
     return Preferences(**parts | changes)
+
+
+def many(n_prompts, n_pairs, seed):
+    """Random preferences among three or four completions of each prompt, with made-up log-probs."""
+    rng = np.random.default_rng(seed)
+    owners = np.repeat(np.arange(n_prompts), rng.integers(3, 5, n_prompts))
+    members = [np.flatnonzero(owners == p) for p in range(n_prompts)]
+    pairs = [rng.permutation(members[rng.integers(n_prompts)])[:2] for _ in range(n_pairs)]
+    chosen, rejected = np.array(pairs).T
+    return Preferences(
+        prompts=[list(range(2 + p)) for p in range(n_prompts)],
+        completions=[[int(i) + 1] * int(rng.integers(1, 6)) for i in range(len(owners))],
+        prompt_of=owners,
+        chosen=chosen,
+        rejected=rejected,
+        reference_logps=-rng.random(len(owners)),
+    )
 
 
 def plain(found):
@@ -589,3 +609,89 @@ def test_log_probs_known_from_sampling_are_taken_and_checked(some, model, scored
     assert scored == [12, 8]
     with pytest.raises(ValueError, match="not this model's"):
         some.with_reference(model, known=known[::-1].copy())
+
+
+def test_a_batch_holds_each_completion_of_its_pairs_once_in_the_order_of_a_plain_loop():
+    @given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 99), st.data(), st.booleans())
+    def holds(n_prompts, n_pairs, seed, data, compact):
+        p = many(n_prompts, n_pairs, seed)
+        pairs = data.draw(st.lists(st.integers(0, n_pairs - 1), min_size=1, max_size=15))
+        used = []
+        for i in sorted([*p.chosen[pairs], *p.rejected[pairs]]):
+            if i not in used:
+                used.append(i)
+        expected = completion_batch(
+            p.prompts,
+            [p.completions[i] for i in used],
+            [p.prompt_of[i] for i in used],
+            compact=compact,
+        )
+        batch = p.batch(pairs, compact=compact)
+        for name, value in vars(expected).items():
+            found = getattr(batch.completions, name)
+            same = torch.equal(found, value) if isinstance(value, torch.Tensor) else True
+            assert same and type(found) is type(value), name
+        assert batch.tokens == sum(len(p.completions[i]) for i in used)
+        assert batch.reference_logps.tolist() == [p.reference_logps[i] for i in used]
+        assert [used[i] for i in batch.chosen] == [p.chosen[k] for k in pairs]
+        assert [used[i] for i in batch.rejected] == [p.rejected[k] for k in pairs]
+
+    holds()
+
+
+def test_steps_take_every_pair_once_an_epoch_in_the_order_of_a_plain_loop():
+    @given(st.integers(1, 6), st.integers(1, 20), st.integers(0, 99), st.integers(1, 9))
+    def holds(n_prompts, n_pairs, seed, batch_pairs):
+        p = many(n_prompts, n_pairs, seed)
+        groups, expected = p.linked_pairs(), []
+        for epoch in range(2):
+            step = []
+            for g in np.random.default_rng([seed, epoch]).permutation(len(groups)):
+                if step and len(step) + len(groups[g]) > batch_pairs:
+                    expected.append(step)
+                    step = []
+                step = step + groups[g]
+            expected.append(step)
+        steps = p.steps(batch_pairs, epochs=2, seed=seed)
+        assert [step.tolist() for step in steps] == expected
+        assert sorted(np.concatenate(steps)) == sorted(2 * list(range(n_pairs)))
+
+    holds()
+
+
+def test_pairs_that_are_not_there_are_named():
+    p = many(2, 5, seed=0)
+    for pairs, error, message in (
+        ([0, 7], ValueError, r"pairs\[1\] is 7; with 5 pairs an index must be in 0\.\.4"),
+        ([-1], ValueError, r"pairs\[0\] is -1; with 5 pairs"),
+        ([], ValueError, "pairs is empty"),
+        (3, TypeError, "pairs is 3 .*it must be a sequence of integers"),
+        ([0.5], TypeError, "pairs holds 0.5"),
+        ([True], TypeError, "pairs holds True"),
+    ):
+        for call in (p.batch, p.select, p.completions_of):
+            with pytest.raises(error, match=message):
+                call(pairs)
+    with pytest.raises(ValueError, match="batch_pairs is 0; it must be at least 1"):
+        p.steps(0)
+    with pytest.raises(ValueError, match="epochs is 0; it must be at least 1"):
+        p.steps(4, epochs=0)
+
+
+def test_selected_pairs_keep_their_completions_and_are_counted():
+    p = many(2, 5, seed=0)
+    some = p.select(range(1, 3))
+    assert some.chosen.tolist() == p.chosen[1:3].tolist() and some.report.pairs == 2
+    assert some.rejected.tolist() == p.rejected[1:3].tolist()
+    assert some.completions == p.completions and some.tokens_hash() == p.tokens_hash()
+
+
+def test_a_batch_moves_as_a_whole_and_says_when_there_is_no_reference():
+    p = many(2, 5, seed=0)
+    batch = p.batch([0, 1]).to("meta")
+    parts = (batch.completions.input_ids, batch.reference_logps, batch.chosen, batch.rejected)
+    assert {part.device.type for part in parts} == {"meta"}
+    alone = replace(p, reference_logps=None).batch([0, 1])
+    assert alone.reference_logps is None and alone.to("meta").reference_logps is None
+    with pytest.raises(TypeError, match="reference_logps"):
+        dpo_loss(torch.zeros(alone.completions.n), None, alone.chosen, alone.rejected, 0.1)

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from dpo_lab.engine.checkpoints import checkpoints_of, tensors_hash, unique_tensors, what_is_kept
 from dpo_lab.engine.distributed import from_main
-from dpo_lab.engine.runs import TRAINING, atomic_write, differences, read_metrics, write_json
+from dpo_lab.engine.runs import (
+    TRAINING,
+    atomic_write,
+    current_config,
+    differences,
+    read_metrics,
+    write_json,
+)
 
 REFERENCE = "reference.safetensors"
 
@@ -128,7 +135,7 @@ def require_unused(run: Path) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(current_config(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:  # not JSON, not text, not an object
         raise ValueError(
             f"{path} was altered ({error}), so nobody knows whose checkpoints these are. {AGAIN}"

@@ -30,6 +30,19 @@ SNAPSHOTS = "snapshots.jsonl"
 
 TRAINING = "training.json"  # records.py
 
+# names that earlier versions recorded in configs, and today's
+RENAMED = {"kind": "loss_type", "accumulate": "gradient_accumulation_steps"}
+
+# what the two lanes of earlier versions meant
+LANES = {
+    "laptop": {"device": "cpu", "model": "embedded", "reward": "tfidf"},
+    "gpu": {
+        "device": "cuda",
+        "model": "openai-community/gpt2-large",
+        "reward": "siebert/sentiment-roberta-large-english",
+    },
+}
+
 
 @checked
 @contextmanager
@@ -177,14 +190,32 @@ def peak_memory_mb() -> float:
 
 @checked
 def read_config(directory: Path) -> dict[str, Any]:
-    """The config that a run directory was opened with. Raises ValueError when the file is not JSON."""
+    """The config that a run directory was opened with, in today's names.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
     recorded = directory / "config.json"
     try:
-        return json.loads(recorded.read_text(encoding="utf-8"))
+        return current_config(json.loads(recorded.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{recorded} is not JSON ({error}); it is not a run directory of dpo-lab"
         ) from error
+
+
+def current_config(recorded: Any) -> Any:
+    """A config as it was recorded, by this version or an earlier one, in today's names and values."""
+    if not isinstance(recorded, dict):
+        return recorded
+    found = {RENAMED.get(name, name): current_config(value) for name, value in recorded.items()}
+
+    # a lane set the device, and the model and reward that were not given
+    if "lane" in found:
+        lane = found.pop("lane")
+        for name, value in LANES.get(lane, {}).items():
+            found[name] = value if found.get(name) is None else found[name]
+    return found
 
 
 @checked
