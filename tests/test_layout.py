@@ -145,3 +145,21 @@ def test_an_unknown_name_is_an_attribute_error():
         getattr(dpo_lab, "dpo_" + "los")
     with pytest.raises(ImportError, match="dpo_los"):
         exec("from dpo_lab import dpo_los")
+
+
+HEAVY = ["transformers", "accelerate", "datasets", "pyarrow", "sklearn", "scipy", "matplotlib"]
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("from dpo_lab import dpo_loss, DPOLoss", HEAVY),
+        ("import dpo_lab.engine.runs, dpo_lab.engine.records, dpo_lab.engine.cpu", HEAVY),
+        ("import dpo_lab.widgets", [name for name in HEAVY if name != "matplotlib"]),
+    ],
+)
+def test_what_needs_no_library_does_not_load_it(code, heavy):
+    report = f"import sys; print(*[name for name in {heavy} if name in sys.modules])"
+    command = [sys.executable, "-c", f"{code}\n{report}"]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

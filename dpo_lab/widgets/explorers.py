@@ -42,6 +42,7 @@ from dpo_lab.widgets.figures import (
     run_figure,
     sweep_figure,
 )
+from dpo_lab.widgets.frames import frames_html
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     FILMS,
@@ -122,7 +123,12 @@ class Explorer:
     def _repr_mimebundle_(self, **options: Any) -> Any:
         # a page without a kernel shows the still picture
         still = base64.b64encode(self.picture.png()).decode()
-        return {**self.box._repr_mimebundle_(**options), "image/png": still}
+        bundle = {**self.box._repr_mimebundle_(**options), "image/png": still}
+
+        # set while the site is built: one frame per value of the first slider
+        if os.environ.get("DPO_LAB_FRAMES"):
+            bundle["text/html"] = frames_html(self)
+        return bundle
 
 
 def beta_explorer(
@@ -320,8 +326,8 @@ def frontier_explorer(sweep: SweepResults | None = None) -> Explorer:
         blitted.update({**state, "target": targets.get(run)})
         samples.value = _sample_table(*zip(*sweep.samples[run.name]))
 
-        last, share = rows[-1], sweep.share(rows[-1])
-        gain = f", {share:.0%} of the optimal gain" if np.isfinite(share) else ""
+        last, fraction = rows[-1], sweep.fraction(rows[-1])
+        gain = f", {fraction:.0%} of the optimal gain" if np.isfinite(fraction) else ""
         return (
             f"reward {last['reward']:.2f} at {last['kl']:.1f} nats{gain}; "
             f"{last['seconds']:.0f} s, {last['tokens'] / 1e3:,.0f}k tokens"
