@@ -42,6 +42,7 @@ from dpo_lab.widgets.figures import (
     run_figure,
     sweep_figure,
 )
+from dpo_lab.widgets.frames import frames_html
 
 if "JUPYTER_WIDGETS_ECHO" not in os.environ:
     # a moved slider is not told its own value again, ahead of the picture: that costs 10 ms, and serves second browsers alone
@@ -106,7 +107,11 @@ class Explorer:
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         still = base64.b64encode(self.picture.png()).decode()  # what a page without a kernel shows
-        return {**self.box._repr_mimebundle_(**options), "image/png": still}
+        bundle = {**self.box._repr_mimebundle_(**options), "image/png": still}
+        # set while the site is built: its pages have no kernel
+        if os.environ.get("DPO_LAB_FRAMES"):
+            bundle["text/html"] = frames_html(self)
+        return bundle
 
 
 def _explorer(
