@@ -111,6 +111,8 @@ class PairBatch:
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
         device, reference = torch.device(device), self.reference_logps
+        if self.chosen.device == device:
+            return self
         wait = device.type == "cpu"
         if reference is not None:
             reference = reference.to(widest(device)).to(device, non_blocking=not wait)

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lab.batching import CompletionBatch, completion_batch, split
-from dpo_lab.engine.arguments import checked, folder, integer, number, settled
+from dpo_lab.engine.arguments import checked, folder, integer, settled
 from dpo_lab.engine.distributed import local_shard, world_size
 from dpo_lab.engine.records import data_hash, training_run, weights_record
 from dpo_lab.logprobs import Precision, can_compact
-from dpo_lab.loop import Callback, LoopConfig, check_loop, check_policy, fit
-from dpo_lab.losses import LossType, check_beta, check_loss_type, dpo_loss, unlikelihood_loss
+from dpo_lab.loop import Callback, LoopConfig, Score, check_loop, check_policy, fit
+from dpo_lab.losses import (
+    LossType,
+    check_alpha,
+    check_beta,
+    check_loss_type,
+    dpo_loss,
+    unlikelihood_loss,
+)
 from dpo_lab.models import check_adaptable, check_lora, lora
+from dpo_lab.own_loss import OwnLoss, as_dpo_loss, loss_record, try_loss
 from dpo_lab.preferences import SAME_LOGPS, PairBatch, Preferences, check_epochs, plan_prompts
 
 
@@ -25,18 +33,20 @@ from dpo_lab.preferences import SAME_LOGPS, PairBatch, Preferences, check_epochs
 class DPOConfig:
     """What `train_dpo` minimizes, and how."""
 
-    beta: float = 0.37
+    beta: float = 0.1
     """strength of the KL constraint"""
-    loss_type: LossType = "sigmoid"
-    """sigmoid (DPO; cDPO with label_smoothing), robust, ipo or hinge"""
+    loss_type: LossType | str = "sigmoid"
+    """sigmoid (DPO; cDPO with label_smoothing), robust, ipo, hinge, or a name that you added to
+    MARGIN_LOSSES"""
     label_smoothing: float = 0.0
-    """assumed share of flipped labels, in [0, 0.5)"""
+    """assumed fraction of flipped labels, in [0, 0.5)"""
     epochs: int = 1
     """passes over the pairs"""
     batch_pairs: int = 128
-    """pairs a step; those that share completions stay together"""
+    """pairs per step; those that share completions stay together"""
     lora_rank: int = 0
-    """rank of LoRA adapters, which want about ten times the learning rate (Schulman et al. 2025); 0 trains all weights"""
+    """rank of LoRA adapters, which want about ten times the learning rate (Schulman et al. 2025); 0
+    trains all weights"""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -54,104 +64,72 @@ def check_config(config: DPOConfig) -> None:
     check_epochs(config.epochs, config.batch_pairs)
 
 
-def check_alpha(alpha: float) -> float:
-    """`alpha` of the unlikelihood loss as a float. Raises ValueError unless it is in [0, 1]."""
-    if not 0 <= (found := number("alpha", alpha)) <= 1:
-        raise ValueError(
-            f"alpha is {found}; it must be in [0, 1], the weight of the rejected completion"
-        )
-    return found
-
-
 @checked
 def train_dpo(
     policy: nn.Module,
     preferences: Preferences,
     config: DPOConfig,
     *,
+    loss: OwnLoss | None = None,
     seed: int = 0,
     run: Path | str | None = None,
     resume: bool = False,
     callback: Callback | None = None,
     progress: str | None = "DPO",
 ) -> list[dict[str, Any]]:
-    """Train `policy` in place by DPO (Eq. 7 of Rafailov et al. 2023) and return the metrics, one dict a step.
+    """Train `policy` in place by DPO (Eq. 7 of Rafailov et al. 2023); one dict of metrics per step.
 
     Args:
-        policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and the loss is log 2. With a
-            `lora_rank` adapters are trained, and merged into it at the end; `callback` gets it with them.
-        preferences: pairs with stored `reference_logps`, in whose precision the policy is computed; the reference model
-            itself is not needed.
+        policy: a causal LM; dropout is switched off, so at step 0 every implicit reward is 0 and
+            the loss is log 2. With a `lora_rank` adapters are trained and merged into it at the
+            end; `callback` gets it with them.
+        preferences: pairs with stored `reference_logps`, in whose precision the policy is computed;
+            the reference model itself is not needed.
+        loss: your own loss in place of the config's `loss_type`: a function of policy_logps (N,),
+            reference_logps (N,), chosen (P,), rejected (P,) and beta, as `dpo_loss` is, that
+            returns losses (P,) or a `DPOLoss`. It is tried on the first batch before training.
         seed: decides the order of the prompts, and how LoRA's adapters begin.
-        run: directory for metrics and checkpoints, and `training.json`, which records config, seed, data and weights; without
-            it nothing is written.
-        resume: continue the run that is recorded in `run` from its newest checkpoint, or begin it; the result has the bytes of
-            an uninterrupted run. With a `lora_rank` the policy must have the weights that it began with.
-        callback: called with (policy, step) before the first step, as `eval_every` says, and after the last; what it
-            returns is added to the metrics, under `eval/`.
+        run: directory for metrics, checkpoints and `training.json`, which records config, seed,
+            loss, data and weights; without it nothing is written.
+        resume: continue the run recorded in `run` from its newest checkpoint, or begin it; the
+            result is bit-identical to that of an uninterrupted run. With a `lora_rank` the policy
+            must have the weights that it began with.
+        callback: called with (policy, step) before the first step, as `eval_every` says, and after
+            the last; what it returns is added to the metrics, under `eval/`.
 
-    Metrics have TRL's names; rewards and margins are in units of beta x nats, `logps/*` in nats a completion.
+    Metrics have TRL's names; rewards and margins are in units of beta x nats, `logps/*` in nats per
+    completion. `gradient_weight/mean` is missing where your own loss returns losses alone.
 
     Raises:
-        ValueError: a bad argument; reference log-probs that are missing; a `run` that another process holds, that holds the
-            checkpoints of an earlier run (without `resume`), or whose run has another config, seed, model or other data (with
-            it). Then the directory and the policy are as they were.
+        ValueError, TypeError: a bad argument; missing reference log-probs; a `loss` that returns
+            something else; a `run` that another process holds, that holds the checkpoints of an
+            earlier run (without `resume`), or whose run has another config, seed, loss, model or
+            other data (with it). The directory and the policy are then as they were.
         Interrupted: Ctrl-C or SIGTERM with a `run`, after its checkpoint was written.
     """
-    check_config(config)
-    if preferences.reference_logps is None:
-        raise ValueError(
-            "preferences has no reference_logps; call preferences.with_reference(model) with the reference model"
-        )
-    if config.lora_rank:
-        check_adaptable(policy, config.lora_rank)
-    check_policy(policy, config.loop, adapters=bool(config.lora_rank))
-
-    def loss_of(
-        score: Callable[[CompletionBatch], Tensor], micro: PairBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = score(micro.completions)
-        result = dpo_loss(
-            logps,
-            micro.reference_logps,
-            micro.chosen,
-            micro.rejected,
-            config.beta,
-            loss_type=config.loss_type,
-            label_smoothing=config.label_smoothing,
-            check_values=logps.device.type == "cpu",
-        )
-        wins = (torch.sign(result.margins) + 1) / 2
-        per_pair = {
-            "rewards/chosen": result.rewards[micro.chosen],
-            "rewards/rejected": result.rewards[micro.rejected],
-            "rewards/accuracies": wins,
-            "rewards/margins": result.margins,
-            "logps/chosen": logps.detach()[micro.chosen],
-            "logps/rejected": logps.detach()[micro.rejected],
-            "gradient_weight/mean": result.gradient_weights,
-        }
-        return result.losses.sum(), {name: values.sum() for name, values in per_pair.items()}
-
+    _check_dpo_training(policy, preferences, config)
     run = None if run is None else folder("run", run)
+    if loss is not None:
+        _check_loss(loss, policy, preferences, config, seed)
 
     def describe() -> dict[str, Any]:
         found = {"method": "DPO", "config": asdict(settled(config)), "seed": integer("seed", seed)}
+        found |= {} if loss is None else {"loss": loss_record(loss)}
         found |= {"precision": preferences.reference_precision, "data": pairs_hash(preferences)}
         return found | weights_record(policy, adapters=bool(config.lora_rank))
 
-    logps, atol = preferences.reference_logps, SAME_LOGPS[preferences.reference_precision]
-    options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
-    with (
-        training_run(run, describe, resume=resume, logps=logps, atol=atol) as began_with,
-        lora(policy, config.lora_rank, seed=seed)
-        if config.lora_rank
-        else nullcontext(policy) as trained,
-    ):
-        p = preferences if began_with is logps else replace(preferences, reference_logps=began_with)
-        return _fit_pairs(
-            trained, p, loss_of, config.epochs, config.batch_pairs, config.loop, seed, **options
-        )
+    # the run's record, which gives a resumed run the reference log-probs that it began with
+    logps, precision = preferences.reference_logps, preferences.reference_precision
+    options = {"resume": resume, "logps": logps, "atol": SAME_LOGPS[precision]}
+    adapted = lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy)
+    with training_run(run, describe, **options) as began_with, adapted as trained:
+        if began_with is not logps:
+            preferences = replace(preferences, reference_logps=began_with)
+
+        objective = DPOObjective(trained, preferences, config, seed, loss)
+        options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
+        steps = len(objective.plan)
+        return fit(trained, objective, steps, config.loop, precision=precision, **options)
 
 
 @checked
@@ -167,72 +145,19 @@ def train_unlikelihood(
     callback: Callback | None = None,
     progress: str | None = "unlikelihood",
 ) -> list[dict[str, Any]]:
-    """Minimize -log pi(chosen) + alpha log pi(rejected) a pair: the paper's baseline (Section 6), which degenerates.
+    """Minimize -log pi(chosen) + alpha log pi(rejected) per pair: the paper's baseline (Section 6).
 
-    The rest is as in `train_dpo`; no reference is needed.
+    It degenerates. No reference is needed; all else is as in `train_dpo`.
     """
     check_loop(config)
     check_epochs(epochs, batch_pairs)
     alpha = check_alpha(alpha)
 
-    def loss_of(
-        score: Callable[[CompletionBatch], Tensor], micro: PairBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = score(micro.completions)
-        sums = {
-            f"logps/{side}": logps.detach()[index].sum()
-            for side, index in (("chosen", micro.chosen), ("rejected", micro.rejected))
-        }
-        return unlikelihood_loss(logps, micro.chosen, micro.rejected, alpha).sum(), sums
-
-    return _fit_pairs(
-        policy,
-        preferences,
-        loss_of,
-        epochs,
-        batch_pairs,
-        config,
-        seed,
-        callback=callback,
-        progress=progress,
-    )
-
-
-def _fit_pairs(
-    policy: nn.Module,
-    preferences: Preferences,
-    loss_of: Callable[[Callable, PairBatch], tuple[Tensor, dict[str, Tensor]]],
-    epochs: int,
-    batch_pairs: int,
-    loop: LoopConfig,
-    seed: int,
-    *,
-    run: Path | None = None,
-    resume: bool = False,
-    callback: Callback | None,
-    progress: str | None,
-) -> list[dict[str, Any]]:
-    """`fit` on the mean over pairs, those that share completions kept together, in the precision of the reference log-probs."""
-    groups, compact = preferences.linked_pairs(), can_compact(policy)
-    plan = plan_prompts(groups, epochs, batch_pairs, seed)
-
-    def micro_batches(step: int, gradient_accumulation_steps: int) -> list[PairBatch]:
-        parts = np.array_split(
-            np.array(plan[step]), min(gradient_accumulation_steps * world_size(), len(plan[step]))
-        )
-        return [
-            preferences.batch([pair for g in part for pair in groups[g]], compact=compact)
-            for part in local_shard(parts)
-        ]
-
-    def weigh(micro: PairBatch) -> int:
-        return len(micro.chosen)
-
-    precision = preferences.reference_precision
-    options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
-    return fit(
-        policy, len(plan), micro_batches, loss_of, weigh, loop, precision=precision, **options
-    )
+    pairs = (policy, preferences, epochs, batch_pairs, seed)
+    objective = UnlikelihoodObjective(*pairs, alpha=alpha)
+    options = {"callback": callback, "progress": progress}
+    precision, steps = preferences.reference_precision, len(objective.plan)
+    return fit(policy, objective, steps, config, precision=precision, **options)
 
 
 @checked
@@ -248,89 +173,166 @@ def train_sft(
     callback: Callback | None = None,
     progress: str | None = "SFT",
 ) -> list[dict[str, Any]]:
-    """Maximize the log-likelihood of completions; the loss is nats a completion token. Preferred-FT is SFT on chosen.
+    """Maximize the log-likelihood of completions; the loss is in nats per completion token.
 
-    `batches(step)` gives the forward passes of a step, the same ones whenever it is asked (a sequence is cycled through, one
-    batch a step). The rest is as in `train_dpo`; `sft_batches` makes the batches from preferences.
+    `batches(step)` gives the forward passes of a step, the same ones whenever it is asked; a
+    sequence is cycled through, one batch per step. `sft_batches` makes them from preferences.
+    Preferred-FT is SFT on the chosen completions. All else is as in `train_dpo`.
     """
     check_loop(config)
-    run, listed = (
-        None if run is None else folder("run", run),
-        None if callable(batches) else list(batches),
-    )
-    newest: list[Any] = [None, None]  # the step asked for last, and its batches
-    read = [""]  # after each number of steps, what names all batches so far
-    if listed is not None and not listed:
-        raise ValueError("batches is empty; give at least one, as sft_batches makes them")
+    run = None if run is None else folder("run", run)
+    objective = SFTObjective(batches, recorded=run is not None)
     if run:
-        check_policy(policy, config)  # before the record of the run is written
-
-    def batches_of(step: int) -> list[CompletionBatch]:
-        if newest[0] != step:
-            newest[:] = step, batches(step) if listed is None else [listed[step % len(listed)]]
-        return newest[1]
-
-    def data_of(steps: int) -> str:
-        while len(read) <= steps:
-            read.append(data_hash(read[-1], batches_of(len(read) - 1)))
-        return read[steps]
-
-    def micro_batches(step: int, gradient_accumulation_steps: int) -> list[CompletionBatch]:
-        if run and listed is None:
-            data_of(step + 1)
-        return local_shard(
-            [
-                part
-                for batch in batches_of(step)
-                for part in split(batch, gradient_accumulation_steps * world_size())
-            ]
-        )
-
-    def loss_of(
-        score: Callable[[CompletionBatch], Tensor], batch: CompletionBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = score(batch)
-        return -logps.sum(), {}
-
-    def weigh(batch: CompletionBatch) -> int:
-        return batch.tokens
+        # before the record of the run is written
+        check_policy(policy, config)
 
     def describe() -> dict[str, Any]:
-        found = {
-            "method": "SFT",
-            "config": asdict(settled(config)),
-            "steps": integer("steps", steps),
-            "precision": precision,
-        }
-        return (
-            found | {"data": None if listed is None else data_hash(listed)} | weights_record(policy)
-        )
+        found = {"method": "SFT", "config": asdict(settled(config))}
+        found |= {"steps": integer("steps", steps), "precision": precision}
+        data = None if objective.listed is None else data_hash(objective.listed)
+        return found | {"data": data} | weights_record(policy)
 
+    options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
     with training_run(run, describe, resume=resume):
-        return fit(
-            policy,
-            steps,
-            micro_batches,
-            loss_of,
-            weigh,
-            config,
-            precision=precision,
-            run=run,
-            resume=resume,
-            callback=callback,
-            progress=progress,
-            data_of=data_of if listed is None else None,
-        )
+        return fit(policy, objective, steps, config, precision=precision, **options)
 
 
-def pairs_hash(preferences: Preferences) -> str:
-    """16 hexadecimal digits that name prompts, completions and pairs, without scores and reference log-probs."""
-    p = preferences
-    return data_hash(
-        p.tokens_hash(),
-        np.asarray(p.chosen, dtype=np.int64),
-        np.asarray(p.rejected, dtype=np.int64),
-    )
+class PairObjective:
+    """The pairs of each step, in the order of `Preferences.steps`; the mean is over pairs."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        preferences: Preferences,
+        epochs: int,
+        batch_pairs: int,
+        seed: int,
+    ):
+        self.preferences, self.compact = preferences, can_compact(policy)
+        self.groups = preferences.linked_pairs()
+        self.plan = plan_prompts(self.groups, epochs, batch_pairs, seed)
+
+    def micro_batches(self, step: int, n: int) -> list[PairBatch]:
+        """The pairs of a step in `n` parts per process, those that share completions together."""
+        groups = self.plan[step]
+        parts = np.array_split(np.array(groups), min(n * world_size(), len(groups)))
+        return [
+            self.preferences.batch(
+                [pair for g in part for pair in self.groups[g]], compact=self.compact
+            )
+            for part in local_shard(parts)
+        ]
+
+    def weight(self, micro: PairBatch) -> int:
+        """Pairs."""
+        return len(micro.chosen)
+
+
+class DPOObjective(PairObjective):
+    """The loss of `dpo_loss`, or a user's own, and TRL's metrics."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        preferences: Preferences,
+        config: DPOConfig,
+        seed: int,
+        own: OwnLoss | None = None,
+    ):
+        super().__init__(policy, preferences, config.epochs, config.batch_pairs, seed)
+        self.config, self.own = config, own
+
+    def loss(self, score: Score, micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss of the pairs, and sums of what is logged."""
+        logps, config = score(micro.completions), self.config
+        data = (logps, micro.reference_logps, micro.chosen, micro.rejected, config.beta)
+        if self.own is None:
+            # no look at the values, which would wait for a GPU: the loop looks at the gradient
+            names = {"loss_type": config.loss_type, "label_smoothing": config.label_smoothing}
+            result = dpo_loss(*data, **names, check_values=False)
+        else:
+            result = as_dpo_loss(self.own, self.own(*data), *data)
+
+        wins = (torch.sign(result.margins) + 1) / 2
+        per_pair = {
+            "rewards/chosen": result.rewards[micro.chosen],
+            "rewards/rejected": result.rewards[micro.rejected],
+            "rewards/accuracies": wins,
+            "rewards/margins": result.margins,
+            "logps/chosen": logps.detach()[micro.chosen],
+            "logps/rejected": logps.detach()[micro.rejected],
+        }
+        if result.gradient_weights is not None:
+            per_pair["gradient_weight/mean"] = result.gradient_weights
+        return result.losses.sum(), {name: values.sum() for name, values in per_pair.items()}
+
+
+class UnlikelihoodObjective(PairObjective):
+    """The paper's unlikelihood baseline."""
+
+    def __init__(self, *pairs: Any, alpha: float):
+        super().__init__(*pairs)
+        self.alpha = alpha
+
+    def loss(self, score: Score, micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss of the pairs, and the summed log-probs of each side."""
+        logps = score(micro.completions)
+        sums = {
+            "logps/chosen": logps.detach()[micro.chosen].sum(),
+            "logps/rejected": logps.detach()[micro.rejected].sum(),
+        }
+        losses = unlikelihood_loss(logps, micro.chosen, micro.rejected, self.alpha)
+        return losses.sum(), sums
+
+
+class SFTObjective:
+    """The negative log-likelihood of completions; the mean is over their tokens."""
+
+    def __init__(
+        self,
+        batches: Sequence[CompletionBatch] | Callable[[int], list[CompletionBatch]],
+        *,
+        recorded: bool,
+    ):
+        self.batches = batches
+        self.listed = None if callable(batches) else list(batches)
+        if self.listed is not None and not self.listed:
+            raise ValueError("batches is empty; give at least one, as sft_batches makes them")
+
+        # what a function gives is not in the run's record: it is hashed as it is read
+        self.data_of = self._hash_up_to if recorded and self.listed is None else None
+        self._hashes = [""]
+        self._newest: tuple[int, list[CompletionBatch]] = (-1, [])
+
+    def micro_batches(self, step: int, n: int) -> list[CompletionBatch]:
+        """The batches of a step, each of them in `n` parts per process."""
+        if self.data_of is not None:
+            self.data_of(step + 1)
+        parts = [part for batch in self._read(step) for part in split(batch, n * world_size())]
+        return local_shard(parts)
+
+    def loss(self, score: Score, micro: CompletionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed negative log-likelihood, in nats."""
+        return -score(micro).sum(), {}
+
+    def weight(self, micro: CompletionBatch) -> int:
+        """Completion tokens."""
+        return micro.tokens
+
+    def _read(self, step: int) -> list[CompletionBatch]:
+        """The batches of a step; those of the newest are kept, for they may be asked for again."""
+        if self.listed is not None:
+            return [self.listed[step % len(self.listed)]]
+        if self._newest[0] != step:
+            self._newest = step, self.batches(step)
+        return self._newest[1]
+
+    def _hash_up_to(self, steps: int) -> str:
+        """What names all batches of the first `steps` steps."""
+        while len(self._hashes) <= steps:
+            newest = self._read(len(self._hashes) - 1)
+            self._hashes.append(data_hash(self._hashes[-1], newest))
+        return self._hashes[steps]
 
 
 def sft_batches(
@@ -341,9 +343,10 @@ def sft_batches(
     compact: bool = False,
     seed: int = 0,
 ) -> list[CompletionBatch]:
-    """One epoch of shuffled batches of `size` completions: the chosen one of every pair (Preferred-FT), or all of them (SFT).
+    """One epoch of shuffled batches of `size` completions.
 
-    `compact` is that of `completion_batch`: faster, and exact where `can_compact` says so of the model.
+    The chosen one of every pair (Preferred-FT), or all completions (SFT). `compact` is that of
+    `completion_batch`: faster, and exact where `can_compact` says so of the model.
     """
     p = preferences
     which = p.chosen if chosen_only else np.arange(len(p.completions))
@@ -357,3 +360,41 @@ def sft_batches(
         )
         for part in np.split(order, range(size, len(order), size))
     ]
+
+
+def pairs_hash(preferences: Preferences) -> str:
+    """16 hexadecimal digits that name prompts, completions and pairs.
+
+    Scores and reference log-probs are not in it.
+    """
+    sides = [
+        np.asarray(side, dtype=np.int64) for side in (preferences.chosen, preferences.rejected)
+    ]
+    return data_hash(preferences.tokens_hash(), *sides)
+
+
+def _check_dpo_training(policy: nn.Module, preferences: Preferences, config: DPOConfig) -> None:
+    """Raise ValueError for what `train_dpo` cannot train, or not with."""
+    check_config(config)
+    if preferences.reference_logps is None:
+        raise ValueError(
+            "preferences has no reference_logps; call preferences.with_reference(model) with the "
+            "reference model"
+        )
+    if config.lora_rank:
+        check_adaptable(policy, config.lora_rank)
+    check_policy(policy, config.loop, adapters=bool(config.lora_rank))
+
+
+def _check_loss(
+    loss: OwnLoss, policy: nn.Module, preferences: Preferences, config: DPOConfig, seed: int
+) -> None:
+    """Raise for a user's loss that cannot be trained with; nothing else is computed or changed."""
+    if config.loss_type != "sigmoid" or config.label_smoothing:
+        raise ValueError(
+            f"loss is given with loss_type={config.loss_type!r} and label_smoothing="
+            f"{config.label_smoothing!r}, which it does not see; leave them at their defaults"
+        )
+
+    first = preferences.steps(config.batch_pairs, seed=seed)[0]
+    try_loss(loss, preferences, first, config.beta, next(policy.parameters()).device)

@@ -102,7 +102,7 @@ def finished(tiny, run=None):
     options = {
         "run": run,
         "resume": run is not None,
-        "evaluate": lambda model, step: {},
+        "callback": lambda model, step: {},
         "progress": None,
     }
     metrics = train_dpo(policy, make_preferences(tiny), LONG, **options)

@@ -172,7 +172,7 @@ def test_the_win_rate_s_interval_is_wilson_s_and_ties_are_half():
     assert rate == pytest.approx((rewards > baseline).mean())
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert win_rate([1, 1, 0, 0], [1, 0, 0, 1])[0] == 0.5
-    with pytest.raises(ValueError, match="one reward a prompt"):
+    with pytest.raises(ValueError, match="one reward per prompt"):
         win_rate([], [])
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import make_reviews
 
-from dpo_lab import sampling as imdb
 from dpo_lab.engine.distributed import parallel_map
-from dpo_lab.sampling import _draw, _first_above, sample_completions, sample_with_logps, texts_of
+from dpo_lab.sampling import draw, first_above, sample_completions, sample_with_logps, texts_of
+from dpo_lab.sentiment import reviews as imdb
 from dpo_lab.sentiment.reviews import clean, load_imdb, reviews_csv, sample_prefixes
 
 
@@ -111,7 +111,7 @@ def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
     probabilities /= probabilities.sum()
     drawn, chances = (
         x[:, 0]
-        for x in _draw(probabilities.log().expand(30_000, n), 1.0, torch.Generator().manual_seed(0))
+        for x in draw(probabilities.log().expand(30_000, n), 1.0, torch.Generator().manual_seed(0))
     )
     torch.testing.assert_close(chances, probabilities[drawn])
     counts = torch.bincount(drawn, minlength=n)
@@ -127,7 +127,7 @@ def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
 def test_sampling_from_adapters_leaves_no_gaps_in_the_heap():
     """In a process of its own: where oneDNN computes float32 matmuls it came to 2 GB."""
     source = """
-from dpo_lab.imdb import sample_completions
+from dpo_lab.sampling import sample_completions
 from dpo_lab.models import load_model, lora
 
 def resident():
@@ -147,7 +147,7 @@ with lora(load_model(), 8) as model:
 def test_a_level_that_rounding_puts_at_the_end_finds_the_last_possible_index():
     cumulative = torch.tensor([[0.0, 0.25, 0.25, 1.0, 1.0]]).expand(5, 5).contiguous()
     levels = torch.tensor([[0.0], [0.25], [0.9], [1.0], [1.1]])
-    assert _first_above(cumulative, levels)[:, 0].tolist() == [1, 3, 3, 3, 3]
+    assert first_above(cumulative, levels)[:, 0].tolist() == [1, 3, 3, 3, 3]
 
 
 def test_a_longer_prompt_in_the_batch_is_read_before_it_is_continued(model):

@@ -1,11 +1,15 @@
-"""The layout: which package may import which, and what the front door gives without loading the rest."""
+"""The layout: which package may import which, and what each front gives without loading the rest."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import dpo_lab
+from dpo_lab import theory
 
 PACKAGE = Path(dpo_lab.__file__).parent
 ROOM_OF = {"losses": "core", "batching": "core", "widgets": "top", "cli": "top", "doctor": "top"}
@@ -85,18 +89,50 @@ def test_packages_are_one_level_deep():
     assert not [name for name in modules() if "utils" in name]
 
 
-def test_the_front_door_says_the_same_three_times():
-    """`__all__`, the table of homes, and the imports that editors read."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+def front_table(package):
+    """Where the imports that editors read take each name of a package from."""
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    read = {
+    return {
         alias.name: node.module.removeprefix("dpo_lab.")
         for node in block.body
         for alias in node.names
     }
+
+
+def test_the_front_door_says_the_same_three_times():
+    """`__all__`, the table of homes, and the imports that editors read."""
+    read = front_table(dpo_lab)
     assert read == dpo_lab._HOME
     assert set(dpo_lab.__all__) == {*read, "__version__"} == set(dir(dpo_lab))
     assert len(dpo_lab.__all__) == len(set(dpo_lab.__all__)) <= 50
+
+
+@pytest.mark.parametrize("name", ["rlhf"])
+def test_the_door_of_a_package_says_the_same_three_times(name):
+    package = importlib.import_module(f"dpo_lab.{name}")
+    read = front_table(package)
+    assert read == package._HOME
+    assert sorted(read) == package.__all__ == dir(package)
+    assert all(getattr(package, one) is not None for one in read)
+    with pytest.raises(AttributeError, match=f"{name}' has no attribute 'nothing'; it has "):
+        package.__getattr__("nothing")
+
+
+def test_the_names_of_theory_are_there_and_in_order():
+    assert sorted(theory.__all__) == theory.__all__
+    assert all(getattr(theory, one) is not None for one in theory.__all__)
+
+
+@pytest.mark.parametrize("module", ["dpo_lab.widgets", "dpo_lab.theory", "dpo_lab.rlhf"])
+def test_a_slider_is_there_without_waiting_for_what_it_does_not_use(module):
+    """In a process of its own: the tests around this one have long imported everything."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(found.stdout.split())
+    assert module in loaded
+    assert not loaded & {"transformers", "datasets", "sklearn", "scipy", "pandas", "sympy"}
+    assert "matplotlib.pyplot" not in loaded
 
 
 @pytest.mark.parametrize("name", dpo_lab.__all__)
@@ -109,3 +145,21 @@ def test_an_unknown_name_is_an_attribute_error():
         getattr(dpo_lab, "dpo_" + "los")
     with pytest.raises(ImportError, match="dpo_los"):
         exec("from dpo_lab import dpo_los")
+
+
+HEAVY = ["transformers", "accelerate", "datasets", "pyarrow", "sklearn", "scipy", "matplotlib"]
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("from dpo_lab import dpo_loss, DPOLoss", HEAVY),
+        ("import dpo_lab.engine.runs, dpo_lab.engine.records, dpo_lab.engine.cpu", HEAVY),
+        ("import dpo_lab.widgets", [name for name in HEAVY if name != "matplotlib"]),
+    ],
+)
+def test_what_needs_no_library_does_not_load_it(code, heavy):
+    report = f"import sys; print(*[name for name in {heavy} if name in sys.modules])"
+    command = [sys.executable, "-c", f"{code}\n{report}"]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

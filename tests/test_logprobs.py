@@ -28,11 +28,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dpo_lab import batching as layout
 from dpo_lab import logprobs
-from dpo_lab.batching import completion_batch
+from dpo_lab.batching import completion_batch, lay_out
 from dpo_lab.engine import attention, lm_head
+from dpo_lab.engine.cpu import matmuls_by_onednn
 from dpo_lab.engine.lm_head import token_logps
 from dpo_lab.engine.pieces import pieces_of
 from dpo_lab.logprobs import (
+    Scorer,
     can_compact,
     completion_logps,
     logit_path,
@@ -126,6 +128,43 @@ def test_a_batch_agrees_with_the_loop(name):
     logps = completion_logps(model, completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF))
     assert logps.dtype == torch.float64
     close(logps.detach(), loops(model))
+
+
+@every_model
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_scorer_gives_the_same_values_and_gradients_to_the_bit(name, compact, precision):
+    model = make_model(name).float()
+    batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=compact)
+    with logprobs.autocast("cpu", precision):
+        expected = completion_logps(model, batch)
+    slopes = gradients(model, expected)
+    with matmuls_by_onednn("cpu"):
+        found = Scorer(model, precision)(batch)
+        for name, slope in gradients(model, found).items():
+            assert torch.equal(slope, slopes[name])
+    assert found.dtype == torch.float64 and torch.equal(found, expected)
+
+
+def test_a_scorer_names_what_the_model_cannot_read():
+    scorer = Scorer(shared_model("gpt2"))
+    with pytest.raises(ValueError, match="49 tokens, the model's context is 48"):
+        scorer(completion_batch([[0] * 40], [[1] * 9], [0]))
+    for token in (40, -1):
+        with pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary of 40"):
+            scorer(completion_batch([[0]], [[token]], [0]))
+    scorer(completion_batch([[0] * 40], [[39] * 8], [0]))
+
+
+def test_laying_out_checked_tokens_is_the_same_batch_and_stays_where_it_is():
+    for compact in (False, True):
+        batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=compact)
+        other = lay_out(PROMPTS, COMPLETIONS, PROMPT_OF, compact)
+        assert batch.to("cpu") is batch
+        leaves = tree_leaves(vars(batch)), tree_leaves(vars(other))
+        assert len(leaves[0]) == len(leaves[1])
+        for value, same in zip(*leaves):
+            assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
 
 
 @every_model
@@ -718,7 +757,7 @@ def test_memory_does_not_grow_with_the_batches_scored():
 import sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from dpo_lab.logprobs import score_completions
-from dpo_lab.tuning import keep_freed_memory
+from dpo_lab.engine.cpu import keep_freed_memory
 from dpo_lab.models import prepare_model
 
 def score(n):

@@ -328,7 +328,7 @@ from dataclasses import replace
 sys.path[:0] = sys.argv[1:3]
 from test_train import CONFIG, LOOP, make_preferences
 from dpo_lab.models import load_model
-from dpo_lab.runs import weights_hash
+from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.train import train_dpo
 
 preferences = make_preferences(sys.argv[3])

@@ -188,7 +188,7 @@ class Runs(RuleBasedStateMachine):
         options = {
             "run": self.folder,
             "resume": resume,
-            "evaluate": stopper(*stop) if stop else None,
+            "callback": stopper(*stop) if stop else None,
         }
         try:
             trained(job, model, **options)
@@ -322,7 +322,7 @@ def test_adapters_go_on_only_on_the_weights_that_they_began_with(tmp_path):
         trained(Job("adapters"), model, run=tmp_path, callback=stopper(2, "ctrl-c"))
     for some in (model, copy.deepcopy(base_model(1))):
         with pytest.raises(
-            ValueError, match="frozen_weights: .* there, .* asked.*load the model anew"
+            ValueError, match="frozen_weights: .* there, .* asked.*load the model again"
         ):
             trained(Job("adapters"), some, run=tmp_path, resume=True)
     assert bytes_of(trained(Job("adapters"), run=tmp_path, resume=True)) == expected(
@@ -483,9 +483,9 @@ def test_a_run_directory_that_is_a_file_is_named(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from dpo_lab.pretrain import PretrainConfig
-from dpo_lab.records import locked
-from dpo_lab.runs import open_run
+from dpo_lab.sentiment.pretrain import PretrainConfig
+from dpo_lab.engine.records import locked
+from dpo_lab.engine.runs import open_run
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -95,8 +95,8 @@ def test_a_step_s_loss_is_instructgpt_s_on_whole_rankings(tiny):
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0, -0.5])
-def test_a_bad_share_is_named(tiny, held_out):
-    with pytest.raises(ValueError, match="held_out is .*; give a share in"):
+def test_a_bad_fraction_is_named(tiny, held_out):
+    with pytest.raises(ValueError, match="held_out is .*; give a fraction in"):
         train_reward_model(
             ScalarModel(load_model(str(tiny))), ranked(4), replace(CONFIG, held_out=held_out)
         )

@@ -6,15 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from dpo_lab.engine import runs
 from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.records import training_run
 from dpo_lab.engine.runs import (
+    Stopwatch,
     append_metrics,
     atomic_write,
     check_run,
@@ -22,6 +26,8 @@ from dpo_lab.engine.runs import (
     open_run,
     peak_memory_mb,
     provenance,
+    quiet_bars,
+    read_config,
     read_metrics,
     require_space,
     write_json,
@@ -162,6 +168,77 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
         open_run(tmp_path, {}, resume=True)
 
 
+OLD = {
+    "task": {"prefixes": 200, "seed": 0},
+    "dpo": {"beta": 0.33, "kind": "sigmoid", "loop": {"learning_rate": 3e-4, "accumulate": 2}},
+}
+TODAY = {
+    "task": {"prefixes": 200, "seed": 0},
+    "dpo": {
+        "beta": 0.33,
+        "loss_type": "sigmoid",
+        "loop": {"learning_rate": 3e-4, "gradient_accumulation_steps": 2},
+    },
+}
+
+
+def test_a_run_directory_of_an_earlier_version_is_read_in_today_s_names(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OLD))
+    (tmp_path / "training.json").write_text(json.dumps({"method": "DPO", "config": OLD["dpo"]}))
+    lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "accumulate": 4}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    assert read_config(tmp_path) == TODAY
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 0.7},
+        {"step": 2, "loss": 0.6, "gradient_accumulation_steps": 4},
+    ]
+
+    # it is the same run, its config and its record; another loss is another run
+    open_run(tmp_path, TODAY, resume=True)
+    asked = {"method": "DPO", "config": TODAY["dpo"]}
+    with training_run(tmp_path, lambda: asked, resume=True):
+        pass
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match="dpo.loss_type: 'sigmoid' there, 'ipo' asked"):
+        open_run(tmp_path, {**TODAY, "dpo": {**TODAY["dpo"], "loss_type": "ipo"}}, resume=True)
+    with pytest.raises(ValueError, match="method: 'DPO' there, 'SFT' asked"):
+        with training_run(tmp_path, lambda: {**asked, "method": "SFT"}, resume=True):
+            pass
+
+
+def test_a_stopwatch_adds_up_the_stages_also_of_a_cell_that_fails(monkeypatch):
+    clock = iter([0.0, 2.0, 2.0, 5.0, 5.0, 6.0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    timed = Stopwatch()
+    for stage in ("SFT", "DPO"):
+        with timed(stage):
+            pass
+    with pytest.raises(ZeroDivisionError), timed("SFT"):
+        raise ZeroDivisionError
+    assert timed.seconds == {"SFT": 3.0, "DPO": 3.0}
+    assert "| SFT | 3 |" in timed.table() and "| **all** | 6 |" in timed.table()
+
+
+def test_bars_of_libraries_are_off_in_the_block_and_then_as_before(capfd):
+    def bars():
+        for _ in transformers.utils.logging.tqdm(range(2), desc="weights"):
+            pass
+        for _ in datasets.utils.tqdm(range(2), desc="rows"):
+            pass
+        return capfd.readouterr().err
+
+    shown = bars()
+    assert "weights" in shown and "rows" in shown
+    with pytest.raises(ZeroDivisionError), quiet_bars():
+        with quiet_bars():
+            pass
+        assert bars() == ""
+        raise ZeroDivisionError
+    assert "weights" in bars() and not datasets.are_progress_bars_disabled()
+
+
 def test_metrics_survive_a_line_cut_short(tmp_path):
     for step in (1, 2, 3):
         append_metrics(tmp_path, {"step": step})
@@ -253,7 +330,7 @@ def test_the_hash_takes_models_with_a_single_number_as_a_weight():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory")
 def test_peak_memory_leaves_out_that_of_the_process_that_started_this_one():
     held = b"1" * 1_500_000_000
-    code = "from dpo_lab.runs import peak_memory_mb; print(peak_memory_mb())"
+    code = "from dpo_lab.engine.runs import peak_memory_mb; print(peak_memory_mb())"
     peak = float(subprocess.check_output([sys.executable, "-c", code]))
     assert 20 < peak < 1_200 < peak_memory_mb() and len(held)
 

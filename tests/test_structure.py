@@ -46,7 +46,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from dpo_lab.batching import completion_batch
-from dpo_lab.engine import runs
+from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.structure import context_of, unwrapped, widest
 from dpo_lab.evaluate import evaluate_policy
 from dpo_lab.logprobs import can_compact, completion_logps, logit_path, score_completions
@@ -693,7 +693,7 @@ def test_a_device_without_float64_samples_scores_and_trains(monkeypatch):
     model, exact = llama(), llama()
     preferences = pairs(model)
     expected = train_dpo(exact, preferences, DPOConfig(loop=LOOP), progress=None)
-    for module in ("logprobs", "imdb", "loop"):
+    for module in ("logprobs", "sampling", "loop"):
         monkeypatch.setattr(f"dpo_lab.{module}.widest", lambda device: torch.float32)
     with NoFloat64():
         found = sample_with_logps(model, PROMPTS, 2, eos_token_id=2, max_new_tokens=4)
@@ -768,7 +768,7 @@ def test_adapters_on_adapters_are_refused_before_the_first_step(which, tmp_path)
     options = {
         "run": tmp_path / "run",
         "progress": None,
-        "evaluate": lambda model, step: evaluated.append(step) or {},
+        "callback": lambda model, step: evaluated.append(step) or {},
     }
     with pytest.raises(ValueError, match="has adapters already, .*merge_and_unload.*lora_rank=0"):
         train_dpo(policy, preferences, DPOConfig(lora_rank=4), **options)
@@ -908,7 +908,7 @@ def test_a_wrapped_model_is_the_model_inside_it(wrap, tmp_path, tokenizer):
             for i, m in enumerate((alone, wrap(inside)))
         ]
         assert lines[0][0]["loss"] == lines[1][0]["loss"]
-        assert runs.weights_hash(alone) == runs.weights_hash(inside) != runs.weights_hash(model)
+        assert weights_hash(alone) == weights_hash(inside) != weights_hash(model)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])

@@ -1,6 +1,7 @@
-"""Every step of every derivation is proved, no wrong one is, and what is proved is what the module computes."""
+"""Every step of every derivation is proved, no wrong one is; what is proved is what is computed."""
 
-import importlib
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,11 +62,35 @@ def test_a_step_renders_as_it_is_written(step):
     assert "$$" in text and "=" in text and step.says in text and step.equation is not sp.true
 
 
-def test_the_index_names_proofs_functions_and_tests_that_exist():
+@each_step
+def test_long_equations_are_aligned_over_lines_and_signs_are_kept(step):
+    latex = s.in_latex(step.equation)
+    sides = [s._symbols(side) for side in step.equation.args]
+    assert latex.startswith(r"\begin{aligned}") == (sum(sides) > s.LINE)
+    assert latex.count(r"\begin{aligned}") == latex.count(r"\end{aligned}") <= 1
+    for line in latex.split(r"\\"):
+        assert line.count(r"\left(") == line.count(r"\right)")
+    for side in step.equation.args:
+        first, *rest = s._lines(side)
+        assert all(line[:2] in ("+ ", "- ") for line in rest) and first
+
+
+def test_positive_terms_come_first_and_the_reference_is_pi_ref():
+    x, y = sp.symbols("x y")
+    assert s.in_latex(s.equation(-x + y, s.reference(1)[0])) == r"y - x = \pi_{\mathrm{ref},1}"
+
+
+def test_the_index_names_proofs_functions_and_tests_that_exist(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    path = Path(__file__).parent.parent / "benchmarks" / "readme.py"
+    spec = importlib.util.spec_from_file_location("readme_of_equations", path)
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    assert list(readme.EQUATION_TESTS) == [row["equation"] for row in s.equation_index()]
     for row in s.equation_index():
         assert (
             all(hasattr(s, name) for name in row["proved by"].split(", "))
-            and row["test"] in globals()
+            and readme.EQUATION_TESTS[row["equation"]] in globals()
         )
         if row["computed by"]:
             module, name = row["computed by"].split(" ")[0].split(".")

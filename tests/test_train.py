@@ -21,7 +21,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from dpo_lab import loop, train
 from dpo_lab.batching import completion_batch
-from dpo_lab.engine import runs
+from dpo_lab.engine import checkpoints
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
@@ -330,7 +330,7 @@ def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path
         )
     policy, adapted = load_model(str(tiny)), state(load_model(str(tiny)))
     with pytest.raises(ValueError, match="holds another model .*Delete"):
-        runs.load_checkpoint(tmp_path, policy, [])
+        checkpoints.load_checkpoint(tmp_path, policy, [])
     assert same(state(policy), adapted)
 
 
@@ -462,7 +462,7 @@ def test_control_c_stops_between_steps_and_leaves_a_checkpoint(model, preference
 def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_half(
     tiny, preferences, tmp_path, monkeypatch
 ):
-    save, calls = runs.save_file, []
+    save, calls = checkpoints.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -475,7 +475,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_half(
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(runs, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match="no space left to write .*step-00000004.*--resume"):
         train_dpo(load_model(str(tiny)), preferences, CONFIG, run=tmp_path, progress=None)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

@@ -37,7 +37,7 @@ def measured_anew():
 def test_freed_memory_is_used_again_without_the_kernel_until_the_last_who_asked_is_done():
     script = """
 import resource, torch
-from dpo_lab.tuning import keep_freed_memory, kept_memory
+from dpo_lab.engine.cpu import keep_freed_memory, kept_memory
 
 def page_faults(numbers):
     for _ in range(30):  # until free chunks have found their places

@@ -1,1 +1,4 @@
-"""How it is fast and safe: attention, the LM head, CPU settings, processes, run directories. No student need enter."""
+"""How it is fast and safe: attention, the LM head, CPU settings, processes, run directories.
+
+Students need not enter here.
+"""

@@ -1,7 +1,7 @@
-"""What a caller gave, brought to plain Python, or refused by name: checked before anything is loaded or written.
+"""Arguments of a caller in plain Python, or refused by name before anything is loaded or written.
 
-numpy and torch scalars are taken where a number is due, and `~` where a folder is due. The errors name the argument, the
-value found, and what is allowed.
+numpy and torch scalars are as good as numbers, and `~` is expanded in folders. Errors name the
+argument, the value found, and what is allowed.
 """
 
 import functools
@@ -19,30 +19,42 @@ import numpy as np
 import torch
 
 T = TypeVar("T")
-
 Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+# single values
 
 
 def one_of(name: str, value: Any, literal: Any) -> Any:
     """`value`, which must be one of the values of `literal` (a `typing.Literal`)."""
     allowed = get_args(literal)
-    if not any(
-        value is choice or isinstance(value, type(choice)) and value == choice for choice in allowed
-    ):
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-    return next(choice for choice in allowed if choice == value)
+    for choice in allowed:
+        if value is choice or isinstance(value, type(choice)) and value == choice:
+            return choice
+    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as a float: a real number of Python, numpy or torch. NaN and infinity pass; ranges are the caller's to check."""
+    """`value`, a real number of Python, numpy or torch, as a float.
+
+    NaN and infinity pass; ranges are the caller's to check.
+    """
     value = _scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
     return float(value)
 
 
+def finite_positive(name: str, value: Any) -> float:
+    """`value` as a float that is positive and finite."""
+    found = number(name, value)
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"{name} is {found}; it must be positive and finite")
+    return found
+
+
 def integer(name: str, value: Any) -> int:
-    """`value` as an int: an integer of Python, numpy or torch."""
+    """`value`, an integer of Python, numpy or torch, as an int."""
     value = _scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be an integer")
@@ -57,8 +69,11 @@ def folder(name: str, value: Any) -> Path:
         )
     try:
         return Path(value).expanduser()
-    except RuntimeError as error:  # of a ~ whose owner has no home
+    except RuntimeError as error:  # a ~ whose owner has no home
         raise ValueError(f"{name} is {str(value)!r} ({error}); write the path out") from error
+
+
+# sequences
 
 
 def integers(name: str, values: Any) -> np.ndarray:
@@ -70,14 +85,18 @@ def integers(name: str, values: Any) -> np.ndarray:
 
 
 def floats(name: str, values: Any) -> np.ndarray:
-    """`values`, a sequence, array or tensor of numbers, as float64 of the same shape. NaN and infinity pass."""
+    """`values`, a sequence, array or tensor of numbers, as float64 of the same shape.
+
+    NaN and infinity pass.
+    """
     return _array(name, values, "iufb", "numbers").astype(np.float64, copy=False)
 
 
 def token_ids(name: str, ids: Any, *, signed: bool = False) -> list[int]:
-    """`ids`, a sequence, array or tensor of token ids, as a list of ints; a list of ints is returned as it is.
+    """`ids`, a sequence, array or tensor of token ids, as a list of ints.
 
-    Negative ones are refused, unless `signed` leaves that to who knows the vocabulary.
+    A list of ints is returned as it is. Negative ids are refused, unless `signed` leaves that check
+    to a caller who knows the vocabulary.
     """
     if not (type(ids) is list and set(map(type, ids)) <= {int}):
         ids = integers(name, ids).tolist()
@@ -95,78 +114,81 @@ def token_lists(name: str, rows: Iterable[Any]) -> list[list[int]]:
         raise TypeError(
             f"{name} is {rows!r} ({type(rows).__name__}); it must be a list of lists of token ids"
         )
-    if (
-        set(map(type, rows)) <= {list}
-        and set(map(type, chain.from_iterable(rows))) <= {int}
-        and min(chain.from_iterable(rows), default=0) >= 0
-    ):
-        return list(rows)
+
+    # lists of ints need no conversion, and are many
+    all_lists = set(map(type, rows)) <= {list}
+    if all_lists and set(map(type, chain.from_iterable(rows))) <= {int}:
+        if min(chain.from_iterable(rows), default=0) >= 0:
+            return list(rows)
     return [token_ids(f"{name}[{i}]", row) for i, row in enumerate(rows)]
 
 
 def _array(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
     """`values` as an array whose dtype is one of numpy's `kinds`; an empty one of any dtype."""
     if isinstance(values, torch.Tensor):
-        wide = (
-            values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-        )  # numpy has no bfloat16
-        found = wide.detach().cpu().numpy()
+        half = values.dtype in (torch.bfloat16, torch.float16)  # numpy has no bfloat16
+        found = (values.float() if half else values).detach().cpu().numpy()
     elif isinstance(values, np.ndarray):
         found = values
     elif hasattr(values, "__len__") and not isinstance(values, (str, bytes, dict, set)):
-        if "b" not in kinds and any(isinstance(value, (bool, np.bool_)) for value in values):
-            raise TypeError(f"{name} holds True or False; it must hold {what}")
-        if any(
-            isinstance(value, torch.Tensor) for value in values
-        ):  # numpy takes none with a gradient, or from a GPU
-            values = [
-                value.tolist() if isinstance(value, torch.Tensor) else value for value in values
-            ]
-        try:
-            found = np.asarray(values)
-        except ValueError:  # rows of unequal length
-            raise TypeError(
-                f"{name} holds sequences of unequal length; it must hold {what}"
-            ) from None
+        found = _listed(name, values, kinds, what)
     else:
         raise TypeError(
             f"{name} is {values!r} ({type(values).__name__}); it must be a sequence of {what}"
         )
-    if found.size and found.dtype.kind not in kinds:
-        kind = numbers.Real if "f" in kinds else numbers.Integral
-        some = map(
-            _scalar, found.flat if isinstance(values, (np.ndarray, torch.Tensor)) else values
-        )
-        wrong = next(
-            (value for value in some if isinstance(value, bool) or not isinstance(value, kind)),
-            found.flat[0],
-        )
-        raise TypeError(f"{name} holds {wrong!r} ({type(wrong).__name__}); it must hold {what}")
-    return found
+    if not found.size or found.dtype.kind in kinds:
+        return found
+
+    # name the first value that is no number
+    kind = numbers.Real if "f" in kinds else numbers.Integral
+    given = found.flat if isinstance(values, (np.ndarray, torch.Tensor)) else values
+    some = map(_scalar, given)
+    wrong = next(
+        (value for value in some if isinstance(value, bool) or not isinstance(value, kind)),
+        found.flat[0],
+    )
+    raise TypeError(f"{name} holds {wrong!r} ({type(wrong).__name__}); it must hold {what}")
+
+
+def _listed(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
+    """A sequence as an array, of whatever dtype numpy gives it."""
+    if "b" not in kinds and any(isinstance(value, (bool, np.bool_)) for value in values):
+        raise TypeError(f"{name} holds True or False; it must hold {what}")
+
+    # numpy takes no tensor with a gradient, or from a GPU
+    if any(isinstance(value, torch.Tensor) for value in values):
+        values = [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise TypeError(f"{name} holds sequences of unequal length; it must hold {what}") from None
+
+
+# configs, and the arguments of a call
 
 
 def settled(config: T) -> T:
-    """A copy of a config dataclass whose fields are plain Python of the types that it declares.
+    """A config dataclass with fields in plain Python, of the types that it declares.
 
     Raises:
-        ValueError, TypeError: a field holds what its annotation does not allow; the message names it.
+        ValueError, TypeError: a field, which is named, holds what its annotation does not allow.
     """
     hints = _hints(type(config))
     found = {field.name: getattr(config, field.name) for field in fields(config)}
-    changed = {name: _settled(name, value, hints[name]) for name, value in found.items()}
-    return (
-        config
-        if all(changed[name] is value for name, value in found.items())
-        else replace(config, **changed)
-    )
+    plain = {name: _settled(name, value, hints[name]) for name, value in found.items()}
+    if all(plain[name] is value for name, value in found.items()):
+        return config
+    return replace(config, **plain)
 
 
 def checked(call: Call) -> Call:
-    """`call`, with the arguments that are Literals, configs or folders by their annotations settled before it begins.
+    """A decorator that checks the Literals, configs and folders among a call's arguments.
 
-    A config is a dataclass whose name ends with "Config". Defaults are taken as they are.
+    Annotations say which arguments these are; a config is a dataclass whose name ends with
+    "Config". The call gets them as `settled` gives them. Defaults are taken as they are.
     """
 
+    # annotations are read at the first call, when all names in them exist
     @functools.cache
     def watched() -> list[tuple[int, str, Any, bool]]:
         hints, parameters = get_type_hints(call), inspect.signature(call).parameters.values()
@@ -188,14 +210,12 @@ def checked(call: Call) -> Call:
 
 
 def _is_checked(hint: Any) -> bool:
-    """Whether `checked` settles arguments of this annotation."""
+    """Whether `checked` looks at arguments of this annotation."""
     if hint is Path or get_origin(hint) is Literal:
         return True
-    return (
-        any(map(_is_checked, get_args(hint)))
-        or is_dataclass(hint)
-        and hint.__name__.endswith("Config")
-    )
+    if is_dataclass(hint) and hint.__name__.endswith("Config"):
+        return True
+    return any(map(_is_checked, get_args(hint)))
 
 
 @functools.cache
@@ -204,10 +224,12 @@ def _hints(config: type) -> dict[str, Any]:
 
 
 def _settled(name: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` declares it. Hints that are none of these are left to the code that reads the field."""
+    """`value` as `hint` declares it; other hints are left to the code that reads the value."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return one_of(name, value, hint)
+
+    # optional, or a path in either form
     if origin in (Union, types.UnionType):
         if value is None and type(None) in parts:
             return None
@@ -215,19 +237,22 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
         if set(real) == {str, Path}:
             return folder(name, value)
         return _settled(name, value, real[0]) if len(real) == 1 else value
+
+    # tuple[X, ...]
     if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise TypeError(f"{name} is {value!r}; it must be a tuple")
         found = tuple(_settled(f"{name}[{i}]", item, parts[0]) for i, item in enumerate(value))
-        return (
-            value
-            if isinstance(value, tuple) and all(a is b for a, b in zip(found, value))
-            else found
-        )
+        same = isinstance(value, tuple) and all(a is b for a, b in zip(found, value))
+        return value if same else found
+
+    # a config in a config
     if is_dataclass(hint):
         if not isinstance(value, hint):
             raise TypeError(f"{name} is {value!r}; it must be a {hint.__name__}")
         return settled(value)
+
+    # single values
     if hint is bool:
         value = _scalar(value)
         if not isinstance(value, bool):
@@ -240,15 +265,10 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
 
 
 def _scalar(value: Any) -> Any:
-    """A numpy or torch scalar as Python's, everything else as it is: a tensor with a gradient, which a float would lose, too."""
+    """A numpy or torch scalar as Python's; everything else as it is.
+
+    That includes a tensor with a gradient, which a float would lose.
+    """
     of_torch = isinstance(value, torch.Tensor) and value.ndim == 0 and not value.requires_grad
     of_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
     return value.item() if of_torch or of_numpy else value
-
-
-def finite_positive(name: str, value: Any) -> float:
-    """`value` as a float that is positive and finite."""
-    found = number(name, value)
-    if not (math.isfinite(found) and found > 0):
-        raise ValueError(f"{name} is {found}; it must be positive and finite")
-    return found

@@ -1,6 +1,8 @@
-"""Work shared among the processes that `accelerate launch` starts, or among threads; alone, a process does all of it.
+"""Work split among the processes that `accelerate launch` starts, or among threads.
 
-What gathers (`gathered`, `whole`, `from_main`, and what calls them) must be called in every process, in the same order.
+A process that was started alone does all of it. Functions that gather (`all_gather`,
+`gather_shards`, `from_main`, and those that call them) must be called in every process, in the
+same order.
 """
 
 import os
@@ -16,7 +18,8 @@ from torch.optim import Optimizer
 
 T, S = TypeVar("T"), TypeVar("S")
 
-SHARD = "DPO_LAB_SHARD"  # environment variable, "true" or "false"
+# environment variable, "true" or "false"
+SHARD = "DPO_LAB_SHARD"
 
 
 def launched() -> int:
@@ -25,30 +28,31 @@ def launched() -> int:
 
 
 def setup(device: str) -> None:
-    """Join the other processes that a launcher started, to compute on "cpu" (gloo) or "cuda" (nccl)."""
-    if launched() > 1:
-        from accelerate import PartialState  # takes a second, which a process alone need not spend
+    """Join the process group of a launcher, to compute on "cpu" (gloo) or "cuda" (nccl)."""
+    if launched() == 1:
+        return
+    from accelerate import PartialState  # takes a second
 
-        PartialState(cpu=device == "cpu")
-        if (
-            "ACCELERATE_USE_FSDP" in os.environ
-        ):  # accelerate's own FSDP refuses to start without a GPU
-            os.environ[SHARD] = os.environ.pop("ACCELERATE_USE_FSDP")
+    PartialState(cpu=device == "cpu")
+
+    # accelerate's own FSDP refuses to start without a GPU
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        os.environ[SHARD] = os.environ.pop("ACCELERATE_USE_FSDP")
 
 
 def cleanup() -> None:
-    """Part from the others at the end of the work."""
+    """Destroy the process group."""
     if world_size() > 1:
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """Processes that have joined; 1 where there is no launcher."""
+    """How many processes have joined; 1 without a launcher."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -58,12 +62,12 @@ def is_main() -> bool:
 
 
 def local_shard(items: Sequence[T]) -> Sequence[T]:
-    """Every `count()`-th of `items`, from the `rank()`-th on: what this process takes."""
+    """The items of this process: every `world_size()`-th, starting at `rank()`."""
     return items[rank() :: world_size()]
 
 
 def all_gather(mine: T) -> list[T]:
-    """What each process has, in the order of the processes."""
+    """What each process has, by rank."""
     if world_size() == 1:
         return [mine]
     found: list = [None] * world_size()
@@ -72,15 +76,15 @@ def all_gather(mine: T) -> list[T]:
 
 
 def gather_shards(mine: Sequence[T]) -> list[T]:
-    """What all processes made of their shares, in the order of the items that were shared."""
+    """The results of all processes for their `local_shard`, in the order of all items."""
     parts = all_gather(mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def parallel_map(call: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """`call` of each of the items, in their order, as many at a time as torch has threads, each on one of them.
+    """`call` of each item, in order, one per thread at a time.
 
-    Where kernels are small, as many of them as there are cores finish sooner than one after the other on all cores.
+    Small kernels run faster one per core than one at a time on all cores.
     """
     threads = torch.get_num_threads()
     if min(threads, len(items)) < 2:
@@ -95,7 +99,7 @@ def parallel_map(call: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
 
 
 def from_main(call: Callable[..., T], *arguments: Any) -> T:
-    """Call `call` in the main process alone; every process waits, and gets its result or its error."""
+    """Call `call` in the main process alone; every process gets its result, or its error."""
     if world_size() == 1:
         return call(*arguments)
     found: list = [None, None]
@@ -111,52 +115,58 @@ def from_main(call: Callable[..., T], *arguments: Any) -> T:
 
 
 def print0(text: object) -> None:
-    """Print `text`, once however many processes say it."""
+    """Print `text` in the main process alone."""
     if is_main():
         print(text)
 
 
 def sharding() -> bool:
-    """Whether each process holds a part of the weights, gradients and optimizer state (`accelerate launch --use_fsdp`)."""
+    """Whether each process holds a part of weights, gradients and optimizer state.
+
+    `accelerate launch --use_fsdp` asks for it.
+    """
     return world_size() > 1 and os.environ.get(SHARD, "false").lower() == "true"
 
 
 def shard(module: nn.Module, model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Leave each process its part of `module`, a copy of `model`, and let the optimizers of `model` step that instead.
+    """Shard `module`, a copy of `model`, and point the optimizers of `model` at the shards.
 
-    torch's FSDP2, the same on CPUs and GPUs; the blocks that it gathers one by one are the items of module lists.
+    This is torch's FSDP2, the same on CPUs and GPUs. The items of module lists are the blocks that
+    it gathers one by one.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
-    blocks = [
-        block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part
-    ]
-    for part in [*reversed(blocks), module]:  # the inner ones first
+    # the inner modules first
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    blocks = [block for part in lists for block in part]
+    for part in [*reversed(blocks), module]:
         fully_shard(part)
-    parts = dict(zip(model.parameters(), module.parameters()))
+    shard_of = dict(zip(model.parameters(), module.parameters()))
 
-    def cut(value: Any, part: Any) -> Any:
-        fits = isinstance(value, Tensor) and value.shape == part.shape
-        return distribute_tensor(value, part.device_mesh, part.placements) if fits else value
+    def local_part(value: Any, like: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.shape == like.shape):
+            return value
+        return distribute_tensor(value, like.device_mesh, like.placements)
 
+    # the optimizers, and what they have accumulated
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [parts[p] for p in group["params"]]
+            group["params"] = [shard_of[p] for p in group["params"]]
         states = {
-            parts[p]: {k: cut(v, parts[p]) for k, v in state.items()}
+            shard_of[p]: {name: local_part(value, shard_of[p]) for name, value in state.items()}
             for p, state in optimizer.state.items()
         }
         optimizer.state = defaultdict(dict, states)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process holds a part; any other as it is."""
+    """The whole of a sharded tensor; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather_weights(module: nn.Module, model: nn.Module) -> None:
-    """Bring the weights of the sharded `module` into `model`, whole, in every process."""
+    """Copy the weights of the sharded `module` into `model`, whole, in every process."""
     if sharding():
-        for gather_shards, part in zip(model.parameters(), module.parameters()):
-            gather_shards.data.copy_(full_tensor(part.detach()))
+        for whole, part in zip(model.parameters(), module.parameters()):
+            whole.data.copy_(full_tensor(part.detach()))

@@ -1,21 +1,23 @@
-"""Text from data and models as it is, in a figure, in HTML and in Markdown: none of it is read as markup."""
+"""Text from data and models in a figure, in HTML and in Markdown: nothing in it is markup."""
 
 import html
 import re
 
-LINE_BREAK = re.compile(
-    "\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]"
-)  # where str.splitlines splits
+# where str.splitlines splits
+LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
 
 def for_figure(text: str) -> str:
-    """`text` as a label of matplotlib: a dollar begins no formula, and an underscore does not hide it from the legend."""
+    """`text` as a label in matplotlib.
+
+    A dollar begins no formula, and a leading underscore does not hide the label from the legend.
+    """
     escaped = str(text).replace("$", r"\$")
     return f"\u200b{escaped}" if escaped.startswith("_") else escaped
 
 
 def for_html(text: str) -> str:
-    """`text` between HTML tags. Each dollar and backslash has an element of its own, so that MathJax finds no formula."""
+    """`text` between HTML tags; every dollar and backslash in a <span>, so MathJax sees none."""
     return re.sub(
         r"[$\\]",
         lambda found: f"<span>&#{ord(found[0])};</span>",

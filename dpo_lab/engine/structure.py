@@ -1,14 +1,19 @@
-"""What a causal LM is made of, as far as its log-probs and samples depend on it: looked up, without computing anything."""
+"""What a causal LM is made of, as far as its log-probs and samples depend on it.
+
+All of it is looked up; nothing is computed.
+"""
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-AFTER_HEAD = (  # what families call a cap or a factor on the logits; None or 1 where there is none
+# what families call a cap or a factor on the logits; None or 1 where there is none
+AFTER_HEAD = (
     "final_logit_softcapping",
     "lm_head_multiplier",
     "logit_scale",
@@ -18,15 +23,12 @@ AFTER_HEAD = (  # what families call a cap or a factor on the logits; None or 1 
     "output_logit_soft_cap",
 )
 
-CONTEXTS = (
-    "max_position_embeddings",
-    "max_seq_len",
-    "max_target_positions",
-)  # what families call the longest text
+# what families call the number of tokens of the longest text
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of `torch.compile`, `DataParallel` and DDP, whose parameters and function are the same."""
+    """The model inside `torch.compile`, `DataParallel` or DDP, which computes the same."""
     while True:
         inside = getattr(model, "_modules", {})
         if "_orig_mod" in inside:
@@ -37,45 +39,55 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In the block, all modules are in evaluation mode; then each is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def widest(device: torch.device) -> torch.dtype:
-    """float64, in which log-probs are summed; float32 where the device has none (Apple's mps)."""
+    """The dtype in which log-probs are summed: float64, or float32 on Apple's mps."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def name_of(model: nn.Module) -> str:
-    """How errors call a model: by its class, and where it came from if it says so."""
+    """How errors name a model: by its class, and by where it came from if it knows."""
     path = getattr(model, "name_or_path", "")
     return f"{path!r} ({type(model).__name__})" if path else type(model).__name__
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of a model's language part: its own, but for models of images and text."""
+    """The config of a model's language part: its own, except for models of images and text."""
     return vars(model.config).get("text_config") or model.config
 
 
 def structure(model: nn.Module) -> tuple[Any, ...]:
-    """What decides how log-probs can be computed: it changes when adapters come or go, or the head is replaced.
+    """What decides how log-probs can be computed.
+
+    It changes when adapters come or go, or when the head is replaced.
 
     Raises:
-        ValueError: the model has no LM head, or reads one text and writes another.
+        ValueError: the model has no LM head, or it is an encoder with a decoder.
     """
     if vars(model.config).get("is_encoder_decoder"):
         raise ValueError(
-            f"{name_of(model)} is an encoder and a decoder; a policy must be a causal LM, such as a GPT-2 or Llama"
+            f"{name_of(model)} is an encoder and a decoder; a policy must be a causal LM, such as "
+            "a GPT-2 or Llama"
         )
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(
-            f"{name_of(model)} has no LM head, so it gives no log-probs; load it with AutoModelForCausalLM"
+            f"{name_of(model)} has no LM head, so it gives no log-probs; load it with "
+            "AutoModelForCausalLM"
         )
-    return (
-        type(model),
-        type(head),
-        touched(head),
-        touched(model),
-        after_head(model),
-        beside_modules(model),
-    )
+    classes = type(model), type(head)
+    return *classes, touched(head), touched(model), after_head(model), beside_modules(model)
 
 
 def touched(module: nn.Module) -> bool:
@@ -84,13 +96,16 @@ def touched(module: nn.Module) -> bool:
 
 
 def after_head(model: nn.Module) -> tuple[str, ...]:
-    """The names of the caps and factors that come after the LM head, of those that families have in their configs."""
+    """The names of the caps and factors that a model applies after its LM head."""
     values = vars(text_config(model))
     return tuple(name for name in AFTER_HEAD if values.get(name) not in (None, 1))
 
 
 def beside_modules(model: nn.Module) -> bool:
-    """Whether a PEFT model's own forward does what its decoder's does not: virtual tokens, or adapters that tokens invoke."""
+    """Whether a PEFT model's own forward does what its decoder's does not.
+
+    That is the case with virtual tokens, and with adapters that certain tokens invoke.
+    """
     configs = getattr(model, "peft_config", None) or {}
     return any(
         config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)
@@ -99,65 +114,66 @@ def beside_modules(model: nn.Module) -> bool:
 
 
 def context_of(model: nn.Module) -> int:
-    """How many tokens prompt and completion may have together; without a limit of the model's, `sys.maxsize`.
+    """How many tokens prompt and completion may have together; `sys.maxsize` without a limit.
 
-    Of models with longrope (Phi 3), as many as it takes the same frequencies for: beyond that all tokens of a batch get others
-    as soon as one row is longer, so that a log-prob would depend on what stands beside it and on what comes after it. Virtual
-    tokens of PEFT (prompt and prefix tuning) take their places from the text.
+    Longrope (Phi 3) changes its frequencies beyond a certain length, for all tokens of a batch as
+    soon as one row is longer: a log-prob would depend on the other rows and on later tokens. So
+    that length is the limit. Virtual tokens of PEFT take their places from the text.
     """
     model = unwrapped(model)
-    config, adapters = text_config(model), (getattr(model, "peft_config", None) or {}).values()
-    declared = next(
-        (limit for name in CONTEXTS if (limit := getattr(config, name, None)) is not None),
-        sys.maxsize,
-    )
-    return min(declared, _longrope(config)) - max(
-        (getattr(one, "num_virtual_tokens", None) or 0 for one in adapters), default=0
-    )
+    config = text_config(model)
+    limits = (getattr(config, name, None) for name in CONTEXTS)
+    declared = next((limit for limit in limits if limit is not None), sys.maxsize)
+    adapters = (getattr(model, "peft_config", None) or {}).values()
+    virtual = [getattr(one, "num_virtual_tokens", None) or 0 for one in adapters]
+    return min(declared, _longrope(config)) - max(virtual, default=0)
 
 
 def _longrope(config: Any) -> int:
-    """Up to how many tokens longrope, in any layer, leaves the frequencies alone; `sys.maxsize` without it."""
-    rope = vars(config).get("rope_parameters") or {}
-    kinds = [
-        kind
-        for kind in (rope, *rope.values())
-        if isinstance(kind, dict) and kind.get("rope_type") == "longrope"
-    ]
+    """How many tokens longrope leaves the frequencies alone for; `sys.maxsize` without it."""
     name = "original_max_position_embeddings"
-    return min((kind.get(name) or getattr(config, name) for kind in kinds), default=sys.maxsize)
+    rope = vars(config).get("rope_parameters") or {}
+
+    # one for the model, or one per type of layer
+    scaled = [
+        one
+        for one in (rope, *rope.values())
+        if isinstance(one, dict) and one.get("rope_type") == "longrope"
+    ]
+    return min((one.get(name) or getattr(config, name) for one in scaled), default=sys.maxsize)
 
 
 def check_fits(model: nn.Module, tokens: int) -> None:
     """Raise ValueError when prompt and completion have more tokens than the model's context."""
-    if tokens > (context := context_of(model)):
-        changes = context == _longrope(text_config(unwrapped(model)))
-        why = (
-            ", for beyond that its longrope takes other frequencies, for all rows of a batch"
-            if changes
-            else ""
-        )
-        raise ValueError(
-            f"prompt and completion have {tokens} tokens, the model's context is {context}{why}; shorten them"
-        )
+    if tokens <= (context := context_of(model)):
+        return
+    why = ""
+    if context == _longrope(text_config(unwrapped(model))):
+        why = ", beyond which its longrope takes other frequencies, for all rows of a batch"
+    raise ValueError(
+        f"prompt and completion have {tokens} tokens, the model's context is {context}{why}; "
+        "shorten them"
+    )
 
 
 def check_vocabulary(model: nn.Module, ids: Collection[int]) -> None:
-    """Raise ValueError when there are other token ids among `ids` than the model has embeddings for."""
+    """Raise ValueError when a token id among `ids` has no embedding in the model."""
     vocabulary = len(model.get_input_embeddings().weight)
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocabulary:
             raise ValueError(
-                f"token id {token} is outside the vocabulary of {vocabulary}; use this model's own tokenizer"
+                f"token id {token} is outside the vocabulary of {vocabulary}; use this model's own "
+                "tokenizer"
             )
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError for weights that cannot be trained: all of them frozen, or in half precision."""
+    """Raise ValueError for a model whose weights are all frozen, or in half precision."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(
-            f"{name_of(model)} has no weight that requires a gradient; call requires_grad_(True) on what should train"
+            f"{name_of(model)} has no weight that requires a gradient; call requires_grad_(True) "
+            "on what should be trained"
         )
     check_precision(trained)
 
@@ -167,6 +183,7 @@ def check_precision(parameters: Mapping[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32:
             raise ValueError(
-                f"{name} is {parameter.dtype}, in which most updates are rounded away; load the model in float32, as load_model "
-                'does by default, and let it compute in bfloat16: precision="bfloat16", of with_reference for train_dpo'
+                f"{name} is {parameter.dtype}, in which most updates are rounded away; load the "
+                "model in float32, as load_model does by default, and let it compute in bfloat16: "
+                'precision="bfloat16", of with_reference for train_dpo'
             )

@@ -1,1 +1,50 @@
-"""The objective, its optimum and the Bradley-Terry model, on finite distributions and in sympy."""
+"""The mathematics of DPO on distributions small enough to enumerate: numpy and torch, and sympy.
+
+`from dpo_lab.theory import symbolic` imports the derivations; sympy takes a second to load.
+"""
+
+from dpo_lab.theory.bandit import (
+    all_pairs,
+    exact_gradient,
+    gradient_descent,
+    minimize,
+    pair_weights,
+    penalized_rewards,
+    policy_gradient,
+    reinforce_gradients,
+    sample_pairs,
+)
+from dpo_lab.theory.bradley_terry import BradleyTerryFit, fit_bradley_terry
+from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.objective import (
+    implicit_reward,
+    kl,
+    log_partition,
+    objective_value,
+    optimal_policy,
+    value_gap,
+)
+
+__all__ = [
+    "BradleyTerryFit",
+    "OptimalFrontier",
+    "all_pairs",
+    "best_of_n",
+    "exact_gradient",
+    "fit_bradley_terry",
+    "frontier_band",
+    "gradient_descent",
+    "implicit_reward",
+    "kl",
+    "log_partition",
+    "minimize",
+    "objective_value",
+    "optimal_frontier",
+    "optimal_policy",
+    "pair_weights",
+    "penalized_rewards",
+    "policy_gradient",
+    "reinforce_gradients",
+    "sample_pairs",
+    "value_gap",
+]

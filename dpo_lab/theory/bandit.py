@@ -1,4 +1,7 @@
-"""DPO and PPO where the optimum is known: one prompt, n completions, and a policy that is a table of logits."""
+"""DPO and policy gradients where the optimum is known: a bandit.
+
+There is one prompt with n completions, and the policy is a table of logits, one per completion.
+"""
 
 from collections.abc import Callable
 
@@ -9,42 +12,44 @@ from dpo_lab.engine.arguments import integer, number
 from dpo_lab.losses import ppo_clip_loss
 from dpo_lab.theory.objective import objective_value
 
-Loss = Callable[[Tensor], Tensor]  # from log-probs (n,) to a number
+# a loss maps log-probs (n,) to a number
+Loss = Callable[[Tensor], Tensor]
 
 
 def all_pairs(n: int) -> tuple[Tensor, Tensor]:
-    """Every ordered pair of `n` completions, chosen and rejected, (n (n - 1),) each."""
+    """Every ordered pair of `n` completions: chosen and rejected, (n (n - 1),) each."""
     n = integer("n", n)
     pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))
     return tuple(pairs[pairs[:, 0] != pairs[:, 1]].T)
 
 
 def pair_weights(reference: Tensor, reward: Tensor) -> Tensor:
-    """The share of each of `all_pairs` among labels without end, (n (n - 1),).
+    """The fraction of each of `all_pairs` among infinitely many labeled pairs, (n (n - 1),).
 
-    Both completions are drawn from `reference` (n,), equal ones are thrown away, and Bradley-Terry on `reward` (n,) labels
-    them (Eq. 1 of Rafailov et al. 2023).
+    Both completions are drawn from `reference` (n,), equal ones are thrown away, and the
+    Bradley-Terry model on `reward` (n,) labels them (Eq. 1 of Rafailov et al. 2023).
     """
     chosen, rejected = all_pairs(len(reference))
-    weights = (
-        reference[chosen] * reference[rejected] * torch.sigmoid(reward[chosen] - reward[rejected])
-    )
+    drawn = reference[chosen] * reference[rejected]
+    weights = drawn * torch.sigmoid(reward[chosen] - reward[rejected])
     return weights / weights.sum()
 
 
 def sample_pairs(
     reference: Tensor, reward: Tensor, n: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """`n` labeled pairs drawn as `pair_weights` says: chosen and rejected, (n,) each."""
-    drawn = torch.multinomial(
-        pair_weights(reference, reward), integer("n", n), replacement=True, generator=generator
-    )
+    """`n` labeled pairs drawn with `pair_weights`: chosen and rejected, (n,) each."""
+    weights = pair_weights(reference, reward)
+    drawn = torch.multinomial(weights, integer("n", n), replacement=True, generator=generator)
     chosen, rejected = all_pairs(len(reference))
     return chosen[drawn], rejected[drawn]
 
 
 def gradient_descent(loss: Loss, reference: Tensor, *, steps: int, learning_rate: float) -> Tensor:
-    """Gradient descent on logits from the reference: the policies on the way, (steps + 1, n)."""
+    """Gradient descent on logits, starting at the reference.
+
+    Returns the policies along the way, (steps + 1, n).
+    """
     steps, learning_rate = integer("steps", steps), number("learning_rate", learning_rate)
     logits = reference.log().clone().requires_grad_()
     path = [reference.detach()]
@@ -56,7 +61,10 @@ def gradient_descent(loss: Loss, reference: Tensor, *, steps: int, learning_rate
 
 
 def minimize(loss: Loss, reference: Tensor, *, iterations: int = 500) -> Tensor:
-    """The policy (n,) of least loss, by L-BFGS from the reference. Where there is none, it is how far `iterations` came."""
+    """The policy (n,) that minimizes the loss, by L-BFGS from the reference.
+
+    Where the loss has no minimum, it is as far as `iterations` iterations came.
+    """
     logits = reference.log().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits],
@@ -77,29 +85,40 @@ def minimize(loss: Loss, reference: Tensor, *, iterations: int = 500) -> Tensor:
 
 
 def exact_gradient(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """The gradient by the logits (n,) of J(pi) = E_pi[r] - beta KL(pi || pi_ref) (Eq. 3), by summing over all completions."""
+    """The gradient of J(pi) = E_pi[r] - beta KL(pi || pi_ref) (Eq. 3) in the logits, (n,).
+
+    It is exact: a sum over all completions.
+    """
     logits = logits.detach().requires_grad_()
-    return torch.autograd.grad(
-        objective_value(torch.softmax(logits, -1), reference, reward, beta), logits
-    )[0]
+    value = objective_value(torch.softmax(logits, -1), reference, reward, beta)
+    (gradient,) = torch.autograd.grad(value, logits)
+    return gradient
 
 
 def penalized_rewards(logits: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """r - beta log(pi / pi_ref) of each completion, (n,): what policy gradients maximize the mean of. It has no gradient."""
-    return (
-        reward - number("beta", beta) * (torch.log_softmax(logits, -1) - reference.log())
-    ).detach()
+    """r - beta log(pi / pi_ref) of each completion, (n,), without a gradient.
+
+    Policy-gradient methods maximize its mean under the policy.
+    """
+    log_ratios = torch.log_softmax(logits, -1) - reference.log()
+    return (reward - number("beta", beta) * log_ratios).detach()
 
 
 def reinforce_gradients(
     logits: Tensor, actions: Tensor, returns: Tensor, baseline: float | Tensor = 0.0
 ) -> Tensor:
-    """One estimate of the gradient of the mean return for each action, (N, n): (R - b) grad log pi(a) (Williams 1992).
+    """One estimate of the gradient of the mean return per action, (N, n) (Williams 1992).
 
-    The log-derivative trick: grad E[R] = sum grad pi(a) R(a) = E[R grad log pi(a)]. On a table of logits grad log pi(a) is
-    onehot(a) - pi. The derivative of the penalty inside R, -beta log pi, has mean zero and is left out; so has b grad log pi
-    whatever the baseline b, which takes from the variance and not from the mean. `actions` (N,) are drawn from
-    softmax(`logits`), `returns` are theirs, (N,).
+    Each is (R - b) grad log pi(a), by the log-derivative trick: grad E[R] = sum grad pi(a) R(a) =
+    E[R grad log pi(a)]. On a table of logits grad log pi(a) is onehot(a) - pi. The derivative of
+    the penalty inside R, -beta log pi, has mean zero and is left out. So has b grad log pi for
+    every baseline b: it lowers the variance and leaves the mean.
+
+    Args:
+        logits: (n,) of the policy.
+        actions: (N,) completions drawn from softmax(`logits`).
+        returns: (N,) their returns.
+        baseline: b, a number or (N,).
     """
     score = torch.nn.functional.one_hot(actions, len(logits)) - torch.softmax(logits, -1)  # (N, n)
     return (returns - baseline)[:, None] * score
@@ -118,35 +137,44 @@ def policy_gradient(
     epochs: int = 1,
     clip: float | None = None,
 ) -> Tensor:
-    """Policy gradient on logits from the reference: the policies on the way, (steps + 1, n).
+    """Policy gradient on logits, starting at the reference: REINFORCE, or PPO with `clip`.
 
-    Each step draws `samples` completions from the policy and asks for their rewards. Without `clip` it is REINFORCE, with
-    the batch's mean return as its baseline if asked; with `clip` it is PPO: `epochs` passes over the same samples, held near
-    the policy that drew them by `ppo_clip_loss`.
+    Returns the policies along the way, (steps + 1, n).
+
+    Args:
+        reference: (n,) probabilities.
+        reward: (n,) rewards.
+        beta: strength of the KL penalty.
+        steps: updates of the policy that draws the samples.
+        samples: completions drawn, and rewards asked for, per step.
+        learning_rate: of gradient ascent on the logits.
+        generator: draws the samples.
+        baseline: subtract the mean return of the batch.
+        epochs: passes over the samples of a step; only with `clip`.
+        clip: PPO's clip range: the policy is held near the one that drew the samples by
+            `ppo_clip_loss`. None is REINFORCE.
     """
-    steps, samples, epochs = (
-        integer("steps", steps),
-        integer("samples", samples),
-        integer("epochs", epochs),
-    )
-    learning_rate = number("learning_rate", learning_rate)
+    steps, samples = integer("steps", steps), integer("samples", samples)
+    epochs, learning_rate = integer("epochs", epochs), number("learning_rate", learning_rate)
     logits, path = reference.log().clone(), [reference.detach()]
     for _ in range(steps):
+        # draw completions and score them
         policy = torch.softmax(logits, -1)
         actions = torch.multinomial(policy, samples, replacement=True, generator=generator)  # (N,)
         returns = penalized_rewards(logits, reference, reward, beta)[actions]
         advantages = returns - returns.mean() if baseline else returns
+
+        # one step of REINFORCE, or several of PPO on the same samples
         if clip is None:
-            logits = logits + learning_rate * reinforce_gradients(logits, actions, advantages).mean(
-                0
-            )
+            gradient = reinforce_gradients(logits, actions, advantages).mean(0)
+            logits = logits + learning_rate * gradient
         else:
             old_logps = policy.log()[actions]
             for _ in range(epochs):
                 logits.requires_grad_()
-                loss = ppo_clip_loss(
-                    torch.log_softmax(logits, -1)[actions], old_logps, advantages, clip
-                ).mean()
+                logps = torch.log_softmax(logits, -1)[actions]
+                loss = ppo_clip_loss(logps, old_logps, advantages, clip).mean()
                 logits = (logits - learning_rate * torch.autograd.grad(loss, logits)[0]).detach()
+
         path.append(torch.softmax(logits, -1))
     return torch.stack(path)

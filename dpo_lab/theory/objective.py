@@ -1,7 +1,8 @@
-"""The KL-constrained objective on finite distributions, exactly (Section 3 and Appendix A.1 of Rafailov et al. 2023).
+"""The KL-constrained objective on finite distributions, exactly.
 
-Distributions are probabilities along the last dimension, (..., n); rewards have the same last dimension; values are in the
-units of the reward, KL in nats. Everything is differentiable, keeps float32 or float64, and allows outcomes of
+Section 3 and Appendix A.1 of Rafailov et al. 2023. Distributions are probabilities along the last
+dimension, (..., n); rewards have the same last dimension. Values are in units of the reward, the KL
+in nats. Every function is differentiable, keeps float32 or float64, and allows outcomes of
 probability zero.
 """
 
@@ -12,7 +13,10 @@ from dpo_lab.losses import check_beta
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) = sum p log(p / q), (...) nats; infinite where q gives no probability to something that p does."""
+    """KL(p || q) = sum p log(p / q), (...) in nats.
+
+    It is infinite where q gives no probability to an outcome to which p does.
+    """
     _check_distribution("p", p)
     _check_distribution("q", q)
     _check_same("p", p, "q", q)
@@ -29,26 +33,31 @@ def objective_value(policy: Tensor, reference: Tensor, reward: Tensor, beta: flo
 def log_partition(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
     """log Z = log sum pi_ref exp(r / beta), (...) (below Eq. 4)."""
     beta = _checked_tilt(reference, reward, beta)
+
+    # log Z = E_ref[r] / beta + log E_ref[exp((r - E_ref[r]) / beta)]
     mean = (reference * reward).sum(-1, keepdim=True)
     tilt = (reward - mean) / beta  # (..., n)
-    small = torch.log1p(
-        (reference * torch.expm1(tilt.clamp(max=1.0))).sum(-1)
-    )  # exact where beta is large
+
+    # for a large beta every tilt is small: log(1 + E[exp(tilt) - 1]) loses no digits
+    small = torch.log1p((reference * torch.expm1(tilt.clamp(max=1.0))).sum(-1))
+
+    # for a small beta the exponentials overflow: logsumexp takes the largest out first
     wide = torch.logsumexp(_log(reference) + tilt, -1)
     return mean[..., 0] / beta + torch.where((tilt.abs() <= 1).all(-1), small, wide)
 
 
 def optimal_policy(reference: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """pi* = pi_ref exp(r / beta) / Z, the policy that maximizes the objective, (..., n) (Eq. 4)."""
+    """pi* = pi_ref exp(r / beta) / Z, (..., n): the policy that maximizes the objective (Eq. 4)."""
     beta = _checked_tilt(reference, reward, beta)
     return torch.softmax(_log(reference) + (reward - reward.amax(-1, keepdim=True)) / beta, -1)
 
 
 def implicit_reward(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """beta log(pi / pi_ref), (..., n): the reward that `policy` is optimal for, up to beta log Z (Eq. 5).
+    """beta log(pi / pi_ref), (..., n): the reward for which `policy` is optimal (Eq. 5).
 
-    Minus infinity where only the reference gives probability, plus infinity where only the policy does, and 0 where
-    neither does, for no data can tell.
+    It is that reward up to the constant beta log Z. It is minus infinity where only the reference
+    has probability, plus infinity where only the policy has, and 0 where neither has, since no data
+    can tell.
     """
     beta = check_beta(beta)
     _check_distribution("policy", policy)
@@ -58,17 +67,19 @@ def implicit_reward(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
 
 
 def value_gap(policy: Tensor, reference: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """J(pi*) - J(pi) = beta KL(pi || pi*), (...) in units of the reward: how far a policy is from the best one.
+    """J(pi*) - J(pi) = beta KL(pi || pi*), (...) in units of the reward.
 
-    It holds because J(pi) = beta log Z - beta KL(pi || pi*) (Eq. 14, whose printed "+ Z(x)" should read "- log Z(x)").
+    It says how far a policy is from the optimum, and holds because J(pi) = beta log Z - beta KL(pi
+    || pi*) (Eq. 14, whose printed "+ Z(x)" should read "- log Z(x)").
     """
     _check_distribution("policy", policy)
     beta = _checked_tilt(reference, reward, beta)
     _check_same("policy", policy, "reference", reference)
-    log_best = (
-        _log(reference) + reward / beta - log_partition(reference, reward, beta)[..., None]
-    )  # (..., n)
-    return beta * _mean_log_ratio(policy, log_best)
+
+    # log pi* of every outcome, (..., n)
+    log_z = log_partition(reference, reward, beta)[..., None]
+    log_optimal = _log(reference) + reward / beta - log_z
+    return beta * _mean_log_ratio(policy, log_optimal)
 
 
 def _log(p: Tensor) -> Tensor:
@@ -77,7 +88,10 @@ def _log(p: Tensor) -> Tensor:
 
 
 def _mean_log_ratio(p: Tensor, log_q: Tensor) -> Tensor:
-    """sum p (log p - log q) over the last dimension, where outcomes with p = 0 count nothing, in value and in gradient."""
+    """sum p (log p - log q) over the last dimension.
+
+    Outcomes with p = 0 contribute nothing, neither to the value nor to the gradient.
+    """
     some = p > 0
     return (p * (torch.where(some, p, 1.0).log() - torch.where(some, log_q, 0.0))).sum(-1)
 
@@ -99,24 +113,23 @@ def _check_distribution(name: str, p: Tensor) -> None:
 def _check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
-            f"{name_a} has {a.shape[-1]} outcomes and {name_b} {b.shape[-1]}; they must be over the same outcomes"
+            f"{name_a} has {a.shape[-1]} outcomes and {name_b} {b.shape[-1]}; "
+            "they must be over the same outcomes"
         )
 
 
 def _check_reward(reward: Tensor, p: Tensor) -> None:
-    if (
-        not isinstance(reward, Tensor)
-        or not reward.is_floating_point()
-        or not torch.isfinite(reward).all()
-    ):
+    of_numbers = isinstance(reward, Tensor) and reward.is_floating_point()
+    if not of_numbers or not torch.isfinite(reward).all():
         raise ValueError(
-            f"reward is {reward!r}; it must be a tensor of finite floating-point numbers, one an outcome"
+            f"reward is {reward!r}; "
+            "it must be a tensor of finite floating-point numbers, one per outcome"
         )
     _check_same("reward", reward, "the distribution", p)
 
 
 def _checked_tilt(reference: Tensor, reward: Tensor, beta: float) -> float:
-    """`beta` as a float, where reference and reward are good."""
+    """Check reference and reward, and return `beta` as a float."""
     _check_distribution("reference", reference)
     _check_reward(reward, reference)
     return check_beta(beta)

@@ -42,6 +42,7 @@ from dpo_lab.widgets.figures import (
     run_figure,
     sweep_figure,
 )
+from dpo_lab.widgets.frames import frames_html
 
 if "JUPYTER_WIDGETS_ECHO" not in os.environ:
     # a moved slider is not told its own value again, ahead of the picture: that costs 10 ms, and serves second browsers alone
@@ -106,7 +107,11 @@ class Explorer:
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         still = base64.b64encode(self.picture.png()).decode()  # what a page without a kernel shows
-        return {**self.box._repr_mimebundle_(**options), "image/png": still}
+        bundle = {**self.box._repr_mimebundle_(**options), "image/png": still}
+        # set while the site is built: its pages have no kernel
+        if os.environ.get("DPO_LAB_FRAMES"):
+            bundle["text/html"] = frames_html(self)
+        return bundle
 
 
 def _explorer(
@@ -468,7 +473,7 @@ def frontier_explorer(sweep: SweepResults | None = None) -> Explorer:
         state = {name: [row[name] for row in rows] for name in ("kl", "reward", "step")}
         moving.update({**state, "target": targets.get(run)})
         samples.value = _sample_table(*zip(*sweep.samples[run.name]))
-        last, share = rows[-1], sweep.share(rows[-1])
+        last, share = rows[-1], sweep.fraction(rows[-1])
         gain = f", {share:.0%} of the optimal gain" if np.isfinite(share) else ""
         return (
             f"reward {last['reward']:.2f} at {last['kl']:.1f} nats{gain}; {last['seconds']:.0f} s, "
