@@ -33,18 +33,18 @@ from dpo_lab.engine.arguments import (
     token_lists,
 )
 from dpo_lab.engine.checkpoints import weights_hash
-from dpo_lab.engine.runs import atomic_write
-from dpo_lab.engine.structure import unwrapped, widest
-from dpo_lab.logprobs import Precision, score_completions
-from dpo_lab.losses import check_pairs
-from dpo_lab.rows import (
+from dpo_lab.engine.rows import (
     check_columns,
     checked_rows,
     exact_texts,
     read_row,
     trl_rows,
 )
-from dpo_lab.tokenizing import TokenCollector
+from dpo_lab.engine.runs import atomic_write
+from dpo_lab.engine.structure import unwrapped, widest
+from dpo_lab.engine.tokenizing import TokenCollector
+from dpo_lab.logprobs import Precision, score_completions
+from dpo_lab.losses import check_pairs
 
 # nats per completion by which log-probs may differ between batches of other shapes
 SAME_LOGPS = {"float32": 1e-2, "bfloat16": 0.75}

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from dpo_lab import preferences
 from dpo_lab.batching import completion_batch
+from dpo_lab.engine.rows import EXAMPLE
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.losses import dpo_loss
 from dpo_lab.preferences import Preferences, Report, from_rankings, from_rows, from_scores
-from dpo_lab.rows import EXAMPLE
 
 EOS = 0
 ROW = {"prompt": "This film", "chosen": " was a joy", "rejected": " was a bore"}

@@ -4,11 +4,12 @@ Prompt and completion are tokenized apart and joined as ids, so no token straddl
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from dpo_lab.batching import begun, ended
 from dpo_lab.engine.arguments import integer, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
 
@@ -24,6 +25,16 @@ COUNTS = (
 )
 
 
+def begun(ids: list[int], start: int) -> list[int]:
+    """`ids` with the token `start` before them, once."""
+    return ids if ids[:1] == [start] else [start, *ids]
+
+
+def ended(ids: list[int], end: int) -> list[int]:
+    """`ids` with the token `end` after them, once."""
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
 class TokenCollector:
     """Collects distinct prompts and completions as token ids, and pairs among them.
 
@@ -31,7 +42,7 @@ class TokenCollector:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, context: int, max_completion_tokens: int | None
+        self, tokenizer: "PreTrainedTokenizerBase", context: int, max_completion_tokens: int | None
     ):
         self.tokenizer, self.context = tokenizer, integer("context", context)
         self.limit = self.context
