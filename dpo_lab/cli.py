@@ -53,6 +53,7 @@ def pretrain_command(
     print0(f"model in {pretrain(out, config, resume=resume)}")
 
 
+@checked
 def task_commands(default: TaskConfig) -> dict[str, Command]:
     """The commands `sample` and `label`, whose options change this config."""
 
@@ -73,6 +74,7 @@ def task_commands(default: TaskConfig) -> dict[str, Command]:
     return {"sample": sample_command, "label": label_command}
 
 
+@checked
 def run_commands(default: ExperimentConfig) -> dict[str, Command]:
     """The commands `plan` and `train`, whose options change this config."""
 
@@ -130,6 +132,7 @@ def run_commands(default: ExperimentConfig) -> dict[str, Command]:
     return {"plan": plan_command, "train": train_command}
 
 
+@checked
 def frontier_commands(default: FrontierConfig) -> dict[str, Command]:
     """The command `frontier`, whose options change this config."""
 

@@ -112,7 +112,7 @@ DATACLASSES = [
     for found in vars(module).values()
     if is_dataclass(found) and found.__module__ == module.__name__ and not is_config(found)
     for field in fields(found)
-    if literals(get_type_hints(found)[field.name])
+    if () in literals(get_type_hints(found)[field.name])
 ]
 
 

@@ -358,20 +358,19 @@ def fitting_prompts(job: Job, speed: Speed, seconds: float, *, least: int) -> in
 def measure_speed(job: Job) -> Speed:
     """The speed of this machine at what a job does; the main process's, where there are several."""
     model, rank, precision = job.reference, job.config.lora_rank, job.precision
-    rows = min(rows_on(job.device) * sampling_threads(job.device), len(job.prompts))
+    rows = rows_on(job.device) * sampling_threads(job.device)
+    prompts = [ids for ids in job.prompts[:rows] for _ in range(job.completions)]
     batch = job.trial
 
     # all weights, as in sampling, SFT and scoring by the reference
-    sampling = sampling_rate(model, job.prompts[:rows], job.max_new_tokens, precision)
+    sampling = sampling_rate(model, prompts[:rows], job.max_new_tokens, precision)
     tuning = training_flops(model, batch, precision) / pass_seconds(model, batch, precision)
     scoring = job.trial_flops / scoring_seconds(model, job)
 
-    # the policy during training, on its way with adapters
-    some = job.prompts[: prefixes_during(job.eval_prefixes)]
+    # the policy during training, with adapters where those are trained
+    some, training, scoring_during = prompts[: prefixes_during(job.eval_prefixes)], tuning, scoring
     with lora(model, rank) if rank else nullcontext(model) as policy:
         sampling_during = sampling_rate(policy, some, job.max_new_tokens, precision, base=model)
-        training = tuning
-        scoring_during = scoring
         if rank:
             seconds = pass_seconds(policy, batch, precision)
             training = training_flops(model, batch, precision, rank=rank) / seconds

@@ -98,6 +98,7 @@ def check_minutes(minutes: float | None) -> None:
         finite_positive("minutes", minutes)
 
 
+@checked
 def job_of(config: ExperimentConfig, task: Task) -> Job:
     """The work of `train` with this config, for its plan."""
     sft_batch, sft_batches = task.planned_sft()
