@@ -8,12 +8,10 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 EXAMPLE = {"prompt": "This movie", "chosen": " was a joy.", "rejected": " was a bore."}
 
@@ -44,7 +42,7 @@ class Row(NamedTuple):
     """written by `trl_rows`: its tokens are those of prompt and completion in one piece"""
 
 
-def read_row(where: str, row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Row:
+def read_row(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Row:
     """A row as text, its messages rendered by the chat template.
 
     `where` names the row in errors.
@@ -80,7 +78,7 @@ def read_row(where: str, row: Mapping[str, Any], tokenizer: "PreTrainedTokenizer
 def _rendered_row(
     where: str,
     values: Mapping[str, list[Any]],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any],
 ) -> Row:
     """A conversational row as text: what the template adds for a completion is its text."""
@@ -122,7 +120,7 @@ def trl_rows(texts: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
 
 
 def exact_texts(
-    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]]
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
 ) -> list[str | None]:
     """The text of each row of ids, special tokens written out; None where it has other ids."""
     texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)

@@ -4,12 +4,10 @@ Prompt and completion are tokenized apart and joined as ids, so no token straddl
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.engine.arguments import integer, token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
 
@@ -42,7 +40,7 @@ class TokenCollector:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", context: int, max_completion_tokens: int | None
+        self, tokenizer: PreTrainedTokenizerBase, context: int, max_completion_tokens: int | None
     ):
         self.tokenizer, self.context = tokenizer, integer("context", context)
         self.limit = self.context
