@@ -1,4 +1,4 @@
-"""The loop against a textbook loop written out here, and every way to stop it against never stopping."""
+"""The loop against a textbook loop written out here; every way to stop it against not stopping."""
 
 import json
 import math
@@ -34,6 +34,8 @@ from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_un
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)
 CONFIG = DPOConfig(beta=0.5, epochs=2, batch_pairs=12, loop=LOOP)
 
+score = loop.Scorer.forward
+
 
 def make_preferences(tiny, prompts=8, k=3):
     tokenizer, model = load_tokenizer(str(tiny)), load_model(str(tiny))
@@ -66,7 +68,7 @@ def timeless(lines):
 
 
 def textbook_dpo(policy, preferences, config, seed):
-    """AdamW on full logits, a live reference, and one forward pass a side of a pair; everything in float64."""
+    """AdamW on full logits, a live reference, a forward pass per side of a pair; all in float64."""
     reference = load_model(policy.name_or_path).double()
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.loop.learning_rate, weight_decay=0.0
@@ -127,12 +129,12 @@ def test_at_step_zero_the_policy_is_the_reference(model, preferences):
 
 
 def test_ties_count_one_half_in_the_accuracy(model, preferences, monkeypatch):
-    def tied_logps(model, batch):
-        return 0 * next(model.parameters()).double().sum() + torch.zeros(
+    def tied_logps(scorer, batch):
+        return 0 * next(scorer.parameters()).double().sum() + torch.zeros(
             batch.n, dtype=torch.float64
         )
 
-    monkeypatch.setattr(loop, "completion_logps", tied_logps)
+    monkeypatch.setattr(loop.Scorer, "forward", tied_logps)
     tied = replace(preferences, reference_logps=np.zeros(len(preferences.completions)))
     first = train_dpo(model, tied, CONFIG, progress=None)[0]
     assert first["rewards/margins"] == 0 and first["rewards/accuracies"] == 0.5
@@ -341,7 +343,7 @@ def test_sft_minimizes_nats_per_completion_token(model, preferences):
         len(preferences.completions[i]) for i in preferences.chosen
     )
     with torch.no_grad():
-        logps = loop.completion_logps(model, batches[0])
+        logps = completion_logps(model, batches[0])
     metrics = train_sft(model, batches, 30, replace(LOOP, learning_rate=1e-2), progress=None)
     assert metrics[0]["loss"] == pytest.approx(float(-logps.sum() / batches[0].tokens), rel=1e-6)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
@@ -630,11 +632,11 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
     theirs = load_model(str(tiny))
     expected = train_dpo(theirs, preferences, config, progress=None)
 
-    def scarce(model, batch):
+    def scarce(scorer, batch):
         asked.append(batch.n)
         if batch.n > 5 and where == "forward":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        logps = completion_logps(model, batch)
+        logps = score(scorer, batch)
         if batch.n > 5:
             logps.register_hook(full)
         return logps
@@ -642,7 +644,7 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
     def full(gradient):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "completion_logps", scarce)
+    monkeypatch.setattr(loop.Scorer, "forward", scarce)
     ours = load_model(str(tiny))
     metrics = train_dpo(ours, preferences, CONFIG, run=tmp_path, progress=None)
     assert max(asked) > 5 and sum(n > 5 for n in asked) <= 4
@@ -669,16 +671,16 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
 def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(
     tiny, preferences, tmp_path, monkeypatch
 ):
-    def scarce(model, batch):
+    def scarce(scorer, batch):
         if steps and steps[-1] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return completion_logps(model, batch)
+        return score(scorer, batch)
 
     steps, append = [], loop.append_metrics
     monkeypatch.setattr(
         loop, "append_metrics", lambda run, line: (steps.append(line["step"]), append(run, line))
     )
-    monkeypatch.setattr(loop, "completion_logps", scarce)
+    monkeypatch.setattr(loop.Scorer, "forward", scarce)
     with pytest.raises(
         ValueError,
         match="step 4 does not fit in memory in 4 forward passes .*CUDA out of memory.*--resume",
@@ -693,12 +695,12 @@ def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(
 
 
 def test_the_larger_accumulate_is_said_once(model, preferences, monkeypatch, capsys):
-    def scarce(model, batch):
+    def scarce(scorer, batch):
         if batch.n > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return completion_logps(model, batch)
+        return score(scorer, batch)
 
-    monkeypatch.setattr(loop, "completion_logps", scarce)
+    monkeypatch.setattr(loop.Scorer, "forward", scarce)
     train_dpo(
         model,
         preferences,
