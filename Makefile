@@ -9,8 +9,8 @@ INSTALL = .venv/bin/python -m pip install -qq --no-compile --disable-pip-version
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-lab: .venv/.installed ## Open the notebooks in JupyterLab
-	.venv/bin/jupyter lab notebooks/
+lab: .venv/.installed ## Open the first notebook in JupyterLab; ARGS="--no-browser" goes to it
+	.venv/bin/jupyter lab notebooks/00_start_here.ipynb --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
@@ -18,8 +18,8 @@ test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
 test-long: .venv/.installed-test ## Run what takes minutes alone: notebooks and experiments at full size
 	.venv/bin/python -m pytest -m long $(ARGS)
 
-demo: .venv/.installed ## Train with dpo-lab; ARGS="--help" goes to dpo-lab train
-	.venv/bin/dpo-lab train $(ARGS)
+demo: .venv/.installed ## Train with dpo-lab for 5 minutes; ARGS="--prefixes 7500" is the full run
+	.venv/bin/dpo-lab train --minutes 5 $(ARGS)
 
 bench: .venv/.installed-test ## Measure speed beside TRL and a textbook loop (about 40 minutes)
 	.venv/bin/python benchmarks/speed.py $(ARGS)
@@ -32,9 +32,10 @@ bench-gpu: .venv/.installed-test ## Exactness, real DPO and speed on a GPU, wher
 	.venv/bin/python benchmarks/gpu.py --out runs/gpu $(ARGS)
 	@test ! -f runs/gpu/gpu.json || echo 'Copy runs/gpu/gpu.json to benchmarks/results/ and run benchmarks/readme.py to put it into the pages.'
 
-site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/ (7 to 20 minutes)
+site: .venv/.installed ## Render notebooks, pages and API to static HTML in site/, and their pictures (7 to 20 minutes)
 	$(INSTALL) -e '.[site,trl]'
 	.venv/bin/python -m sphinx -q -W --keep-going -c docs . site
+	.venv/bin/python benchmarks/pictures.py  # of the notebooks just executed, to docs/pictures/
 
 clean-env: ## Remove .venv; the next target sets it up again
 	rm -rf .venv
@@ -47,6 +48,9 @@ clean-env: ## Remove .venv; the next target sets it up again
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 	$(INSTALL) -U pip  # which resolves the pins in seconds; that of Python 3.11 needs a minute
 	$(INSTALL) -e .
+	@mkdir -p .venv/etc/jupyter/labconfig  # where JupyterLab is told not to ask about news
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' >.venv/etc/jupyter/labconfig/default_setting_overrides.json
+	@.venv/bin/python -c 'import dpo_lab.widgets' >/dev/null 2>&1 &  # compiled while JupyterLab starts
 	@touch $@
 
 .venv/.installed-test: .venv/.installed

@@ -1,6 +1,7 @@
 """What a DPO step costs as its parts grow, and what each saving is worth: python benchmarks/cost.py
 
-Every point is a process of its own (`benchmarks/contender.py`). Writes benchmarks/results/cost.json and docs/cost.png.
+Every point is measured in its own process (`benchmarks/contender.py`). Writes
+benchmarks/results/cost.json and docs/cost.png.
 """
 
 import json
@@ -23,9 +24,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "cost.json"
 CURVES: dict[str, dict[float, dict[str, Any]]] = {
     "completion tokens (mean)": {n: {"mean": n, "most": 3 * n} for n in (16, 64, 128)},
     "prompt tokens": {n: {"prompt_tokens": [n, n]} for n in (8, 64, 256)},
-    "completions a prompt": {k: {"completions": k, "prompts": 16 // k} for k in (2, 4, 16)},
+    "completions per prompt": {k: {"completions": k, "prompts": 16 // k} for k in (2, 4, 16)},
     "vocabulary (thousands)": {n: {"vocabulary": 1_000 * n} for n in (8, 32, 64)},
-    "prompts a step": {n: {"prompts": n} for n in (2, 8, 16)},
+    "prompts per step": {n: {"prompts": n} for n in (2, 8, 16)},
     "parameters of the blocks (M)": {
         round(12 * layers * width**2 / 1e6): {"layers": layers, "width": width}
         for layers, width in ((4, 256), (6, 512), (12, 768))
@@ -43,12 +44,12 @@ class CostConfig:
     """How long to measure."""
 
     steps: int = 1
-    """optimizer steps a point that are timed"""
+    """timed optimizer steps per point"""
 
 
 @cache
 def run(workload: str, change: str, without: tuple[str, ...]) -> dict[str, Any]:
-    """What `benchmarks/contender.py` prints, of dpo_lab in float32; the same point of two curves is one run."""
+    """What `benchmarks/contender.py` prints of dpo_lab in float32; equal points are one run."""
     arguments = [
         f"--workload={workload}",
         f"--change={change}",
@@ -71,7 +72,7 @@ def measure(
 
 
 def plot(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
-    """A panel for each curve: seconds a step, and peak memory on the right axis."""
+    """A panel for each curve: seconds per step, and peak memory on the right axis."""
     figure = Figure(figsize=(11, 6.4), dpi=120, layout="constrained")
     for axes, (name, points) in zip(figure.subplots(2, 3).flat, curves.items()):
         x = [float(value) for value in points]
@@ -80,9 +81,13 @@ def plot(curves: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         gigabytes = [p["peak_memory_mb"] / 1e3 for p in points.values()]
         axes.plot(x, seconds, "o-", color="#2c5f9e")
         memory.plot(x, gigabytes, "s--", color="#c0392b")
-        axes.set(xlabel=name, xlim=(0, 1.08 * max(x)), ylim=(0, 1.15 * max(seconds)))
+        axes.set(
+            xlabel=name.replace(" a ", " per "),
+            xlim=(0, 1.08 * max(x)),
+            ylim=(0, 1.15 * max(seconds)),
+        )
         memory.set_ylim(0, 1.4 * max(gigabytes))  # apart from the other curve
-        axes.set_ylabel("seconds a step (solid)", color="#2c5f9e")
+        axes.set_ylabel("seconds per step (solid)", color="#2c5f9e")
         memory.set_ylabel("peak memory, GB (dashed)", color="#c0392b")
         axes.spines["top"].set_visible(False)
         memory.spines["top"].set_visible(False)

@@ -1,11 +1,12 @@
-"""From `git clone` to the first moved slider of notebook 00: python benchmarks/first_slider.py
+"""Seconds from `git clone` to the first moved slider of notebook 00: python benchmarks/first_slider.py
 
 Clones the commit that is checked out here, sets up its .venv as `make lab` does, opens JupyterLab in headless Chromium, runs
-the first cell and moves the slider. Package downloads come from pip's cache where they are there. Needs Chromium. Writes
+the first cell and moves the slider. Packages come from pip's cache if they are in it. Needs Chromium. Writes
 benchmarks/results/first_slider.json.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "first_slider.json"
 
 
 def main() -> None:
+    # a newcomer's Python keeps what it compiled; pip leaves that to the first import
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     seconds, began = {}, time.perf_counter()
 
     def done(what: str) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +28,7 @@ from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config, held_out_los
 from dpo_lab.sentiment.reviews import load_imdb
 from dpo_lab.sentiment.reward import SentimentReward
 from dpo_lab.sentiment.run import CONFIGS
-from dpo_lab.sentiment.task import (
-    Parts,
-    TaskConfig,
-    held_out_prefixes,
-    label,
-    sample,
-    task_evaluation,
-)
+from dpo_lab.sentiment.task import Task, TaskConfig, prefixes_during
 from dpo_lab.train import DPOConfig, train_dpo, train_sft
 
 
@@ -81,6 +74,15 @@ TINY = Size(
     steps=6,
 )
 RESERVE = 0.25  # of the time of a run, for its evaluations and for an estimate that was too low
+
+
+class Loaded(NamedTuple):
+    """What a task would load."""
+
+    reviews: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    reward: SentimentReward
 
 
 class Watch:
@@ -167,15 +169,16 @@ def paper(size: Size) -> DPOConfig:
     return replace(config, loop=replace(config.loop, eval_every=500, save_every=10**9))
 
 
-def affordable(task: TaskConfig, parts: Parts, size: Size, seconds: float, work: Path) -> int:
-    """Prefixes that fit into the time, by the pace of a few of them."""
-    few = replace(task, prefixes=size.trial)
+def affordable(task: Task, size: Size, seconds: float) -> int:
+    """Prefixes that fit into the time, by the pace of the few of `task`."""
+    # sampling and labeling
     began = time.perf_counter()
-    preferences = label(few, work, parts)
+    preferences = task.preferences
     each = (time.perf_counter() - began) / size.trial
+
+    # and training on their pairs
     config = paper(size)
-    policy = load_copy(parts.reference)
-    lines = train_dpo(policy, preferences, config, progress=None)
+    lines = train_dpo(load_copy(task.reference), preferences, config, progress=None)
     step = statistics.median(line["seconds"] for line in lines[-10:])
     each += step * len(preferences.chosen) / size.trial / config.batch_pairs
     return max(size.trial, min(size.prefixes, int(seconds * (1 - RESERVE) / each)))
@@ -189,52 +192,61 @@ def load_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy
 
 
-def protocol(
-    name: str, parts: Parts, size: Size, device: str, seconds: float, work: Path
-) -> dict[str, Any]:
-    """The paper's protocol with `parts.reference` on both sides: reward and KL before and after, seconds, memory."""
-    task = TaskConfig(
-        lane="gpu" if device == "cuda" else "laptop",
+def open_trial(name: str, loaded: Loaded, size: Size, device: str, work: Path) -> Task:
+    """A task of a few prefixes with what is loaded already."""
+    config = TaskConfig(
+        device="cuda" if device == "cuda" else "cpu",
         model=name,
-        reward="tfidf",
         prefixes=size.trial,
         eval_prefixes=size.eval_prefixes,
         max_new_tokens=size.max_new_tokens,
         precision="bfloat16",
     )
+    task = Task.open(config, work / f"{name}-trial")
+    task.reviews, task.tokenizer, task.initial, task.reward = loaded
+    return task
+
+
+def protocol(
+    name: str, loaded: Loaded, size: Size, device: str, seconds: float, work: Path
+) -> dict[str, Any]:
+    """The paper's protocol with the loaded model on both sides: reward and KL before and after, seconds, memory."""
+    # as many prefixes as there is time for
     began, watch = time.perf_counter(), Watch(device)
-    n = watch.time("trial", affordable, task, parts, size, seconds, work / f"{name}-trial")
-    task, prompts = replace(task, prefixes=n), held_out_prefixes(task, parts)
-    samples = watch.time("sample", sample, task, work / name, parts)
-    preferences: Preferences = watch.time("label", label, task, work / name, parts)
-    before = watch.time("evaluate", task_evaluation, task, parts, parts.reference, prompts)
-    policy = load_copy(parts.reference)
+    trial = open_trial(name, loaded, size, device, work)
+    n = watch.time("trial", affordable, trial, size, seconds)
+    task = trial.variant(work / name, prefixes=n)
+
+    # data, and the evaluation before
+    samples = watch.time("sample", lambda: task.samples)
+    preferences: Preferences = watch.time("label", lambda: task.preferences)
+    before = watch.time("evaluate", task.evaluate, task.reference)
+    policy = load_copy(task.reference)
 
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
         if step == 0:
             return {}
-        found = task_evaluation(task, parts, model, prompts[: max(8, len(prompts) // 4)])
-        return {
-            "reward": found.reward,
-            "reward_se": found.reward_se,
-            "kl": found.kl,
-            "kl_se": found.kl_se,
-        }
+        return task.evaluate(model, prefixes_during(len(task.held_out))).summary()
 
+    # training, and the evaluation after
     lines = watch.time(
         "train", train_dpo, policy, preferences, paper(size), callback=during, progress=None
     )
-    after = watch.time("evaluate after", task_evaluation, task, parts, policy, prompts)
+    after = watch.time("evaluate after", task.evaluate, policy)
+
     steps = [line["seconds"] for line in lines if "seconds" in line]
     tokens = sum(len(ids) for row in samples["completions"] for ids in row)
-    shown = ("reward", "reward_se", "kl", "kl_se")
+    numbers = {
+        "prefixes": n,
+        "completions": task.config.completions,
+        "eval_prefixes": len(task.held_out),
+    }
     return {
-        "config": asdict(paper(size))
-        | {"prefixes": n, "completions": task.completions, "eval_prefixes": len(prompts)},
+        "config": asdict(paper(size)) | numbers,
         "pairs": preferences.report.pairs,
         "steps": len(steps),
-        "before": {key: getattr(before, key) for key in shown},
-        "after": {key: getattr(after, key) for key in shown},
+        "before": before.summary(),
+        "after": after.summary(),
         "curve": [
             {"step": line["step"]} | {k[5:]: v for k, v in line.items() if k != "step"}
             for line in lines
@@ -273,12 +285,12 @@ def run(settings: Settings, report: Report) -> None:
     reward = SentimentReward.tfidf(texts, labels)
 
     # the reference that was just made, then the embedded one in what is left of the time
-    parts = Parts(reviews, tokenizer, reference, reward)
+    made = Loaded(reviews, tokenizer, reference, reward)
     report.attempt(
-        "protocol", lambda: protocol("reference", parts, size, device, 0.6 * settings.left, work)
+        "protocol", lambda: protocol("reference", made, size, device, 0.6 * settings.left, work)
     )
-    embedded = replace(
-        parts, tokenizer=load_tokenizer("embedded"), reference=load_model("embedded", device=device)
+    embedded = made._replace(
+        tokenizer=load_tokenizer("embedded"), model=load_model("embedded", device=device)
     )
     report.attempt(
         "protocol, embedded",

@@ -16,26 +16,15 @@ import numpy as np
 import tyro
 from torch import nn
 
-from dpo_lab.assets import EMBEDDED
+from dpo_lab.assets import ASSETS
 from dpo_lab.engine.runs import provenance, write_json
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import ScalarModel, end_tokens, load_model
-from dpo_lab.preferences import Preferences
+from dpo_lab.models import ScalarModel, end_tokens
 from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
 from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
-from dpo_lab.sentiment.reviews import sample_prefixes
-from dpo_lab.sentiment.task import (
-    LANES,
-    Parts,
-    TaskConfig,
-    held_out_prefixes,
-    label,
-    load_parts,
-    measured_precision,
-    task_evaluation,
-)
+from dpo_lab.sentiment.task import Task, TaskConfig
 
-RESULTS = EMBEDDED.parent / "hacking.json"
+RESULTS = ASSETS / "hacking.json"
 
 
 @dataclass(frozen=True)
@@ -65,41 +54,37 @@ class HackingConfig:
 
 
 def main(config: HackingConfig, out: Path = RESULTS) -> None:
-    origin, task = provenance(), replace(config.task, prefixes=config.rewards * config.prefixes)
-    parts = load_parts(task)
-    task = measured_precision(task, parts)
+    origin = provenance()
+    asked = replace(config.task, prefixes=config.rewards * config.prefixes)
     with tempfile.TemporaryDirectory() as folder:
-        preferences = label(task, Path(folder), parts)
-    runs = [push(config, task, parts, preferences, i) for i in range(config.rewards)]
-    write_json(out, {**origin, "config": asdict(replace(config, task=task)), "runs": runs})
+        task = Task.open(asked, Path(folder))
+        _ = task.preferences
+    runs = [push(config, task, i) for i in range(config.rewards)]
+    recorded = asdict(replace(config, task=task.config))
+    write_json(out, {**origin, "config": recorded, "runs": runs})
 
 
-def push(
-    config: HackingConfig, task: TaskConfig, parts: Parts, preferences: Preferences, i: int
-) -> list[dict[str, Any]]:
+def push(config: HackingConfig, task: Task, i: int) -> list[dict[str, Any]]:
     """Evaluations of PPO on the `i`-th reward: `given` is its score, in standard deviations on the reference's completions."""
+    # a reward model, fitted to the pairs of its own prefixes
+    preferences = task.preferences
     mine = preferences.prompt_of[preferences.chosen] // config.prefixes == i
-    few = replace(preferences, chosen=preferences.chosen[mine], rejected=preferences.rejected[mine])
-    first = task.model or LANES[task.lane]["model"]
-    model = ScalarModel(load_model(first))
+    few = preferences.select(np.flatnonzero(mine))
+    model = ScalarModel(task.new_policy())
     train_reward_model(
         model, few, config.reward_model, precision=task.precision, seed=i, progress=None
     )
-    learned, prompts, rows = (
-        LearnedReward(model, precision=task.precision),
-        held_out_prefixes(task, parts),
-        [],
-    )
-    drawn = learned(
-        [preferences.prompts[p] for p in preferences.prompt_of], preferences.completions
-    )
-    deviation = (
-        drawn.std() or 1.0
-    )  # a reward that never ranked held-out pairs better than chance is kept as it began: constant
+    learned = LearnedReward(model, precision=task.precision)
+
+    # its scale; one that never ranked held-out pairs better than chance is constant, as it began
+    prompts = [preferences.prompts[p] for p in preferences.prompt_of]
+    drawn = learned(prompts, preferences.completions)
+    deviation, rows = drawn.std() or 1.0, []
 
     def evaluate(policy: nn.Module, step: int) -> dict[str, float]:
-        found = task_evaluation(task, parts, policy, prompts)
-        given = float((np.mean(learned(prompts, found.completions)) - drawn.mean()) / deviation)
+        found = task.evaluate(policy)
+        scores = learned(task.held_out, found.completions)
+        given = float((np.mean(scores) - drawn.mean()) / deviation)
         row = {
             "step": step,
             "given": given,
@@ -111,15 +96,13 @@ def push(
         return {"given": given, "reward": found.reward, "kl": found.kl}
 
     train_ppo(
-        load_model(first),
-        parts.reference,
-        ScalarModel(load_model(first)),
+        task.new_policy(),
+        task.reference,
+        ScalarModel(task.new_policy()),
         learned,
-        sample_prefixes(
-            list(parts.reviews["train"]["text"]), parts.tokenizer, config.prompts, seed=i
-        ),
-        replace(config.ppo, max_new_tokens=task.max_new_tokens),
-        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
+        task.training_prefixes(config.prompts, i),
+        replace(config.ppo, max_new_tokens=task.config.max_new_tokens),
+        eos_token_id=end_tokens(task.reference, task.tokenizer),
         precision=task.precision,
         seed=i,
         callback=evaluate,

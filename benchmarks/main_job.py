@@ -1,9 +1,9 @@
-"""What `dpo-lab train` with no options gives and costs, from cold, for three seeds.
+"""What the full run, `dpo-lab train`, gives and costs from cold, for three seeds.
 
     python benchmarks/main_job.py [SEED ...]
 
-Every run starts with an empty cache, in a process of its own. Writes benchmarks/results/main_job.json, and the figure of
-the first seed to docs/reward_kl.png.
+Every run starts with an empty cache, in its own process. Writes benchmarks/results/main_job.json,
+and the figure of the first seed to docs/reward_kl.png.
 """
 
 import json
@@ -34,11 +34,8 @@ def main() -> None:
             }
             run = Path(directory) / "run"
             began = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "dpo_lab.cli", "train", f"--seed={seed}", "--out", str(run)],
-                env=cold,
-                check=True,
-            )
+            command = [sys.executable, "-m", "dpo_lab.cli", "train"]
+            subprocess.run([*command, f"--seed={seed}", f"--out={run}"], env=cold, check=True)
             seconds = time.perf_counter() - began
             summary = json.loads((run / "summary.json").read_text())
             rows.append({"seed": seed, "process_seconds": round(seconds, 1), **summary})

@@ -1,6 +1,10 @@
-"""Write the measured figures into the marked blocks of README.md and docs/: python benchmarks/readme.py
+"""Write the measured figures into the pages.
 
-The test suite holds both files to what this one makes of benchmarks/results/ and the model card.
+    python benchmarks/readme.py
+
+A block of README.md or docs/*.md stands between `<!-- its name -->` and `<!-- end -->`. `BLOCKS`
+says which function fills it, from benchmarks/results/, the shipped sweeps and the model card. A
+test fails while a page differs from what this file writes.
 """
 
 import json
@@ -8,353 +12,25 @@ import math
 import re
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from scale import table
 
+import dpo_lab
 from dpo_lab.plots import plot_sweep
 from dpo_lab.sentiment.results import REPEATS, load_sweep
 from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
-
-
-def main_job() -> str:
-    """The table of `benchmarks/main_job.py`."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text())
-    lines = [
-        "| seed | reward before | reward after | sequence KL (nats) | seconds, cold | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        before, after = row["before"], row["after"]
-        lines.append(
-            f"| {row['seed']} | {before['reward']:.3f} ± {before['reward_se']:.3f} | {after['reward']:.3f} ± {after['reward_se']:.3f} "
-            f"| {after['kl']:.2f} ± {after['kl_se']:.2f} | {row['process_seconds']:.0f} | {row['peak_memory_mb']:,} MB |"
-        )
-    origin = result["provenance"]
-    return (
-        "\n".join(lines)
-        + f"\n\n± is one standard error. Measured by `python benchmarks/main_job.py` at commit {origin['commit']} on "
-        f"{origin['machine']}; {origin['versions']}."
-    )
-
-
-def embedded_model() -> str:
-    """A sentence from the card of the embedded model."""
-    folder = ROOT / "dpo_lab" / "assets" / "gpt2-imdb"
-    card = json.loads((folder / "card.json").read_text())
-    held_out, size = card["held_out"], (folder / "model.safetensors").stat().st_size
-    return (
-        f"{card['parameters'] / 1e6:.1f} M parameters ({size / 1e6:.1f} MB), GPT-2 architecture, byte-level BPE of "
-        f"{card['config']['vocabulary']:,} tokens, trained from scratch on the 22,500 training reviews in {card['minutes']:.0f} "
-        f"minutes on two CPU cores. On the {held_out['reviews']:,} held-out reviews it needs {held_out['bits_per_byte']:.3f} bits "
-        f"a byte ({held_out['nats_per_token']:.3f} nats a token)."
-    )
-
-
-def sweep() -> str:
-    """The grid of `benchmarks/sweep.py`, best reward within 4 nats first."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "sweep.json").read_text())["rows"]
-    lines = ["| beta | learning rate | reward | sequence KL (nats) |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: (row["after"]["kl"] > 4, -row["after"]["reward"])):
-        after = row["after"]
-        lines.append(
-            f"| {row['beta']} | {row['learning_rate']} | {after['reward']:.3f} ± {after['reward_se']:.3f} "
-            f"| {after['kl']:.2f} ± {after['kl_se']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-NAMES = {
-    "paper": "the paper's protocol: 4 completions and 6 pairs a prefix",
+UNMEASURED = "Not measured yet: no GPU was at hand. `make bench-gpu` fills this in."
+WORKLOADS = {
+    "paper": "the paper's protocol: 4 completions and 6 pairs per prefix",
     "short": "pairs, short prompts",
     "long": "pairs, prompts of 64-192 tokens",
     "embedded": "the paper's protocol, a model of the embedded one's size",
 }
-
-
-def _result(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-def _origin(result: dict, more: str = "") -> str:
-    origin = result["provenance"]
-    return f"\n\nMeasured by `{origin['command']}` at commit {origin['commit']} on {origin['machine']}{more}; {origin['versions']}."
-
-
-def _processes(result: dict) -> str:
-    counts = Counter(
-        tuple(run[k] for k in ("job", "workload", "contender", "precision"))
-        for run in result["runs"]
-    )
-    return " or ".join(map(str, sorted(set(counts.values()))))
-
-
-def ratios(name: str = "cpu") -> str:
-    """Pairs a second and peak memory against TRL, one line a workload."""
-    result = _result(name)
-    rows = {
-        (row["workload"], row["contender"], row["precision"]): row
-        for row in result["table"]
-        if row["job"] == "dpo"
-    }
-    lines = [
-        "| workload | precision | pairs/s | against TRL's defaults | against TRL's best | peak memory against them |",
-        "|---|---|---|---|---|---|",
-    ]
-    for workload in dict.fromkeys(name for name, _, _ in rows):
-        of = {
-            contender: [
-                row for (name, who, _), row in rows.items() if (name, who) == (workload, contender)
-            ]
-            for contender in ("dpo_lab", "trl_default", "trl_best")
-        }
-        default, best = (
-            max(of[name], key=lambda row: row["pairs_per_second"])
-            for name in ("trl_default", "trl_best")
-        )
-        for ours in of["dpo_lab"]:
-            times = [ours["pairs_per_second"] / row["pairs_per_second"] for row in (default, best)]
-            memory = [ours["peak_memory_mb"] / row["peak_memory_mb"] for row in (default, best)]
-            lines.append(
-                f"| {NAMES[workload]} | {ours['precision']} | {ours['pairs_per_second']:.2f} | {times[0]:.1f}x | {times[1]:.1f}x "
-                f"| {memory[0]:.2f}x, {memory[1]:.2f}x |"
-            )
-    return "\n".join(lines) + _origin(result, f", processes a contender: {_processes(result)}")
-
-
-def speed(name: str = "cpu") -> str:
-    """Every contender on every workload."""
-    lines = [
-        "| job, workload | contender | precision | pairs/s (least, most) | without the reference | completion tokens/s "
-        "| reference tokens/s | peak memory | share of the limit | loss off by |",
-        "|---" * 10 + "|",
-    ]
-    result = _result(name)
-    ours = [
-        row
-        for row in result["table"]
-        if (row["contender"], row["precision"]) == ("dpo_lab", "float32")
-    ]
-    exact = {(row["job"], row["workload"]): row["loss"] for row in ours}
-    for row in result["table"]:
-        least, most = row["spread"]
-        apart = (
-            f"{row['reference_tokens_per_second']:,.0f}"
-            if row["reference_tokens_per_second"]
-            else ""
-        )
-        error = (
-            f"{abs(row['loss'] - exact[row['job'], row['workload']]):.0e}"
-            if row not in ours
-            else ""
-        )
-        lines.append(
-            f"| {row['job']}, {row['workload']} | {row['contender']} | {row['precision']} "
-            f"| {row['pairs_per_second']:.2f} ({least:.2f}, {most:.2f}) | {row['pairs_per_second_without_reference']:.2f} "
-            f"| {row['completion_tokens_per_second']:,.0f} | {apart} "
-            f"| {row['peak_memory_mb'] / 1e3:.1f} GB | {row['share_of_limit']:.0%} | {error} |"
-        )
-    rates = ", ".join(
-        f"{rate / 1e9:.0f} GFLOP/s in {name}"
-        for name, rate in result["matmul_flops_per_second"].items()
-    )
-    return "\n".join(lines) + _origin(
-        result, f" ({rates}), processes a contender: {_processes(result)}"
-    )
-
-
-def _gpu() -> dict | None:
-    """What `benchmarks/gpu.py` measured, where it has."""
-    return _result("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").exists() else None
-
-
-UNMEASURED = "Not measured yet: no GPU was at hand. `make bench-gpu` fills this in."
-
-
-def _on_card(result: dict) -> str:
-    card = result["card"]
-    return _origin(result, f", {card['name']}, driver {card['driver']}, CUDA {card['cuda']}")
-
-
-def gpu_exactness() -> str:
-    """Differences from the float64 loop, and what else the first stage looks at, from the newest run that measured each."""
-    if not _gpu():
-        return UNMEASURED
-    runs = [_gpu(), _result("gpu-exactness")]
-    found: dict[str, tuple[dict, str]] = {}
-    for result in runs:
-        for name, value in result["stages"]["exactness"]["results"].items():
-            if name != "tests" and (name not in found or "error" in found[name][0]):
-                found[name] = value, result["provenance"]["commit"]
-    lines = [
-        "| model, precision, layout | log-prob, off by (nats) | gradient, off by | commit |",
-        "|---|---|---|---|",
-    ]
-    rest = ["| what | found | commit |", "|---|---|---|"]
-    for name, (value, commit) in found.items():
-        kind, _, what = name.partition("/")
-        if "error" in value:
-            cells = f"failed: {value['error']}"
-        elif kind == "errors":
-            lines.append(
-                f"| {what.replace('/', ', ')} | {value['logps_nats']:.1e} | {value['gradient']:.1e} | {commit} |"
-            )
-            continue
-        else:
-            cells = ", ".join(f"{key.replace('_', ' ')}: {_short(x)}" for key, x in value.items())
-        (lines if kind == "errors" else rest).append(
-            f"| {what.replace('/', ', ')} | {cells} | | {commit} |"
-            if kind == "errors"
-            else f"| {name.replace('/', ', ')} | {cells} | {commit} |"
-        )
-    return "\n".join([*lines, "", *rest]) + _on_card(runs[0])
-
-
-def _short(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
-
-
-def gpu_dpo() -> str:
-    """The paper's protocol, for each reference."""
-    result = _gpu()
-    if not result:
-        return UNMEASURED
-    found = result["stages"]["dpo"]["results"]
-    lines = [
-        "| reference | prefixes | pairs | steps | reward before | reward after | sequence KL (nats) | sampling (s) | training (s) "
-        "| seconds per step | peak memory |",
-        "|---" * 11 + "|",
-    ]
-    for name, label in (("protocol", "trained here"), ("protocol, embedded", "embedded")):
-        run = found[name]
-        before, after, seconds = run["before"], run["after"], run["seconds"]
-        lines.append(
-            f"| {label} | {run['config']['prefixes']:,} | {run['pairs']:,} | {run['steps']} "
-            f"| {before['reward']:.3f} ± {before['reward_se']:.3f} | {after['reward']:.3f} ± {after['reward_se']:.3f} "
-            f"| {after['kl']:.2f} ± {after['kl_se']:.2f} | {seconds['sample']:.0f} | {seconds['train']:.0f} "
-            f"| {run['seconds_per_step']:.3f} | {run['peak_memory_mb']:,} MB |"
-        )
-    made = found["from scratch"]
-    return (
-        f"GPT-2 small's shape with the tokenizer of 8,192 tokens ({made['parameters'] / 1e6:.0f}M parameters), trained from scratch "
-        f"for {made['seconds']['train']:.0f} seconds ({made['steps']:,} steps, {made['tokens'] / 1e6:.0f}M tokens), needs "
-        f"{made['held_out']['bits_per_byte']:.3f} bits per byte on {made['held_out']['reviews']:,} held-out reviews. On it, and on the "
-        "embedded model, DPO by the paper's settings, on as many prefixes as the time allowed:\n\n"
-        + "\n".join(lines)
-        + _on_card(result)
-    )
-
-
-def gpu_speed() -> str:
-    """Steps of DPO beside TRL and a textbook loop."""
-    result = _gpu()
-    if not result:
-        return UNMEASURED
-    found = result["stages"]["speed"]["results"]
-    runs = {
-        tuple(name.split("/")): run
-        for name, run in found.items()
-        if name.count("/") == 2 and "error" not in run
-    }
-    lines = [
-        "| workload | GPT-2 | contender | pairs/s | against TRL's best | seconds per step | of the reference | peak memory "
-        "| against TRL's best | fraction of the matmul rate | forward passes | loss |",
-        "|---" * 12 + "|",
-    ]
-    for (workload, size, who), run in sorted(
-        runs.items(), key=lambda item: (item[0][:2], item[0][2] != "dpo_lab")
-    ):
-        best = runs.get((workload, size, "trl_best"))
-        times = f"{run['pairs_per_second'] / best['pairs_per_second']:.2f}x" if best else ""
-        memory = f"{run['peak_memory_mb'] / best['peak_memory_mb']:.2f}x" if best else ""
-        lines.append(
-            f"| {workload} | {size} | {who} | {run['pairs_per_second']:,.0f} | {times} | {statistics.median(run['step_seconds']):.3f} "
-            f"| {run['reference_seconds_per_step']:.3f} | {run['peak_memory_mb'] / 1e3:.1f} GB | {memory} "
-            f"| {run['fraction_of_matmul_rate']:.1%} | {run['passes']} | {run['loss']:.4f} |"
-        )
-    profile = found["profile"]
-    waits = sum(n for key, n in profile["waits_per_step"].items() if key == "cudaStreamSynchronize")
-    return (
-        "\n".join(lines)
-        + f"\n\nThe matmul rate, {found['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s, is that of a product of two 8,192 x 8,192 "
-        f"matrices. Under the profiler a step of the paper's protocol on GPT-2 large launches {profile['launches_per_step']:,.0f} kernels "
-        f"and waits for the GPU {waits:.0f} times, at its end." + _on_card(result)
-    )
-
-
-def gpu_summary() -> str:
-    """A sentence for the README."""
-    result = _gpu()
-    if not result:
-        return UNMEASURED
-    found = result["stages"]["speed"]["results"]
-    ours, best = (found[f"paper/large/{who}"] for who in ("dpo_lab", "trl_best"))
-    run = result["stages"]["dpo"]["results"]["protocol"]
-    pairs = {
-        name.removesuffix("/dpo_lab"): row["pairs_per_second"]
-        for name, row in found.items()
-        if name.endswith("/dpo_lab")
-    }
-    ratios = [rate / found[f"{name}/trl_best"]["pairs_per_second"] for name, rate in pairs.items()]
-    return (
-        f"On one {result['card']['name']}, the paper's protocol on GPT-2 large's shape in bfloat16: {ours['pairs_per_second']:,.0f} pairs/s, "
-        f"{ours['pairs_per_second'] / best['pairs_per_second']:.1f} times TRL's best, in {ours['peak_memory_mb'] / best['peak_memory_mb']:.2f}x "
-        f"of its memory, reference log-probs included; over {len(ratios)} workloads and sizes between {min(ratios):.2f} and "
-        f"{max(ratios):.2f} times TRL's best, less on small models. DPO on a model of GPT-2 small's shape, "
-        f"{run['pairs']:,} pairs in {run['seconds']['train']:.0f} seconds, moves the reward of held-out completions from "
-        f"{run['before']['reward']:.3f} to {run['after']['reward']:.3f} at a sequence KL of {run['after']['kl']:.2f} nats. "
-        "[All of it](docs/gpu.md)." + _on_card(result)
-    )
-
-
-def savings() -> str:
-    """Each saving left out alone, and all of them."""
-    result = _result("cost")
-    lines = ["| without | " + " | ".join(NAMES[name] for name in result["savings"]) + " |"]
-    lines.append("|---" * (1 + len(result["savings"])) + "|")
-    for name in result["savings"]["paper"]:
-        cells = []
-        for runs in result["savings"].values():
-            seconds, memory = (
-                runs[name][k] / runs["all"][k] for k in ("training_seconds", "peak_memory_mb")
-            )
-            cells.append(f"{seconds:.2f}x time, {memory:.2f}x memory")
-        lines.append(
-            f"| {dict(all='nothing', none='any of them').get(name, name)} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    return "\n".join(lines) + _origin(result)
-
-
-def sampling() -> str:
-    """Sampling and labeling on the embedded GPT-2."""
-    result = _result("sampling")
-    ours, theirs = (
-        statistics.median(result["tokens_per_second"][name]) for name in ("dpo_lab", "generate")
-    )
-    return (
-        f"`sample_completions` draws {ours:,.0f} completion tokens a second from the embedded GPT-2, transformers' `generate` "
-        f"{theirs:,.0f}: {result['ratio']:.1f} times as many. The TF-IDF reward labels {result['labels_per_second']:,.0f} of the "
-        "completions a second." + _origin(result)
-    )
-
-
-def latency() -> str:
-    """From a slider's event to the new picture."""
-    result = _result("latency")
-    apart, row = result["apart"], result["in a row"]
-    return (
-        f"From the move of beta's slider to the new picture in the page, over {len(apart['milliseconds'])} drags {result['pause']} s "
-        f"apart, with ipykernel {result['ipykernel']}: median {apart['median']:.0f} ms, 95 % within {apart['p95']:.0f} ms. Where the next move follows as soon as the "
-        f"picture is there: {row['median']:.0f} and {row['p95']:.0f} ms." + _origin(result)
-    )
-
 
 # Which test holds a proof in sympy equal to the function that computes it.
 OBJECTIVE_TEST = "test_the_proved_objective_is_the_one_computed"
@@ -375,8 +51,533 @@ EQUATION_TESTS = {
 }
 
 
+# What every block is made of
+
+
+def _result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def _gpu() -> dict | None:
+    """The results of `benchmarks/gpu.py`, or None where there are none yet."""
+    return _result("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").exists() else None
+
+
+def _table(header: str, rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table under the columns of `header`, which " | " separates."""
+    rule = "|" + "---|" * len(header.split(" | "))
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([f"| {header} |", rule, *lines])
+
+
+def _origin(provenance: dict, more: str = "") -> str:
+    """Which command measured this, at which commit, on which machine."""
+    return (
+        f"\n\nMeasured by `{provenance['command']}` at commit {provenance['commit']} on "
+        f"{provenance['machine']}{more}; {provenance['versions']}."
+    )
+
+
+def _on_card(result: dict) -> str:
+    card = result["card"]
+    more = f", {card['name']}, driver {card['driver']}, CUDA {card['cuda']}"
+    return _origin(result["provenance"], more)
+
+
+def _reward(evaluation: dict) -> str:
+    return f"{evaluation['reward']:.3f} ± {evaluation['reward_se']:.3f}"
+
+
+def _kl(evaluation: dict) -> str:
+    return f"{evaluation['kl']:.2f} ± {evaluation['kl_se']:.2f}"
+
+
+def _percent(fractions: Iterable[float]) -> str:
+    """One percentage, or the two ends of a range where they differ."""
+    return " to ".join(dict.fromkeys(f"{fraction:.0%}" for fraction in fractions))
+
+
+# The controlled-sentiment experiment
+
+
+def main_job() -> str:
+    """The table of `benchmarks/main_job.py`."""
+    header = "seed | reward before | reward after | sequence KL (nats) | seconds | peak memory"
+    rows = (
+        (
+            row["seed"],
+            _reward(row["before"]),
+            _reward(row["after"]),
+            _kl(row["after"]),
+            f"{row['process_seconds']:.0f}",
+            f"{row['peak_memory_mb']:,} MB",
+        )
+        for row in _result("main_job")["rows"]
+    )
+    return _table(header, rows)
+
+
+def main_job_origin() -> str:
+    """Where the table of `main_job` was measured."""
+    return "± is one standard error." + _origin(_result("main_job")["provenance"]).replace(
+        "\n\n", " "
+    )
+
+
+def sweep() -> str:
+    """The grid of `benchmarks/sweep.py`, best reward within 4 nats first."""
+    rows = sorted(
+        _result("sweep")["rows"],
+        key=lambda row: (row["after"]["kl"] > 4, -row["after"]["reward"]),
+    )
+    return _table(
+        "beta | learning rate | reward | sequence KL (nats)",
+        (
+            (row["beta"], row["learning_rate"], _reward(row["after"]), _kl(row["after"]))
+            for row in rows
+        ),
+    )
+
+
+def methods() -> str:
+    """What each method reaches within 5 nats in the shipped sweep, the most reward first."""
+    result = load_sweep()
+    header = (
+        "within 5 nats, best run of each method | reward | sequence KL (nats) "
+        "| fraction of the optimal gain | seconds | tokens"
+    )
+    rows = [
+        (
+            row["label"],
+            _reward(row),
+            f"{row['kl']:.2f}",
+            f"{row['fraction']:.0%}" if math.isfinite(row["fraction"]) else "",
+            f"{row['seconds']:.0f}",
+            f"{row['tokens']:,}",
+        )
+        for row in sorted(result.summary(at_most=5), key=lambda row: -row["reward"])
+    ]
+    text = _table(header, rows)
+    if result.seconds:
+        minutes = result.seconds / 60
+        text += f"\n\nAll {len(result.peak_memory_mb)} runs took {minutes:.0f} minutes in all."
+    return text + _origin(result.provenance)
+
+
+def spread() -> str:
+    """Where the shipped runs with several seeds end."""
+    results = [load_sweep(folder) for folder in REPEATS]
+    header = (
+        "at the end of training | seeds | reward | sequence KL (nats) "
+        "| fraction of the optimal gain | least gain of a seed | peak memory"
+    )
+    rows = (
+        (
+            row["name"],
+            row["seeds"],
+            f"{row['reward']:.3f} ± {row['reward_sd']:.3f}",
+            f"{row['kl']:.2f}",
+            _percent(row["fraction"]),
+            f"{row['least_gain']:.3f}",
+            f"{row['peak_memory_mb']:,} MB",
+        )
+        for result in results
+        for row in result.spread()
+    )
+    return _table(header, rows) + "".join(_origin(result.provenance) for result in results)
+
+
+def embedded_model() -> str:
+    """A sentence from the card of the embedded model."""
+    folder = ROOT / "dpo_lab" / "assets" / "gpt2-imdb"
+    card = json.loads((folder / "card.json").read_text())
+    held_out, size = card["held_out"], (folder / "model.safetensors").stat().st_size
+    return (
+        f"It has {card['parameters'] / 1e6:.1f} M parameters ({size / 1e6:.1f} MB), GPT-2's "
+        f"architecture and a byte-level BPE of {card['config']['vocabulary']:,} tokens, and was "
+        f"trained from scratch on the 22,500 training reviews in {card['minutes']:.0f} minutes on "
+        f"two CPU cores. On the {held_out['reviews']:,} held-out reviews it needs "
+        f"{held_out['bits_per_byte']:.3f} bits per byte "
+        f"({held_out['nats_per_token']:.3f} nats per token)."
+    )
+
+
+# Speed on a CPU
+
+
+def _ours_and_trl(name: str) -> dict[str, tuple[list[dict], dict, dict]]:
+    """For each workload: the rows of `dpo_lab`, TRL's with its defaults, and TRL's at its best."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for row in _result(name)["table"]:
+        if row["job"] == "dpo":
+            found.setdefault(row["workload"], {}).setdefault(row["contender"], []).append(row)
+
+    def fastest(rows: list[dict]) -> dict:
+        return max(rows, key=lambda row: row["pairs_per_second"])
+
+    return {
+        workload: (of["dpo_lab"], fastest(of["trl_default"]), fastest(of["trl_best"]))
+        for workload, of in found.items()
+    }
+
+
+def _times(ours: dict, theirs: dict, field: str) -> float:
+    return ours[field] / theirs[field]
+
+
+def _processes(result: dict) -> str:
+    """In how many processes each point was measured."""
+    counts = Counter(
+        tuple(run[k] for k in ("job", "workload", "contender", "precision"))
+        for run in result["runs"]
+    )
+    return " or ".join(map(str, sorted(set(counts.values()))))
+
+
+def ratios(name: str = "cpu") -> str:
+    """Pairs per second and peak memory against TRL, one line per workload."""
+    header = (
+        "workload | precision | pairs/s | against TRL's defaults | against TRL's best "
+        "| peak memory against the two"
+    )
+    rows = []
+    for workload, (ours, *theirs) in _ours_and_trl(name).items():
+        for row in ours:
+            times = [_times(row, other, "pairs_per_second") for other in theirs]
+            memory = [_times(row, other, "peak_memory_mb") for other in theirs]
+            rows.append(
+                (
+                    WORKLOADS[workload],
+                    row["precision"],
+                    f"{row['pairs_per_second']:.2f}",
+                    *(f"{ratio:.1f}x" for ratio in times),
+                    ", ".join(f"{ratio:.2f}x" for ratio in memory),
+                )
+            )
+    result = _result(name)
+    more = f", processes per implementation: {_processes(result)}"
+    return _table(header, rows) + _origin(result["provenance"], more)
+
+
+def speed(name: str = "cpu") -> str:
+    """Every implementation on every workload."""
+    result = _result(name)
+    header = (
+        "job, workload | implementation | precision | pairs/s (least, most) "
+        "| without the reference | completion tokens/s | reference tokens/s | peak memory "
+        "| fraction of the limit | difference in loss"
+    )
+
+    # the losses that the others are compared with
+    ours = [
+        row
+        for row in result["table"]
+        if (row["contender"], row["precision"]) == ("dpo_lab", "float32")
+    ]
+    exact = {(row["job"], row["workload"]): row["loss"] for row in ours}
+
+    rows = []
+    for row in result["table"]:
+        least, most = row["spread"]
+        reference = row["reference_tokens_per_second"]
+        difference = abs(row["loss"] - exact[row["job"], row["workload"]])
+        rows.append(
+            (
+                f"{row['job']}, {row['workload']}",
+                row["contender"],
+                row["precision"],
+                f"{row['pairs_per_second']:.2f} ({least:.2f}, {most:.2f})",
+                f"{row['pairs_per_second_without_reference']:.2f}",
+                f"{row['completion_tokens_per_second']:,.0f}",
+                f"{reference:,.0f}" if reference else "",
+                f"{row['peak_memory_mb'] / 1e3:.1f} GB",
+                f"{row['share_of_limit']:.0%}",
+                "" if row in ours else f"{difference:.0e}",
+            )
+        )
+    rates = ", ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {precision}"
+        for precision, rate in result["matmul_flops_per_second"].items()
+    )
+    more = f" ({rates}), processes per implementation: {_processes(result)}"
+    return _table(header, rows) + _origin(result["provenance"], more)
+
+
+def savings() -> str:
+    """Each saving left out alone, and all of them."""
+    result = _result("cost")
+    names = {"all": "nothing", "none": "any of them"}
+    rows = []
+    for name in result["savings"]["paper"]:
+        cells = []
+        for runs in result["savings"].values():
+            seconds = _times(runs[name], runs["all"], "training_seconds")
+            memory = _times(runs[name], runs["all"], "peak_memory_mb")
+            cells.append(f"{seconds:.2f}x time, {memory:.2f}x memory")
+        rows.append((names.get(name, name), *cells))
+    header = " | ".join(["without", *(WORKLOADS[workload] for workload in result["savings"])])
+    return _table(header, rows) + _origin(result["provenance"])
+
+
+def sampling() -> str:
+    """Sampling and labeling on the embedded GPT-2."""
+    result = _result("sampling")
+    ours, theirs = (
+        statistics.median(result["tokens_per_second"][name]) for name in ("dpo_lab", "generate")
+    )
+    return (
+        f"`sample_completions` draws {ours:,.0f} completion tokens per second from the embedded "
+        f"GPT-2; transformers' `generate` draws {theirs:,.0f}. That is {result['ratio']:.1f} times "
+        f"as many. The TF-IDF reward labels {result['labels_per_second']:,.0f} of the completions "
+        "per second." + _origin(result["provenance"])
+    )
+
+
+def latency() -> str:
+    """From a slider's event to the new picture."""
+    result = _result("latency")
+    apart, row = result["apart"], result["in a row"]
+    return (
+        f"Over {len(apart['milliseconds'])} drags of beta's slider {result['pause']} s apart, with "
+        f"ipykernel {result['ipykernel']}, the new picture is in the page after a median of "
+        f"{apart['median']:.0f} ms, and within {apart['p95']:.0f} ms for 95% of them. When each "
+        f"move follows as soon as the last picture is there, the two are {row['median']:.0f} and "
+        f"{row['p95']:.0f} ms." + _origin(result["provenance"])
+    )
+
+
+# On a GPU
+
+
+def _short(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def gpu_exactness() -> str:
+    """How far each form of a batch is from the float64 loop, and the other checks of that stage.
+
+    Each value is that of the newest run that measured it.
+    """
+    if not _gpu():
+        return UNMEASURED
+    runs = [_gpu(), _result("gpu-exactness")]
+    found: dict[str, tuple[dict, str]] = {}
+    for result in runs:
+        for name, value in result["stages"]["exactness"]["results"].items():
+            if name != "tests" and (name not in found or "error" in found[name][0]):
+                found[name] = value, result["provenance"]["commit"]
+
+    errors, others = [], []
+    for name, (value, commit) in found.items():
+        kind, _, what = name.partition("/")
+        failed = f"failed: {value['error']}" if "error" in value else ""
+        if kind == "errors":
+            cells = [failed, ""]
+            if not failed:
+                cells = [f"{value['logps_nats']:.1e}", f"{value['gradient']:.1e}"]
+            errors.append((what.replace("/", ", "), *cells, commit))
+        else:
+            cells = (f"{key.replace('_', ' ')}: {_short(x)}" for key, x in value.items())
+            others.append((name.replace("/", ", "), failed or ", ".join(cells), commit))
+
+    header = (
+        "model, precision, form of the batch | log-prob, off by (nats) | gradient, off by | commit"
+    )
+    tables = _table(header, errors) + "\n\n" + _table("check | result | commit", others)
+    return tables + _on_card(runs[0])
+
+
+def gpu_dpo() -> str:
+    """The paper's protocol, for each reference."""
+    result = _gpu()
+    if not result:
+        return UNMEASURED
+    found = result["stages"]["dpo"]["results"]
+    header = (
+        "reference | prefixes | pairs | steps | reward before | reward after "
+        "| sequence KL (nats) | sampling (s) | training (s) | seconds per step | peak memory"
+    )
+    rows = []
+    for name, label in (("protocol", "trained here"), ("protocol, embedded", "embedded")):
+        run = found[name]
+        rows.append(
+            (
+                label,
+                f"{run['config']['prefixes']:,}",
+                f"{run['pairs']:,}",
+                run["steps"],
+                _reward(run["before"]),
+                _reward(run["after"]),
+                _kl(run["after"]),
+                f"{run['seconds']['sample']:.0f}",
+                f"{run['seconds']['train']:.0f}",
+                f"{run['seconds_per_step']:.3f}",
+                f"{run['peak_memory_mb']:,} MB",
+            )
+        )
+    made = found["from scratch"]
+    held_out = made["held_out"]
+    return (
+        "A model of GPT-2 small's shape with the tokenizer of 8,192 tokens "
+        f"({made['parameters'] / 1e6:.0f}M parameters), trained from scratch for "
+        f"{made['seconds']['train']:.0f} seconds ({made['steps']:,} steps, "
+        f"{made['tokens'] / 1e6:.0f}M tokens), needs {held_out['bits_per_byte']:.3f} bits per byte "
+        f"on {held_out['reviews']:,} held-out reviews. DPO with the paper's settings on it and on "
+        "the embedded model, with as many prefixes as the time allowed:\n\n"
+        + _table(header, rows)
+        + _on_card(result)
+    )
+
+
+def gpu_speed() -> str:
+    """Steps of DPO beside TRL and a textbook loop."""
+    result = _gpu()
+    if not result:
+        return UNMEASURED
+    found = result["stages"]["speed"]["results"]
+    runs = {
+        tuple(name.split("/")): run
+        for name, run in found.items()
+        if name.count("/") == 2 and "error" not in run
+    }
+    header = (
+        "workload | GPT-2 | implementation | pairs/s | against TRL's best | seconds per step "
+        "| of them for the reference | peak memory | against TRL's best "
+        "| fraction of the matmul rate | forward passes | loss"
+    )
+    rows = []
+    ours_first = sorted(runs.items(), key=lambda item: (item[0][:2], item[0][2] != "dpo_lab"))
+    for (workload, size, who), run in ours_first:
+        best = runs.get((workload, size, "trl_best"))
+        rows.append(
+            (
+                workload,
+                size,
+                who,
+                f"{run['pairs_per_second']:,.0f}",
+                f"{_times(run, best, 'pairs_per_second'):.2f}x" if best else "",
+                f"{statistics.median(run['step_seconds']):.3f}",
+                f"{run['reference_seconds_per_step']:.3f}",
+                f"{run['peak_memory_mb'] / 1e3:.1f} GB",
+                f"{_times(run, best, 'peak_memory_mb'):.2f}x" if best else "",
+                f"{run['fraction_of_matmul_rate']:.1%}",
+                run["passes"],
+                f"{run['loss']:.4f}",
+            )
+        )
+    profile = found["profile"]
+    waits = profile["waits_per_step"].get("cudaStreamSynchronize", 0)
+    return (
+        _table(header, rows)
+        + f"\n\nThe matmul rate, {found['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s, is that "
+        "of a product of two 8,192 x 8,192 matrices. Under the profiler a step of the paper's "
+        f"protocol on GPT-2 large launches {profile['launches_per_step']:,.0f} kernels and waits "
+        f"for the GPU {waits:.0f} times, at its end." + _on_card(result)
+    )
+
+
+def gpu_summary() -> str:
+    """A paragraph on what was measured on a GPU."""
+    result = _gpu()
+    if not result:
+        return UNMEASURED
+    found = result["stages"]["speed"]["results"]
+    ours, best = (found[f"paper/large/{who}"] for who in ("dpo_lab", "trl_best"))
+    ratios = [
+        _times(row, found[name.replace("dpo_lab", "trl_best")], "pairs_per_second")
+        for name, row in found.items()
+        if name.endswith("/dpo_lab")
+    ]
+    run = result["stages"]["dpo"]["results"]["protocol"]
+    return (
+        f"On one {result['card']['name']}, the paper's protocol on GPT-2 large's shape in bfloat16 "
+        f"runs at {ours['pairs_per_second']:,.0f} pairs/s, reference log-probs included: "
+        f"{_times(ours, best, 'pairs_per_second'):.1f} times TRL's best, in "
+        f"{_times(ours, best, 'peak_memory_mb'):.2f}x of its memory. Over {len(ratios)} workloads "
+        f"and sizes it is between {min(ratios):.2f} and {max(ratios):.2f} times TRL's best, with "
+        "the lowest ratios on small models. DPO on a model of GPT-2 small's shape, "
+        f"{run['pairs']:,} pairs in {run['seconds']['train']:.0f} seconds, moves the reward of "
+        f"held-out completions from {run['before']['reward']:.3f} to {run['after']['reward']:.3f} "
+        f"at a sequence KL of {run['after']['kl']:.2f} nats. [The whole report](gpu.md)."
+        + _on_card(result)
+    )
+
+
+# The README's results, one sentence each
+
+
+def results() -> str:
+    """Each result in one sentence, with a link to the page that holds all of it."""
+    lines = [_experiment_result(), _methods_result(), *_speed_results(), _gpu_result()]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _experiment_result() -> str:
+    mean, runs = _result("main_job")["mean"], _result("main_job")["rows"]
+    return (
+        f"DPO raises the reward of held-out completions from {mean['reward_before']:.2f} to "
+        f"{mean['reward_after']:.2f} at a sequence KL of {mean['kl_after']:.1f} nats "
+        f"({len(runs)} seeds): [results](docs/results.md)."
+    )
+
+
+def _methods_result() -> str:
+    found = {row["name"]: row for folder in REPEATS for row in load_sweep(folder).spread()}
+    dpo, ppo = (
+        next(row for name, row in found.items() if name.startswith(method))
+        for method in ("DPO", "PPO, learned reward")
+    )
+    return (
+        f"DPO reaches {_percent(dpo['fraction'])} of the gain that is possible at its KL, and PPO "
+        f"with a learned reward {_percent(ppo['fraction'])} ({dpo['seeds']} and {ppo['seeds']} seeds): "
+        "[methods compared](docs/results.md#methods-on-one-task)."
+    )
+
+
+def _speed_results() -> list[str]:
+    ours, _, best = _ours_and_trl("cpu")["paper"]
+    fast = " and ".join(
+        f"{_times(row, best, 'pairs_per_second'):.1f} times ({row['precision']})" for row in ours
+    )
+    memory = " and ".join(f"{_times(row, best, 'peak_memory_mb'):.2f}x" for row in ours)
+    draws, drag = _result("sampling"), _result("latency")["apart"]
+    return [
+        f"On two CPU cores GPT-2 trains {fast} as fast as with TRL's best settings, in {memory} of "
+        "the memory: [speed](docs/speed.md).",
+        f"Sampling is {draws['ratio']:.1f} times as fast as `generate`, and a slider redraws "
+        f"within {drag['p95']:.0f} ms: [both](docs/speed.md#sampling-and-sliders).",
+    ]
+
+
+def _gpu_result() -> str:
+    result = _gpu()
+    if not result:
+        return UNMEASURED
+    found = result["stages"]["speed"]["results"]
+    ours, best = (found[f"paper/large/{who}"] for who in ("dpo_lab", "trl_best"))
+    return (
+        f"On one {result['card']['name']}, GPT-2 large trains "
+        f"{_times(ours, best, 'pairs_per_second'):.1f} times as fast as with TRL's best settings, "
+        f"in {_times(ours, best, 'peak_memory_mb'):.2f}x of the memory: [GPU](docs/gpu.md)."
+    )
+
+
+# The reference pages
+
+
+def front_door() -> str:
+    """The names of `from dpo_lab import ...`, by the module in which each lives."""
+    names = {}
+    for name, home in dpo_lab._HOME.items():
+        names.setdefault(home, []).append(f"`{name}`")
+    rows = ((", ".join(found), f"`{home}`") for home, found in names.items())
+    return _table("`from dpo_lab import ...` | lives in", rows)
+
+
 def equations() -> str:
-    """The equation index, with the notebook cells that show each proof."""
+    """The equation index, with the notebook cells that show each proof and the test of each."""
     code = {
         f"{path.stem}, cell {number}": "".join(cell["source"])
         for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -385,101 +586,70 @@ def equations() -> str:
         )
         if cell["cell_type"] == "code"
     }
-    lines = [
-        "| equation | proved by `symbolic.` | shown in | computed by | test |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for row in equation_index():
+        # the first cell that calls each proof
         names = row["proved by"].split(", ")
         shown = [
             next(place for place, source in code.items() if re.search(rf"\b{name}\(", source))
             for name in names
         ]
-        proofs, computed = ", ".join(f"`{name}`" for name in names), row["computed by"]
-        function, _, field = computed.partition(" ")
-        computed = f"`{function}` {field}".strip() if computed else "(no number: an identity)"
-        lines.append(
-            f"| {row['equation']} | {proofs} | {'; '.join(dict.fromkeys(shown))} | {computed} | `{EQUATION_TESTS[row['equation']]}` |"
+        function, _, field = row["computed by"].partition(" ")
+        computed = f"`{function}` {field}".strip() if function else "(no number: an identity)"
+        rows.append(
+            (
+                row["equation"],
+                ", ".join(f"`{name}`" for name in names),
+                "; ".join(dict.fromkeys(shown)),
+                computed,
+                f"`{EQUATION_TESTS[row['equation']]}`",
+            )
         )
-    return "\n".join(lines)
-
-
-def contender_lines() -> str:
-    """What each contender reaches within 5 nats in the shipped sweep, the most reward first."""
-    result = load_sweep()
-    lines = [
-        "| within 5 nats, best of its runs | reward | sequence KL (nats) | share of the optimal gain | seconds | tokens |",
-        "|---" * 6 + "|",
-    ]
-    for row in sorted(result.summary(at_most=5), key=lambda row: -row["reward"]):
-        share = f"{row['share']:.0%}" if math.isfinite(row["share"]) else ""
-        lines.append(
-            f"| {row['label']} | {row['reward']:.3f} ± {row['reward_se']:.3f} | {row['kl']:.2f} | {share} | {row['seconds']:.0f} "
-            f"| {row['tokens']:,} |"
-        )
-    if result.seconds:
-        lines += [
-            "",
-            f"All {len(result.peak_memory_mb)} runs took {result.seconds / 60:.0f} minutes of wall clock.",
-        ]
-    return "\n".join(lines) + _origin({"provenance": result.provenance})
-
-
-def spread_lines() -> str:
-    """What the shipped runs of several seeds end with."""
-    results = [load_sweep(folder) for folder in REPEATS]
-    lines = [
-        "| at the end of training | seeds | reward | sequence KL (nats) | share of the optimal gain | least gain of a seed | peak memory |",
-        "|---" * 7 + "|",
-    ]
-    for row in (row for result in results for row in result.spread()):
-        share = " to ".join(dict.fromkeys(f"{end:.0%}" for end in row["share"]))
-        lines.append(
-            f"| {row['name']} | {row['seeds']} | {row['reward']:.3f} ± {row['reward_sd']:.3f} | {row['kl']:.2f} "
-            f"| {share} | {row['least_gain']:.3f} | {row['peak_memory_mb']:,} MB |"
-        )
-    return "\n".join(lines) + "".join(
-        _origin({"provenance": result.provenance}) for result in results
-    )
+    return _table("equation | proved by `symbolic.` | shown in | computed by | test", rows)
 
 
 BLOCKS = {
-    "spread": spread_lines,
-    "contenders": contender_lines,
     "main job": main_job,
+    "main job origin": main_job_origin,
     "sweep": sweep,
+    "methods": methods,
+    "spread": spread,
     "embedded model": embedded_model,
+    "results": results,
     "ratios": ratios,
     "ratios of the second machine": partial(ratios, "cpu-avx2"),
     "speed": speed,
     "speed of the second machine": partial(speed, "cpu-avx2"),
+    "savings": savings,
+    "sampling": sampling,
+    "latency": latency,
     "gpu": gpu_summary,
     "gpu exactness": gpu_exactness,
     "gpu dpo": gpu_dpo,
     "gpu speed": gpu_speed,
-    "savings": savings,
-    "sampling": sampling,
-    "latency": latency,
     "scale": table,
+    "front door": front_door,
     "equations": equations,
 }
+
+
+def pages() -> list[Path]:
+    """Every page that may hold a block."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def render(text: str) -> str:
     """A page with its blocks filled."""
     for name in re.findall(r"<!-- (?!end)([a-z ]+) -->", text):
-        start, end = (
-            text.index(f"<!-- {name} -->"),
-            text.index("<!-- end -->", text.index(f"<!-- {name} -->")),
-        )
+        start = text.index(f"<!-- {name} -->")
+        end = text.index("<!-- end -->", start)
         text = f"{text[:start]}<!-- {name} -->\n{BLOCKS[name]()}\n{text[end:]}"
     return text
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in pages():
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
     shipped = load_sweep()
-    plot_sweep(shipped.by_method(), shipped.optimal, shipped.band).savefig(
-        ROOT / "docs" / "frontier.png"
-    )
+    figure = plot_sweep(shipped.by_method(), shipped.optimal, shipped.band)
+    figure.savefig(ROOT / "docs" / "frontier.png")

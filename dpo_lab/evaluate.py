@@ -35,6 +35,10 @@ class Evaluation:
     completions: tuple[tuple[int, ...], ...]
     """token ids of each completion"""
 
+    def summary(self) -> dict[str, float]:
+        """The means and their standard errors, as they are recorded."""
+        return {name: getattr(self, name) for name in ("reward", "reward_se", "kl", "kl_se")}
+
 
 @checked
 def evaluate_policy(

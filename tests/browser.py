@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+ROOT = Path(__file__).parent.parent
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
@@ -22,8 +22,12 @@ CHROMIUM = (
 
 @contextmanager
 def jupyterlab(folder: Path, python: str | Path = sys.executable) -> Iterator[str]:
-    """Address of a JupyterLab of `python` on a copy of the notebooks under `folder`, with settings of its own."""
-    shutil.copytree(NOTEBOOKS, folder / "notebooks")
+    """Address of a JupyterLab of `python` on a copy of the notebooks, with settings of its own.
+
+    As with `make lab`, its root is above the notebooks, which show pictures from docs/.
+    """
+    for part in ("notebooks", "docs/pictures"):
+        shutil.copytree(ROOT / part, folder / part)
     for name, setting in {
         "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell stays in the page
         "apputils-extension/notification": '{"fetchNews": "false"}',  # no question stands in front of it
@@ -48,7 +52,7 @@ def jupyterlab(folder: Path, python: str | Path = sys.executable) -> Iterator[st
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
     }
     process = subprocess.Popen(
-        [str(python), "-m", "jupyterlab", *options, str(folder / "notebooks")],
+        [str(python), "-m", "jupyterlab", *options, str(folder)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -68,13 +72,13 @@ def jupyterlab(folder: Path, python: str | Path = sys.executable) -> Iterator[st
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[BrowserContext]:
-    """A fresh Chromium."""
+    """A fresh Chromium with the window of a small laptop."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
             folder / "profile",
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-            viewport={"width": 1280, "height": 1100},
+            viewport={"width": 1280, "height": 800},
         )
         yield browser
         browser.close()
@@ -90,7 +94,7 @@ def open_notebook(
     page.on(
         "console", lambda message: errors.append(message.text) if message.type == "error" else None
     )
-    page.goto(f"{address}/lab/workspaces/{notebook}/tree/{notebook}.ipynb")
+    page.goto(f"{address}/lab/workspaces/{notebook}/tree/notebooks/{notebook}.ipynb")
     page.locator(".jp-CodeCell").first.wait_for(timeout=90_000)
     # before there is a kernel it says idle, too
     page.locator(".jp-KernelName", has_not_text="No Kernel").first.wait_for(timeout=90_000)
@@ -131,3 +135,16 @@ def run_all_cells(page: Page, seconds: int = 180) -> None:
         if page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text() != "[ ]:":
             break
     wait_until_run(page, page.locator(".jp-CodeCell"), seconds)
+
+
+def too_wide(page: Page) -> list[str]:
+    """The beginnings of equations and code cells that do not fit into the width of the page."""
+    return page.evaluate(
+        """() => {
+            const equations = [...document.querySelectorAll("mjx-container[display=true]")];
+            const code = [...document.querySelectorAll(".jp-CodeCell .cm-scroller")];
+            return [...equations, ...code]
+                .filter(box => box.scrollWidth > box.clientWidth + 1)
+                .map(box => box.innerText.replace(/\\s+/g, " ").slice(0, 80));
+        }"""
+    )

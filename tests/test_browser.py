@@ -9,7 +9,15 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, chromium, jupyterlab, open_notebook, run_all_cells, run_first_cell
+from browser import (
+    CHROMIUM,
+    chromium,
+    jupyterlab,
+    open_notebook,
+    run_all_cells,
+    run_first_cell,
+    too_wide,
+)
 from ipywidgets import HTML, SelectionSlider
 from recording import record_run
 
@@ -18,8 +26,6 @@ from dpo_lab.theory.bandit import sample_pairs
 from dpo_lab.theory.objective import optimal_policy
 from dpo_lab.widgets.explorers import (
     BETAS,
-    REFERENCE,
-    REWARD,
     bandit_explorer,
     beta_explorer,
     betas_explorer,
@@ -27,6 +33,10 @@ from dpo_lab.widgets.explorers import (
     frontier_explorer,
     gradient_weight_explorer,
     training_explorer,
+)
+from dpo_lab.widgets.states import (
+    REFERENCE,
+    REWARD,
 )
 
 pytestmark = [
@@ -147,18 +157,11 @@ def move_every_slider(shown):
         values = by_mouse
 
 
-def test_the_first_run_opens_and_its_first_cell_runs(lab, browser):
-    with open_notebook(browser, lab, "00_first_run") as (page, errors):
-        page.get_by_role("heading", name="00. A first run").first.wait_for(timeout=30_000)
-        run_first_cell(page)
-        page.screenshot(path=SCREENSHOTS / "lab.png")
-        assert not page.locator(FAILED).count() and not page.locator(STDERR).count()
-        assert errors == []
-
-
 def test_the_slider_of_the_first_notebook_moves_and_resets(lab, browser):
     with open_notebook(browser, lab, "00_start_here") as (page, errors):
+        page.get_by_role("heading", name="00. Start here").first.wait_for(timeout=30_000)
         cell = run_first_cell(page)
+        page.screenshot(path=SCREENSHOTS / "lab.png")
         assert not page.locator(FAILED).count() and not page.locator(STDERR).count()
         shown = Shown(page, cell, beta_explorer())
         start = shown.settled()
@@ -177,6 +180,12 @@ def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, 
         assert not page.locator(FAILED).count()
         outputs = page.locator(".jp-OutputArea-output", has=page.locator("img.dpo-lab-picture"))
         assert outputs.count() == len(EXPLORERS[notebook])
+        assert too_wide(page) == []
+
+        # what a reader sees at once, without scrolling
+        seen = page.locator(".jp-WindowedPanel-outer").first.bounding_box()["height"]
+        assert all(output.bounding_box()["height"] <= seen for output in outputs.all())
+
         for k, make in enumerate(EXPLORERS[notebook]):
             move_every_slider(Shown(page, outputs.nth(k), make()))
             outputs.nth(k).screenshot(path=SCREENSHOTS / f"{notebook}-{k}.png")
@@ -187,7 +196,7 @@ RECORDED = {
     "training": (training_explorer, "training_explorer({run!r})"),
     "betas": (
         lambda run: betas_explorer({0.1: run, 5.0: run}, load_sweep().optimal),
-        "betas_explorer({{0.1: {run!r}, 5.0: {run!r}}}, recorded().optimal)",
+        "betas_explorer({{0.1: {run!r}, 5.0: {run!r}}}, load_sweep().optimal)",
     ),
     "frontier": (lambda run: frontier_explorer(), "frontier_explorer()"),
 }
@@ -200,7 +209,7 @@ def test_a_walk_through_recorded_runs_shows_each_with_its_samples(lab, browser, 
     run = folder / f"run-{name}"
     record_run(run)
     lines = [
-        "from dpo_lab.contenders import recorded",
+        "from dpo_lab.sentiment import load_sweep",
         "from dpo_lab.widgets import *",
         source.format(run=str(run)),
     ]

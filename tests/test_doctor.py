@@ -6,7 +6,7 @@ from dpo_lab import doctor
 from dpo_lab.cli import main
 
 
-def test_a_healthy_machine_can_run_the_laptop_lane(capsys):
+def test_a_healthy_machine_can_run_the_laptop_config(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     for what in (
@@ -16,7 +16,7 @@ def test_a_healthy_machine_can_run_the_laptop_lane(capsys):
         "gpu",
         "memory",
         "free disk",
-        "lane",
+        "config",
         "embedded model",
         "sha256",
         "IMDb",
@@ -24,7 +24,9 @@ def test_a_healthy_machine_can_run_the_laptop_lane(capsys):
     ):
         assert what in out, what
     assert (
-        "HF_HUB_OFFLINE" in out and "The laptop lane can run" in out and len(out.splitlines()) <= 24
+        "HF_HUB_OFFLINE" in out
+        and "The laptop config can run" in out
+        and len(out.splitlines()) <= 24
     )
 
 

@@ -7,20 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_lab.cli import main, named_config
-from dpo_lab.engine.runs import read_metrics, read_snapshots
+from dpo_lab.cli import frontier_config, main, named_config, without_minutes
+from dpo_lab.engine.runs import current_config, read_metrics, read_snapshots
 from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment import task
 from dpo_lab.sentiment.precision import PrecisionTest
-from dpo_lab.sentiment.task import TaskConfig, data_config
+from dpo_lab.sentiment.reward import HUB_CLASSIFIER
+from dpo_lab.sentiment.sweep import FrontierConfig
+from dpo_lab.sentiment.task import Task, TaskConfig, data_config, task_config
 
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
 SMALL = (
@@ -120,7 +124,7 @@ def test_steps_run_alone_are_cached_and_give_the_same_run(
         and "ties" in out
     )
     sampled = []
-    monkeypatch.setattr(task, "sample", lambda *a: sampled.append(a))
+    monkeypatch.setattr(task, "sample_with_logps", lambda *a, **k: sampled.append(a))
     run = tmp_path / "run"
     assert (
         main(["train", "--model", str(tiny), "--out", str(run), "--data", str(data), *SMALL]) == 0
@@ -273,18 +277,18 @@ def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothin
     tiny, tmp_path, monkeypatch, capsys
 ):
     """Here the second one comes from the evaluation of the first, whose directory it finds taken."""
-    run, evaluation, statuses = tmp_path / "run", experiment.task_evaluation, []
+    run, evaluation, statuses = tmp_path / "run", Task.evaluate, []
     command = ["train", "--model", str(tiny), "--out", str(run), *SMALL]
 
-    def evaluates(*arguments):
+    def evaluates(*arguments, **options):
         if not statuses:
             statuses.append(None)
             before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
             statuses[0] = main([*command, "--resume"])
             assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-        return evaluation(*arguments)
+        return evaluation(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "task_evaluation", evaluates)
+    monkeypatch.setattr(Task, "evaluate", evaluates)
     assert main(command) == 0 and statuses == [2]
     assert f"in use by process {os.getpid()} " in capsys.readouterr().err
     assert not list(run.glob("*.lock"))
@@ -293,12 +297,12 @@ def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothin
 def test_the_paper_s_config_is_the_paper_s():
     config = experiment.CONFIGS["paper"]
     task, dpo, loop = config.task, config.dpo, config.dpo.loop
-    assert (task.sft_epochs, task.prefixes, task.completions, task.imdb, task.lane) == (
+    assert (task.sft_epochs, task.prefixes, task.completions, task.imdb, task.device) == (
         1,
         25_000,
         4,
         "hub",
-        "gpu",
+        "cuda",
     )
     assert (dpo.beta, dpo.batch_pairs, dpo.loss_type) == (0.1, 64, "sigmoid")
     assert (loop.optimizer, loop.learning_rate, loop.warmup_steps, loop.eval_every) == (
@@ -331,7 +335,7 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--beta", "0"], "beta is 0"),
         (["--beta", "nan"], "beta is nan"),
         (["--label-smoothing", "0.5"], "label_smoothing is 0.5"),
-        (["--kind", "ipo", "--label-smoothing", "0.1"], "label_smoothing.*ipo"),
+        (["--loss-type", "ipo", "--label-smoothing", "0.1"], "label_smoothing.*ipo"),
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--batch-pairs", "0"], "batch_pairs is 0"),
         (["--epochs", "0"], "epochs is 0"),
@@ -341,7 +345,9 @@ def test_another_seed_gives_another_run(tiny, finished, tmp_path):
         (["--max-new-tokens", "64"], "context"),
         (["--imdb", "hub"], "stanfordnlp/imdb|hub"),
         (["--sft-epochs", "-1"], "sft_epochs is -1"),
-        (["--config", "papers"], "--config is 'papers'; it must be one of laptop, paper"),
+        (["--lane", "gpu"], "--lane is now --config: give --config gpu"),
+        (["--lane=laptop"], "--config laptop"),
+        (["--config", "papers"], "--config is 'papers'; it must be one of laptop, gpu, paper"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
@@ -365,8 +371,8 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_lane_without_a_gpu_says_so(tmp_path, capsys):
-    assert main(["train", "--lane", "gpu", "--out", str(tmp_path / "run")]) == 2
+def test_the_gpu_config_without_a_gpu_says_so(tmp_path, capsys):
+    assert main(["train", "--config", "gpu", "--out", str(tmp_path / "run")]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -521,3 +527,158 @@ def test_the_precision_is_measured_once_and_kept(tiny, tmp_path, monkeypatch, ca
         and "precision: 'bfloat16' there, 'float32' asked" in capsys.readouterr().err
     )
     assert not (tmp_path / "b").exists()
+
+
+def test_state_is_settled_once(tiny, tmp_path, monkeypatch):
+    """Processes joined, records read, precision measured, everything loaded, SFT done: once in a run that needs it all."""
+    counts = Counter()
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*arguments, **options):
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for name in ("setup", "recorded_settings", "load_imdb", "load_tokenizer", "train_sft"):
+        spy(task, name)
+    spy(Task, "_measured_precision")
+    spy(task.SentimentReward, "tfidf")
+    arguments = [*SMALL[2:], "--sft-epochs", "1", "--model", str(tiny)]
+    assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 0
+    assert len(counts) == 7 and set(counts.values()) == {1}, counts
+
+
+OLD = {"loss_type": "kind", "gradient_accumulation_steps": "accumulate"}
+
+
+def in_old_names(config):
+    """A config as earlier versions recorded it."""
+    if not isinstance(config, dict):
+        return config
+    found = {OLD.get(name, name): in_old_names(value) for name, value in config.items()}
+    if "device" in found:
+        found["lane"] = {"cpu": "laptop", "cuda": "gpu"}[found.pop("device")]
+        found["reward"] = None
+    return found
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_and_resumed(tiny, finished, tmp_path):
+    """Its configs have `lane`, no reward of their own, `kind` and `accumulate`."""
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    for name in ("config.json", "data/config.json", "training.json"):
+        record = in_old_names(json.loads((old / name).read_text()))
+        assert name == "training.json" or '"lane": "laptop"' in json.dumps(record)
+        (old / name).write_text(json.dumps(record))
+    records = [(old / name).read_bytes() for name in ("config.json", "data/config.json")]
+
+    # finished: not repeated, and evaluated to the same numbers
+    command = ["train", "--model", str(tiny), "--out", str(old), *SMALL]
+    assert main(command) == 0
+    assert main(["evaluate", "--run", str(old)]) == 0
+    summary = json.loads((finished / "summary.json").read_text())["after"]
+    again = json.loads((old / "evaluation.json").read_text())
+    assert {name: again[name] for name in summary} == pytest.approx(summary, abs=1e-5)
+
+    # unfinished: continued from its last checkpoint, to the byte
+    (old / "summary.json").unlink()
+    shutil.rmtree(old / "policy")
+    shutil.rmtree(sorted((old / "checkpoints").iterdir())[-1])
+    assert main([*command, "--resume"]) == 0
+    for name in ("policy/model.safetensors", "samples.md", "snapshots.jsonl"):
+        assert (old / name).read_bytes() == (finished / name).read_bytes()
+    assert records == [(old / name).read_bytes() for name in ("config.json", "data/config.json")]
+
+
+@pytest.mark.parametrize("lane", ["laptop", "gpu"])
+def test_what_a_lane_set_is_read_from_its_record(lane):
+    recorded = {"task": {"lane": lane, "model": None, "reward": "mine", "prefixes": 3}}
+    config = task_config(lane, reward="mine")
+    assert current_config(recorded)["task"] == {
+        "device": config.device,
+        "model": config.model,
+        "reward": "mine",
+        "prefixes": 3,
+    }
+
+
+def test_one_selector_sets_the_task_of_every_command():
+    laptop, gpu, paper = (experiment.CONFIGS[name] for name in ("laptop", "gpu", "paper"))
+    assert (laptop.task.device, laptop.task.model, laptop.task.reward) == (
+        "cpu",
+        "embedded",
+        "tfidf",
+    )
+    assert gpu.dpo == laptop.dpo and gpu.dpo.beta == 0.33
+    assert replace(gpu.task, device="cpu", model="embedded", reward="tfidf") == laptop.task
+    assert (gpu.task.device, gpu.task.model) == ("cuda", "openai-community/gpt2-large")
+    assert (gpu.task.reward, paper.task.model) == (HUB_CLASSIFIER, gpu.task.model)
+    assert frontier_config("laptop") == FrontierConfig()
+    assert frontier_config("gpu").task == replace(gpu.task, prefixes=2_400, eval_prefixes=256)
+    assert task_config("paper", seed=3) == replace(paper.task, seed=3)
+    with pytest.raises(ValueError, match="name is 'papers'; it must be one of 'laptop', 'gpu'"):
+        task_config("papers")
+
+
+def test_an_option_s_earlier_name_is_still_taken():
+    assert named_config(["train", "--accumulate", "4"])[1] == [
+        "train",
+        "--gradient-accumulation-steps",
+        "4",
+    ]
+    nested = ["frontier", "--reward-model.loop.accumulate=2", "--config=gpu"]
+    assert named_config(nested) == (
+        "gpu",
+        ["frontier", "--reward-model.loop.gradient-accumulation-steps=2"],
+    )
+    with pytest.raises(ValueError, match="--lane is now --config"):
+        named_config(["frontier", "--task.lane=gpu"])
+
+
+def test_a_run_fits_into_the_minutes_that_it_is_given(tiny, tmp_path, monkeypatch, capsys):
+    """A new one; one that was begun keeps its size, and one that was named in full is never shrunk."""
+    asked = []
+
+    def fitting(job, speed, seconds, *, least):
+        asked.append((len(job.prompts), seconds, least))
+        return 9
+
+    monkeypatch.setattr(experiment, "fitting_prompts", fitting)
+    small = [*SMALL[:2], *SMALL[4:], "--model", str(tiny), "--minutes", "2"]
+    out = tmp_path / "run"
+    assert main(["train", *small, "--out", str(out)]) == 0
+    (n, seconds, least) = asked.pop()
+    assert n == 7_500 and 0 < seconds < 120 and least == 100 and not asked
+    said = capsys.readouterr().out
+    assert "9 prefixes" in said and "2 minutes" in said and "--prefixes 7500" in said
+    assert len(json.loads((out / "data" / "samples.json").read_text())["prompts"]) == 9
+    for folder in (out, out / "data"):
+        recorded = json.loads((folder / "config.json").read_text())
+        assert recorded.get("task", recorded)["prefixes"] == 9
+
+    # begun: resumed as it is, with minutes and with its number
+    (out / "summary.json").unlink()
+    assert main(["train", *small, "--out", str(out), "--resume"]) == 0
+    assert main(["train", *small[:-2], "--prefixes", "9", "--out", str(out)]) == 0
+    assert main(["plan", *small, "--out", str(out)]) == 0
+    assert not asked
+
+    # no time at all
+    for minutes in ("0", "nan"):
+        where = tmp_path / "never"
+        assert main(["train", *small[:-1], minutes, "--out", str(where)]) == 2
+        assert f"minutes is {float(minutes)}" in capsys.readouterr().err and not where.exists()
+
+    # named in full
+    capsys.readouterr()
+    assert main(["train", *small, "--prefixes=12", "--out", str(tmp_path / "full")]) == 0
+    assert not asked and "--minutes is ignored" in capsys.readouterr().out
+    assert json.loads((tmp_path / "full" / "config.json").read_text())["task"]["prefixes"] == 12
+    assert without_minutes(["train", "--minutes=5", "--prefixes", "3"]) == [
+        "train",
+        "--prefixes",
+        "3",
+    ]

@@ -28,7 +28,7 @@ from dpo_lab.sentiment.results import (
     repeats,
 )
 from dpo_lab.sentiment.sweep import FrontierConfig
-from dpo_lab.sentiment.task import TaskConfig, load_parts
+from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.widgets.explorers import frontier_explorer
 
@@ -93,9 +93,9 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS[:2])
     assert {row["method"] for row in rows} == {"dpo", "ppo", "sft", "best-of-n"}
     assert isinstance(load_sweep(tmp_path).seconds, int)  # one call made it all
-    ran, original = [], frontier.finish_run
+    ran, original = [], frontier.train_run
     monkeypatch.setattr(
-        frontier, "finish_run", lambda run, *rest: ran.append(run) or original(run, *rest)
+        frontier, "train_run", lambda run, *rest: ran.append(run) or original(run, *rest)
     )
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS)
     assert ran == RUNS[2:]
@@ -181,9 +181,7 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     )
     tokens = [row["tokens"] for row in rows if row["method"] == "ppo-gt"]
     assert tokens[0] > 0 and tokens[1] - tokens[0] <= 8 * 6 and tokens == sorted(tokens)
-    monkeypatch.setattr(
-        frontier, "load_parts", lambda task: pytest.fail("everything has run already")
-    )
+    monkeypatch.setattr(Task, "load", lambda task: pytest.fail("everything has run already"))
     finished = tmp_path / RUNS[1].name / "rows.json"
     finished.write_text(json.dumps({**json.loads(finished.read_text()), "commit": "0123456789ab"}))
     assert frontier.frontier(config(tiny), tmp_path, runs=RUNS) == rows
@@ -195,9 +193,8 @@ def test_a_sweep_that_is_not_there_is_named(tmp_path):
         load_sweep(tmp_path)
 
 
-def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny):
-    parts = load_parts(config(tiny).task)
-    found = frontier.baselines(config(tiny).task, parts, k=16)
+def test_best_of_n_grows_with_n_and_one_is_the_reference(tiny, tmp_path):
+    found = frontier.baselines(Task.open(config(tiny).task, tmp_path / "data"), k=16)
     rows, optimal = found["rows"], found["optimal"]
     assert [(row["method"], row["setting"]) for row in rows] == [("sft", 1)] + [
         ("best-of-n", n) for n in (2, 4, 8, 16)
@@ -271,16 +268,16 @@ def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch,
     assert settings["loop"]["eval_every"] == 5 and settings["task"]["prefixes"] == 12
 
 
-def test_a_share_has_two_ends_past_the_estimate_s_end():
+def test_a_fraction_has_two_ends_past_the_estimate_s_end():
     optimal = OptimalFrontier(
         np.array([0.5, 0.8, 0.9]), np.array([0.0, 1.0, 2.0]), np.array([64.0, 20.0, 9.0])
     )
     sweep = SweepResults(
         [{"method": "sft", "reward": 0.5}], optimal, np.empty((3, 0)), {}, {}, {}, {}, None
     )
-    assert sweep.share_bounds(0.65, 1.0) == pytest.approx((0.5, 0.5))
-    assert sweep.share_bounds(0.85, 2.5) == pytest.approx((0.35 / 0.45, 0.35 / 0.4))
-    assert sweep.share_bounds(0.85, 9.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
+    assert sweep.fraction_bounds(0.65, 1.0) == pytest.approx((0.5, 0.5))
+    assert sweep.fraction_bounds(0.85, 2.5) == pytest.approx((0.35 / 0.45, 0.35 / 0.4))
+    assert sweep.fraction_bounds(0.85, 9.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
 
 
 def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_percent_of_the_optimal_gain_within_5_nats():
@@ -294,7 +291,7 @@ def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_pe
         "Preferred-FT": 3,
     }
     for name in ("DPO, beta 0.37", "PPO, true reward, target KL 5.1"):
-        assert rows[name]["share"][0] >= 0.85 and rows[name]["kl"] <= 5
+        assert rows[name]["fraction"][0] >= 0.85 and rows[name]["kl"] <= 5
     assert all(
         row["least_gain"] > (0.2 if name.startswith(("DPO", "PPO")) else 0.05)
         for name, row in rows.items()
@@ -306,13 +303,13 @@ def test_after_sft_every_contender_starts_from_the_tuned_reference(tiny, tmp_pat
     tuned = replace(
         config(tiny), task=replace(config(tiny).task, sft_epochs=1, sft_learning_rate=1e-2)
     )
-    seen, task_evaluation = [], frontier.task_evaluation
+    seen, evaluation = [], Task.evaluate
 
-    def spy(config, parts, policy, prompts):
-        seen.append((weights_hash(policy), weights_hash(parts.reference)))
-        return task_evaluation(config, parts, policy, prompts)
+    def spy(task, policy):
+        seen.append((weights_hash(policy), weights_hash(task.reference)))
+        return evaluation(task, policy)
 
-    monkeypatch.setattr(frontier, "task_evaluation", spy)
+    monkeypatch.setattr(Task, "evaluate", spy)
     frontier.frontier(tuned, tmp_path, runs=[RUNS[2]])
     expected = weights_hash(load_model(str(tmp_path / "data" / "sft" / "model")))
     assert expected != weights_hash(load_model(str(tiny))) and seen[0] == (expected, expected)

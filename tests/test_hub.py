@@ -1,4 +1,4 @@
-"""The names of the paper's lane, offline: a Hugging Face cache as `hf download` leaves it, with the true shape of GPT-2.
+"""The names of the paper's config, offline, in a Hugging Face cache as `hf download` leaves it, with GPT-2's true shape.
 
 Only the weights are made up. The command runs in processes of its own, which see no other cache.
 """

@@ -143,12 +143,9 @@ def test_a_completion_without_eos_to_end_it_is_refused(tokenizer):
 def test_packed_documents_and_prefixes_have_each_marker_once(marked):
     start = marked.eos_token_id if marked.bos_token_id is None else marked.bos_token_id
     texts = ["this film was a joy", "this film"]
-    parts = SimpleNamespace(
-        tokenizer=marked,
-        reference=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64)),
-    )
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
     spelt = [(marked.bos_token or "") + text + marked.eos_token for text in texts]
-    assert _sft_rows(spelt, parts) == _sft_rows(texts, parts)
+    assert _sft_rows(spelt, marked, model) == _sft_rows(texts, marked, model)
     assert whole_documents(marked, spelt) == whole_documents(marked, texts)
     begun = [(marked.bos_token or marked.eos_token) + text for text in texts]
     assert sample_prefixes(begun, marked, 2, seed=0) == sample_prefixes(texts, marked, 2, seed=0)

@@ -1,4 +1,4 @@
-"""Every notebook runs top to bottom in a fresh kernel, offline, and is committed without outputs."""
+"""Every notebook reads well and runs top to bottom in a fresh kernel, offline; it is committed without outputs."""
 
 import re
 from pathlib import Path
@@ -7,21 +7,85 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SITE = "https://dpo-lab.github.io/dpo-lab/"
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def cells(notebook, kind):
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+@every_notebook
 def test_a_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     assert "widgets" not in notebook.metadata
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}}).execute()
+
+
+@every_notebook
+def test_a_notebook_is_of_a_readable_size(path):
+    notebook = nbformat.read(path, as_version=4)
+    text = "\n".join(cell.source for cell in cells(notebook, "markdown"))
     assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1, (
         "one title: each is a page of its own in the site's navigation"
     )
-    lines = [len(cell.source.splitlines()) for cell in notebook.cells if cell.cell_type == "code"]
-    assert max(lines) <= 25 and sum(lines) <= 250
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}}).execute()
+    lengths = [len(cell.source.splitlines()) for cell in cells(notebook, "code")]
+    assert max(lengths) <= 25 and sum(lengths) <= 250
+    assert 25 <= len(notebook.cells) <= 45
+    assert len(text.split()) <= 1_800
+
+    # what JupyterLab shows whole at 1,280 pixels
+    lines = [line for cell in cells(notebook, "code") for line in cell.source.splitlines()]
+    assert not [line for line in lines if len(line) > 88]
+    assert len([line for line in lines if re.match(r"(import|from) ", line)]) <= 6
+
+
+@every_notebook
+def test_a_notebook_begins_with_what_it_is_for(path):
+    notebook = nbformat.read(path, as_version=4)
+    header = notebook.cells[0].source
+    assert header.startswith(f"# {path.stem.split('_')[0]}. ")
+    rows = re.findall(r"^\| \*\*([\w ]+)\*\* \| (.+) \|$", header, re.MULTILINE)
+    assert [name for name, _ in rows] == ["you will", "time", "memory", "needs", "words"]
+    assert f"]({SITE}notebooks/{path.stem}.html)" in header
+
+
+@every_notebook
+def test_a_notebook_has_a_still_picture_near_its_top(path):
+    """It is on disk, and one cell is tagged as the one that it shows."""
+    notebook = nbformat.read(path, as_version=4)
+    top = "\n".join(cell.source for cell in notebook.cells[:3])
+    (picture,) = re.findall(r"^!\[[^\]]+\]\((.+)\)$", top, re.MULTILINE)
+    assert picture == f"../docs/pictures/{path.stem}.png"
+    assert (path.parent / picture).is_file()
+    stills = [cell for cell in notebook.cells if "still" in cell.metadata.get("tags", [])]
+    assert [cell.cell_type for cell in stills] == ["code"]
+
+
+def test_the_first_notebook_in_the_list_is_the_first_to_open():
+    assert NOTEBOOKS[0].stem == "00_start_here"
+    first = cells(nbformat.read(NOTEBOOKS[0], as_version=4), "code")[0]
+    assert first.source == "from dpo_lab import beta_explorer\n\nbeta_explorer()"
+
+
+def test_the_map_lists_every_notebook():
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    (table,) = [cell.source for cell in notebook.cells if "## The map" in cell.source]
+    assert re.findall(r"^\| \[?(\d\w+)", table, re.MULTILINE) == [path.stem for path in NOTEBOOKS]
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for path in NOTEBOOKS:
+        for name in re.findall(r"\]\((\w+\.ipynb)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / name).exists(), f"{path.name} links {name}"
+
+
+def test_the_readme_names_the_same_site():
+    assert SITE in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_there_are_notebooks():

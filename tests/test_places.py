@@ -11,13 +11,13 @@ import pytest
 from conftest import make_reviews
 
 from dpo_lab import cli
-from dpo_lab import sampling as imdb
 from dpo_lab.cli import main
 from dpo_lab.doctor import examine
 from dpo_lab.engine.runs import require_writable
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_rows
 from dpo_lab.sentiment import pretrain, task
+from dpo_lab.sentiment import reviews as imdb
 from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment.reward import SentimentReward, cache_directory
 from dpo_lab.train import DPOConfig, train_dpo

@@ -18,13 +18,21 @@ from dpo_lab.logprobs import completion_logps, logit_path
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model, lora
 from dpo_lab.preferences import Preferences
-from dpo_lab.sampling import sample_completions, sample_with_logps
+from dpo_lab.sampling import rows_on, sample_completions, sample_with_logps
 from dpo_lab.sentiment import cost as planning
 from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment import task as task_steps
-from dpo_lab.sentiment.cost import Plan, forward_flops, plan, sampling_flops, training_flops
+from dpo_lab.sentiment.cost import (
+    Job,
+    Plan,
+    Speed,
+    forward_flops,
+    plan,
+    sampling_flops,
+    training_flops,
+)
 from dpo_lab.sentiment.run import ExperimentConfig
-from dpo_lab.sentiment.task import TaskConfig
+from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig
 
 PROMPTS = [[0, 5], [0, 9, 4, 2, 7], [0, 3, 3], [0, 8, 1, 6]]
@@ -231,7 +239,7 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
         task, DPOConfig(batch_pairs=20, epochs=2, loop=LoopConfig(eval_every=3))
     )
     summary = experiment.train(config, tmp_path / "run")
-    made = experiment.planned(config, task_steps.load_parts(task))
+    made = experiment.plan_run(config, tmp_path / "elsewhere")
     assert f"{'train':<10}{counts['trained']:>14,}" in capsys.readouterr().out
     found = Preferences.load(tmp_path / "run" / "data" / "preferences")
     assert summary["pairs"] == 6 * 12 and counts["trained"] == made.tokens["train"]
@@ -254,18 +262,19 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
         precision="float32",
         sft_epochs=2,
     )
-    parts, read = task_steps.load_parts(task), []
-    config = ExperimentConfig(task, DPOConfig(batch_pairs=20))
-    made = experiment.planned(config, parts)
-    without = experiment.planned(replace(config, task=replace(task, sft_epochs=0)), parts)
+    config, read = ExperimentConfig(task, DPOConfig(batch_pairs=20)), []
+    made = experiment.plan_run(config, tmp_path / "run")
+    plain = replace(config, task=replace(task, sft_epochs=0))
+    without = experiment.plan_run(plain, tmp_path / "run")
+    opened = Task.open(task, tmp_path / "data")
+    batch, batches = opened.planned_sft()
     monkeypatch.setattr(loop, "_to", lambda micro, device: read.append(micro) or micro)
-    task_steps.sft(task, tmp_path, parts)
-    batch, batches = task_steps.planned_sft(task, parts)
+    reference = opened.reference
     assert batches * batch.n == sum(micro.n for micro in read)
     assert made.tokens == {"SFT": batch.tokens * batches} | without.tokens
     per_token = made.flops["SFT"] / made.tokens["SFT"]
     assert per_token == pytest.approx(
-        planning.training_flops(parts.reference, read[0], "float32") / read[0].tokens, rel=0.1
+        planning.training_flops(reference, read[0], "float32") / read[0].tokens, rel=0.1
     )
     assert (
         not without.tuning
@@ -274,6 +283,56 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
         and "SFT" not in str(without)
     )
     assert replace(made, tuning=made.tuning | {"logits": 10**13}).peak > 10**13
+
+
+def made_up_speed(**changes):
+    speed = Speed(
+        1e9, 0.5e9, training=2e9, tuning=3e9, scoring=4e9, scoring_during=5e9, labeling=0.01
+    )
+    return replace(speed, **changes)
+
+
+def test_as_many_prompts_are_taken_as_there_is_time_for(model):
+    job = Job(model, PROMPTS * 50, DPOConfig(batch_pairs=20), 4, 8, 8)
+    speed = made_up_speed()
+
+    def seconds(n):
+        return sum(planning.costs(replace(job, prompts=job.prompts[:n]), speed)[2].values())
+
+    for time in (seconds(60), (seconds(60) + seconds(61)) / 2):
+        assert planning.fitting_prompts(job, speed, time, least=10) == 60
+    assert planning.fitting_prompts(job, speed, 0.0, least=10) == 10
+    assert planning.fitting_prompts(job, speed, 1e9, least=10) == 200
+
+
+def test_the_seconds_of_a_phase_are_its_flops_at_its_rate_and_the_labels(model):
+    job = Job(model, PROMPTS * 5, DPOConfig(batch_pairs=20), 4, 8, 8)
+    _, flops, seconds = planning.costs(job, made_up_speed())
+    counts = planning.completions_of(job)
+    assert counts.drawn == 80
+    assert seconds["sample"] == pytest.approx(flops["sample"] / 1e9 + 0.01 * counts.drawn)
+    assert seconds["train"] == pytest.approx(flops["train"] / 2e9)
+
+    # two rates of sampling and of scoring, and the labels
+    to_score = forward_flops(model, job.micro_batch) / job.micro_batch.n
+    to_draw = flops["sample"] / counts.drawn
+    expected = to_draw * (counts.sampled / 1e9 + counts.sampled_during / 0.5e9)
+    expected += to_score * (counts.scored / 4e9 + counts.scored_during / 5e9)
+    expected += 0.01 * (counts.sampled + counts.sampled_during)
+    assert seconds["evaluate"] == pytest.approx(expected)
+
+
+def test_memory_of_sampling_is_that_of_a_batch_on_each_thread(model, monkeypatch):
+    """A batch is as large as the sampler makes it."""
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        job = Job(model, PROMPTS * 1_000, DPOConfig(), 4, 8, 8)
+        sampling, _, _ = planning.memory(job)
+        found.append(sampling["cache"])
+    rows = rows_on(torch.device("cpu"))
+    assert found[0] == planning.sampling_bytes(model, rows, 5 + 8, "float32")["cache"]
+    assert found[1] == 3 * found[0]
 
 
 def small_plan(**changes):
@@ -312,7 +371,7 @@ def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(
 ):
     with pytest.raises(
         ValueError,
-        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--accumulate.*checkpointing.*--lora-rank.*bfloat16",
+        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--gradient-accumulation-steps.*checkpointing.*--lora-rank.*bfloat16",
     ):
         small_plan(available=59 * 10**8).check()
     monkeypatch.setattr(planning, "available_bytes", lambda device: 10**6)

@@ -1,27 +1,68 @@
-"""The README says what was measured, and its lines of code run."""
+"""The pages say what was measured, their code runs as pasted, and what they name exists."""
 
 import importlib.util
 import json
+import math
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
-import torch
+import pytest
+import yaml
 
-from dpo_lab.logprobs import score_completions
 from dpo_lab.sentiment.run import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
+}
+SNIPPETS = [
+    pytest.param(code, id=f"{page}-{i}")
+    for page, text in PAGES.items()
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
 
 
-def test_the_figures_are_those_of_the_recorded_results(monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """benchmarks/readme.py as a module."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        assert module.render(text := page.read_text(encoding="utf-8")) == text
-    assert "±" in README and "bits a byte" in README.replace("\n", " ")
+    return module
+
+
+# Figures
+
+
+def test_the_figures_are_those_of_the_recorded_results(figures):
+    for page in figures.pages():
+        text = page.read_text(encoding="utf-8")
+        assert figures.render(text) == text, f"run python benchmarks/readme.py: {page.name}"
+    assert "±" in README
+    assert "bits per byte" in PAGES["docs/models.md"].replace("\n", " ")
+
+
+def test_every_block_of_figures_stands_in_a_page(figures):
+    used = {
+        name
+        for page in figures.pages()
+        for name in re.findall(r"<!-- ([a-z ]+) -->", page.read_text(encoding="utf-8"))
+    }
+    assert used - {"end"} == set(figures.BLOCKS)
+
+
+def test_a_page_without_measurements_on_a_gpu_says_so(figures, monkeypatch):
+    monkeypatch.setattr(figures, "ROOT", ROOT / "nowhere")
+    names = ("gpu", "gpu exactness", "gpu dpo", "gpu speed")
+    page = "\n".join(f"<!-- {name} -->\n<!-- end -->" for name in names)
+    assert figures.render(page).count(figures.UNMEASURED) == 4
+    assert figures._gpu_result() == figures.UNMEASURED
 
 
 def test_the_default_beta_has_the_most_reward_within_4_nats():
@@ -34,48 +75,156 @@ def test_the_default_beta_has_the_most_reward_within_4_nats():
     assert (best["beta"], best["learning_rate"]) == (config.beta, config.loop.learning_rate)
 
 
-def test_the_homework_lines_run(model):
+def test_every_equation_names_a_test_that_exists(figures):
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert set(figures.EQUATION_TESTS) == {row["equation"] for row in figures.equation_index()}
+    for name in figures.EQUATION_TESTS.values():
+        assert f"def {name}(" in tests
+
+
+# Code
+
+
+def test_the_homework_lines_run():
     code = re.search(r"homework\n\n```python\n(.*?)```", README, re.DOTALL)[1]
-    assert len([line for line in code.splitlines() if line]) == 5
-    prompts, completions, prompt_of = (
-        [[0, 5], [0, 9]],
-        [[3, 0], [4, 8, 0], [7, 0], [6, 6, 6, 0]],
-        [0, 0, 1, 1],
-    )
-    names = {
-        "policy": model,
-        "prompts": prompts,
-        "completions": completions,
-        "prompt_of": prompt_of,
-    }
-    names |= {"reference_logps": score_completions(model, prompts, completions, prompt_of)}
-    names |= {"chosen": torch.tensor([0, 2]), "rejected": torch.tensor([1, 3])}
+    assert len([line for line in code.splitlines() if line]) <= 12
+    names = {}
     exec(code, names)
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is not None for p in names["policy"].parameters())
+    assert names["dpo"].losses.tolist() == pytest.approx(2 * [math.log(2)])
+    assert len(names["logps"]) == 4
 
 
-def test_every_file_and_command_named_exists():
-    for name in re.findall(r"`(\w+\.py)`", README):
-        assert (ROOT / "dpo_lab" / name).exists(), name
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_a_snippet_has_no_undefined_name_and_imports_from_the_front(code):
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E9,F", "-"]
+    checked = subprocess.run(command, input=code, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    packages = {path.parent.name for path in (ROOT / "dpo_lab").glob("*/__init__.py")}
+    for name in re.findall(r"^\s*(?:from|import) dpo_lab\.?([\w.]*)", code, re.MULTILINE):
+        assert name in packages | {""}, name
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_a_snippet_runs_as_pasted(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+
+
+# What is named exists
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
+    assert len(README.encode()) <= 8_000
+
+
+def test_the_first_screen_is_a_sentence_a_picture_a_command_and_the_notebooks():
+    order = ["# DPO Lab", "docs/pictures/beta_slider.", "make lab", "| notebook |", "## Use it"]
+    places = [README.index(part) for part in order]
+    assert places == sorted(places)
+    notebooks = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\) \|.*\| \d+ \|$", README, re.M)
+    assert notebooks == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_the_tree_lists_what_is_in_the_package():
+    package = ROOT / "dpo_lab"
+    listed = re.findall(r"^  (\w+(?:\.py|/)) ", README, re.MULTILINE)
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert sorted(listed) == sorted(files | folders)
+
+
+def test_the_api_page_lists_every_module():
+    package = ROOT / "dpo_lab"
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    listed = re.findall(r"automodule:: ([\w.]+)", PAGES["docs/api.md"])
+    assert sorted(listed) == sorted(modules)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_file_named_exists(page):
+    text, folder = PAGES[page], (ROOT / page).parent
+    for path in re.findall(r'src="([^"]*)"', text):
+        assert (folder / path).exists(), path
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        target = folder / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in headings(target.read_text(encoding="utf-8")), (path, anchor)
+    for path in re.findall(r"`((?:dpo_lab|benchmarks|docs|tests|notebooks)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
-    listed = set(re.findall(r"`(\w+\.py)`", README.split("## Map")[1]))
-    assert listed == {p.name for p in (ROOT / "dpo_lab").glob("*.py")} - {"__init__.py"}
 
 
-def test_files_import_only_files_above_them():
-    order = re.findall(r"`(\w+)\.py`", README.split("## Map")[1].split("A file imports")[0])
-    for place, name in enumerate(order):
-        source = (ROOT / "dpo_lab" / f"{name}.py").read_text()
-        for used in re.findall(r"^(?:from|import) dpo_lab\.(\w+)", source, re.MULTILINE):
-            assert order.index(used) < place, f"{name} imports {used}"
+def headings(text: str) -> set[str]:
+    """The anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_a_page_without_measurements_on_a_gpu_says_so(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "ROOT", ROOT / "nowhere")
-    page = "<!-- gpu -->\n<!-- end -->\n<!-- gpu exactness -->\n<!-- end -->\n<!-- gpu dpo -->\n<!-- end -->\n<!-- gpu speed -->\n<!-- end -->"
-    assert module.render(page).count(module.UNMEASURED) == 4
+@pytest.mark.parametrize("page", set(PAGES) - {"CHANGELOG.md"})
+def test_every_command_named_exists(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", PAGES[page], re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    from dpo_lab.cli import COMMANDS
+
+    for command in re.findall(r"(?:^|`|/)dpo-lab ([a-z]+)", PAGES[page], re.MULTILINE):
+        assert command in COMMANDS, command
+    for config in re.findall(r"--config (\w+)", PAGES[page]):
+        assert config in CONFIGS, config
+    assert "--lane" not in PAGES[page]
+
+
+# Words
+
+UNIT = (
+    "nats|nat|tokens|seconds|minutes|hours|bytes|ms|bits|pairs|pair|completions|memory|times|one|once"
+    "|FLOPs|weights|log-probs|parameters|prompts|steps|GB|MB|s|traffic|compute|reads?|costs?"
+)
+OF = (
+    "token|step|pair|second|minute|prompt|prefix|completion|byte|batch|row|GPU|process|seed|page|"
+    "parameter|epoch|run|model|position|point|contender"
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_rate_says_per(page):
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL).replace("\n", " ")
+    assert re.findall(rf"\b(?:{UNIT}|\d) an? (?:{OF})\b", text) == []
+
+
+def test_british_spelling_and_own_words_are_gone():
+    own = (
+        r"\b(?:contenders?|licence|labell\w+|tokenis\w+|minimis\w+|optimis\w+|quantis\w+|colour)\b"
+    )
+    for page, text in PAGES.items():
+        if page != "CHANGELOG.md":
+            prose = re.sub(r"`[^`]*`", "", text)
+            assert re.findall(own, prose, re.IGNORECASE) == [], page
+
+
+# The version
+
+
+def test_the_version_is_that_of_pyproject():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    assert re.search(r"^## (\S+):", PAGES["CHANGELOG.md"], re.MULTILINE)[1] == version
+
+
+def test_the_citation_file_has_what_its_format_asks_for():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["authors"] and citation["title"] and citation["message"]
+    assert (
+        citation["license"]
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    )
+    for reference in citation["references"]:
+        assert {"type", "title", "authors"} <= set(reference)

@@ -1,1 +1,104 @@
-"""The paper's controlled-sentiment experiment: reviews, reward, task, run, sweep."""
+"""The paper's controlled-sentiment experiment: reviews, reward, task, plan, run, sweep and its
+results.
+
+Names are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# for editors and type checkers, which do not run `__getattr__`
+if TYPE_CHECKING:
+    from dpo_lab.sentiment.cost import plan
+    from dpo_lab.sentiment.precision import measure_precision
+    from dpo_lab.sentiment.pretrain import held_out_loss
+    from dpo_lab.sentiment.results import (
+        LABELS,
+        REPEATS,
+        Run,
+        load_hacking,
+        load_sweep,
+        paper_runs,
+        repeats,
+    )
+    from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
+    from dpo_lab.sentiment.reward import SentimentReward, cache_directory
+    from dpo_lab.sentiment.run import (
+        CONFIGS,
+        ExperimentConfig,
+        plan_run,
+        save_figures,
+        save_samples,
+        save_snapshot,
+        train,
+    )
+    from dpo_lab.sentiment.sweep import FrontierConfig, frontier
+    from dpo_lab.sentiment.task import Task, TaskConfig, save_policy, task_config
+
+__all__ = [
+    "CONFIGS",
+    "ExperimentConfig",
+    "FrontierConfig",
+    "LABELS",
+    "REPEATS",
+    "Run",
+    "SentimentReward",
+    "Task",
+    "TaskConfig",
+    "cache_directory",
+    "frontier",
+    "held_out_loss",
+    "load_hacking",
+    "load_imdb",
+    "load_sweep",
+    "measure_precision",
+    "paper_runs",
+    "plan",
+    "plan_run",
+    "repeats",
+    "sample_prefixes",
+    "save_figures",
+    "save_policy",
+    "save_samples",
+    "save_snapshot",
+    "task_config",
+    "train",
+]
+
+# where each name lives
+_NAMES = {
+    "cost": ("plan",),
+    "precision": ("measure_precision",),
+    "pretrain": ("held_out_loss",),
+    "results": ("LABELS", "REPEATS", "Run", "load_hacking", "load_sweep", "paper_runs", "repeats"),
+    "reviews": ("load_imdb", "sample_prefixes"),
+    "reward": ("SentimentReward", "cache_directory"),
+    "run": (
+        "CONFIGS",
+        "ExperimentConfig",
+        "plan_run",
+        "save_figures",
+        "save_samples",
+        "save_snapshot",
+        "train",
+    ),
+    "sweep": ("FrontierConfig", "frontier"),
+    "task": ("Task", "TaskConfig", "save_policy", "task_config"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module in which a name lives, and keep the name here."""
+    if name not in _HOME:
+        raise AttributeError(
+            f"module 'dpo_lab.sentiment' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
+    found = getattr(import_module(f"dpo_lab.sentiment.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)

@@ -1,15 +1,18 @@
 """What a run will cost, before it starts: tokens, FLOPs, memory and seconds.
 
-Tokens and FLOPs follow from the config; seconds and activations come from a pass of a few rows on this machine.
+Tokens and FLOPs follow from the config; seconds and activations come from passes of a few rows on
+this machine.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from math import comb
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import ceil, comb
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +21,18 @@ from transformers.pytorch_utils import Conv1D
 from dpo_lab.batching import CompletionBatch, completion_batch
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, return_freed_memory
+from dpo_lab.engine.distributed import from_main
 from dpo_lab.engine.lm_head import SOFTMAX_ROWS, logits_budget
 from dpo_lab.engine.pieces import ROUND
 from dpo_lab.engine.runs import peak_memory_mb
-from dpo_lab.logprobs import Precision, autocast, can_compact, completion_logps, completion_states
+from dpo_lab.logprobs import (
+    Precision,
+    autocast,
+    can_compact,
+    completion_logps,
+    completion_states,
+    score_completions,
+)
 from dpo_lab.loop import (
     LoopConfig,
     blocks_of,
@@ -32,45 +43,46 @@ from dpo_lab.loop import (
 )
 from dpo_lab.models import lora
 from dpo_lab.sampling import rows_on, sample_completions
+from dpo_lab.sentiment.task import (
+    FRONTIER_COMPLETIONS,
+    FRONTIER_PREFIXES,
+    SNAPSHOT_PAIRS,
+    prefixes_during,
+)
 from dpo_lab.train import DPOConfig, check_config, plan_prompts
 
-TRIAL_FLOPS = (
-    3e10  # of a measured pass on a CPU: a fraction of a second; a thousand times that on a GPU
-)
+# of a measured pass on a CPU: about a second; on a GPU a thousand times as many
+TRIAL_FLOPS = 1e11
 
-TRIAL_TOKENS = 6  # sampled to measure how fast that goes
+# fraction of activations and logits lost to heap fragmentation on a CPU: measured
+SLACK = 0.3
 
-SLACK = 0.3  # of activations and logits, as bytes that a CPU's allocator holds in gaps too small for the next tensor: measured
+# tensors of the parameter's size that an optimizer keeps
+MOMENTS = {"AdamW": 2, "RMSprop": 1, "Muon": 1}
 
-FRONTIER = (32, 64)  # prompts and completions of each, from which the optimal frontier is estimated
-
-SNAPSHOT_PAIRS = 128  # scored at every evaluation
-
-MOMENTS = {
-    "AdamW": 2,
-    "RMSprop": 1,
-    "Muon": 1,
-}  # tensors of the parameter's size that an optimizer keeps
-
-COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}  # of each parameter's step
+# bytes of each parameter's step counter
+COUNTER_BYTES = {"AdamW": 4, "RMSprop": 4, "Muon": 0}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens, FLOPs and seconds of each phase (SFT where there is one, sample, train, evaluate), and memory by part."""
+    """Tokens, FLOPs and seconds of each phase of a run, and memory by part.
+
+    The phases are SFT (where there is any), sample, train and evaluate.
+    """
 
     tokens: dict[str, int]
-    """completion tokens, if none ends before `max_new_tokens`: an upper bound; of SFT, those that are predicted"""
+    """completion tokens if none ends early, an upper bound; for SFT, predicted tokens"""
     flops: dict[str, float]
     """matmuls and attention"""
     seconds: dict[str, float]
-    """on this machine; what is neither sampling nor training nor evaluation (reviews, labels, figures) is left out"""
+    """on this machine; loading the reviews and drawing the figures are left out"""
     sampling: dict[str, int]
     """bytes by part while it samples"""
     training: dict[str, int]
     """bytes by part in a step"""
     available: int | None
-    """bytes that this process can have, with those that it has; None where the system does not tell"""
+    """bytes that this process can have in all; None where the system does not tell"""
     tuning: dict[str, int] = field(default_factory=dict)
     """bytes by part in a step of SFT, where there is one"""
 
@@ -85,36 +97,141 @@ class Plan:
             needs = max(self.training, self.tuning, key=lambda parts: sum(parts.values()))
             part = max(needs, key=needs.__getitem__)
             raise ValueError(
-                f"this run needs about {_gb(self.peak)} of memory, most of it in {part}, and there are {_gb(self.available)}. "
-                "Take a smaller --model; a smaller --batch-pairs, or a larger --accumulate; --gradient-checkpointing; "
-                "--lora-rank 8, which trains adapters; or --precision bfloat16"
+                f"this run needs about {_gb(self.peak)} of memory, most of it in {part}, and there "
+                f"are {_gb(self.available)}. Take a smaller --model; a smaller --batch-pairs, or a "
+                "larger --gradient-accumulation-steps; --gradient-checkpointing; --lora-rank 8, "
+                "which trains adapters; or --precision bfloat16"
             )
 
     def __str__(self) -> str:
+        # a row per phase
         lines = [f"{'plan':<10}{'tokens':>14}{'TFLOPs':>12}{'seconds':>10}"]
-        for name in self.tokens:
-            lines.append(
-                f"{name:<10}{self.tokens[name]:>14,}{self.flops[name] / 1e12:>12,.2f}{self.seconds[name]:>10,.0f}"
-            )
-        total = sum(self.seconds.values())
-        lines.append(
-            f"{'all':<10}{sum(self.tokens.values()):>14,}{sum(self.flops.values()) / 1e12:>12,.2f}{total:>10,.0f}"
-        )
-        for name, parts in (
-            ("SFT", self.tuning),
-            ("sampling", self.sampling),
-            ("training", self.training),
-        ):
-            if not parts:
-                continue
-            listed = ", ".join(f"{part} {n_bytes / 1e6:,.0f}" for part, n_bytes in parts.items())
-            lines.append(f"{name + ', MB':<14}{sum(parts.values()) / 1e6:>10,.0f} = {listed}")
+        rows = [
+            (name, self.tokens[name], self.flops[name], self.seconds[name]) for name in self.tokens
+        ]
+        numbers = (self.tokens, self.flops, self.seconds)
+        rows.append(("all", *(sum(found.values()) for found in numbers)))
+        for name, tokens, flops, seconds in rows:
+            lines.append(f"{name:<10}{tokens:>14,}{flops / 1e12:>12,.2f}{seconds:>10,.0f}")
+
+        # memory by part
+        memory = {"SFT": self.tuning, "sampling": self.sampling, "training": self.training}
+        for name, parts in memory.items():
+            if parts:
+                listed = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in parts.items())
+                total = sum(parts.values()) / 1e6
+                lines.append(f"{name + ', MB':<14}{total:>10,.0f} = {listed}")
         there = "unknown" if self.available is None else _gb(self.available)
-        return "\n".join([*lines, f"peak {_gb(self.peak)}, of {there} that there are"])
+        return "\n".join([*lines, f"peak {_gb(self.peak)}, of {there} available"])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run does, as far as its cost goes."""
+
+    reference: nn.Module
+    """whose first weights are the policy's"""
+    prompts: Sequence[Sequence[int]]
+    """training prefixes, as token ids with BOS"""
+    config: DPOConfig
+    """how the policy is trained"""
+    completions: int
+    """per prompt"""
+    max_new_tokens: int
+    """of a completion"""
+    eval_prefixes: int
+    """held-out prefixes of the evaluations"""
+    precision: str = "float32"
+    """of sampling and training"""
+    sft: CompletionBatch | None = None
+    """a batch of SFT, where there is any"""
+    sft_batches: int = 0
+    """how many of them are read"""
+    reward: Callable[[list[str]], Any] | None = None
+    """what labels the texts; its time is not planned where there is none"""
+    texts: Sequence[str] = ()
+    """some of about the length that it will get"""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.reference.parameters()).device
+
+    @cached_property
+    def steps(self) -> list[list[int]]:
+        """The prompts of each step, by their indices."""
+        pairs = list(range(comb(self.completions, 2)))
+        groups = [pairs] * len(self.prompts)
+        return plan_prompts(groups, self.config.epochs, self.config.batch_pairs, 0)
+
+    @cached_property
+    def micro_batch(self) -> CompletionBatch:
+        """A forward pass of training."""
+        n = ceil(len(self.steps[0]) / self.config.loop.gradient_accumulation_steps)
+        return self.batch(self.prompts[:n])
+
+    @cached_property
+    def trial_prompts(self) -> list[list[int]]:
+        """Those of a forward pass that can be measured in a second."""
+        most = len(self.prompts) * self.completions
+        rows = _trial_rows(self.reference, self.max_new_tokens, most)
+        n = min(rows // self.completions + 1, max(2, len(self.steps[0])))
+        return [list(ids) for ids in self.prompts[:n]]
+
+    @cached_property
+    def trial(self) -> CompletionBatch:
+        """As much of a forward pass of training as can be measured in a second, on its device."""
+        return self.batch(self.trial_prompts).to(self.device)
+
+    @property
+    def trial_flops(self) -> float:
+        """FLOPs of scoring the trial."""
+        return forward_flops(self.reference, self.trial)
+
+    def batch(self, prompts: Sequence[Sequence[int]]) -> CompletionBatch:
+        """The completions of these prompts as training lays them out, none of them ended."""
+        return _batch(self.reference, prompts, self.completions, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine does, measured on a few rows.
+
+    During training a policy is evaluated with its adapters, on one batch of prefixes.
+    """
+
+    sampling: float
+    """FLOP/s of sampling, as many batches at a time as there are threads"""
+    sampling_during: float
+    """FLOP/s of sampling in an evaluation during training"""
+    training: float
+    """FLOP/s of forward and backward passes, with adapters where they are trained"""
+    tuning: float
+    """FLOP/s of forward and backward passes of all weights, as in SFT"""
+    scoring: float
+    """FLOP/s of forward passes in float32"""
+    scoring_during: float
+    """FLOP/s of forward passes in float32 during training"""
+    labeling: float
+    """seconds per text of the reward"""
+
+
+class Counts(NamedTuple):
+    """Completions that a run samples and scores."""
+
+    drawn: int
+    """sampled to train on"""
+    sampled: int
+    """sampled before and after training, and for the optimal frontier"""
+    sampled_during: int
+    """sampled in evaluations during training"""
+    scored: int
+    """scored by the reference, or by the policy after training"""
+    scored_during: int
+    """scored by the policy during training, with those of the snapshots"""
 
 
 @checked
-@kept_memory()
 def plan(
     reference: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -124,17 +241,15 @@ def plan(
     max_new_tokens: int,
     eval_prefixes: int,
     precision: Precision = "float32",
-    sft: CompletionBatch | None = None,
-    sft_batches: int = 0,
 ) -> Plan:
-    """The cost of `experiment.train` with these prompts and the first weights of the policy, which are `reference`'s.
+    """The cost of `run.train` with these prompts and a policy that begins with the weights of
+    `reference`.
 
-    SFT before that takes `sft_batches` forward and backward passes of batches like `sft`.
-
-    A forward pass takes 2 FLOPs a weight and token, a backward pass 4 (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361,
-    Section 2.1): for the weights of the blocks at every position, for those of the LM head at completion tokens only, and
-    once more forward for what is computed again. Attention's two products take 4 x width x layers for each query and key
-    (sdpa visits all of a padded row), and twice that backward.
+    A forward pass takes 2 FLOPs per weight and token, a backward pass 4 (Kaplan et al. 2020,
+    https://arxiv.org/abs/2001.08361, Section 2.1): for the weights of the blocks at every position,
+    for those of the LM head at completion tokens only; what is recomputed takes 2 more.
+    Attention's two products take 4 x width x layers for each query and key (sdpa visits all of a
+    padded row), and twice that backward.
 
     Raises:
         ValueError: nothing to train on.
@@ -142,76 +257,176 @@ def plan(
     check_config(config)
     if not prompts:
         raise ValueError("there are no prompts; give at least one, as token ids with BOS")
-    n, k, device = len(prompts), completions, next(reference.parameters()).device
-    groups = [list(range(comb(k, 2)))] * n
-    steps = plan_prompts(groups, config.epochs, config.batch_pairs, 0)
-    some = prompts[: -(-len(steps[0]) // config.loop.gradient_accumulation_steps)]
-    micro = _batch(reference, some, k, max_new_tokens)
-    again = config.loop.gradient_checkpointing
-    warn_of_warmup(len(steps), config.loop)
-    evaluations = sum(evaluates(step, len(steps), config.loop) for step in range(1, len(steps) + 1))
-    m, (few, many) = eval_prefixes, FRONTIER
-    sampled = 2 * m + evaluations * max(8, m // 4) + min(few, m) * many
-    scored = 2 * (m + evaluations * max(8, m // 4)) + (evaluations + 1) * 2 * min(
-        SNAPSHOT_PAIRS, n * comb(k, 2)
+    job = Job(
+        reference, prompts, config, completions, max_new_tokens, eval_prefixes, precision=precision
     )
-    completed = {"sample": n * k, "train": config.epochs * n * k, "evaluate": sampled + scored}
+    return plan_job(job, measure_speed(job))
 
-    forward = forward_flops(reference, micro) / micro.n
-    trained_on = (
-        training_flops(reference, micro, precision, again=again, rank=config.lora_rank) / micro.n
-    )
-    drawn = sampling_flops(reference, sum(map(len, prompts)) / n, max_new_tokens)
-    flops = {
-        "sample": n * k * drawn,
-        "train": config.epochs * n * k * trained_on,
-        "evaluate": sampled * drawn + scored * forward,
-    }
-    trial = _batch(
-        reference,
-        prompts[: _rows(reference, max_new_tokens, device.type, n * k) // k + 1],
-        k,
-        max_new_tokens,
-    )
-    rate = {p: training_rate(reference, trial.to(device), p) for p in {"float32", precision}}
-    drawing = sampling_rate(reference, prompts, k, max_new_tokens, precision)
-    seconds = {
-        "sample": flops["sample"] / drawing,
-        "train": flops["train"] / rate[precision],
-        "evaluate": sampled * drawn / drawing + scored * forward / rate["float32"],
-    }
-    return_freed_memory()  # what the measured passes held
-    weights = sum(p.numel() * p.element_size() for p in reference.parameters())
-    always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
-    if config.lora_rank:
-        always["adapters"] = sum(
-            p.numel() * p.element_size() for p in trained(reference, config.lora_rank).parameters()
-        )
-    rows, longest = min(rows_on(device), max(n * k, m)), max(map(len, prompts)) + max_new_tokens
-    tokens, tuning = {name: count * max_new_tokens for name, count in completed.items()}, {}
-    if sft is not None:
-        tuned = sft_batches * training_flops(reference, sft, precision)
-        tokens, flops = {"SFT": sft_batches * sft.tokens} | tokens, {"SFT": tuned} | flops
-        seconds = {"SFT": tuned / rate[precision]} | seconds
-        tuning = {"process": always["process"], "weights": weights}
-        tuning |= training_bytes(reference, sft, trial.to(device), DPOConfig(), precision)
+
+@kept_memory()
+def plan_job(job: Job, speed: Speed) -> Plan:
+    """The cost of a job on a machine of this speed."""
+    warn_of_warmup(len(job.steps), job.config.loop)
+    tokens, flops, seconds = costs(job, speed)
+    sampling, training, tuning = memory(job)
     return Plan(
-        tokens,
-        flops,
-        seconds,
-        always | sampling_bytes(reference, rows, longest, precision),
-        always | training_bytes(reference, micro, trial.to(device), config, precision),
-        available_bytes(device),
-        tuning,
+        tokens, flops, seconds, sampling, training, available_bytes(job.device), tuning=tuning
     )
+
+
+def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    """Tokens, FLOPs and seconds of each phase."""
+    counts = completions_of(job)
+    trained = job.config.epochs * counts.drawn
+    model, rank = job.reference, job.config.lora_rank
+
+    # FLOPs per completion: sampled, scored, trained on
+    mean_prompt = sum(map(len, job.prompts)) / len(job.prompts)
+    to_draw = sampling_flops(model, mean_prompt, job.max_new_tokens)
+    to_score = forward_flops(model, job.micro_batch) / job.micro_batch.n
+    again = job.config.loop.gradient_checkpointing
+    step = training_flops(model, job.micro_batch, job.precision, again=again, rank=rank)
+    to_train = step / job.micro_batch.n
+
+    # each phase
+    sampled = counts.sampled + counts.sampled_during
+    scored = counts.scored + counts.scored_during
+    phases = {"sample": counts.drawn, "train": trained, "evaluate": sampled + scored}
+    tokens = {name: count * job.max_new_tokens for name, count in phases.items()}
+    flops = {
+        "sample": counts.drawn * to_draw,
+        "train": trained * to_train,
+        "evaluate": sampled * to_draw + scored * to_score,
+    }
+    seconds = {
+        "sample": flops["sample"] / speed.sampling + counts.drawn * speed.labeling,
+        "train": flops["train"] / speed.training,
+        "evaluate": counts.sampled * to_draw / speed.sampling
+        + counts.sampled_during * to_draw / speed.sampling_during
+        + counts.scored * to_score / speed.scoring
+        + counts.scored_during * to_score / speed.scoring_during
+        + sampled * speed.labeling,
+    }
+
+    # SFT before them
+    if job.sft is not None:
+        tuned = job.sft_batches * training_flops(model, job.sft, job.precision)
+        tokens = {"SFT": job.sft_batches * job.sft.tokens} | tokens
+        flops = {"SFT": tuned} | flops
+        seconds = {"SFT": tuned / speed.tuning} | seconds
+    return tokens, flops, seconds
+
+
+def completions_of(job: Job) -> Counts:
+    """How many completions each part of a run samples and scores."""
+    n, steps, loop = job.eval_prefixes, len(job.steps), job.config.loop
+    evaluations = sum(evaluates(step, steps, loop) for step in range(1, steps + 1))
+    during = evaluations * prefixes_during(n)
+
+    # snapshots are taken at step 0, too
+    pairs = len(job.prompts) * comb(job.completions, 2)
+    snapshots = (evaluations + 1) * 2 * min(SNAPSHOT_PAIRS, pairs)
+
+    # policy and reference score what the policy samples; before training they are one
+    return Counts(
+        drawn=len(job.prompts) * job.completions,
+        sampled=2 * n + min(FRONTIER_PREFIXES, n) * FRONTIER_COMPLETIONS,
+        sampled_during=during,
+        scored=2 * n + during,
+        scored_during=during + snapshots,
+    )
+
+
+def fitting_prompts(job: Job, speed: Speed, seconds: float, *, least: int) -> int:
+    """As many of a job's prompts, from `least` on, as there is time for."""
+
+    def fits(n: int) -> bool:
+        smaller = replace(job, prompts=job.prompts[:n])
+        return sum(costs(smaller, speed)[2].values()) <= seconds
+
+    # bisection: `low` fits or is the least, `high` does not fit
+    low, high = least, len(job.prompts)
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@kept_memory()
+def measure_speed(job: Job) -> Speed:
+    """The speed of this machine at what a job does; the main process's, where there are several."""
+    model, rank, precision = job.reference, job.config.lora_rank, job.precision
+    rows = rows_on(job.device) * sampling_threads(job.device)
+    prompts = [ids for ids in job.prompts[:rows] for _ in range(job.completions)]
+    batch = job.trial
+
+    # all weights, as in sampling, SFT and scoring by the reference
+    sampling = sampling_rate(model, prompts[:rows], job.max_new_tokens, precision)
+    tuning = training_flops(model, batch, precision) / pass_seconds(model, batch, precision)
+    scoring = job.trial_flops / scoring_seconds(model, job)
+
+    # the policy during training, with adapters where those are trained
+    some, training, scoring_during = prompts[: prefixes_during(job.eval_prefixes)], tuning, scoring
+    with lora(model, rank) if rank else nullcontext(model) as policy:
+        sampling_during = sampling_rate(policy, some, job.max_new_tokens, precision, base=model)
+        if rank:
+            seconds = pass_seconds(policy, batch, precision)
+            training = training_flops(model, batch, precision, rank=rank) / seconds
+            scoring_during = job.trial_flops / scoring_seconds(policy, job)
+
+    found = Speed(
+        sampling,
+        sampling_during,
+        training,
+        tuning,
+        scoring,
+        scoring_during,
+        labeling=labeling_seconds(job),
+    )
+    return_freed_memory()
+    return from_main(lambda: found)
+
+
+def memory(job: Job) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Bytes by part: while a job samples, in a step of its training, in one of its SFT."""
+    model, device = job.reference, job.device
+    return_freed_memory()
+
+    # what is always there: the process, policy and reference
+    weights = _bytes(model.parameters())
+    always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
+    if rank := job.config.lora_rank:
+        always["adapters"] = _bytes(trained(model, rank).parameters())
+
+    # one batch of rows on a GPU, one per thread on a CPU
+    most = max(len(job.prompts) * job.completions, job.eval_prefixes)
+    rows = min(rows_on(device) * sampling_threads(device), most)
+    length = max(map(len, job.prompts)) + job.max_new_tokens
+    sampling = always | sampling_bytes(model, rows, length, job.precision)
+    training = always | training_bytes(model, job.micro_batch, job.trial, job.config, job.precision)
+
+    # SFT comes before there are two models
+    tuning: dict[str, int] = {}
+    if job.sft is not None:
+        tuning = {"process": always["process"], "weights": weights}
+        tuning |= training_bytes(model, job.sft, job.trial, DPOConfig(), job.precision)
+    return sampling, training, tuning
+
+
+def sampling_threads(device: torch.device) -> int:
+    """Batches that `sample_completions` works on at a time."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     """FLOPs of `completion_logps` without gradients."""
-    squares = (
-        sum(r * length**2 for (r, length), _ in batch.rows)
-        or batch.input_ids.numel() * batch.input_ids.shape[1]
-    )
+    # query-key pairs: of the segments of packed rows, of all positions of padded ones
+    squares = sum(r * length**2 for (r, length), _ in batch.rows)
+    if not squares:
+        squares = batch.input_ids.numel() * batch.input_ids.shape[1]
+
     blocks = 2 * block_weights(model) * batch.input_ids.numel()
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * squares
 
@@ -225,18 +440,21 @@ def training_flops(
     again: bool = False,
     rank: int = 0,
 ) -> float:
-    """FLOPs of `completion_logps` and its backward pass; `again` says whether that computes the blocks a second time.
+    """FLOPs of `completion_logps` and its backward pass; `again` says whether that recomputes the
+    blocks.
 
-    With LoRA adapters of `rank` the frozen weights need no gradients of their own: 2 FLOPs a weight and token backward.
+    With LoRA adapters of `rank` the frozen weights need no gradients of their own: 2 FLOPs per
+    weight and token backward.
     """
-    forward, head, positions = (
-        forward_flops(model, batch),
-        _head_flops(model, batch),
-        batch.input_ids.numel(),
-    )
+    forward, head = forward_flops(model, batch), _head_flops(model, batch)
+    positions = batch.input_ids.numel()
+
+    # forward, twice that backward, and what is recomputed
     total = 3 * forward + again * (forward - head)
     if _logits_bytes(model, batch, precision) > logits_budget(model.device.type)[0]:
         total += head
+
+    # no gradients of the frozen weights, but the adapters' forward and backward
     if rank:
         total -= head + 2 * block_weights(model) * positions
         total += 6 * sum(p.numel() for p in trained(model, rank).parameters()) * positions
@@ -244,14 +462,12 @@ def training_flops(
 
 
 def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int) -> float:
-    """FLOPs of a completion of `new_tokens` after a prompt: each position once, its keys and values from the cache."""
+    """FLOPs of a completion of `new_tokens` after a prompt, with a key-value cache."""
     read = prompt_tokens + new_tokens - 1
-    head = model.get_output_embeddings().weight.numel()
-    return (
-        2 * block_weights(model) * read
-        + 2 * head * new_tokens
-        + 4 * _attention_width(model) * read * (read + 1) / 2
-    )
+    blocks = 2 * block_weights(model) * read
+    head = 2 * model.get_output_embeddings().weight.numel() * new_tokens
+    attention = 4 * _attention_width(model) * read * (read + 1) / 2
+    return blocks + head + attention
 
 
 def block_weights(model: nn.Module) -> int:
@@ -265,58 +481,93 @@ def block_weights(model: nn.Module) -> int:
 
 
 def trained(model: nn.Module, rank: int) -> nn.Module:
-    """What the optimizer gets: the model itself, or LoRA's two matrices of each linear layer of its decoder."""
+    """What the optimizer gets: the model, or the LoRA matrices of its linear layers."""
     if not rank:
         return model
-    shapes = [
-        m.weight.shape for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)
-    ]
+    linear = nn.Linear | Conv1D
+    shapes = [m.weight.shape for m in model.get_decoder().modules() if isinstance(m, linear)]
     return nn.ParameterList(
         torch.empty(rank, size, dtype=model.dtype) for shape in shapes for size in shape
     )
 
 
 @checked
-def training_rate(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
-    """FLOP/s of a forward and a backward pass of `batch`; the second of two counts."""
-    parameters, device = (
-        [p for p in model.parameters() if p.requires_grad],
-        batch.sources.device.type,
-    )
-    for _ in range(2):
+def pass_seconds(model: nn.Module, batch: CompletionBatch, precision: Precision) -> float:
+    """Seconds of a forward and a backward pass of `batch`.
+
+    The faster of two passes counts, after one that is not timed.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device, times = batch.sources.device.type, []
+    for _ in range(3):
         began = time.perf_counter()
         with autocast(device, precision), matmuls_by_onednn(device):
             scored = completion_logps(model, batch)
             torch.autograd.grad(scored.sum(), parameters, allow_unused=True)
         scored.sum().item()
-    return training_flops(model, batch, precision) / (time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 @checked
 def sampling_rate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    k: int,
     max_new_tokens: int,
     precision: Precision,
+    *,
+    base: nn.Module | None = None,
 ) -> float:
-    """FLOP/s of a few tokens sampled in a batch as large as the run's, or as a fraction of a second allows.
+    """FLOP/s of sampling a completion of each prompt, whole where that takes seconds.
 
-    Prompts are cut to one length: what is read token by token beside those that sample weighs little in a long completion.
+    For a larger model the completions are shorter, and then fewer. FLOPs are counted for `base`,
+    the model without its adapters.
     """
-    device, new = next(model.parameters()).device, min(max_new_tokens, TRIAL_TOKENS)
-    shortest = min(map(len, prompts))
-    some = [
-        list(ids[:shortest])
-        for ids in prompts[
-            : max(1, _rows(model, new, device.type, min(rows_on(device), len(prompts) * k)) // k)
-        ]
-    ]
-    for _ in range(2):
+    base = model if base is None else base
+    allowed = 3 * _trial_flops(next(base.parameters()).device) / sampling_flops(base, 1, 1)
+
+    # some tokens of all rows, if that is allowed
+    rows = max(1, min(len(prompts), round(allowed / min(4, max_new_tokens))))
+    new = max(1, min(max_new_tokens, round(allowed / rows)))
+    some = [list(ids) for ids in prompts[:rows]]
+
+    def sampled(tokens: int) -> float:
         began = time.perf_counter()
-        sample_completions(model, some, k, eos_token_id=-1, max_new_tokens=new, precision=precision)
-    seconds = time.perf_counter() - began
-    return len(some) * k * sampling_flops(model, shortest, new) / seconds
+        sample_completions(
+            model, some, 1, eos_token_id=-1, max_new_tokens=tokens, precision=precision
+        )
+        return time.perf_counter() - began
+
+    # the first pass is not timed
+    sampled(1)
+    seconds = sampled(new)
+    return sum(sampling_flops(base, len(ids), new) for ids in some) / seconds
+
+
+def scoring_seconds(model: nn.Module, job: Job) -> float:
+    """Seconds in which `model` scores a job's trial in float32.
+
+    The faster of two times counts, after one that is not timed.
+    """
+    owners = [i for i in range(len(job.trial_prompts)) for _ in range(job.completions)]
+    completions = [[0] * job.max_new_tokens] * len(owners)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        score_completions(model, job.trial_prompts, completions, owners)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def labeling_seconds(job: Job) -> float:
+    """Seconds per text of the reward; 0 where a job has none."""
+    if job.reward is None or not job.texts:
+        return 0.0
+    texts = list(job.texts)
+    job.reward(texts[:2])
+    began = time.perf_counter()
+    job.reward(texts)
+    return (time.perf_counter() - began) / len(texts)
 
 
 @checked
@@ -327,40 +578,47 @@ def training_bytes(
     config: DPOConfig,
     precision: Precision,
 ) -> dict[str, int]:
-    """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`, logits, slack.
+    """Bytes of a step beside the weights: gradients, optimizer state, activations of `batch`,
+    logits, slack.
 
-    Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it. Logits are those that
-    wait for the backward pass, a chunk of them, a few rows that are normalized, the gradient of the head before it is added to
-    the others, and the head in bfloat16 where that is not its own precision.
+    Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it.
     """
-    head, module = model.get_output_embeddings().weight, trained(model, config.lora_rank)
-    kept, (most_kept, chunk) = (
-        _logits_bytes(model, batch, precision),
-        logits_budget(trial.sources.device.type),
-    )
-    with (
-        lora(model, config.lora_rank) if config.lora_rank else nullcontext(model) as policy
-    ):  # adapters save inputs of their own
-        activations = activation_bytes(
-            policy, batch, trial, precision, again=config.loop.gradient_checkpointing
-        )
+    # adapters save inputs of their own
+    rank, again = config.lora_rank, config.loop.gradient_checkpointing
+    with lora(model, rank) if rank else nullcontext(model) as policy:
+        activations = activation_bytes(policy, batch, trial, precision, again=again)
+
+    module = trained(model, rank)
+    device = trial.sources.device.type
     parts = {
-        "gradients": sum(
-            p.numel() * p.element_size() for p in module.parameters() if p.requires_grad
-        ),
+        "gradients": _bytes(p for p in module.parameters() if p.requires_grad),
         "optimizer": optimizer_bytes(module, config.loop),
         "activations": activations,
-        "logits": kept * (kept <= most_kept)
-        + chunk
-        + 3 * 4 * SOFTMAX_ROWS * len(head)
-        + (not config.lora_rank) * head.numel() * head.element_size()
-        + (precision == "bfloat16" and head.dtype != torch.bfloat16)
-        * head.numel()
-        * torch.bfloat16.itemsize,
+        "logits": _logits_peak(model, batch, precision, device, trains_head=not rank),
     }
-    if trial.sources.device.type == "cpu":
+    if device == "cpu":
         parts["slack"] = round(SLACK * (parts["activations"] + parts["logits"]))
     return parts
+
+
+def _logits_peak(
+    model: nn.Module, batch: CompletionBatch, precision: str, device: str, *, trains_head: bool
+) -> int:
+    """Bytes of logits and of the head beside its weights, in a backward pass."""
+    head, stored = model.get_output_embeddings().weight, _logits_bytes(model, batch, precision)
+    most_stored, chunk = logits_budget(device)
+
+    # logits that wait for the backward pass, a chunk of them, and a few rows that are normalized
+    total = chunk + 3 * 4 * SOFTMAX_ROWS * len(head)
+    if stored <= most_stored:
+        total += stored
+
+    # the head's gradient before it is added to the others, and the head in bfloat16
+    if trains_head:
+        total += head.numel() * head.element_size()
+    if precision == "bfloat16" and head.dtype != torch.bfloat16:
+        total += head.numel() * torch.bfloat16.itemsize
+    return total
 
 
 @checked
@@ -368,9 +626,9 @@ def optimizer_bytes(model: nn.Module, config: LoopConfig) -> int:
     """Bytes of optimizer state after the first step."""
     total = 0
     for optimizer in make_optimizers(model, config):
-        kind = type(optimizer).__name__
+        name = type(optimizer).__name__
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            total += MOMENTS[kind] * p.numel() * p.element_size() + COUNTER_BYTES[kind]
+            total += MOMENTS[name] * p.numel() * p.element_size() + COUNTER_BYTES[name]
     return total
 
 
@@ -383,16 +641,19 @@ def activation_bytes(
     *,
     again: bool = False,
 ) -> int:
-    """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches that are small.
+    """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches
+    that are small.
 
-    With gradient checkpointing (`again`), those of the blocks' inputs, and of the one block that is computed again.
+    With gradient checkpointing (`again`), those of the blocks' inputs, and of the one block that is
+    recomputed.
     """
     small = _batch(model, [[0]], 1, 8).to(trial.sources.device)
     sizes = [b.input_ids.numel() for b in (small, trial)]
 
     def extrapolated() -> float:
         low, high = (saved_bytes(model, b, precision) for b in (small, trial))
-        return low + (high - low) / (sizes[1] - sizes[0]) * (batch.input_ids.numel() - sizes[0])
+        slope = (high - low) / (sizes[1] - sizes[0])
+        return low + slope * (batch.input_ids.numel() - sizes[0])
 
     if not again:
         return round(extrapolated())
@@ -403,7 +664,7 @@ def activation_bytes(
 
 @checked
 def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:
-    """Bytes that autograd saves in the decoder for the backward pass of `batch`, without the weights themselves."""
+    """Bytes that autograd saves in the decoder for a backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -413,10 +674,9 @@ def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) 
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        autocast(batch.sources.device.type, precision),
-    ):
+    device = batch.sources.device.type
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, autocast(device, precision):
         states = completion_states(model, batch)
     return sum(saved.values()) + states.numel() * states.element_size()
 
@@ -425,7 +685,10 @@ def saved_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) 
 def sampling_bytes(
     model: nn.Module, rows: int, length: int, precision: Precision
 ) -> dict[str, int]:
-    """Bytes of sampling `rows` at a time, `length` positions each: keys and values, and logits with their softmax."""
+    """Bytes of sampling `rows` at a time, `length` positions each.
+
+    Keys and values, and logits with their softmax.
+    """
     config, item = model.config, torch.finfo(getattr(torch, precision)).bits // 8
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = _head_width(model) * heads
@@ -446,7 +709,10 @@ def held_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can come to hold: all of the GPU's memory, or what is available beside what it has."""
+    """Bytes that this process can come to hold.
+
+    All of the GPU's memory, or what is available beside what the process has.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     meminfo = Path("/proc/meminfo")
@@ -455,8 +721,13 @@ def available_bytes(device: torch.device) -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024 + held_bytes(device)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
+    # on Windows
+    except (AttributeError, ValueError, OSError):
         return None
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _batch(
@@ -464,20 +735,23 @@ def _batch(
 ) -> CompletionBatch:
     """`k` completions of each prompt, all of `tokens` tokens, as training lays them out."""
     owners = [p for p in range(len(prompts)) for _ in range(k)]
-    return completion_batch(
-        prompts, [[0] * tokens] * len(owners), owners, compact=can_compact(model)
-    )
+    completions = [[0] * tokens] * len(owners)
+    return completion_batch(prompts, completions, owners, compact=can_compact(model))
 
 
-def _rows(model: nn.Module, tokens: int, device: str, most: int) -> int:
+def _trial_flops(device: torch.device) -> float:
+    """FLOPs that a measured pass may take."""
+    return TRIAL_FLOPS * (1000 if device.type == "cuda" else 1)
+
+
+def _trial_rows(model: nn.Module, tokens: int, most: int) -> int:
     """Rows of a measured pass: as many as its FLOPs allow, 4 to 512."""
-    flops_a_row = 6 * tokens * (block_weights(model) + model.get_output_embeddings().weight.numel())
-    return int(
-        min(most, 512, max(4, (1000 if device == "cuda" else 1) * TRIAL_FLOPS / flops_a_row))
-    )
+    weights = block_weights(model) + model.get_output_embeddings().weight.numel()
+    allowed = _trial_flops(next(model.parameters()).device) / (6 * tokens * weights)
+    return int(min(most, 512, max(4, allowed)))
 
 
-def _logits_bytes(model: nn.Module, batch: CompletionBatch, precision: Precision) -> int:
+def _logits_bytes(model: nn.Module, batch: CompletionBatch, precision: str) -> int:
     weight = model.get_output_embeddings().weight
     item = 2 if precision == "bfloat16" else weight.element_size()
     return _predicted(batch) * len(weight) * item

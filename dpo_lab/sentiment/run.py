@@ -1,18 +1,22 @@
-"""The paper's controlled-sentiment experiment (Section 6): a task, DPO on it, an evaluation, in a run directory."""
+"""The paper's controlled-sentiment experiment (Section 6), in a run directory.
+
+A task, DPO on it, and an evaluation before and after.
+"""
 
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_lab.engine.arguments import checked, settled
+from dpo_lab.engine.arguments import checked, finite_positive, settled
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.cpu import return_freed_memory
-from dpo_lab.engine.distributed import print0, setup
+from dpo_lab.engine.distributed import from_main, print0
 from dpo_lab.engine.escaping import for_markdown
 from dpo_lab.engine.records import locked, require_free
 from dpo_lab.engine.runs import (
@@ -22,6 +26,7 @@ from dpo_lab.engine.runs import (
     open_run,
     peak_memory_mb,
     provenance,
+    read_config,
     read_snapshots,
     require_space,
     require_writable,
@@ -33,29 +38,24 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences
-from dpo_lab.sentiment.cost import Plan, plan
-from dpo_lab.sentiment.reviews import sample_prefixes
+from dpo_lab.sentiment.cost import Job, Plan, fitting_prompts, measure_speed, plan_job
 from dpo_lab.sentiment.task import (
-    Parts,
+    SNAPSHOT_PAIRS,
+    Task,
     TaskConfig,
-    check_reference,
     check_task,
-    data_config,
-    held_out_prefixes,
-    initial_policy,
-    label,
-    load_parts,
-    located,
-    measured_precision,
-    planned_sft,
-    recorded_precision,
-    reference_frontier,
+    prefixes_during,
     save_policy,
-    sft,
-    task_evaluation,
+    task_config,
 )
 from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.train import DPOConfig, check_config, train_dpo
+
+# a run that is made to fit into some minutes has at least so many prefixes
+FEWEST_PREFIXES = 100
+
+# about the length of a prefix with its completion
+LABELED_LETTERS = 200
 
 
 @dataclass(frozen=True)
@@ -66,114 +66,177 @@ class ExperimentConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
 
+def _adapters() -> DPOConfig:
+    """DPO with adapters; beta and learning rate by benchmarks/sweep.py."""
+    loop = LoopConfig(learning_rate=3e-4)
+    return DPOConfig(beta=0.33, batch_pairs=64, lora_rank=8, loop=loop)
+
+
+def _paper() -> DPOConfig:
+    """DPO of all weights, as in Section 6.1 and Appendices B and C.1."""
+    loop = LoopConfig(
+        learning_rate=1e-6,
+        optimizer="rmsprop",
+        schedule="constant",
+        warmup_steps=150,
+        eval_every=100,
+    )
+    return DPOConfig(beta=0.1, batch_pairs=64, loop=loop)
+
+
+# what `--config` selects
 CONFIGS = {
-    "laptop": ExperimentConfig(  # benchmarks/sweep.py
-        dpo=DPOConfig(beta=0.33, batch_pairs=64, lora_rank=8, loop=LoopConfig(learning_rate=3e-4))
-    ),
-    "paper": ExperimentConfig(  # Section 6.1 and Appendices B and C.1
-        TaskConfig(lane="gpu", imdb="hub", prefixes=25_000, sft_epochs=1),
-        DPOConfig(
-            beta=0.1,
-            batch_pairs=64,
-            loop=LoopConfig(
-                learning_rate=1e-6,
-                optimizer="rmsprop",
-                schedule="constant",
-                warmup_steps=150,
-                eval_every=100,
-            ),
-        ),
-    ),
+    "laptop": ExperimentConfig(task_config("laptop"), _adapters()),
+    "gpu": ExperimentConfig(task_config("gpu"), _adapters()),
+    "paper": ExperimentConfig(task_config("paper"), _paper()),
 }
 
 
+def check_minutes(minutes: float | None) -> None:
+    """Raise ValueError unless `minutes` is a time, or None."""
+    if minutes is not None:
+        finite_positive("minutes", minutes)
+
+
 @checked
-def planned(config: ExperimentConfig, parts: Parts) -> Plan:
-    """What `train` with this config will cost on this machine; its precision must be measured already."""
-    task = config.task
-    sft_batch, sft_batches = planned_sft(task, parts)
-    return plan(
-        parts.reference,
-        sample_prefixes(
-            list(parts.reviews["train"]["text"]), parts.tokenizer, task.prefixes, seed=task.seed
-        ),
+def job_of(config: ExperimentConfig, task: Task) -> Job:
+    """The work of `train` with this config, for its plan."""
+    sft_batch, sft_batches = task.planned_sft()
+    beginnings = [text[:LABELED_LETTERS] for text in task.reviews["train"]["text"][:64]]
+    return Job(
+        task.initial,
+        task.prompts,
         config.dpo,
-        completions=task.completions,
-        max_new_tokens=task.max_new_tokens,
-        eval_prefixes=task.eval_prefixes,
+        completions=task.config.completions,
+        max_new_tokens=task.config.max_new_tokens,
+        eval_prefixes=task.config.eval_prefixes,
         precision=task.precision,
         sft=sft_batch,
         sft_batches=sft_batches,
+        reward=task.reward,
+        texts=beginnings,
     )
 
 
 @checked
-def plan_run(config: ExperimentConfig, out: Path, *, data: Path | None = None) -> Plan:
+def plan_run(
+    config: ExperimentConfig, out: Path, *, data: Path | None = None, minutes: float | None = None
+) -> Plan:
     """The plan of `train` with the same arguments; nothing is written."""
-    config = replace(
-        config, task=recorded_precision(located(config.task), out, data or out / "data")
-    )
+    began = time.perf_counter()
     check_config(config.dpo)
-    parts = load_parts(config.task)
-    return planned(
-        replace(config, task=measured_precision(config.task, parts, config.dpo.beta)), parts
+    check_minutes(minutes)
+    task = Task(
+        config.task,
+        data or out / "data",
+        run=out,
+        beta=config.dpo.beta,
+        any_size=minutes is not None,
     )
+    check_task(task.asked)
+    task.load()
+    return _planned(config, task, out, minutes, began)
+
+
+def _planned(
+    config: ExperimentConfig, task: Task, out: Path, minutes: float | None, began: float
+) -> Plan:
+    """The plan of a run; with `minutes`, of a new run that fits into them, from `began` on."""
+    job = job_of(config, task)
+    speed = measure_speed(job)
+
+    # how many prefixes there is time for
+    begun = any((folder / "config.json").exists() for folder in (out, task.folder))
+    if minutes is not None and not begun:
+        left = 60 * minutes - (time.perf_counter() - began)
+        least = min(FEWEST_PREFIXES, len(job.prompts))
+        n = from_main(partial(fitting_prompts, job, speed, left, least=least))
+        if n < (full := len(job.prompts)):
+            print0(
+                f"{n:,} prefixes, which take about {minutes:g} minutes on this machine; "
+                f"the full run has {full:,}: --prefixes {full}"
+            )
+            task.resize(n)
+            job = replace(job, prompts=task.prompts)
+    return plan_job(job, speed)
 
 
 @checked
 def train(
-    config: ExperimentConfig, out: Path, *, data: Path | None = None, resume: bool = False
+    config: ExperimentConfig,
+    out: Path,
+    *,
+    data: Path | None = None,
+    resume: bool = False,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
-    """The whole experiment into the run directory `out`; return its summary. A finished run is not repeated.
+    """The whole experiment into the run directory `out`; return its summary. A finished run is not
+    repeated.
+
+    Args:
+        config: what decides the result.
+        out: the run directory; new, or holding this config.
+        data: the folder of the task; by default inside the run directory.
+        resume: continue an interrupted run.
+        minutes: take fewer prefixes where a new run would last longer on this machine; one that
+            was begun keeps its number.
 
     Raises:
-        ValueError: a bad config, a directory with another one, or one in which another process is at work.
+        ValueError: a bad config, a directory with another one, or one that another process uses.
     """
-    setup(config.task.device)
+    # the task and its config, settled
     began = time.perf_counter()
-    finished, data = out / "summary.json", data or out / "data"
-    config = replace(config, task=recorded_precision(located(config.task), out, data))
+    task = Task(
+        config.task,
+        data or out / "data",
+        run=out,
+        beta=config.dpo.beta,
+        any_size=minutes is not None,
+    )
+    config = replace(config, task=task.asked)
+
+    # a finished run is only looked up
+    finished = out / "summary.json"
     if finished.exists():
         open_run(out, asdict(config), resume=True)
         return json.loads(finished.read_text(encoding="utf-8"))
+
+    # nothing is loaded before the config and the directories are checked
     check_config(config.dpo)
-    check_task(config.task)
+    check_minutes(minutes)
     require_free(out, "run.lock")
-    for directory in (out, data):
-        require_writable(directory)
+    require_writable(out)
+    task.check()
     check_run(out, asdict(config), resume=resume)
-    check_run(data, data_config(config.task), resume=True)
+
+    # and nothing is written before everything is loaded, and fits
     origin = provenance()
-    parts = load_parts(config.task)
-    require_space(out, 8 * sum(p.numel() * p.element_size() for p in parts.reference.parameters()))
-    config = replace(config, task=measured_precision(config.task, parts, config.dpo.beta))
-    expected = planned(config, parts)
+    task.load()
+    n_bytes = sum(p.numel() * p.element_size() for p in task.initial.parameters())
+    require_space(out, 8 * n_bytes)
+    expected = _planned(config, task, out, minutes, began)
     print0(expected)
     expected.check()
+
+    # the run
+    config = replace(config, task=task.config)
     open_run(out, asdict(config), resume=resume)
     with locked(out, "run.lock"):
-        found = _trained(config, out, data, parts, resume)
+        found = _trained(config, task, out, resume)
         summary = {**found, "seconds": round(time.perf_counter() - began, 1), **origin}
         write_json(finished, summary)
     return summary
 
 
-def _trained(
-    config: ExperimentConfig, out: Path, data: Path, parts: Parts, resume: bool
-) -> dict[str, Any]:
-    """Data, training and evaluation of a run whose directory is this process's; what its summary says of them."""
-    preferences = label(config.task, data, parts)
-    parts = sft(config.task, data, parts)
-    check_reference(preferences, parts, data)
-    preferences = preferences.with_reference(parts.reference, precision=config.task.precision)
-    prompts = held_out_prefixes(config.task, parts)
-
-    def evaluation(model: torch.nn.Module, n: int, progress: str | None = None) -> Evaluation:
-        return_freed_memory()  # else what one phase kept in odd places adds to what the next one needs
-        return task_evaluation(config.task, parts, model, prompts[:n], progress)
+def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> dict[str, Any]:
+    """Data, training and evaluation of a locked run; what its summary says of them."""
+    # preferences by this very reference
+    preferences = task.preferences
+    task.check_reference()
+    preferences = preferences.with_reference(task.reference, precision=task.precision)
 
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
-        result = evaluation(model, max(8, len(prompts) // 4)) if step else before
+        result = _evaluation(task, model, prefixes_during(len(task.held_out))) if step else before
         save_snapshot(out, step, model, preferences, result)
         return_freed_memory()
         return {
@@ -183,8 +246,9 @@ def _trained(
             "kl/sequence_se": result.kl_se,
         }
 
-    before = evaluation(parts.reference, len(prompts), "evaluate before")
-    policy = load_model(initial_policy(config.task, data), device=config.task.device)
+    # before, training, after
+    before = _evaluation(task, task.reference, progress="evaluate before")
+    policy = task.new_policy()
     metrics = train_dpo(
         policy,
         preferences,
@@ -195,73 +259,96 @@ def _trained(
         callback=during,
         progress="train",
     )
-    after = evaluation(policy, len(prompts), "evaluate after")
+    after = _evaluation(task, policy, progress="evaluate after")
     return_freed_memory()
-    save_policy(policy, parts.tokenizer, out / "policy")
+
+    # what is kept
+    save_policy(policy, task.tokenizer, out / "policy")
     save_samples(out, before, after)
-    save_figures(out, metrics, after, reference_frontier(config.task, parts, prompts))
+    save_figures(out, metrics, after, task.frontier)
     return {
-        "before": _summary(before),
-        "after": _summary(after),
+        "before": before.summary(),
+        "after": after.summary(),
         "pairs": preferences.report.pairs,
         "report": asdict(preferences.report),
         "steps": metrics[-1]["step"],
         "peak_memory_mb": round(peak_memory_mb()),
         "seed": config.task.seed,
-        "reference": _from(out, initial_policy(config.task, data)),
-        "reference_weights": weights_hash(parts.reference),
+        "reference": _relative_to_run(out, task.reference_name),
+        "reference_weights": weights_hash(task.reference),
     }
 
 
-def _from(run: Path, name: str) -> str:
-    """A model's name for the record of `run`: a folder in it by its path from there, so that both can be moved."""
+def _evaluation(
+    task: Task, model: torch.nn.Module, n: int | None = None, *, progress: str | None = None
+) -> Evaluation:
+    """`task.evaluate`, after freed memory has gone back to the system."""
+    return_freed_memory()
+    return task.evaluate(model, n, progress=progress)
+
+
+def _relative_to_run(run: Path, name: str) -> str:
+    """A model's name for the record of `run`.
+
+    A folder in the run by its path from there, so that both can be moved together.
+    """
     inside = Path(name).is_absolute() and Path(name).resolve().is_relative_to(run.resolve())
     return Path(name).resolve().relative_to(run.resolve()).as_posix() if inside else name
 
 
 def _reference_of(run: Path, recorded: str) -> str:
-    """The model that a run recorded as its reference, by `_from` or by the path that it had when the run was made."""
+    """The model that a run recorded as its reference.
+
+    By its path from the run, or by the path that it had when the run was made.
+    """
     for folder in (run / recorded, run / "data" / "sft" / "model"):
-        if folder.is_dir() and (
-            Path(recorded).parts[-2:] == folder.parts[-2:] or folder == run / recorded
-        ):
+        same = folder == run / recorded or Path(recorded).parts[-2:] == folder.parts[-2:]
+        if folder.is_dir() and same:
             return str(folder.absolute())
     return recorded
 
 
 @checked
 def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
-    """Evaluate the trained policy of a run directory again, on as many held-out prefixes as asked, into `evaluation.json`.
+    """Evaluate the policy of a finished run again, on as many held-out prefixes as asked, into
+    `evaluation.json`.
 
     Raises:
         ValueError: the run is not finished, or its reference has other weights now.
     """
     if not (run / "summary.json").exists() or not (run / "policy" / "config.json").exists():
         raise ValueError(
-            f"{run} holds no finished run (summary.json and policy/); make one with `dpo-lab train --out {run}`"
+            f"{run} holds no finished run (summary.json and policy/); make one with "
+            f"`dpo-lab train --out {run}`"
         )
-    recorded = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    task = TaskConfig(**recorded["task"])
-    task = settled(replace(task, eval_prefixes=eval_prefixes or task.eval_prefixes))
+
+    # the recorded task, with the number of prefixes that is asked for
+    config = TaskConfig(**read_config(run)["task"])
+    config = settled(replace(config, eval_prefixes=eval_prefixes or config.eval_prefixes))
     require_writable(run)
-    setup(task.device)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    parts = load_parts(replace(task, model=_reference_of(run, summary["reference"])))
-    if summary.get("reference_weights") not in (None, weights_hash(parts.reference)):
+
+    # what was its reference is the model, so there is no SFT left to do
+    reference = _reference_of(run, summary["reference"])
+    task = Task(replace(config, model=reference, sft_epochs=0), run / "data")
+    check_task(task.asked)
+    task.load()
+    if summary.get("reference_weights") not in (None, weights_hash(task.reference)):
         raise ValueError(
-            f"the reference of {run}, {parts.reference.name_or_path!r}, has other weights now than when the run was made, so its KL "
-            "would be from another model; put those back"
+            f"the reference of {run}, {task.reference.name_or_path!r}, has other weights now than "
+            "when the run was made, so its KL would be from another model; put those back"
         )
-    policy = load_model(str(run / "policy"), device=task.device)
-    result = task_evaluation(task, parts, policy, held_out_prefixes(task, parts), "evaluate")
-    summary = {**_summary(result), "prefixes": task.eval_prefixes, **provenance()}
-    write_json(run / "evaluation.json", summary)
-    return summary
+
+    policy = load_model(str(run / "policy"), device=config.device)
+    result = task.evaluate(policy, progress="evaluate")
+    found = {**result.summary(), "prefixes": config.eval_prefixes, **provenance()}
+    write_json(run / "evaluation.json", found)
+    return found
 
 
 @checked
 def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int = 20) -> None:
-    """The first `n` held-out prefixes with their completions before and after, side by side, as `samples.md` in `out`."""
+    """Write `samples.md` into `out`: `n` completions before and after, side by side."""
     rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
     for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
         rows.append(f"| {for_markdown(b)} | {rb:.2f} | {for_markdown(a)} | {ra:.2f} |")
@@ -277,37 +364,41 @@ def save_snapshot(
     preferences: Preferences,
     result: Evaluation,
     *,
-    pairs: int = 128,
+    pairs: int = SNAPSHOT_PAIRS,
     texts: int = 8,
 ) -> None:
-    """Add a line to `snapshots.jsonl`, in place of any from this step on: what the explorers of a recorded run show.
+    """Add a line to `snapshots.jsonl`, in place of any from this step on: what the explorers of a
+    recorded run show.
 
-    `chosen` and `rejected` are the log-ratios (nats) of the same `pairs` pairs in every line, spread over the data.
+    `chosen` and `rejected` are the log-ratios (nats) of the same `pairs` pairs in every line,
+    spread over the data.
     """
+    # log-ratios of some pairs
     p, path = preferences, out / SNAPSHOTS
     some = np.linspace(0, len(p.chosen) - 1, min(pairs, len(p.chosen))).astype(int)
     ends = np.concatenate([p.chosen[some], p.rejected[some]])
+    completions = [p.completions[i] for i in ends]
     logps = score_completions(
-        policy,
-        p.prompts,
-        [p.completions[i] for i in ends],
-        p.prompt_of[ends],
-        precision=p.reference_precision,
+        policy, p.prompts, completions, p.prompt_of[ends], precision=p.reference_precision
     )
     chosen, rejected = np.split(logps.numpy() - p.reference_logps[ends], 2)
-    line = {"step": step, "chosen": chosen.tolist(), "rejected": rejected.tolist()}
-    line |= {
+
+    # with the evaluation and its first texts
+    line = {
+        "step": step,
+        "chosen": chosen.tolist(),
+        "rejected": rejected.tolist(),
         "texts": result.texts[:texts],
         "rewards": result.rewards[:texts],
         "reward": result.reward,
         "kl": result.kl,
     }
+
+    # after the lines of earlier steps
     earlier = [old for old in read_snapshots(out) if old["step"] < step] if path.exists() else []
+    written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line])
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*earlier, line]),
-            encoding="utf-8",
-        )
+        temporary.write_text(written, encoding="utf-8")
 
 
 @checked
@@ -315,17 +406,17 @@ def save_figures(
     out: Path, metrics: list[dict[str, Any]], after: Evaluation, frontier: OptimalFrontier
 ) -> None:
     """Loss, rewards and accuracy, margins, and reward against KL, as PNG under `figures/`."""
-    points = [
-        {
-            "reward": m["eval/reward"],
-            "reward_se": m["eval/reward_se"],
-            "kl": m["eval/kl/sequence"],
-            "kl_se": m["eval/kl/sequence_se"],
-        }
-        for m in metrics
-        if "eval/reward" in m
-    ]
-    points[-1] = _summary(after)
+    # the evaluations during training, and the last one on all prefixes
+    names = {
+        "reward": "eval/reward",
+        "reward_se": "eval/reward_se",
+        "kl": "eval/kl/sequence",
+        "kl_se": "eval/kl/sequence_se",
+    }
+    evaluations = [line for line in metrics if "eval/reward" in line]
+    points = [{name: line[key] for name, key in names.items()} for line in evaluations]
+    points[-1] = after.summary()
+
     figures = {
         "loss": plot_loss(metrics),
         "rewards": plot_rewards(metrics),
@@ -335,12 +426,3 @@ def save_figures(
     for name, figure in figures.items():
         with atomic_write(out / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png")
-
-
-def _summary(result: Evaluation) -> dict[str, float]:
-    return {
-        "reward": result.reward,
-        "reward_se": result.reward_se,
-        "kl": result.kl,
-        "kl_se": result.kl_se,
-    }

@@ -1,8 +1,16 @@
-"""The controlled-sentiment task (Section 6 of the paper): reference, prompts, completions, labels, each step cached."""
+"""The controlled-sentiment task (Section 6 of the paper): reference, prompts, completions, labels.
+
+A `Task` is opened once, in a folder. It loads what it needs on first use, and keeps every result:
+
+    task = Task.open(TaskConfig(prefixes=1_000), Path("runs/data"))
+    policy = task.new_policy()
+    train_dpo(policy, task.preferences, DPOConfig())
+    task.evaluate(policy)
+"""
 
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,72 +34,82 @@ from dpo_lab.engine.runs import (
 )
 from dpo_lab.engine.structure import context_of
 from dpo_lab.evaluate import Evaluation, evaluate_policy
+from dpo_lab.logprobs import Precision
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import check_sampling, end_tokens, load_model, load_tokenizer
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.sampling import sample_completions, sample_with_logps, texts_of
 from dpo_lab.sentiment.precision import measure_precision
 from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
-from dpo_lab.sentiment.reward import SentimentReward
+from dpo_lab.sentiment.reward import HUB_CLASSIFIER, SentimentReward
 from dpo_lab.theory.frontier import OptimalFrontier, optimal_frontier
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
-LONGEST_PREFIX = 8  # tokens; the paper's prefixes have 2 to 8
+# tokens; the paper's prefixes have 2 to 8
+LONGEST_PREFIX = 8
 
-SFT_ROWS, SFT_ACCUMULATE = 64, 8  # a step of SFT, and the forward passes that it is done in
+# rows per step of SFT, and the forward passes that a step is done in
+SFT_ROWS, SFT_ACCUMULATE = 64, 8
 
-LANES = {
-    "laptop": {"model": "embedded", "reward": "tfidf"},
-    "gpu": {
-        "model": "openai-community/gpt2-large",
-        "reward": "siebert/sentiment-roberta-large-english",
-    },
-}
+# what the optimal frontier is estimated from: held-out prefixes, and completions of each
+FRONTIER_PREFIXES, FRONTIER_COMPLETIONS = 32, 64
+
+# pairs whose log-ratios are kept at every evaluation of a run
+SNAPSHOT_PAIRS = 128
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """The data: prefixes, completions, and the reward that labels them."""
 
-    lane: Literal["laptop", "gpu"] = "laptop"
-    """laptop: the embedded GPT-2 and TF-IDF on the CPU; gpu: GPT-2 large and a RoBERTa classifier on CUDA"""
-    model: str | None = None
-    """reference and initial policy: "embedded", a folder or a hub id; by default the lane's"""
-    reward: str | None = None
-    """"tfidf", or a sequence classifier: a folder or a hub id; by default the lane's"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where models run"""
+    model: str = "embedded"
+    """reference and initial policy: "embedded", a folder or a hub id"""
+    reward: str = "tfidf"
+    """"tfidf", or a sequence classifier: a folder or a hub id"""
     imdb: Literal["package", "hub"] = "package"
     """where the reviews come from"""
     prefixes: int = 7_500
     """training reviews whose first 2 to 8 tokens are prompts"""
     completions: int = 4
-    """completions sampled a prefix; 4 give 6 pairs"""
+    """completions sampled per prefix; 4 give 6 pairs"""
     max_new_tokens: int = 48
-    """longest completion"""
+    """longest completion, in tokens"""
     eval_prefixes: int = 1_024
     """held-out prefixes of the evaluation before and after; a quarter of them during training"""
     sft_epochs: int = 0
-    """epochs of SFT on the training reviews, before anything else, that make the reference; the embedded model has had them"""
+    """epochs of SFT on the training reviews; the embedded model has had them"""
     sft_learning_rate: float = 1e-5
     """of SFT; falls to zero"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of sampling and training (the evaluation's log-probs are float32); auto: bfloat16 where this machine is fast in it"""
+    """of sampling and training; auto: bfloat16 where this machine is fast in it"""
     seed: int = 0
     """decides everything random"""
 
-    @property
-    def device(self) -> str:
-        """cpu or cuda."""
-        return "cuda" if self.lane == "gpu" else "cpu"
+
+# the task of each `--config`
+LARGE: dict[str, Any] = {
+    "device": "cuda",
+    "model": "openai-community/gpt2-large",
+    "reward": HUB_CLASSIFIER,
+}
+TASKS = {
+    "laptop": TaskConfig(),
+    "gpu": TaskConfig(**LARGE),
+    "paper": TaskConfig(**LARGE, imdb="hub", prefixes=25_000, sft_epochs=1),
+}
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What every step needs, loaded and checked before anything is written."""
+def task_config(name: str = "laptop", **changes: Any) -> TaskConfig:
+    """The task of `--config laptop`, `gpu` or `paper`, with some fields changed.
 
-    reviews: DatasetDict
-    tokenizer: PreTrainedTokenizerBase
-    reference: PreTrainedModel
-    reward: SentimentReward
+    Raises:
+        ValueError: there is no config of this name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"name is {name!r}; it must be one of {', '.join(map(repr, TASKS))}")
+    return replace(TASKS[name], **changes)
 
 
 @checked
@@ -112,41 +130,15 @@ def check_task(config: TaskConfig) -> None:
 
 
 @checked
-def load_parts(config: TaskConfig) -> Parts:
-    """Reviews, tokenizer, reference and reward of a task. Errors are those of `check_task` and of the loaders."""
-    check_task(config)
-    names = LANES[config.lane]
-    name = config.model or names["model"]
-    reference = load_model(name, device=config.device)
-    tokenizer, context = load_tokenizer(name), context_of(reference)
-    check_sampling(reference, tokenizer)
-    if config.max_new_tokens + LONGEST_PREFIX + 1 > context:
-        raise ValueError(
-            f"max_new_tokens is {config.max_new_tokens}; with a prefix of {LONGEST_PREFIX} tokens and BOS the model's context of "
-            f"{context} allows at most {context - LONGEST_PREFIX - 1}"
-        )
-    reviews = load_imdb(config.imdb)
-    if config.eval_prefixes > (held_out := len(reviews["test"])):
-        raise ValueError(
-            f"eval_prefixes is {config.eval_prefixes}, and there are {held_out} held-out reviews; ask for at most as many"
-        )
-    if (reward := config.reward or names["reward"]) == "tfidf":
-        judge = SentimentReward.tfidf(
-            list(reviews["train"]["text"]), list(reviews["train"]["label"])
-        )
-    else:
-        judge = SentimentReward.hub(reward, device=config.device)
-    return_freed_memory()
-    return Parts(reviews, tokenizer, reference, judge)
-
-
-@checked
 def located(config: TaskConfig) -> TaskConfig:
-    """`config` with model and reward as absolute paths where they lie on this machine, for its record is read from anywhere."""
+    """`config` with absolute paths for a model and a reward that lie on this machine.
 
-    def place(name: str | None, own: str) -> str | None:
-        path = None if name in (None, own) else Path(name).expanduser()
-        return str(path.absolute()) if path and path.exists() else name
+    Its record is read from other working directories.
+    """
+
+    def place(name: str, own: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if name != own and path.exists() else name
 
     return replace(
         config, model=place(config.model, "embedded"), reward=place(config.reward, "tfidf")
@@ -154,42 +146,23 @@ def located(config: TaskConfig) -> TaskConfig:
 
 
 @checked
-def recorded_precision(config: TaskConfig, *directories: Path) -> TaskConfig:
-    """`config` with the precision that one of `directories` was begun in, where it asks for "auto"."""
+def recorded_settings(config: TaskConfig, *directories: Path, prefixes: bool = False) -> TaskConfig:
+    """`config` with the precision that the first of `directories` was begun in, where it asks for
+    "auto".
+
+    With `prefixes` also with the number of prefixes that is recorded there.
+    """
     for directory in directories:
-        if config.precision == "auto" and (directory / "config.json").exists():
-            found = read_config(directory)
-            config = replace(config, precision=found.get("task", found).get("precision", "auto"))
+        if not (directory / "config.json").exists():
+            continue
+        found = read_config(directory)
+        found = found.get("task", found)
+
+        if config.precision == "auto":
+            config = replace(config, precision=found.get("precision", "auto"))
+        if prefixes and "prefixes" in found:
+            config, prefixes = replace(config, prefixes=found["prefixes"]), False
     return config
-
-
-@checked
-def measured_precision(
-    config: TaskConfig, parts: Parts, beta: float = DPOConfig.beta
-) -> TaskConfig:
-    """`config` with the precision that is faster here, where it asks for "auto"; prints the measurement."""
-    if config.precision != "auto":
-        return config
-    rows = parts.tokenizer(list(parts.reviews["train"]["text"][:64]))["input_ids"]
-    prompts, completions = (
-        [row[:1] for row in rows],
-        [row[1 : 1 + config.max_new_tokens] for row in rows],
-    )
-    for n, repeats in (
-        (2, 1),
-        (len(rows), 2),
-    ):  # a few first: all of them take minutes where the processor has no bfloat16
-        batch = completion_batch(prompts[:n], completions[:n], range(n))
-        test = from_main(
-            partial(measure_precision, repeats=repeats),
-            parts.reference,
-            batch.to(config.device),
-            beta,
-        )
-        if test.speedup < 0.5:
-            break
-    print0(test)
-    return replace(config, precision=test.choice)
 
 
 @checked
@@ -198,14 +171,381 @@ def data_config(config: TaskConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name != "eval_prefixes"}
 
 
-@checked
-def initial_policy(config: TaskConfig, data: Path) -> str:
-    """Where the weights come from that policy and reference begin with: the lane's model, or what `sft` made of it."""
-    return (
-        str((data / "sft" / "model").absolute())
-        if config.sft_epochs
-        else config.model or LANES[config.lane]["model"]
-    )
+def prefixes_during(eval_prefixes: int) -> int:
+    """How many held-out prefixes an evaluation during training takes."""
+    return max(8, eval_prefixes // 4)
+
+
+class Task:
+    """The controlled-sentiment task in a folder.
+
+    It is settled when it is made, loads what it needs on first use, and keeps every result.
+    `reviews`, `tokenizer`, `initial` (the model before any SFT) and `reward` are loaded;
+    `samples`, `preferences` and `reference` (the model after SFT) are made, and lie in the folder.
+
+    Args:
+        config: its "auto" precision is the recorded one, or else measured when it is first needed.
+        folder: where samples, preferences and the SFT model go, and are read from.
+        run: the directory of a run on this task, whose recorded settings come first.
+        beta: of the run; it only says what bfloat16 costs in the units of its loss.
+        any_size: take the recorded number of prefixes where there is one.
+    """
+
+    @checked
+    def __init__(
+        self,
+        config: TaskConfig,
+        folder: Path,
+        *,
+        run: Path | None = None,
+        beta: float = DPOConfig.beta,
+        any_size: bool = False,
+    ):
+        setup(config.device)
+        self.folder, self.beta = folder, beta
+        directories = [folder] if run is None else [run, folder]
+        self.asked = recorded_settings(located(config), *directories, prefixes=any_size)
+
+    @classmethod
+    @checked
+    def open(cls, config: TaskConfig, folder: Path) -> "Task":
+        """The task in `folder`, which may be new; nothing is loaded or written yet.
+
+        Raises:
+            ValueError: a number that no task can have, or a folder that holds another task.
+            OSError: a folder that cannot be written, and holds no finished task.
+        """
+        task = cls(config, folder)
+        task.check()
+        return task
+
+    def check(self) -> None:
+        """Raise the errors of `open`."""
+        check_task(self.asked)
+        if not (self.folder / "preferences").exists():
+            require_writable(self.folder)
+        check_run(self.folder, data_config(self.asked), resume=True)
+
+    def variant(self, folder: Path, **changes: Any) -> "Task":
+        """The task with some fields changed, in another folder, with the models loaded here."""
+        task = Task.open(replace(self.asked, **changes), folder)
+        for name in ("reviews", "tokenizer", "initial", "reward"):
+            if name in self.__dict__:
+                setattr(task, name, self.__dict__[name])
+        return task
+
+    # what is loaded
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(self.asked.model)
+
+    @cached_property
+    def initial(self) -> PreTrainedModel:
+        """The model that the task begins with.
+
+        Raises:
+            ValueError: it cannot sample so long a completion.
+        """
+        model = load_model(self.asked.model, device=self.asked.device)
+        check_sampling(model, self.tokenizer)
+
+        most = context_of(model) - LONGEST_PREFIX - 1
+        if self.asked.max_new_tokens > most:
+            raise ValueError(
+                f"max_new_tokens is {self.asked.max_new_tokens}; with a prefix of {LONGEST_PREFIX} "
+                f"tokens and BOS the model's context of {context_of(model)} allows at most {most}"
+            )
+        return model
+
+    @cached_property
+    def reviews(self) -> DatasetDict:
+        """The reviews, split.
+
+        Raises:
+            ValueError: fewer are held out than the evaluation asks for.
+        """
+        reviews = load_imdb(self.asked.imdb)
+        if self.asked.eval_prefixes > (held_out := len(reviews["test"])):
+            raise ValueError(
+                f"eval_prefixes is {self.asked.eval_prefixes}, and there are {held_out} held-out "
+                "reviews; ask for at most as many"
+            )
+        return reviews
+
+    @cached_property
+    def reward(self) -> SentimentReward:
+        """P(positive) of a text."""
+        if self.asked.reward != "tfidf":
+            return SentimentReward.hub(self.asked.reward, device=self.asked.device)
+        reviews = self.reviews["train"]
+        return SentimentReward.tfidf(list(reviews["text"]), list(reviews["label"]))
+
+    def load(self) -> None:
+        """Load and check everything now, before anything is written."""
+        for name in ("initial", "reviews", "reward"):
+            getattr(self, name)
+        return_freed_memory()
+
+    def release(self) -> None:
+        """Forget what is loaded and made; the next use loads it again."""
+        for name in ("initial", "reference", "reviews", "reward", "samples", "preferences"):
+            self.__dict__.pop(name, None)
+
+    # what is settled
+
+    @cached_property
+    def config(self) -> TaskConfig:
+        """The config with the precision that was asked for or recorded, or else is faster here."""
+        if self.asked.precision != "auto":
+            return self.asked
+        self.load()
+        return replace(self.asked, precision=self._measured_precision())
+
+    def resize(self, prefixes: int) -> None:
+        """Take another number of training prefixes; for before anything is made."""
+        settled = replace(self.config, prefixes=prefixes)
+        self.asked = replace(self.asked, prefixes=prefixes)
+        self.__dict__["config"] = settled
+        self.__dict__.pop("prompts", None)
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of sampling and training."""
+        return self.config.precision  # type: ignore[return-value]
+
+    def _measured_precision(self) -> Precision:
+        """The precision that scores reviews faster; prints the measurement."""
+        rows = self.tokenizer(list(self.reviews["train"]["text"][:64]))["input_ids"]
+        prompts = [row[:1] for row in rows]
+        completions = [row[1 : 1 + self.asked.max_new_tokens] for row in rows]
+
+        # a few first: all of them take minutes where the processor has no bfloat16
+        for n, repeats in ((2, 1), (len(rows), 2)):
+            batch = completion_batch(prompts[:n], completions[:n], range(n)).to(self.asked.device)
+            measure = partial(measure_precision, repeats=repeats)
+            test = from_main(measure, self.initial, batch, self.beta)
+            if test.speedup < 0.5:
+                break
+        print0(test)
+        return test.choice
+
+    # prompts
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """The training prefixes, as token ids after BOS."""
+        return self.training_prefixes(self.asked.prefixes, self.asked.seed)
+
+    def training_prefixes(self, n: int, seed: int) -> list[list[int]]:
+        """`n` prefixes of training reviews."""
+        return sample_prefixes(list(self.reviews["train"]["text"]), self.tokenizer, n, seed=seed)
+
+    @cached_property
+    def held_out(self) -> list[list[int]]:
+        """Prefixes of held-out reviews, drawn with the task's seed."""
+        texts = list(self.reviews["test"]["text"])
+        n, seed = self.asked.eval_prefixes, self.asked.seed
+        return sample_prefixes(texts, self.tokenizer, n, seed=seed)
+
+    # what is made, and kept in the folder
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        """The model that samples and is the reference: the initial one, after `sft_epochs` of SFT
+        on the reviews.
+
+        Rows of `sft_length` tokens, 64 per step. Interrupted SFT continues at its last checkpoint.
+        """
+        if not self.asked.sft_epochs:
+            return self.initial
+        tuned = Path(self.reference_name)
+        if not tuned.exists():
+            self._open_folder()
+            self._fine_tune(self.folder / "sft")
+            save_policy(self.initial, self.tokenizer, tuned)
+        self.__dict__.pop("initial", None)
+        return load_model(str(tuned), device=self.asked.device)
+
+    @property
+    def reference_name(self) -> str:
+        """Where the reference's weights are: the task's model, or what SFT made of it."""
+        if self.asked.sft_epochs:
+            return str((self.folder / "sft" / "model").absolute())
+        return self.asked.model
+
+    def new_policy(self) -> PreTrainedModel:
+        """A new model with the reference's weights, to be trained."""
+        return load_model(self.reference_name, device=self.asked.device)
+
+    @cached_property
+    def samples(self) -> dict[str, Any]:
+        """Completions drawn from the reference; kept in `samples.json`.
+
+        `prompts` and `completions` as token ids, `logps` in nats, and `texts`.
+        """
+        path = self.folder / "samples.json"
+        if self._holds("samples.json"):
+            return json.loads(path.read_text(encoding="utf-8"))
+
+        # everything is loaded and checked before the folder is begun
+        self.load()
+        config, prompts = self.config, self.prompts
+        require_space(self.folder, 4_000 * config.prefixes * config.completions)
+        self._open_folder()
+
+        # sampling knows the log-probs of what it draws
+        completions, logps = sample_with_logps(
+            self.reference,
+            prompts,
+            config.completions,
+            eos_token_id=end_tokens(self.reference, self.tokenizer),
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            precision=self.precision,
+            progress="sample",
+        )
+        texts = texts_of(self.tokenizer, prompts, completions)
+        samples = {"prompts": prompts, "completions": completions, "logps": logps, "texts": texts}
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+        return samples
+
+    @cached_property
+    def preferences(self) -> Preferences:
+        """Every two samples of one prompt that differ, ranked by the reward.
+
+        With their reference log-probs; kept in the folder `preferences`.
+        """
+        if self._holds("preferences"):
+            return Preferences.load(self.folder / "preferences")
+
+        # score every sample; each two of one prompt make a pair
+        self.load()
+        samples = self.samples
+        flat = [text for row in samples["texts"] for text in row]
+        preferences = from_scores(
+            samples["prompts"],
+            samples["completions"],
+            self.reward(flat).reshape(len(samples["prompts"]), self.asked.completions),
+            self.tokenizer,
+            context=context_of(self.reference),
+        )
+
+        # the reference drew them, so their log-probs are known
+        drawn = _logps_by_tokens(samples)
+        owners = [tuple(preferences.prompts[p]) for p in preferences.prompt_of]
+        known = [drawn[row] for row in zip(owners, map(tuple, preferences.completions))]
+        preferences = preferences.with_reference(
+            self.reference, known=np.array(known), precision=self.precision
+        )
+        preferences.save(self.folder / "preferences")
+        return preferences
+
+    def check_reference(self) -> None:
+        """Raise ValueError unless the reference has the weights that labeled the data."""
+        if self.preferences.reference_key.split("-")[0] != weights_hash(self.reference):
+            raise ValueError(
+                f"{self.folder} was made with other weights than those of "
+                f"{self.reference.name_or_path!r} now. Put those back, choose another directory "
+                "(--data, --out), or delete this one to sample again"
+            )
+
+    # how good a policy is
+
+    def evaluate(
+        self, policy: nn.Module, n: int | None = None, *, progress: str | None = None
+    ) -> Evaluation:
+        """`evaluate_policy` on the first `n` held-out prefixes, or on all of them."""
+        return evaluate_policy(
+            policy,
+            self.reference,
+            self.held_out[:n],
+            self.reward,
+            self.tokenizer,
+            max_new_tokens=self.asked.max_new_tokens,
+            seed=self.asked.seed,
+            precision=self.precision,
+            progress=progress,
+        )
+
+    @cached_property
+    def frontier(self) -> OptimalFrontier:
+        """The optimal reward-KL frontier, from reference completions of some held-out prefixes."""
+        some = self.held_out[:FRONTIER_PREFIXES]
+        scores, _ = self.score_reference(some, FRONTIER_COMPLETIONS, progress="optimal frontier")
+        return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
+
+    def score_reference(
+        self, prompts: list[list[int]], k: int, *, progress: str | None = None
+    ) -> tuple[np.ndarray, list[list[list[int]]]]:
+        """Rewards (N, k) of `k` reference completions per prompt, and the completions."""
+        completions = sample_completions(
+            self.reference,
+            prompts,
+            k,
+            eos_token_id=end_tokens(self.reference, self.tokenizer),
+            max_new_tokens=self.asked.max_new_tokens,
+            seed=self.asked.seed + 1,
+            precision=self.precision,
+            progress=progress,
+        )
+        texts = texts_of(self.tokenizer, prompts, completions)
+        scores = self.reward([text for row in texts for text in row])
+        return scores.reshape(len(prompts), k), completions
+
+    # the folder, and SFT
+
+    def _holds(self, name: str) -> bool:
+        """Whether the folder is this task's and holds a finished result of this name."""
+        return (self.folder / "config.json").exists() and (self.folder / name).exists()
+
+    def _open_folder(self) -> None:
+        """Record the config in the folder, or check that it is the one recorded there."""
+        open_run(self.folder, data_config(self.config), resume=True)
+
+    def _fine_tune(self, run: Path) -> None:
+        """Train the initial model on the training reviews."""
+        rows = _sft_rows(list(self.reviews["train"]["text"]), self.tokenizer, self.initial)
+        steps = plan_prompts([[0]] * len(rows), self.asked.sft_epochs, SFT_ROWS, self.asked.seed)
+        loop = LoopConfig(
+            learning_rate=self.asked.sft_learning_rate, gradient_accumulation_steps=SFT_ACCUMULATE
+        )
+        open_run(run, asdict(loop) | {"steps": len(steps)}, resume=True)
+
+        def batches(step: int) -> list[CompletionBatch]:
+            some = [rows[i] for i in steps[step]]
+            prompts, completions = [row[:1] for row in some], [row[1:] for row in some]
+            return [completion_batch(prompts, completions, range(len(some)))]
+
+        train_sft(
+            self.initial,
+            batches,
+            len(steps),
+            loop,
+            precision=self.precision,
+            run=run,
+            resume=True,
+            progress="SFT",
+        )
+
+    def planned_sft(self) -> tuple[CompletionBatch | None, int]:
+        """A batch as SFT reads them, and how many it will read, by the rows that some 500 reviews
+        fill.
+
+        None and 0 without SFT.
+        """
+        if not self.asked.sft_epochs:
+            return None, 0
+        texts = list(self.reviews["train"]["text"])
+        some = texts[:: max(1, len(texts) // 500)]
+        rows = len(_sft_rows(some, self.tokenizer, self.initial)) * len(texts) / len(some)
+
+        # full rows, as many as a forward pass takes
+        n, length = SFT_ROWS // SFT_ACCUMULATE, sft_length(self.initial)
+        batch = completion_batch([[0]] * n, [[0] * (length - 1)] * n, range(n))
+        return batch, round(rows * self.asked.sft_epochs / n)
 
 
 def sft_length(model: PreTrainedModel) -> int:
@@ -213,225 +553,38 @@ def sft_length(model: PreTrainedModel) -> int:
     return min(256, context_of(model))
 
 
-@checked
-def planned_sft(config: TaskConfig, parts: Parts) -> tuple[CompletionBatch | None, int]:
-    """A batch as `sft` reads them, and how many it will read, by the rows that some 500 reviews fill. None and 0 without SFT."""
-    if not config.sft_epochs:
-        return None, 0
-    texts, length, n = (
-        list(parts.reviews["train"]["text"]),
-        sft_length(parts.reference),
-        SFT_ROWS // SFT_ACCUMULATE,
-    )
-    some = texts[:: max(1, len(texts) // 500)]
-    rows = len(_sft_rows(some, parts)) * len(texts) / len(some) * config.sft_epochs
-    return completion_batch([[0]] * n, [[0] * (length - 1)] * n, range(n)), round(rows / n)
+def _sft_rows(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> list[list[int]]:
+    """Reviews end to end in rows of `sft_length`, each begun with BOS, or else EOS."""
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    begun_rows = [begun(ids, end if start is None else start) for ids in encoded]
+    return pack(begun_rows, sft_length(model), end)
 
 
-def _sft_rows(texts: list[str], parts: Parts) -> list[list[int]]:
-    start = (
-        parts.tokenizer.eos_token_id
-        if parts.tokenizer.bos_token_id is None
-        else parts.tokenizer.bos_token_id
-    )
-    encoded = parts.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return pack(
-        [begun(ids, start) for ids in encoded],
-        sft_length(parts.reference),
-        parts.tokenizer.eos_token_id,
-    )
-
-
-@checked
-def sft(config: TaskConfig, data: Path, parts: Parts | None = None) -> Parts:
-    """Fine-tune on the training reviews for `sft_epochs`, into `data/sft`, once; return the parts with that as the reference.
-
-    Rows of `sft_length` tokens, 64 a step. An interrupted call continues at its last checkpoint.
-    """
-    setup(config.device)
-    config = recorded_precision(located(config), data)
-    parts = parts or load_parts(config)
-    if not config.sft_epochs:
-        return parts
-    run, model = data / "sft", Path(initial_policy(config, data))
-    if not model.exists():
-        config = measured_precision(config, parts)
-        rows = _sft_rows(list(parts.reviews["train"]["text"]), parts)
-        plan = plan_prompts([[0]] * len(rows), config.sft_epochs, SFT_ROWS, config.seed)
-        loop = LoopConfig(
-            learning_rate=config.sft_learning_rate, gradient_accumulation_steps=SFT_ACCUMULATE
-        )
-        open_run(data, data_config(config), resume=True)
-        open_run(run, asdict(loop) | {"steps": len(plan)}, resume=True)
-
-        def batches(step: int) -> list[CompletionBatch]:
-            some = [rows[i] for i in plan[step]]
-            return [
-                completion_batch(
-                    [row[:1] for row in some], [row[1:] for row in some], range(len(some))
-                )
-            ]
-
-        train_sft(
-            parts.reference,
-            batches,
-            len(plan),
-            loop,
-            precision=config.precision,
-            run=run,
-            resume=True,
-            progress="SFT",
-        )
-        save_policy(parts.reference, parts.tokenizer, model)
-    return replace(parts, reference=load_model(str(model), device=config.device))
-
-
-@checked
-def sample(config: TaskConfig, data: Path, parts: Parts | None = None) -> dict[str, Any]:
-    """Sample completions of training prefixes from the reference into `data/samples.json`; return what is in it.
-
-    Their log-probs, which sampling knows, are kept beside them.
-    """
-    setup(config.device)
-    path = data / "samples.json"
-    config = recorded_precision(located(config), data)
-    if (data / "config.json").exists() and path.exists():
-        open_run(data, data_config(config), resume=True)
-        return json.loads(path.read_text(encoding="utf-8"))
-    require_writable(data)
-    check_run(data, data_config(config), resume=True)
-    parts = parts or load_parts(config)
-    config = measured_precision(config, parts)
-    require_space(data, 4_000 * config.prefixes * config.completions)
-    prompts = sample_prefixes(
-        list(parts.reviews["train"]["text"]), parts.tokenizer, config.prefixes, seed=config.seed
-    )
-    open_run(data, data_config(config), resume=True)
-    parts = sft(config, data, parts)
-    completions, logps = sample_with_logps(
-        parts.reference,
-        prompts,
-        config.completions,
-        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        precision=config.precision,
-        progress="sample",
-    )
-    texts = texts_of(parts.tokenizer, prompts, completions)
-    samples = {"prompts": prompts, "completions": completions, "logps": logps, "texts": texts}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
-    return samples
-
-
-@checked
-def label(config: TaskConfig, data: Path, parts: Parts | None = None) -> Preferences:
-    """Turn samples into preferences by the reward, with reference log-probs, in `data/preferences`."""
-    setup(config.device)
-    config = recorded_precision(located(config), data)
-    if (data / "config.json").exists() and (data / "preferences").exists():
-        open_run(data, data_config(config), resume=True)
-        return Preferences.load(data / "preferences")
-    require_writable(data)
-    check_run(data, data_config(config), resume=True)
-    parts = parts or load_parts(config)
-    config = measured_precision(config, parts)
-    samples = sample(config, data, parts)
-    parts = sft(config, data, parts)
-    flat = [text for row in samples["texts"] for text in row]
-    scores = parts.reward(flat).reshape(len(samples["prompts"]), config.completions)
-    preferences = from_scores(
-        samples["prompts"],
-        samples["completions"],
-        scores,
-        parts.tokenizer,
-        context=context_of(parts.reference),
-    )
-    known = {
+def _logps_by_tokens(
+    samples: dict[str, Any],
+) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
+    """The log-prob of each sampled completion, by the tokens of its prompt and its own."""
+    return {
         (tuple(prompt), tuple(ids)): logp
         for prompt, rows, logps in zip(samples["prompts"], samples["completions"], samples["logps"])
         for ids, logp in zip(rows, logps)
     }
-    drawn = zip(
-        (tuple(preferences.prompts[p]) for p in preferences.prompt_of),
-        map(tuple, preferences.completions),
-    )
-    preferences = preferences.with_reference(
-        parts.reference, known=np.array([known[row] for row in drawn]), precision=config.precision
-    )
-    preferences.save(data / "preferences")
-    return preferences
-
-
-def check_reference(preferences: Preferences, parts: Parts, data: Path) -> None:
-    """Raise ValueError unless the reference of a task has the weights that its data were made with."""
-    if preferences.reference_key.split("-")[0] != weights_hash(parts.reference):
-        raise ValueError(
-            f"{data} was made with other weights than those of {parts.reference.name_or_path!r} now. Put those back, choose another "
-            "directory (--data, --out), or delete this one to sample again"
-        )
-
-
-@checked
-def held_out_prefixes(config: TaskConfig, parts: Parts) -> list[list[int]]:
-    """Prefixes of held-out reviews, the same for every seed but for `seed` itself."""
-    return sample_prefixes(
-        list(parts.reviews["test"]["text"]), parts.tokenizer, config.eval_prefixes, seed=config.seed
-    )
-
-
-@checked
-def task_evaluation(
-    config: TaskConfig,
-    parts: Parts,
-    policy: nn.Module,
-    prompts: list[list[int]],
-    progress: str | None = None,
-) -> Evaluation:
-    """`evaluate_policy` on the task: its reference, reward, longest completion, seed and precision."""
-    return evaluate_policy(
-        policy,
-        parts.reference,
-        prompts,
-        parts.reward,
-        parts.tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        precision=config.precision,
-        progress=progress,
-    )
-
-
-@checked
-def reference_frontier(
-    config: TaskConfig, parts: Parts, prompts: list[list[int]]
-) -> OptimalFrontier:
-    """The optimal reward-KL frontier, from 64 reference completions of 32 held-out prefixes."""
-    few = prompts[:32]
-    completions = sample_completions(
-        parts.reference,
-        few,
-        64,
-        eos_token_id=end_tokens(parts.reference, parts.tokenizer),
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed + 1,
-        precision=config.precision,
-        progress="optimal frontier",
-    )
-    texts = texts_of(parts.tokenizer, few, completions)
-    scores = parts.reward([text for row in texts for text in row]).reshape(len(few), 64)
-    return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
 
 
 @checked
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or not at all.
+    """Save model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or
+    not at all.
 
-    A generation config is written as it is: transformers reads what it refuses to write, such as a temperature without sampling.
+    A generation config is written as it is: transformers reads what it refuses to write, such as a
+    temperature without sampling.
     """
     own = getattr(policy, "generation_config", None)
     with atomic_write(path, directory=True) as temporary:
+        # the model without its generation config
         if own is not None:
             policy.generation_config = GenerationConfig()
         try:
@@ -439,6 +592,8 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pat
         finally:
             if own is not None:
                 policy.generation_config = own
+
+        # and that beside it
         if own is not None:
             own.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
         tokenizer.save_pretrained(temporary)

@@ -1,0 +1,93 @@
+"""Pictures of the beta slider in JupyterLab for the README: python benchmarks/screenshot.py
+
+Opens notebook 00 in headless Chromium at 1,280 x 800, runs its first cell and moves the slider. Saves
+docs/pictures/beta_slider.png, a still, and beta_slider.gif, in which beta falls and rises again. Needs Chromium.
+"""
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Locator, Page
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from browser import chromium, jupyterlab, open_notebook, run_first_cell  # noqa: E402
+from pictures import PICTURES, shrunk  # noqa: E402
+
+# presses of the left arrow between two pictures, and pictures on the way down; beta starts at 1
+PRESSES, FRAMES = 2, 12
+MILLISECONDS = 120
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        with (
+            jupyterlab(Path(name)) as address,
+            chromium(Path(name)) as browser,
+            open_notebook(browser, address, "00_start_here") as (page, _),
+        ):
+            page.set_viewport_size({"width": 1280, "height": 800})
+            cell = run_first_cell(page)
+            shots = moved(page, cell)
+    save(shots)
+
+
+def moved(page: Page, cell: Locator) -> list[bytes]:
+    """Pictures of the cell, its slider and its figure while beta falls from 1."""
+    handle = cell.locator(".noUi-handle")
+    # it arrives after the picture, and its last digits change with every step
+    readout = cell.locator(".widget-hbox .widget-label").last
+
+    # the whole cell in the window, and no pointer on it
+    readout.wait_for()
+    cell.evaluate("cell => cell.scrollIntoView({block: 'end'})")
+    handle.focus()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1_000)
+
+    # the cell fills the picture, which is small in the README
+    box = cell.bounding_box()
+    shots = [page.screenshot(clip=box)]
+    for _ in range(FRAMES):
+        for _ in range(PRESSES):
+            before = readout.inner_text()
+            page.keyboard.press("ArrowLeft")
+            page.wait_for_function(
+                "([readout, before]) => readout.innerText != before",
+                arg=[readout.element_handle(), before],
+            )
+        # a browser draws a little later than it is told
+        page.wait_for_timeout(200)
+        shots.append(page.screenshot(clip=box))
+    return shots
+
+
+def save(shots: list[bytes]) -> None:
+    """The middle one as a PNG; all of them, to and fro, as a GIF."""
+    PICTURES.mkdir(exist_ok=True)
+    still = PICTURES / "beta_slider.png"
+    still.write_bytes(shrunk(shots[len(shots) // 2], max_width=1280))
+
+    # one palette for all, so that what stands still does not flicker
+    images = [Image.open(io.BytesIO(shot)).convert("RGB") for shot in shots]
+    palette = images[0].quantize(64)
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    film = PICTURES / "beta_slider.gif"
+    images[0].save(
+        film,
+        save_all=True,
+        append_images=[*images[1:], *images[-2:0:-1]],
+        duration=MILLISECONDS,
+        loop=0,
+        optimize=True,
+    )
+    for path in (still, film):
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
