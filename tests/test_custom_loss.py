@@ -138,7 +138,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("loss, error, message", BAD, ids=[getattr(loss, "__name__", loss) for loss, *_ in BAD])
+NAMES = [getattr(loss, "__name__", loss) for loss, *_ in BAD]
+
+
+@pytest.mark.parametrize("loss, error, message", BAD, ids=NAMES)
 def test_a_wrong_return_is_named_before_anything_is_trained_or_written(
     tiny, preferences, tmp_path, loss, error, message
 ):

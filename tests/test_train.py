@@ -25,7 +25,6 @@ from dpo_lab.engine import checkpoints
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
-from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
 from dpo_lab.sampling import sample_completions
@@ -143,8 +142,8 @@ def test_ties_count_one_half_in_the_accuracy(model, preferences, monkeypatch):
 def test_training_raises_margins_and_reports_trl_names(model, preferences):
     metrics = train_dpo(model, preferences, replace(CONFIG, epochs=10), progress=None)
     assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"] + 0.1
-    names = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
-    names += " gradient_weight/mean grad_norm learning_rate tokens_per_second"
+    names = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen"
+    names += " logps/rejected gradient_weight/mean grad_norm learning_rate tokens_per_second"
     assert set(names.split()) <= set(metrics[0])
 
 
@@ -419,7 +418,8 @@ def slow(run, line):
 loop.append_metrics = slow
 print("ready", flush=True)
 try:
-    train.train_dpo(load_model(sys.argv[2]), make_preferences(sys.argv[2]), CONFIG, run=Path(sys.argv[3]), progress=None)
+    preferences, run = make_preferences(sys.argv[2]), Path(sys.argv[3])
+    train.train_dpo(load_model(sys.argv[2]), preferences, CONFIG, run=run, progress=None)
 except loop.Interrupted as error:
     print(error, flush=True)
     sys.exit(130)
@@ -532,7 +532,7 @@ def test_divergence_is_an_error_that_names_the_cause(model, preferences):
 
 
 def test_bfloat16_training_follows_float32(tiny, preferences):
-    """The policy is computed in the precision of the reference, so the loss starts at log 2 in both."""
+    """The policy is computed in the reference's precision, so the loss starts at log 2 in both."""
     curves = []
     for precision in ("float32", "bfloat16"):
         policy = load_model(str(tiny))
@@ -627,7 +627,7 @@ def test_a_model_without_blocks_cannot_be_checkpointed():
 def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
     tiny, preferences, tmp_path, monkeypatch, where
 ):
-    """Memory for 5 completions at once: from the first step on the batch goes in four parts; the gradient is the same."""
+    """Memory for 5 completions at once: the batch goes in four parts, the gradient is the same."""
     config, asked = replace(CONFIG, loop=replace(LOOP, gradient_accumulation_steps=4)), []
     theirs = load_model(str(tiny))
     expected = train_dpo(theirs, preferences, config, progress=None)
@@ -730,7 +730,7 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["DPO", "SFT"])
 def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch, method):
-    """As on a GPU, where the loss does not look at its arguments: metrics are read after the last backward pass, at once."""
+    """Metrics are read at once, after the last backward pass: a GPU is waited for once per step."""
     asked, backward = [], loop._backward
 
     def watched(*arguments):
@@ -743,9 +743,6 @@ def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch
         model, completion_batch([[0]], [[0]], [0])
     )  # at the first call the model is compared with itself
     monkeypatch.setattr(loop, "_backward", watched)
-    monkeypatch.setattr(
-        train, "dpo_loss", lambda *a, **named: dpo_loss(*a, **named | {"check_values": False})
-    )
     if method == "DPO":
         lines = train_dpo(model, preferences, CONFIG, progress=None)
     else:
