@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lab.cli import frontier_config, main, named_config, without_minutes
-from dpo_lab.engine.runs import current_config, read_metrics, read_snapshots
+from dpo_lab.engine.runs import current_config, file_hash, read_metrics, read_snapshots
 from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment import run as experiment
@@ -579,6 +579,11 @@ def test_a_run_of_an_earlier_version_is_evaluated_and_resumed(tiny, finished, tm
         assert name in kept or '"lane": "laptop"' in json.dumps(record)
         (old / name).write_text(json.dumps(record))
     records = [(old / name).read_bytes() for name in ("config.json", "data/config.json")]
+
+    # checkpoints name their record
+    for state in old.glob("checkpoints/*/state.json"):
+        named = json.loads(state.read_text()) | {"training": file_hash(old / "training.json")}
+        state.write_text(json.dumps(named))
 
     # finished: not repeated, and evaluated to the same numbers
     command = ["train", "--model", str(tiny), "--out", str(old), *SMALL]
