@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def moved(page: Page, cell: Locator) -> list[bytes]:
-    """Screenshots of the window while beta falls from 1."""
+    """Pictures of the cell, its slider and its figure while beta falls from 1."""
     handle = cell.locator(".noUi-handle")
     # it arrives after the picture, and its last digits change with every step
     readout = cell.locator(".widget-hbox .widget-label").last
@@ -49,7 +49,9 @@ def moved(page: Page, cell: Locator) -> list[bytes]:
     page.mouse.move(0, 0)
     page.wait_for_timeout(1_000)
 
-    shots = [page.screenshot()]
+    # the cell fills the picture, which is small in the README
+    box = cell.bounding_box()
+    shots = [page.screenshot(clip=box)]
     for _ in range(FRAMES):
         for _ in range(PRESSES):
             before = readout.inner_text()
@@ -60,7 +62,7 @@ def moved(page: Page, cell: Locator) -> list[bytes]:
             )
         # a browser draws a little later than it is told
         page.wait_for_timeout(200)
-        shots.append(page.screenshot())
+        shots.append(page.screenshot(clip=box))
     return shots
 
 

@@ -12,13 +12,19 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 root_doc = "docs/index"
-include_patterns = ["README.md", "docs/*.md", "notebooks/*.ipynb"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "notebooks/*.ipynb",
+]
 html_theme = "furo"
 html_title = "DPO Lab"
 # index.html, which leads to docs/index.html
 html_extra_path = ["extra"]
 autodoc_member_order = "bysource"
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 3
 
 # seconds per cell, enough on a busy machine

@@ -155,7 +155,7 @@ def _sharing_pays(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]
 
 
 class _FlatRows(NamedTuple):
-    """Rows laid end to end without padding: S tokens, of which T predict one."""
+    """Rows laid end to end without padding: S tokens that predict T."""
 
     # (S,), segments None where no prompt is shared
     ids: Tensor

@@ -123,7 +123,7 @@ def completion_logps(
 class Scorer(nn.Module):
     """`completion_logps` for a training loop: the model is looked at once, not at every step.
 
-    The loop itself chooses who computes matmuls, and keeps memory (engine/cpu.py).
+    The loop itself chooses the matmul backend, and keeps memory (engine/cpu.py).
     """
 
     def __init__(self, model: nn.Module, precision: Precision = "float32"):
@@ -395,8 +395,8 @@ def score_completions(
 ) -> Tensor:
     """`completion_logps` of any number of completions, (N,) on the CPU, without gradients.
 
-    The model is in evaluation mode meanwhile. Several processes share the batches, and each gets
-    all log-probs.
+    The model is put in evaluation mode for the call. Several processes share the batches, and each
+    gets all log-probs.
 
     Args:
         model, prompts, completions, prompt_of: as in `completion_logps` and `completion_batch`.

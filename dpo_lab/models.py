@@ -288,7 +288,7 @@ def check_cache(model: nn.Module) -> None:
     if beside_modules(model):
         raise ValueError(
             f"{name_of(model)} puts virtual tokens before the text, or has adapters that tokens "
-            "invoke, anew at every step of sampling; sample with its own generate, or give the "
+            "invoke, again at every step of sampling; sample with its own generate, or give the "
             "model without them, or with LoRA"
         )
 

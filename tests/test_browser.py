@@ -26,8 +26,6 @@ from dpo_lab.theory.bandit import sample_pairs
 from dpo_lab.theory.objective import optimal_policy
 from dpo_lab.widgets.explorers import (
     BETAS,
-    REFERENCE,
-    REWARD,
     bandit_explorer,
     beta_explorer,
     betas_explorer,
@@ -35,6 +33,10 @@ from dpo_lab.widgets.explorers import (
     frontier_explorer,
     gradient_weight_explorer,
     training_explorer,
+)
+from dpo_lab.widgets.states import (
+    REFERENCE,
+    REWARD,
 )
 
 pytestmark = [

@@ -32,7 +32,6 @@ from dpo_lab.widgets.explorers import (
     _sample_table,
     _slider,
     bandit_explorer,
-    bandit_state,
     beta_explorer,
     betas_explorer,
     bradley_terry_explorer,
@@ -41,7 +40,10 @@ from dpo_lab.widgets.explorers import (
     live_curves,
     training_explorer,
 )
-from dpo_lab.widgets.figures import holding
+from dpo_lab.widgets.figures import expanded_limits
+from dpo_lab.widgets.states import (
+    bandit_state,
+)
 
 LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", "<b>&\n\\$"]
 REFERENCE, REWARD = [0.6, 0.3, 0.099, 0.001], [-5.0, 0.0, 1.0, 8.0]
@@ -111,7 +113,7 @@ EXPLORERS = {
     "bandit": lambda runs: bandit_explorer(REFERENCE, REWARD, LABELS),
     **{
         f"gradient weight, {kind}": lambda runs, kind=kind: gradient_weight_explorer(
-            LOG_RATIOS, kind=kind
+            LOG_RATIOS, loss_type=kind
         )
         for kind in ("sigmoid", "ipo", "hinge", "robust")
     },
@@ -179,7 +181,7 @@ def test_what_stands_still_lies_within_the_axes_too(name, runs):
 
 
 def test_the_background_follows_the_limits():
-    explorer = gradient_weight_explorer(LOG_RATIOS, kind="ipo")
+    explorer = gradient_weight_explorer(LOG_RATIOS, loss_type="ipo")
     for beta in (0.01, 100.0, 0.1):
         explorer.show(beta=beta)
         quick = (
@@ -256,13 +258,13 @@ def test_the_likeliest_rewards_can_be_reached():
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge", "robust"])
 def test_the_pairs_lie_on_the_curve_at_every_beta(kind):
-    explorer = gradient_weight_explorer(LOG_RATIOS, kind=kind)
+    explorer = gradient_weight_explorer(LOG_RATIOS, loss_type=kind)
     index = torch.arange(5)
     logps = torch.tensor(LOG_RATIOS + [0.0] * 5, dtype=torch.float64)
     for beta in grid(explorer.sliders["beta"]):
         explorer.show(beta=beta)
         loss = dpo_loss(
-            logps, torch.zeros(10, dtype=torch.float64), index, index + 5, beta, kind=kind
+            logps, torch.zeros(10, dtype=torch.float64), index, index + 5, beta, loss_type=kind
         )
         for panel, points, expected in zip(
             explorer.picture.canvas.figure.axes,
@@ -278,11 +280,11 @@ def test_the_pairs_lie_on_the_curve_at_every_beta(kind):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(-1e9, 1e9), max_size=5), st.sampled_from([(0, 1), (-0.5, 4), (0, 6.0)]))
 def test_limits_hold_the_values_and_are_not_moved_without_need(values, limits):
-    low, high = holding(values, *limits)
+    low, high = expanded_limits(values, *limits)
     assert low <= limits[0] and high >= limits[1]
     assert all(low * (1 + 1e-8) <= value <= high * (1 + 1e-8) for value in values)
     assert (low, high) == limits or any(not limits[0] <= value <= limits[1] for value in values)
-    assert holding([*values, float("nan"), float("inf")], *limits) == (low, high)
+    assert expanded_limits([*values, float("nan"), float("inf")], *limits) == (low, high)
 
 
 def test_live_curves_hold_losses_margins_and_steps_of_any_size(tmp_path):
@@ -468,7 +470,7 @@ def test_labels_of_the_other_pictures_are_shown_letter_by_letter():
             "line 'two' has 1 values and x has 2",
         ),
         (lambda: plots.token_html(["a"], [1.0, 2.0]), "1 tokens and 2 values"),
-        (lambda: gradient_weight_explorer([1.0], kind="dpo"), "kind is 'dpo'"),
+        (lambda: gradient_weight_explorer([1.0], loss_type="dpo"), "loss_type is 'dpo'"),
     ],
 )
 def test_what_cannot_be_drawn_whole_is_refused_by_name(make, words):

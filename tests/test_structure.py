@@ -693,7 +693,7 @@ def test_a_device_without_float64_samples_scores_and_trains(monkeypatch):
     model, exact = llama(), llama()
     preferences = pairs(model)
     expected = train_dpo(exact, preferences, DPOConfig(loop=LOOP), progress=None)
-    for module in ("logprobs", "sampling", "loop"):
+    for module in ("logprobs", "sampling", "preferences", "loop"):
         monkeypatch.setattr(f"dpo_lab.{module}.widest", lambda device: torch.float32)
     with NoFloat64():
         found = sample_with_logps(model, PROMPTS, 2, eos_token_id=2, max_new_tokens=4)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ipywidgets import Button
 from PIL import Image
 from recording import record_run
 
@@ -19,23 +20,25 @@ from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.objective import kl, log_partition, optimal_policy
 from dpo_lab.widgets.explorers import (
     BETAS,
+    bandit_explorer,
+    beta_explorer,
+    beta_slider,
+    betas_explorer,
+    bradley_terry_explorer,
+    gradient_weight_explorer,
+    live_curves,
+    training_explorer,
+)
+from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     LABELS,
     REFERENCE,
     REJECTED_FILMS,
     REWARD,
-    bandit_explorer,
     bandit_state,
-    beta_explorer,
-    beta_slider,
     beta_state,
-    betas_explorer,
-    bradley_terry_explorer,
     bradley_terry_state,
-    gradient_weight_explorer,
     gradient_weight_state,
-    live_curves,
-    training_explorer,
 )
 
 RUN = Path(tempfile.mkdtemp()) / "run"
@@ -59,6 +62,12 @@ def recorded_run():
 
 def pixels(explorer):
     return np.asarray(Image.open(io.BytesIO(explorer.picture.png())).convert("RGB"))
+
+
+def bar(explorer):
+    """The row of the reset button and the readout."""
+    rows = [w.children for w in explorer.box.children if hasattr(w, "children")]
+    return next(row for row in rows if isinstance(row[0], Button))
 
 
 def values(explorer):
@@ -94,7 +103,7 @@ def test_a_moved_slider_changes_the_picture_and_reset_puts_it_back(name):
     explorer = EXPLORERS[name]()
     box = explorer.box.children
     image = next(w for w in box if hasattr(w, "format"))
-    reset, readout = next(w for w in box if hasattr(w, "children")).children
+    reset, readout = bar(explorer)
     before = image.value, readout.value
     slider = next(iter(explorer.sliders.values()))
     slider.value = last(slider)
@@ -128,7 +137,7 @@ def test_every_control_has_a_name_for_a_screen_reader():
     for make in EXPLORERS.values():
         explorer = make()
         assert all(slider.description for slider in explorer.sliders.values())
-        reset = next(w for w in explorer.box.children if hasattr(w, "children")).children[0]
+        reset = bar(explorer)[0]
         assert reset.description and reset.tooltip
 
 
@@ -181,7 +190,7 @@ def test_your_own_distribution_and_pairs_can_be_explored():
         torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.0, 1.0, 0.0]), ["a", "b", "c"]
     )
     assert "KL" in three.show(beta=1.0) and len(LABELS) == 4
-    assert "ranked rightly 50%" in gradient_weight_explorer([-1.0, 1.0]).show(beta=1.0)
+    assert "ranked correctly 50%" in gradient_weight_explorer([-1.0, 1.0]).show(beta=1.0)
 
 
 @pytest.mark.parametrize("wrong", [[], [float("nan")], [[1.0]]])
@@ -216,8 +225,8 @@ def test_the_likeliest_rewards_reach_the_least_that_the_readout_tells():
 def test_a_recorded_run_is_walked_through():
     explorer = training_explorer(RUN)
     readout = explorer.show(snapshot=1)
-    assert readout == "step 4: mean margin 2.000 (beta x nats), ranked rightly 50%"
-    assert explorer.show(snapshot=0).endswith("ranked rightly 50%")
+    assert readout == "step 4: mean margin 2.000 (beta x nats), ranked correctly 50%"
+    assert explorer.show(snapshot=0).endswith("ranked correctly 50%")
     samples = next(w for w in explorer.box.children if "<table>" in str(getattr(w, "value", "")))
     assert "A &lt;b&gt;film&lt;/b&gt;" in samples.value and "0.25" in samples.value
     chosen, rejected = explorer.picture.artists[0].axes.get_lines()[:2]
@@ -230,7 +239,7 @@ def test_a_recorded_run_is_walked_through():
 
 
 def test_the_pairs_of_a_run_are_those_at_its_end(tmp_path):
-    assert "ranked rightly 50%" in gradient_weight_explorer(run=RUN).show(beta=1.0)
+    assert "ranked correctly 50%" in gradient_weight_explorer(run=RUN).show(beta=1.0)
     margins = gradient_weight_explorer(run=RUN).picture.artists[0]
     assert margins.get_xdata().tolist() == pytest.approx([1.0, -0.2])  # beta starts at 0.1
     with pytest.raises(ValueError, match="both given"):

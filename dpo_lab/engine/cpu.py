@@ -1,4 +1,4 @@
-"""CPU settings that make training fast: malloc, and who computes matmuls.
+"""CPU settings that make training fast: malloc, and the matmul backend.
 
 Both are settings of the whole process. The functions of this package turn them on while they
 compute and put back what they found; `tune_cpu` turns them on for good, as the command line does.
@@ -26,8 +26,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2,
 # freed memory stays with the process, in one heap for all threads
 KEEPING = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26), (M_ARENA_MAX, 1))
 
-# glibc's defaults, with the thresholds at which its own adaptation ends: the values of before
-# cannot be asked for
+# glibc's defaults, with the thresholds at which its own adaptation ends: it does not tell which
+# values were in force before
 USUAL = (
     (M_MMAP_MAX, 2**16),
     (M_TRIM_THRESHOLD, 2**26),
@@ -155,7 +155,7 @@ def matmuls_by_onednn(device: str) -> Iterator[None]:
 @contextmanager
 def matmuls_by_mkl() -> Iterator[None]:
     """In the block, in all threads: float32 matmuls by MKL."""
-    # tells oneDNN how many kernels to keep, before a bfloat16 matmul does not
+    # for its side effect: it limits oneDNN's kernels, which must happen before the first matmul
     onednn_is_exact()
     with _matmuls_by("ieee"):
         yield

@@ -55,7 +55,7 @@ def training_run(
 
     Args:
         run: without it nothing is recorded, and the block gets `logps`.
-        describe: gives the record, of which `weights_record` is a part; called in the main process
+        describe: gives the record, which includes `weights_record`; called in the main process
             alone.
         logps: (N,) in nats. A run that continues takes those that it began with: another machine's
             may differ in the last bit.
@@ -256,7 +256,7 @@ def _lock(run: Path, name: str, held: list[IO[str]]) -> None:
             f"{run} is a file or lies in one; give the path of a folder as run directory"
         ) from error
 
-    # open and lock; again, if the one who held it has just removed the file
+    # open and lock; again, if another process has just removed the file
     path = run / name
     while True:
         file = open(path, "a+", encoding="utf-8")
