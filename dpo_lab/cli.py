@@ -110,10 +110,9 @@ def _run_commands(default: ExperimentConfig) -> dict[str, Command]:
 
         Args:
             out: run directory; it must be new, or hold this config.
-            data: where `dpo-lab sample` and `dpo-lab label` put their results; by default inside
-                the run directory.
+            data: folder of `dpo-lab sample` and `dpo-lab label`; by default inside the run directory.
             resume: continue an interrupted run.
-            minutes: take as few prefixes as fit into this time here, unless --prefixes is given.
+            minutes: take only as many prefixes as fit into this time, unless --prefixes is given.
         """
         summary = experiment.train(config, out, data=data, resume=resume, minutes=minutes)
         for name in ("before", "after"):
