@@ -110,7 +110,7 @@ def _run_commands(default: ExperimentConfig) -> dict[str, Command]:
 
         Args:
             out: run directory; it must be new, or hold this config.
-            data: folder of `dpo-lab sample` and `dpo-lab label`; by default inside the run directory.
+            data: folder of `dpo-lab sample` and `label`; by default inside the run directory.
             resume: continue an interrupted run.
             minutes: take only as many prefixes as fit into this time, unless --prefixes is given.
         """
