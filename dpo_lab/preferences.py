@@ -35,7 +35,7 @@ from dpo_lab.engine.arguments import (
     token_lists,
 )
 from dpo_lab.engine.checkpoints import weights_hash
-from dpo_lab.engine.runs import atomic_write
+from dpo_lab.engine.runs import atomic_write, current_config
 from dpo_lab.engine.structure import unwrapped, widest
 from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_pairs
@@ -444,6 +444,7 @@ class Preferences:
         directory = folder("directory", directory)
         try:
             meta = json.loads((directory / "preferences.json").read_text(encoding="utf-8"))
+            meta["report"] = current_config(meta["report"])
             meta["report"]["unread"] = tuple(meta["report"].get("unread", ()))
             parts = load_from_disk(str(directory))
             completions, pairs = parts["completions"], parts["pairs"]
