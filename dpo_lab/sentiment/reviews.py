@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.batching import begun
 from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.tokenizing import begun
 
 # of the 25,000 labeled training reviews of Maas et al. 2011
 HELD_OUT = 2_500

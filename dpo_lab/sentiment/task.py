@@ -19,7 +19,7 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_lab.batching import CompletionBatch, begun, completion_batch, pack
+from dpo_lab.batching import CompletionBatch, completion_batch, pack
 from dpo_lab.engine.arguments import checked, finite_positive
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.cpu import return_freed_memory
@@ -33,6 +33,7 @@ from dpo_lab.engine.runs import (
     require_writable,
 )
 from dpo_lab.engine.structure import context_of
+from dpo_lab.engine.tokenizing import begun
 from dpo_lab.evaluate import Evaluation, evaluate_policy
 from dpo_lab.logprobs import Precision
 from dpo_lab.loop import LoopConfig
