@@ -40,7 +40,7 @@ from dpo_lab.engine.rows import (
     read_row,
     trl_rows,
 )
-from dpo_lab.engine.runs import atomic_write, current_config
+from dpo_lab.engine.runs import atomic_write, current_config, quiet_bars
 from dpo_lab.engine.structure import unwrapped, widest
 from dpo_lab.engine.tokenizing import TokenCollector
 from dpo_lab.logprobs import Precision, score_completions
@@ -396,6 +396,7 @@ class Preferences:
         return hashlib.sha256(named.encode()).hexdigest()[:16]
 
     @checked
+    @quiet_bars()
     def save(self, directory: Path | str) -> None:
         """Write a `datasets` directory of prompts, completions and pairs, whole or not at all.
 
