@@ -1,23 +1,25 @@
-"""One contender on one workload, in a process of its own; prints one line of JSON. Called by `benchmarks/speed.py`.
+"""One contender on one workload, in a process of its own; prints one line of JSON.
 
     python benchmarks/contender.py --contender dpo_lab --precision float32 --workload short
 
-Every contender trains the same model on the same pairs by its own whole loop: batching, logging and optimizer included.
-The clock is a hook behind `Optimizer.step`, the same for all. Before it go a short step, which makes the optimizer's state, and
-the very steps that are timed, `untimed` times, so that memory has been used before and kernels are there, as in the middle of
-a run.
+`benchmarks/speed.py` calls it. Every contender trains the same model on the same pairs by its own
+whole loop, with batching, logging and optimizer. The clock is a hook behind `Optimizer.step`, the
+same for all. Before it starts come a short step, which makes the optimizer's state, and the very
+steps that are timed, `untimed` times: memory has then been used before and kernels have been
+chosen, as in the middle of a run.
 """
 
 import json
 import math
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from datasets import Dataset
 from tokenizers import Tokenizer
@@ -41,12 +43,16 @@ from dpo_lab.models import prepare_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import textbook_dpo  # noqa: E402
+
 BETA, LEARNING_RATE = 0.1, 1e-6
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on: `prompts` a step, each with `completions`, every two of which make a pair.
+    """What is trained on: `prompts` per step, each with `completions`, any two a pair.
 
     A step takes `passes` forward and backward passes, for all contenders; `steps` are timed.
     """
@@ -63,6 +69,8 @@ class Workload:
     steps: int = 1
 
 
+Part = Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"]
+
 WORKLOADS = {
     "paper": Workload(prompts=4, completions=4, prompt_tokens=(2, 8), passes=2),
     "short": Workload(prompts=8, completions=2, prompt_tokens=(4, 16)),
@@ -78,7 +86,8 @@ class ContenderConfig:
     """Who runs, on what."""
 
     contender: Literal["dpo_lab", "trl_default", "trl_best", "textbook"] = "dpo_lab"
-    """trl_best: reference log-probs precomputed, no gradient checkpointing, batches of similar length"""
+    """trl_best: reference log-probs precomputed, no gradient checkpointing, batches of similar
+    length"""
     job: Literal["dpo", "sft"] = "dpo"
     """sft: on every completion, as before DPO; all but textbook know it"""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -90,12 +99,11 @@ class ContenderConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     """where"""
     untimed: int = 2
-    """how often the steps are taken before they are timed; the memory of most contenders has settled after two"""
+    """how often the steps are taken before they are timed; the memory of most contenders has
+    settled after two"""
     change: str = "{}"
     """JSON: other values for fields of the workload"""
-    without: tuple[
-        Literal["sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory"], ...
-    ] = ()
+    without: tuple[Part, ...] = ()
     """what dpo_lab does without, to see what it is worth"""
 
 
@@ -130,7 +138,7 @@ def make_preferences(workload: Workload, seed: int) -> Preferences:
 
 
 def short_step(workload: Workload, seed: int) -> Preferences:
-    """As many pairs as in a step of the workload, the shortest that there are."""
+    """As many pairs as in a step of the workload, as short as they can be."""
     return make_preferences(replace(workload, steps=1, prompt_tokens=(2, 8), most=8), seed)
 
 
@@ -172,7 +180,10 @@ def tuned(model: GPT2LMHeadModel, device: str) -> GPT2LMHeadModel:
 
 
 def one_optimizer(model: GPT2LMHeadModel, config: LoopConfig) -> None:
-    """Let all runs of our loop update `model` by one optimizer, whose state is there when the clock starts, as others' is."""
+    """Let all runs of our loop share an optimizer, whose state exists when the clock starts.
+
+    As that of the other contenders does.
+    """
     optimizers = loop.make_optimizers(model, config)
     loop.make_optimizers = lambda *_: optimizers
 
@@ -184,100 +195,96 @@ def run_dpo_lab(
     policy, reference = make_models(workload, config.seed, config.device)
     if "fused gelu" not in config.without:
         policy, reference = prepare_model(policy), prepare_model(reference)
+    switch_off(config)
+
+    # weights are hashed once per run, and before the clock as TRL hashes its own
+    known = data_format.weights_hash(reference)
+    data_format.weights_hash = lambda _: known
+
+    # the loss of the first prompts, to compare the contenders by
+    loss = first_loss(config, policy, reference, preferences)
+
+    # reference log-probs; on a GPU a second time, when its kernels have been chosen as TRL's have
+    short = short.with_reference(reference, precision=config.precision)
+    preferences = preferences.with_reference(reference, precision=config.precision)
+    for _ in range(2 if config.device == "cuda" else 1):
+        began = time.perf_counter()
+        preferences = replace(preferences, reference_logps=None)
+        preferences = preferences.with_reference(reference, precision=config.precision)
+        seconds = time.perf_counter() - began
+    del reference
+
+    dpo = DPOConfig(
+        beta=BETA,
+        batch_pairs=len(preferences.chosen) // workload.steps,
+        loop=our_loop(workload),
+    )
+    one_optimizer(policy, dpo.loop)
+    train_dpo(policy, short, dpo, progress=None)
+    if config.device == "cuda":
+        # in one run, whose beginning takes about as long as a step there
+        train_dpo(policy, preferences, replace(dpo, epochs=config.untimed + 1), progress=None)
+    else:
+        for _ in range(config.untimed + 1):
+            train_dpo(policy, preferences, dpo, progress=None)
+    return {"loss": loss, "reference_seconds": seconds}
+
+
+def switch_off(config: ContenderConfig) -> None:
+    """Switch off what dpo_lab is to do without, in this process."""
     if "kept memory" in config.without:
         tuning.KEEPING = tuning.USUAL = ()
     if "oneDNN" in config.without:
         tuning.onednn_is_exact = lambda: False
-    known = data_format.weights_hash(reference)  # once a run, and before the clock as TRL's own
-    data_format.weights_hash = lambda _: known
     if "sharing" in config.without:
         layout.SHARE_FROM = math.inf
     if "packing" in config.without:
         layout.PACK_FROM = math.inf
     if "stored logits" in config.without:
         lm_head.STORED_LOGITS_BYTES = 0
-    batch = completion_batch(
-        preferences.prompts,
-        preferences.completions[:8],
-        preferences.prompt_of[:8].tolist(),
-        compact=can_compact(policy),
-    )
-    with torch.no_grad(), autocast(config.device, config.precision):
-        logps, reference_logps = (
-            completion_logps(model, batch.to(config.device)) for model in (policy, reference)
-        )
-    short, _ = (
-        data.with_reference(reference, precision=config.precision) for data in (short, preferences)
-    )
-    for _ in range(
-        2 if config.device == "cuda" else 1
-    ):  # the second time its kernels have been chosen, as those of TRL's have
-        began = time.perf_counter()
-        preferences = replace(preferences, reference_logps=None).with_reference(
-            reference, precision=config.precision
-        )
-        seconds = time.perf_counter() - began
-    del reference
-    first = [i for i, c in enumerate(preferences.rejected) if c < 8]
-    pairs = [
-        torch.tensor(side[first], device=config.device)
-        for side in (preferences.chosen, preferences.rejected)
-    ]
-    loss = dpo_loss(logps, reference_logps, *pairs, BETA).losses.mean().item()
-    per_step = len(preferences.chosen) // workload.steps
-    loop_config = LoopConfig(
+
+
+def our_loop(workload: Workload) -> LoopConfig:
+    """As TRL's trainers are told to step."""
+    return LoopConfig(
         learning_rate=LEARNING_RATE,
         schedule="linear",
         warmup_steps=0,
         gradient_accumulation_steps=workload.passes,
     )
-    one_optimizer(policy, loop_config)
-    dpo = DPOConfig(beta=BETA, batch_pairs=per_step, loop=loop_config)
-    train_dpo(policy, short, dpo, progress=None)
-    if (
-        config.device == "cuda"
-    ):  # in one run, for the beginning of one takes about as long as a step there
-        train_dpo(policy, preferences, replace(dpo, epochs=config.untimed + 1), progress=None)
-        return {"loss": loss, "reference_seconds": seconds}
-    for _ in range(config.untimed + 1):
-        train_dpo(policy, preferences, dpo, progress=None)
-    return {"loss": loss, "reference_seconds": seconds}
+
+
+def first_loss(
+    config: ContenderConfig,
+    policy: GPT2LMHeadModel,
+    reference: GPT2LMHeadModel,
+    preferences: Preferences,
+) -> float:
+    """The mean loss of the pairs among the first eight completions."""
+    pairs = np.flatnonzero(preferences.rejected < 8)
+    batch = preferences.batch(pairs, compact=can_compact(policy)).to(config.device)
+    with torch.no_grad(), autocast(config.device, config.precision):
+        logps, reference_logps = (
+            completion_logps(model, batch.completions) for model in (policy, reference)
+        )
+    return dpo_loss(logps, reference_logps, batch.chosen, batch.rejected, BETA).losses.mean().item()
 
 
 def run_textbook(
     config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
 ) -> dict[str, float]:
-    """As most tutorials write it: chosen and rejected apart, padded, full logits, the reference asked at every step."""
+    """`examples/textbook_dpo.py`: chosen and rejected apart, full logits, a live reference."""
     policy, reference = make_models(workload, config.seed, config.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
 
-    def logps(model: GPT2LMHeadModel, p: Preferences, side: np.ndarray) -> torch.Tensor:
-        rows = [(p.prompts[p.prompt_of[i]], p.completions[i]) for i in side]
-        length = max(len(prompt) + len(completion) for prompt, completion in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.long, device=config.device)
-        mask = torch.zeros(len(rows), length, device=config.device)
-        for r, (prompt, completion) in enumerate(rows):
-            ids[r, : len(prompt) + len(completion)] = torch.tensor(
-                prompt + completion, device=config.device
-            )
-            mask[r, len(prompt) : len(prompt) + len(completion)] = 1
-        attention = torch.zeros_like(mask)
-        for r, (prompt, completion) in enumerate(rows):
-            attention[r, : len(prompt) + len(completion)] = 1
-        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
-        tokens = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        return (tokens * mask[:, 1:]).sum(1)
-
-    def loss_of(p: Preferences, some: np.ndarray) -> torch.Tensor:
-        chosen, rejected = p.chosen[some], p.rejected[some]
-        with torch.no_grad():
-            reference_margin = logps(reference, p, chosen) - logps(reference, p, rejected)
-        return -F.logsigmoid(
-            BETA * (logps(policy, p, chosen) - logps(policy, p, rejected) - reference_margin)
-        ).mean()
+    def loss_of(p: Preferences, pairs: np.ndarray) -> torch.Tensor:
+        ids = textbook_dpo.token_ids(p, pairs)
+        return textbook_dpo.dpo_losses(policy, reference, *ids, BETA).mean()
 
     with torch.no_grad():
         loss = loss_of(preferences, np.flatnonzero(preferences.rejected < 8)).item()
+
+    # a short step, then all steps `untimed` times and once more
     order = np.random.default_rng(config.seed).permutation(len(preferences.chosen))
     steps = [(preferences, step) for step in np.array_split(order, workload.steps)]
     for data, step in [(short, np.arange(len(short.chosen))), *steps * (config.untimed + 1)]:
@@ -303,12 +310,7 @@ def run_sft(
     )
     with torch.no_grad(), autocast(config.device, config.precision):
         loss = -completion_logps(policy, first.to(config.device)).sum().item() / first.tokens
-    loop_config = LoopConfig(
-        learning_rate=LEARNING_RATE,
-        schedule="linear",
-        warmup_steps=0,
-        gradient_accumulation_steps=workload.passes,
-    )
+    loop_config = our_loop(workload)
     one_optimizer(policy, loop_config)
     for data, steps in ((short, 1), *[(p, workload.steps)] * (config.untimed + 1)):
         batches = sft_batches(
@@ -333,7 +335,7 @@ def text(ids: list[int]) -> str:
 
 
 def trl_order(config: ContenderConfig, lengths: list[int]) -> list[int]:
-    """The order of the rows: by length for TRL's best settings, shuffled for its defaults, which would do it themselves."""
+    """The order of the rows: by length for TRL's best settings, shuffled as its defaults would."""
     rng = np.random.default_rng(config.seed)
     return (
         np.argsort(lengths, kind="stable")
@@ -343,7 +345,7 @@ def trl_order(config: ContenderConfig, lengths: list[int]) -> list[int]:
 
 
 def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, object]:
-    """What both of TRL's trainers are told: as they come, or the settings that are fastest on a CPU.
+    """Settings of both TRL trainers: their defaults, or those that are fastest on a CPU.
 
     Rows are read in the order that they have; a step of `rows` takes `passes`.
     """
@@ -369,7 +371,7 @@ def trl_settings(config: ContenderConfig, rows: int, passes: int) -> dict[str, o
 def run_trl_sft(
     config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
 ) -> dict[str, float]:
-    """TRL's SFTTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
+    """TRL's SFTTrainer: its defaults, or the fastest settings on a CPU and our activation."""
     from trl import SFTConfig, SFTTrainer
 
     best, p = config.contender == "trl_best", preferences
@@ -386,21 +388,20 @@ def run_trl_sft(
             "completion": " " + text(p.completions[i]),
         }
 
+    # the short step's rows, then all rows `untimed` times and once more
     warm, rows = [row(short, i) for i in range(len(short.completions))], [row(p, i) for i in order]
     arguments = SFTConfig(**trl_settings(config, len(warm), workload.passes))
     data = Dataset.from_list([*warm, *rows * (config.untimed + 1)])
     trainer = SFTTrainer(
         policy, args=arguments, train_dataset=data, processing_class=word_tokenizer(workload)
     )
-    examples = [
-        trainer.train_dataset[place] for place, i in enumerate(order, start=len(warm)) if i < 8
-    ]
+
+    # the loss of the first completions, to compare the contenders by
+    places = [place for place, i in enumerate(order, start=len(warm)) if i < 8]
+    examples = [trainer.train_dataset[place] for place in places]
     with torch.no_grad():
-        loss = float(
-            trainer.compute_loss(
-                trainer.model, trainer._prepare_inputs(trainer.data_collator(examples))
-            )
-        )
+        inputs = trainer._prepare_inputs(trainer.data_collator(examples))
+        loss = float(trainer.compute_loss(trainer.model, inputs))
     trainer.train()
     return {"loss": loss, "reference_seconds": 0.0}
 
@@ -408,7 +409,7 @@ def run_trl_sft(
 def run_trl(
     config: ContenderConfig, workload: Workload, preferences: Preferences, short: Preferences
 ) -> dict[str, float]:
-    """TRL's DPOTrainer: as it comes, or with the settings that are fastest on a CPU and our activation function."""
+    """TRL's DPOTrainer: its defaults, or the fastest settings on a CPU and our activation."""
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer
 
@@ -417,26 +418,22 @@ def run_trl(
     if best:
         policy, reference = tuned(policy, config.device), tuned(reference, config.device)
     p = preferences
-    order = trl_order(
-        config,
-        [
-            len(p.prompts[p.prompt_of[c]]) + max(len(p.completions[i]) for i in (c, r))
-            for c, r in zip(p.chosen, p.rejected)
-        ],
-    )
+    lengths = [
+        len(p.prompts[p.prompt_of[c]]) + max(len(p.completions[i]) for i in (c, r))
+        for c, r in zip(p.chosen, p.rejected)
+    ]
+    order = trl_order(config, lengths)
 
     def row(p: Preferences, pair: int) -> dict[str, str]:
         c, r = p.chosen[pair], p.rejected[pair]
-        return {
-            "prompt": text(p.prompts[p.prompt_of[c]]),
-            "chosen": " " + text(p.completions[c]),  # TRL leaves an EOS that is there already
-            "rejected": " " + text(p.completions[r]),
-        }
+        prompt = text(p.prompts[p.prompt_of[c]])
+        # TRL leaves an EOS that is there already
+        chosen, rejected = (" " + text(p.completions[i]) for i in (c, r))
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
-    warm, rows = (
-        [row(short, pair) for pair in range(len(short.chosen))],
-        [row(p, pair) for pair in order],
-    )
+    # the short step's rows, then all rows `untimed` times and once more
+    warm = [row(short, pair) for pair in range(len(short.chosen))]
+    rows = [row(p, pair) for pair in order]
     reference_seconds = []
 
     class Timed(DPOTrainer):
@@ -458,27 +455,38 @@ def run_trl(
         train_dataset=Dataset.from_list([*warm, *rows * (config.untimed + 1)]),
         processing_class=word_tokenizer(workload),
     )
-    examples = [
-        trainer.train_dataset[place]
-        for place, pair in enumerate(order, start=len(warm))
-        if p.rejected[pair] < 8
-    ]
+
+    # the loss of the first pairs, to compare the contenders by
+    places = [place for place, pair in enumerate(order, start=len(warm)) if p.rejected[pair] < 8]
+    examples = [trainer.train_dataset[place] for place in places]
     with torch.no_grad():
         inputs = trainer._prepare_inputs(trainer.data_collator(examples))
         loss = float(trainer.compute_loss(trainer.model, inputs))
     trainer.train()
-    timed = (
-        workload.steps * workload.passes if best else 0
-    )  # the same rows again and again, of which the last were not the first
+
+    # the same rows come again and again; those that are timed come last
+    timed = workload.steps * workload.passes if best else 0
     return {
         "loss": loss,
         "reference_seconds": sum(reference_seconds[len(reference_seconds) - timed :]),
     }
 
 
+RUNS = {
+    "dpo": {
+        "dpo_lab": run_dpo_lab,
+        "textbook": run_textbook,
+        "trl_default": run_trl,
+        "trl_best": run_trl,
+    },
+    "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
+}
+
+
 def main(config: ContenderConfig) -> None:
+    """Time the steps of one contender, and print what was found."""
     workload = replace(WORKLOADS[config.workload], **json.loads(config.change))
-    preferences = make_preferences(workload, config.seed)
+    preferences, short = make_preferences(workload, config.seed), short_step(workload, config.seed)
     ends: list[float] = []
 
     def note_end(*_: object) -> None:
@@ -486,44 +494,31 @@ def main(config: ContenderConfig) -> None:
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
 
+    # every step notes its end
     register_optimizer_step_post_hook(note_end)
-    runs = {
-        "dpo": {
-            "dpo_lab": run_dpo_lab,
-            "textbook": run_textbook,
-            "trl_default": run_trl,
-            "trl_best": run_trl,
-        },
-        "sft": {"dpo_lab": run_sft, "trl_default": run_trl_sft, "trl_best": run_trl_sft},
-    }
-    result = runs[config.job][config.contender](
-        config, workload, preferences, short_step(workload, config.seed)
-    )
+    result = RUNS[config.job][config.contender](config, workload, preferences, short)
     expected = 1 + (config.untimed + 1) * workload.steps
     assert len(ends) == expected, f"{config.contender} made {len(ends)} steps, not {expected}"
     ends = ends[-workload.steps - 1 :]
-    print(
-        json.dumps(
-            {
-                "contender": config.contender,
-                "job": config.job,
-                "precision": config.precision,
-                "workload": config.workload,
-                "change": json.loads(config.change),
-                "without": config.without,
-                "steps": workload.steps,
-                "pairs": len(preferences.chosen),
-                "completion_tokens": sum(map(len, preferences.completions)),
-                "training_seconds": ends[-1] - ends[0],
-                "step_seconds": np.diff(ends).tolist(),
-                **result,
-                "device": config.device,
-                "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6
-                if config.device == "cuda"
-                else peak_memory_mb(),
-            }
-        )
-    )
+
+    cuda = config.device == "cuda"
+    found = {
+        "contender": config.contender,
+        "job": config.job,
+        "precision": config.precision,
+        "workload": config.workload,
+        "change": json.loads(config.change),
+        "without": config.without,
+        "steps": workload.steps,
+        "pairs": len(preferences.chosen),
+        "completion_tokens": sum(map(len, preferences.completions)),
+        "training_seconds": ends[-1] - ends[0],
+        "step_seconds": np.diff(ends).tolist(),
+        **result,
+        "device": config.device,
+        "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if cuda else peak_memory_mb(),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

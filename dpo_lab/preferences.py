@@ -40,7 +40,7 @@ from dpo_lab.engine.rows import (
     read_row,
     trl_rows,
 )
-from dpo_lab.engine.runs import atomic_write
+from dpo_lab.engine.runs import atomic_write, current_config, quiet_bars
 from dpo_lab.engine.structure import unwrapped, widest
 from dpo_lab.engine.tokenizing import TokenCollector
 from dpo_lab.logprobs import Precision, score_completions
@@ -108,11 +108,13 @@ class PairBatch:
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
         device, reference = torch.device(device), self.reference_logps
-        if self.chosen.device == device:
+        if reference is not None:
+            reference = reference.to(widest(device))
+        if self.chosen.device == device and reference is self.reference_logps:
             return self
         wait = device.type == "cpu"
         if reference is not None:
-            reference = reference.to(widest(device)).to(device, non_blocking=not wait)
+            reference = reference.to(device, non_blocking=not wait)
         return PairBatch(
             self.completions.to(device),
             reference,
@@ -394,6 +396,7 @@ class Preferences:
         return hashlib.sha256(named.encode()).hexdigest()[:16]
 
     @checked
+    @quiet_bars()
     def save(self, directory: Path | str) -> None:
         """Write a `datasets` directory of prompts, completions and pairs, whole or not at all.
 
@@ -441,6 +444,8 @@ class Preferences:
     @classmethod
     def _read(cls, directory: Path) -> "Preferences":
         meta = json.loads((directory / "preferences.json").read_text(encoding="utf-8"))
+        # in today's names, which an earlier version did not write
+        meta["report"] = current_config(meta["report"])
         meta["report"]["unread"] = tuple(meta["report"].get("unread", ()))
         parts = load_from_disk(str(directory))
         completions, pairs = parts["completions"], parts["pairs"]

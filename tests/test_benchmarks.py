@@ -90,7 +90,7 @@ def test_the_first_step_has_as_many_pairs_as_any_and_the_shortest_completions(na
 
 
 def test_the_reference_is_hashed_once_before_the_clock_and_not_kept(monkeypatch):
-    """TRL's own hash of the weights is not in its time either; a cache that held the model added its size to the peak."""
+    """TRL's own hash is not timed either; a cache that held the model added its size to the peak."""
     hashed = []
 
     def slow(model):

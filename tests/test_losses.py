@@ -1,4 +1,4 @@
-"""Every loss against 50-digit arithmetic, a plain loop or autograd; every wrong argument against its message."""
+"""Every loss against 50-digit arithmetic, a loop or autograd; wrong arguments against messages."""
 
 import math
 
@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from mpmath import mpf
 
 from dpo_lab.losses import (
+    MARGIN_LOSSES,
     bradley_terry_nll,
     check_beta,
     check_pairs,
     clipped_value_loss,
     dpo_loss,
+    dpo_loss_from_pairs,
     ppo_clip_loss,
     reward_model_loss,
     unlikelihood_loss,
@@ -42,7 +44,7 @@ def index(*values):
 
 
 def terms(kind, log_ratio, beta, e):
-    """The loss as numbers of 50 digits to add up; the sum of their sizes says how much rounding is fair."""
+    """The loss as numbers of 50 digits to add up; their sizes say how much rounding is fair."""
     m = mpf(beta) * mpf(log_ratio)
     if kind == "sigmoid":
         return [(1 - mpf(e)) * mpmath.log1p(mpmath.exp(-m)), mpf(e) * mpmath.log1p(mpmath.exp(m))]
@@ -173,6 +175,56 @@ def test_completions_stacked_chosen_first_give_the_textbook_loss():
     )
     torch.testing.assert_close(result.rewards[:4], 0.1 * (policy_chosen - reference_chosen))
     torch.testing.assert_close(result.rewards[4:], 0.1 * (policy_rejected - reference_rejected))
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", [0.1, 0.33, 2.0])
+def test_four_vectors_give_the_index_form_to_the_bit(kind, smoothing, dtype, beta):
+    policy, reference = random_completions(10, seed=3, dtype=dtype)
+    names = {"loss_type": kind, "label_smoothing": smoothing}
+    leaves = [
+        policy.clone().requires_grad_(),
+        *(x.clone().requires_grad_() for x in policy.chunk(2)),
+    ]
+    stacked = dpo_loss(leaves[0], reference, torch.arange(5), torch.arange(5, 10), beta, **names)
+    four = dpo_loss_from_pairs(leaves[1], leaves[2], *reference.chunk(2), beta, **names)
+    for ours, theirs in zip(four, stacked):
+        assert torch.equal(ours, theirs) and ours.dtype == dtype
+    stacked.losses.sum().backward()
+    four.losses.sum().backward()
+    assert torch.equal(torch.cat([leaves[1].grad, leaves[2].grad]), leaves[0].grad)
+    assert not four.rewards.requires_grad and four.rewards.shape == (10,)
+
+
+def exponential(margins, beta, label_smoothing):
+    """A loss of a user's own, whose derivative is its negative."""
+    losses = torch.exp(-margins)
+    return losses, losses
+
+
+def test_a_loss_that_is_added_to_the_table_is_taken_by_its_name(monkeypatch):
+    monkeypatch.setitem(MARGIN_LOSSES, "exponential", exponential)
+    policy, reference = random_completions()
+    policy = (reference + (policy - reference) / 10).requires_grad_()
+    chosen, rejected = index(0, 2, 4), index(1, 3, 5)
+    found = dpo_loss(policy, reference, chosen, rejected, 0.1, loss_type="exponential")
+    assert torch.equal(found.losses, torch.exp(-found.margins))
+    assert torch.equal(found.gradient_weights, found.losses)
+    gradient = torch.autograd.grad(found.losses.sum(), policy)[0]
+    torch.testing.assert_close(gradient[chosen], -0.1 * found.gradient_weights)
+    dpo_loss(policy, reference, chosen, rejected, 0.1, loss_type="exponential", label_smoothing=0.1)
+
+
+def test_a_loss_that_is_not_in_the_table_is_named_with_those_that_are(monkeypatch):
+    monkeypatch.setitem(MARGIN_LOSSES, "exponential", exponential)
+    for name in ("dpo", None, ["sigmoid"]):
+        says(
+            GOOD | {"loss_type": name},
+            dpo_loss,
+            ValueError,
+            [f"loss_type is {name!r}", "sigmoid, ipo, hinge, robust, exponential"],
+        )
 
 
 def test_a_ranking_of_k_completions_is_a_loop_over_its_pairs():
@@ -369,6 +421,45 @@ def says(arguments, call, error, words):
 @pytest.mark.parametrize("change, error, words", BAD, ids=[" ".join(words) for _, _, words in BAD])
 def test_dpo_loss_names_the_wrong_argument(change, error, words):
     says(GOOD | change, dpo_loss, error, words)
+
+
+FOUR = {
+    "policy_chosen": doubles(-1, -2),
+    "policy_rejected": doubles(-3, -4),
+    "reference_chosen": doubles(-1, -2),
+    "reference_rejected": doubles(-3, -4),
+    "beta": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"policy_chosen": [-1.0, -2.0]}, TypeError, ["policy_chosen", "list", "(P,)"]),
+        ({"reference_rejected": index(1, 2)}, TypeError, ["reference_rejected", "torch.int64"]),
+        (
+            {"policy_rejected": doubles(-1, -2)[None]},
+            ValueError,
+            ["policy_rejected has shape (1, 2)", "(P,), one value per pair"],
+        ),
+        (
+            {"reference_chosen": doubles(-1)},
+            ValueError,
+            ["policy_chosen (2,)", "reference_chosen (1,)", "one value per pair"],
+        ),
+        (
+            {"reference_chosen": doubles(-1, NAN)},
+            ValueError,
+            ["reference_chosen[1] is nan", "finite"],
+        ),
+        ({"policy_rejected": doubles(-INF, -1)}, ValueError, ["policy_rejected[0] is -inf"]),
+        ({"beta": 0}, ValueError, ["beta is 0", "positive, finite"]),
+        ({"loss_type": "dpo"}, ValueError, ["loss_type is 'dpo'", "sigmoid, ipo, hinge, robust"]),
+        ({"label_smoothing": 0.5}, ValueError, ["label_smoothing is 0.5", "[0, 0.5)"]),
+    ],
+)
+def test_the_four_vector_form_names_its_own_arguments(change, error, words):
+    says(FOUR | change, dpo_loss_from_pairs, error, words)
 
 
 def test_indices_of_32_bits_are_as_good_as_those_of_64():

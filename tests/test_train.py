@@ -1,4 +1,4 @@
-"""The loop against a textbook loop written out here, and every way to stop it against never stopping."""
+"""The loop against a textbook loop written out here; every way to stop it against not stopping."""
 
 import json
 import math
@@ -25,7 +25,6 @@ from dpo_lab.engine import checkpoints
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
-from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
 from dpo_lab.sampling import sample_completions
@@ -33,6 +32,8 @@ from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_un
 
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)
 CONFIG = DPOConfig(beta=0.5, epochs=2, batch_pairs=12, loop=LOOP)
+
+score = loop.Scorer.forward
 
 
 def make_preferences(tiny, prompts=8, k=3):
@@ -66,7 +67,7 @@ def timeless(lines):
 
 
 def textbook_dpo(policy, preferences, config, seed):
-    """AdamW on full logits, a live reference, and one forward pass a side of a pair; everything in float64."""
+    """AdamW on full logits, a live reference, a forward pass per side of a pair; all in float64."""
     reference = load_model(policy.name_or_path).double()
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.loop.learning_rate, weight_decay=0.0
@@ -127,12 +128,12 @@ def test_at_step_zero_the_policy_is_the_reference(model, preferences):
 
 
 def test_ties_count_one_half_in_the_accuracy(model, preferences, monkeypatch):
-    def tied_logps(model, batch):
-        return 0 * next(model.parameters()).double().sum() + torch.zeros(
+    def tied_logps(scorer, batch):
+        return 0 * next(scorer.parameters()).double().sum() + torch.zeros(
             batch.n, dtype=torch.float64
         )
 
-    monkeypatch.setattr(loop, "completion_logps", tied_logps)
+    monkeypatch.setattr(loop.Scorer, "forward", tied_logps)
     tied = replace(preferences, reference_logps=np.zeros(len(preferences.completions)))
     first = train_dpo(model, tied, CONFIG, progress=None)[0]
     assert first["rewards/margins"] == 0 and first["rewards/accuracies"] == 0.5
@@ -141,8 +142,8 @@ def test_ties_count_one_half_in_the_accuracy(model, preferences, monkeypatch):
 def test_training_raises_margins_and_reports_trl_names(model, preferences):
     metrics = train_dpo(model, preferences, replace(CONFIG, epochs=10), progress=None)
     assert metrics[-1]["rewards/margins"] > metrics[0]["rewards/margins"] + 0.1
-    names = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
-    names += " gradient_weight/mean grad_norm learning_rate tokens_per_second"
+    names = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen"
+    names += " logps/rejected gradient_weight/mean grad_norm learning_rate tokens_per_second"
     assert set(names.split()) <= set(metrics[0])
 
 
@@ -341,7 +342,7 @@ def test_sft_minimizes_nats_per_completion_token(model, preferences):
         len(preferences.completions[i]) for i in preferences.chosen
     )
     with torch.no_grad():
-        logps = loop.completion_logps(model, batches[0])
+        logps = completion_logps(model, batches[0])
     metrics = train_sft(model, batches, 30, replace(LOOP, learning_rate=1e-2), progress=None)
     assert metrics[0]["loss"] == pytest.approx(float(-logps.sum() / batches[0].tokens), rel=1e-6)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
@@ -417,7 +418,8 @@ def slow(run, line):
 loop.append_metrics = slow
 print("ready", flush=True)
 try:
-    train.train_dpo(load_model(sys.argv[2]), make_preferences(sys.argv[2]), CONFIG, run=Path(sys.argv[3]), progress=None)
+    preferences, run = make_preferences(sys.argv[2]), Path(sys.argv[3])
+    train.train_dpo(load_model(sys.argv[2]), preferences, CONFIG, run=run, progress=None)
 except loop.Interrupted as error:
     print(error, flush=True)
     sys.exit(130)
@@ -530,7 +532,7 @@ def test_divergence_is_an_error_that_names_the_cause(model, preferences):
 
 
 def test_bfloat16_training_follows_float32(tiny, preferences):
-    """The policy is computed in the precision of the reference, so the loss starts at log 2 in both."""
+    """The policy is computed in the reference's precision, so the loss starts at log 2 in both."""
     curves = []
     for precision in ("float32", "bfloat16"):
         policy = load_model(str(tiny))
@@ -625,16 +627,16 @@ def test_a_model_without_blocks_cannot_be_checkpointed():
 def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
     tiny, preferences, tmp_path, monkeypatch, where
 ):
-    """Memory for 5 completions at once: from the first step on the batch goes in four parts; the gradient is the same."""
+    """Memory for 5 completions at once: the batch goes in four parts, the gradient is the same."""
     config, asked = replace(CONFIG, loop=replace(LOOP, gradient_accumulation_steps=4)), []
     theirs = load_model(str(tiny))
     expected = train_dpo(theirs, preferences, config, progress=None)
 
-    def scarce(model, batch):
+    def scarce(scorer, batch):
         asked.append(batch.n)
         if batch.n > 5 and where == "forward":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        logps = completion_logps(model, batch)
+        logps = score(scorer, batch)
         if batch.n > 5:
             logps.register_hook(full)
         return logps
@@ -642,7 +644,7 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
     def full(gradient):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "completion_logps", scarce)
+    monkeypatch.setattr(loop.Scorer, "forward", scarce)
     ours = load_model(str(tiny))
     metrics = train_dpo(ours, preferences, CONFIG, run=tmp_path, progress=None)
     assert max(asked) > 5 and sum(n > 5 for n in asked) <= 4
@@ -669,16 +671,16 @@ def test_a_step_that_does_not_fit_is_redone_in_smaller_parts(
 def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(
     tiny, preferences, tmp_path, monkeypatch
 ):
-    def scarce(model, batch):
+    def scarce(scorer, batch):
         if steps and steps[-1] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return completion_logps(model, batch)
+        return score(scorer, batch)
 
     steps, append = [], loop.append_metrics
     monkeypatch.setattr(
         loop, "append_metrics", lambda run, line: (steps.append(line["step"]), append(run, line))
     )
-    monkeypatch.setattr(loop, "completion_logps", scarce)
+    monkeypatch.setattr(loop.Scorer, "forward", scarce)
     with pytest.raises(
         ValueError,
         match="step 4 does not fit in memory in 4 forward passes .*CUDA out of memory.*--resume",
@@ -693,12 +695,12 @@ def test_a_batch_that_cannot_be_split_further_is_an_error_that_loses_nothing(
 
 
 def test_the_larger_accumulate_is_said_once(model, preferences, monkeypatch, capsys):
-    def scarce(model, batch):
+    def scarce(scorer, batch):
         if batch.n > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return completion_logps(model, batch)
+        return score(scorer, batch)
 
-    monkeypatch.setattr(loop, "completion_logps", scarce)
+    monkeypatch.setattr(loop.Scorer, "forward", scarce)
     train_dpo(
         model,
         preferences,
@@ -728,7 +730,7 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["DPO", "SFT"])
 def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch, method):
-    """As on a GPU, where the loss does not look at its arguments: metrics are read after the last backward pass, at once."""
+    """Metrics are read at once, after the last backward pass: a GPU is waited for once per step."""
     asked, backward = [], loop._backward
 
     def watched(*arguments):
@@ -741,9 +743,6 @@ def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch
         model, completion_batch([[0]], [[0]], [0])
     )  # at the first call the model is compared with itself
     monkeypatch.setattr(loop, "_backward", watched)
-    monkeypatch.setattr(
-        train, "dpo_loss", lambda *a, **named: dpo_loss(*a, **named | {"check_values": False})
-    )
     if method == "DPO":
         lines = train_dpo(model, preferences, CONFIG, progress=None)
     else:

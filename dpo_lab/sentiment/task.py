@@ -28,6 +28,7 @@ from dpo_lab.engine.runs import (
     atomic_write,
     check_run,
     open_run,
+    quiet_bars,
     read_config,
     require_space,
     require_writable,
@@ -576,6 +577,7 @@ def _logps_by_tokens(
 
 
 @checked
+@quiet_bars()
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Save model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or
     not at all.
