@@ -111,11 +111,13 @@ class PairBatch:
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same batch on `device`. A copy from the CPU to a GPU is not waited for."""
         device, reference = torch.device(device), self.reference_logps
-        if self.chosen.device == device:
+        if reference is not None:
+            reference = reference.to(widest(device))
+        if self.chosen.device == device and reference is self.reference_logps:
             return self
         wait = device.type == "cpu"
         if reference is not None:
-            reference = reference.to(widest(device)).to(device, non_blocking=not wait)
+            reference = reference.to(device, non_blocking=not wait)
         return PairBatch(
             self.completions.to(device),
             reference,

@@ -27,7 +27,7 @@ from dpo_lab.engine.records import locked
 from dpo_lab.engine.runs import open_run
 from dpo_lab.loop import Interrupted, LoopConfig
 from dpo_lab.preferences import Preferences
-from dpo_lab.sentiment import pretrain
+from dpo_lab.sentiment import pretrain, task
 from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment import sweep as frontier
 from dpo_lab.sentiment.pretrain import PretrainConfig
@@ -523,8 +523,8 @@ def test_a_command_says_so_before_it_loads_anything(tmp_path, monkeypatch):
     def loads(*arguments):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(experiment, "load_parts", loads)
-    monkeypatch.setattr(frontier, "load_parts", loads)
+    for name in ("load_model", "load_tokenizer", "load_imdb"):
+        monkeypatch.setattr(task, name, loads)
     monkeypatch.setattr(pretrain, "load_imdb", loads)
     open_run(tmp_path / "pretrain", asdict(PretrainConfig()), resume=False)
     for name, run, command in (

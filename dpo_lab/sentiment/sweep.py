@@ -77,7 +77,7 @@ class FrontierConfig:
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """of PPO"""
     samples: int = 256
-    """completions of the reference per held-out prefix: best-of-N and the optimal frontier"""
+    """completions of the reference per held-out prefix, for best of N and the optimal frontier"""
     jobs: int | None = None
     """runs at a time, each a process of 2 GB; by default one per core, at most 4, one on a GPU"""
 
