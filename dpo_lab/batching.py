@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.engine.arguments import integers, token_ids
 from dpo_lab.engine.pieces import ROUND, Pieces, Spans, moved, pieces_of
+from dpo_lab.engine.tokenizing import ended
 
 # token ids, one sequence each
 Tokens = Sequence[Sequence[int]]
@@ -365,16 +366,6 @@ def check_tokens(
     if any(used[p] is not prompts[p] for p in used):
         prompts = [used.get(p, []) for p in range(len(prompts))]
     return prompts, completions, owners
-
-
-def begun(ids: list[int], start: int) -> list[int]:
-    """`ids` with the token `start` before them, once."""
-    return ids if ids[:1] == [start] else [start, *ids]
-
-
-def ended(ids: list[int], end: int) -> list[int]:
-    """`ids` with the token `end` after them, once."""
-    return ids if ids[-1:] == [end] else [*ids, end]
 
 
 def pack(documents: list[list[int]], context: int, end: int) -> list[list[int]]:

@@ -53,8 +53,7 @@ def pretrain_command(
     print0(f"model in {pretrain(out, config, resume=resume)}")
 
 
-@checked
-def task_commands(default: TaskConfig) -> dict[str, Command]:
+def _task_commands(default: TaskConfig) -> dict[str, Command]:
     """The commands `sample` and `label`, whose options change this config."""
 
     @checked
@@ -74,8 +73,7 @@ def task_commands(default: TaskConfig) -> dict[str, Command]:
     return {"sample": sample_command, "label": label_command}
 
 
-@checked
-def run_commands(default: ExperimentConfig) -> dict[str, Command]:
+def _run_commands(default: ExperimentConfig) -> dict[str, Command]:
     """The commands `plan` and `train`, whose options change this config."""
 
     @checked
@@ -112,10 +110,9 @@ def run_commands(default: ExperimentConfig) -> dict[str, Command]:
 
         Args:
             out: run directory; it must be new, or hold this config.
-            data: where `dpo-lab sample` and `dpo-lab label` put their results; by default inside
-                the run directory.
+            data: folder of `dpo-lab sample` and `label`; by default inside the run directory.
             resume: continue an interrupted run.
-            minutes: take as few prefixes as fit into this time here, unless --prefixes is given.
+            minutes: take only as many prefixes as fit into this time, unless --prefixes is given.
         """
         summary = experiment.train(config, out, data=data, resume=resume, minutes=minutes)
         for name in ("before", "after"):
@@ -132,8 +129,7 @@ def run_commands(default: ExperimentConfig) -> dict[str, Command]:
     return {"plan": plan_command, "train": train_command}
 
 
-@checked
-def frontier_commands(default: FrontierConfig) -> dict[str, Command]:
+def _frontier_commands(default: FrontierConfig) -> dict[str, Command]:
     """The command `frontier`, whose options change this config."""
 
     @checked
@@ -168,10 +164,10 @@ def commands(name: str = "laptop") -> dict[str, Command]:
     """Every command, with the defaults of the config of this name."""
     return {
         "doctor": doctor_command,
-        **run_commands(CONFIGS[name]),
-        **task_commands(CONFIGS[name].task),
+        **_run_commands(CONFIGS[name]),
+        **_task_commands(CONFIGS[name].task),
         "evaluate": evaluate_command,
-        **frontier_commands(frontier_config(name)),
+        **_frontier_commands(frontier_config(name)),
         "pretrain": pretrain_command,
     }
 

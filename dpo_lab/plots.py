@@ -1,7 +1,7 @@
-"""Figures from arrays. Each function returns a matplotlib Figure and leaves pyplot alone.
+"""Figures from arrays: each function returns a matplotlib Figure, without pyplot.
 
-Names and labels are shown letter by letter (`escaping.for_figure`); titles and the names of axes may hold matplotlib's
-mathematics. Everything that is given is drawn, within the axes, or refused.
+Names and labels are shown letter by letter (`escaping.for_figure`); titles and axis labels may hold
+matplotlib's mathematics. Everything that is given is drawn, within the axes, or refused.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,19 +19,24 @@ from torch import Tensor
 from dpo_lab.engine.arguments import floats, integers
 from dpo_lab.engine.escaping import for_figure, for_html
 
-CONTENDERS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
-
+# one color per role, in every figure
 CHOSEN, REJECTED, POLICY, OPTIMUM = "#1b7f5c", "#c0392b", "#2c5f9e", "#666666"
-
 COLORS, STROKES = (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")
+
+# one color per method of a sweep
+METHODS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
+
+# ticks of an axis of square roots, in nats
+ROOT_TICKS = (0.5, 2, 5, 10, 20, 40, 80, 160)
 
 
 def looks(
     colors: Sequence[Any], others: Sequence[Any], *, beside: bool = True
 ) -> Iterator[tuple[Any, Any]]:
-    """Colors with strokes, markers or hatches, for any number of things: a color that comes again has another one.
+    """Colors with strokes, markers or hatches, for any number of things.
 
-    The second moves on with the color, or, unless `beside`, only when the colors are through.
+    A color that comes again has another stroke, marker or hatch. These change with every color or,
+    unless `beside`, only once all colors have been used.
     """
     for k in count():
         turn = k // len(colors)
@@ -39,10 +44,14 @@ def looks(
 
 
 def check_labels(labels: Sequence[str], n: int, what: str) -> list[str]:
-    """The labels as matplotlib shows them letter by letter. Raises ValueError unless there is one for each of `n`."""
+    """The labels, escaped so that matplotlib shows them letter by letter.
+
+    Raises ValueError unless there is one for each of `n` things, which the error calls `what`.
+    """
     if len(labels) != n:
         raise ValueError(
-            f"labels has {len(labels)} entries, {list(labels)}, and there are {n} {what}; give one label for each"
+            f"labels has {len(labels)} entries, {list(labels)}, and there are {n} {what}; "
+            "give one label for each"
         )
     return [for_figure(label) for label in labels]
 
@@ -73,6 +82,8 @@ def _curve(axes: Any, metrics: Sequence[dict[str, Any]], name: str, color: str, 
     """A metric against the step, faint, under its running mean over a tenth of the steps."""
     points = [(line["step"], line[name]) for line in metrics if name in line]
     steps, values = map(np.array, zip(*points))
+
+    # the running mean by differences of cumulative sums
     width = max(1, len(values) // 10)
     sums = np.cumsum(np.insert(values, 0, 0.0))
     starts = np.maximum(np.arange(len(values)) + 1 - width, 0)
@@ -106,23 +117,25 @@ def plot_beta_path(
     value: Sequence[float],
     spent: Sequence[float],
 ) -> Figure:
-    """How the optimal policy changes with beta: probabilities (B, n), and under them mean reward and KL (B,)."""
-    policies, value, spent = (
-        floats("policies", policies),
-        floats("value", value),
-        floats("spent", spent),
-    )
+    """How the optimal policy changes with beta, from (B,) values of beta.
+
+    Above the probabilities (B, n), below the mean reward and the KL (B,).
+    """
+    policies = floats("policies", policies)
+    value, spent = floats("value", value), floats("spent", spent)
     figure, (top, bottom) = _figure(
         "The optimal policy from beta = infinity to 0", "probability", "mean reward", x="beta"
     )
-    shown, strokes = (
-        check_labels(labels, policies.shape[1], "outcomes"),
-        (*STROKES, (0, (5, 1)), (0, (1, 1))),
-    )
-    for label, line, (color, style) in zip(
-        shown, policies.T, looks((OPTIMUM, REJECTED, POLICY, CHOSEN), strokes)
-    ):
+
+    # probabilities
+    shown = check_labels(labels, policies.shape[1], "outcomes")
+    strokes = (*STROKES, (0, (5, 1)), (0, (1, 1)))
+    own = looks((OPTIMUM, REJECTED, POLICY, CHOSEN), strokes)
+    for label, line, (color, style) in zip(shown, policies.T, own):
         top.plot(betas, line, linestyle=style, color=color, label=label)
+    _legend(top)
+
+    # mean reward and KL
     bottom.plot(betas, value, color=CHOSEN, label="mean reward")
     bottom.set_xscale("log")
     bottom.invert_xaxis()
@@ -130,7 +143,6 @@ def plot_beta_path(
     right.plot(betas, spent, color=POLICY, linestyle="--", label="KL to the reference")
     right.set_ylabel("KL (nats)")
     right.spines["top"].set_visible(False)
-    _legend(top)
     lines = [*bottom.get_lines(), *right.get_lines()]
     bottom.legend(lines, [line.get_label() for line in lines], frameon=False)
     return figure
@@ -146,7 +158,8 @@ def plot_lines(
         values = floats(f"lines[{name!r}]", values)
         if len(values) != len(x):
             raise ValueError(
-                f"line {name!r} has {len(values)} values and x has {len(x)}; there must be one for each"
+                f"line {name!r} has {len(values)} values and x has {len(x)}; "
+                "there must be one for each"
             )
         axes.plot(x, values, color=color, linestyle=style, label=for_figure(name))
     _legend(axes)
@@ -161,16 +174,14 @@ def plot_band(
     x_label: str,
     y_label: str,
 ) -> Figure:
-    """Mean of `values` (len(x), seeds) with the band from the 10th to the 90th percentile, beside theory, both axes in logs."""
+    """Mean over seeds with the band from the 10th to the 90th percentile, beside theory.
+
+    `values` are (len(x), seeds), `lines` what theory says; both axes are logarithmic.
+    """
     x, values = floats("x", x), floats("values", values)
     figure, axes = _figure(title, y_label, x=x_label)
-    axes.fill_between(
-        x,
-        *np.quantile(values, (0.1, 0.9), axis=1),
-        color=POLICY,
-        alpha=0.2,
-        label="10% to 90% of seeds",
-    )
+    band = np.quantile(values, (0.1, 0.9), axis=1)
+    axes.fill_between(x, *band, color=POLICY, alpha=0.2, label="10% to 90% of seeds")
     axes.plot(x, values.mean(1), "o-", color=POLICY, label="mean of seeds")
     for name, line in lines.items():
         axes.plot(x, floats(f"lines[{name!r}]", line), "--", color=OPTIMUM, label=for_figure(name))
@@ -187,12 +198,15 @@ def plot_race(
     *,
     goal: float | None = None,
 ) -> Figure:
-    """Median and band from the 10th to the 90th percentile of each racer, (x, values (len(x), seeds)), both axes in logs."""
+    """Median and band from the 10th to the 90th percentile of each racer.
+
+    A racer is (x, values), with values (len(x), seeds); both axes are logarithmic, and a line
+    stands at `goal`.
+    """
     figure, axes = _figure(title, y_label, x=x_label)
     for (name, (x, values)), (color, style) in zip(racers.items(), looks(COLORS, STROKES)):
-        low, middle, high = np.quantile(
-            floats(f"racers[{name!r}]", values), (0.1, 0.5, 0.9), axis=1
-        )
+        values = floats(f"racers[{name!r}]", values)
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(x, middle, color=color, linestyle=style, label=for_figure(name))
     if goal is not None:
@@ -209,45 +223,34 @@ def plot_simplex(
     points: Mapping[str, Tensor],
     steps: int = 80,
 ) -> Figure:
-    """A value over all distributions of three outcomes as contours, with curves (K, 3) and points (3,) among them."""
-    corners, shown = (
-        np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]]),
-        check_labels(labels, 3, "outcomes"),
-    )
-    grid = (
-        torch.tensor(
-            [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]
-        ).double()
-        / steps
-    )
+    """A value over all distributions of three outcomes, as contours.
+
+    Curves (K, 3) and points (3,) of distributions are drawn over them; `steps` is the fineness of
+    the grid.
+    """
+    shown = check_labels(labels, 3, "outcomes")
     figure = Figure(figsize=(6.4, 5.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    surface = axes.tricontourf(
-        *(grid.numpy() @ corners).T, value(grid).numpy(), levels=16, cmap="cividis"
-    )
+
+    # the value on a triangular grid of distributions
+    corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(3) / 2]])
+    grid = [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]
+    grid = torch.tensor(grid).double() / steps
+    places = (grid.numpy() @ corners).T
+    surface = axes.tricontourf(*places, value(grid).numpy(), levels=16, cmap="cividis")
     figure.colorbar(surface, ax=axes, label="objective", shrink=0.8)
-    for (name, curve), (color, style) in zip(
-        curves.items(), looks(("white", REJECTED), STROKES, beside=False)
-    ):
-        axes.plot(
-            *(np.asarray(curve) @ corners).T,
-            style,
-            color=color,
-            linewidth=2,
-            label=for_figure(name),
-        )
-    for (name, point), (marker, color) in zip(
-        points.items(), looks("so^D", (REJECTED, POLICY, CHOSEN), beside=False)
-    ):
-        place = np.asarray(point) @ corners
-        axes.plot(
-            *place,
-            marker,
-            color=color,
-            markeredgecolor="white",
-            markersize=9,
-            label=for_figure(name),
-        )
+
+    # curves and points over it
+    own = looks(("white", REJECTED), STROKES, beside=False)
+    for (name, curve), (color, style) in zip(curves.items(), own):
+        places = (np.asarray(curve) @ corners).T
+        axes.plot(*places, style, color=color, linewidth=2, label=for_figure(name))
+    own = looks("so^D", (REJECTED, POLICY, CHOSEN), beside=False)
+    for (name, point), (marker, color) in zip(points.items(), own):
+        style = {"color": color, "markeredgecolor": "white", "markersize": 9}
+        axes.plot(*np.asarray(point) @ corners, marker, label=for_figure(name), **style)
+
+    # names at the corners in place of axes
     for label, corner, drop in zip(shown, corners, (-0.07, -0.07, 0.03)):
         axes.text(corner[0], corner[1] + drop, label, ha="center")
     axes.set(aspect="equal", xlim=(-0.15, 1.15), ylim=(-0.12, 0.95))
@@ -273,13 +276,13 @@ def plot_intervals(
 def plot_calibration(
     predicted: Sequence[float], observed: Sequence[float], count: Sequence[float]
 ) -> Figure:
-    """Observed share against predicted probability, points as large as they are many, with two binomial standard errors."""
-    predicted, observed, count = (
-        floats("predicted", predicted),
-        floats("observed", observed),
-        floats("count", count),
-    )
-    figure, axes = _figure("Calibration", "observed share", x="predicted probability")
+    """Observed fractions against predicted probabilities, with two binomial standard errors.
+
+    The area of a point is proportional to its `count` of comparisons.
+    """
+    predicted, observed = floats("predicted", predicted), floats("observed", observed)
+    count = floats("count", count)
+    figure, axes = _figure("Calibration", "observed fraction", x="predicted probability")
     axes.plot([0, 1], [0, 1], color=OPTIMUM, linestyle="--", label="perfectly calibrated")
     error = 2 * np.sqrt(predicted * (1 - predicted) / count)
     axes.errorbar(predicted, observed, error, fmt="none", color=POLICY, alpha=0.5)
@@ -290,20 +293,21 @@ def plot_calibration(
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Loss a pair against the step, with log 2, where every sigmoid run starts."""
-    figure, axes = _figure("Loss", "loss a pair (nats)")
+    """Loss per pair against the step, with log 2, where every run of the sigmoid loss starts."""
+    figure, axes = _figure("Loss", "loss per pair (nats)")
     _curve(axes, metrics, "loss", POLICY, "training batch, running mean")
-    axes.axhline(
-        np.log(2), color=OPTIMUM, linestyle="--", label="log 2: the policy is the reference"
-    )
+    start = "log 2: the policy is the reference"
+    axes.axhline(np.log(2), color=OPTIMUM, linestyle="--", label=start)
     axes.legend(frameon=False)
     return figure
 
 
 def plot_rewards(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Implicit rewards of chosen and rejected, and under them the share of pairs ranked rightly, against the step."""
+    """Implicit rewards against the step, and under them the fraction of pairs ranked correctly."""
     figure, (rewards, accuracy) = _figure(
-        "Implicit rewards and accuracy", "implicit reward (beta x nats)", "share ranked rightly"
+        "Implicit rewards and accuracy",
+        "implicit reward (beta x nats)",
+        "fraction ranked correctly",
     )
     _curve(rewards, metrics, "rewards/chosen", CHOSEN, "chosen")
     _curve(rewards, metrics, "rewards/rejected", REJECTED, "rejected")
@@ -325,10 +329,10 @@ def plot_margins(metrics: Sequence[dict[str, Any]]) -> Figure:
 def plot_frontier(
     runs: Mapping[str, Sequence[dict[str, float]]], frontier: Any | None = None
 ) -> Figure:
-    """Mean reward against sequence KL of named runs as training goes on, under the best that any policy can reach.
+    """Mean reward against sequence KL of named runs during training, under the optimal frontier.
 
-    The points of a run have `reward`, `kl` and their `_se`; `frontier` is what `optimal_frontier` returns, drawn only while
-    the estimate is valid.
+    The points of a run have `reward`, `kl` and their `_se`. `frontier` is what `optimal_frontier`
+    returns, drawn where the estimate is valid.
     """
     figure, axes = _figure(
         "Reward against KL on held-out prefixes",
@@ -336,28 +340,16 @@ def plot_frontier(
         x="sequence KL to the reference (nats)",
     )
     if frontier is not None:
-        valid = frontier.valid
-        axes.plot(
-            frontier.kl[valid],
-            frontier.reward[valid],
-            color=OPTIMUM,
-            linestyle="--",
-            label="optimal policy, estimated from the reference",
-        )
+        kl, reward = frontier.kl[frontier.valid], frontier.reward[frontier.valid]
+        label = "optimal policy, estimated from the reference"
+        axes.plot(kl, reward, "--", color=OPTIMUM, label=label)
+
+    # each run with its standard errors
+    names = ("kl", "reward", "reward_se", "kl_se")
     for (name, points), (color, marker) in zip(runs.items(), looks(COLORS, "os^D")):
-        kl, reward, kl_se, reward_se = (
-            [p[k] for p in points] for k in ("kl", "reward", "kl_se", "reward_se")
-        )
-        axes.errorbar(
-            kl,
-            reward,
-            reward_se,
-            kl_se,
-            marker=marker,
-            markersize=4,
-            color=color,
-            label=for_figure(name),
-        )
+        values = [[point[name] for point in points] for name in names]
+        style = {"marker": marker, "markersize": 4, "color": color}
+        axes.errorbar(*values, label=for_figure(name), **style)
     low, high = axes.dataLim.intervaly
     axes.set(ylim=(min(0.4, low - 0.02), max(1.0, high + 0.02 * (high > 1))))
     _legend(axes, loc="lower right")
@@ -367,38 +359,30 @@ def plot_frontier(
 def plot_sweep(
     runs: Mapping[str, Sequence[Mapping[str, float]]], optimal: Any, band: np.ndarray
 ) -> Figure:
-    """Every evaluation of each method, reward against sequence KL, under the optimal frontier with its `band` (3, A).
+    """Every evaluation of each method, reward against sequence KL, under the optimal frontier.
 
-    Points have `reward` and `kl`; the frontier ends in a cross where too few samples bear the estimate.
+    Points have `reward` and `kl`; `band` is (3, A): KL, lower and upper end of the frontier. The
+    frontier ends in a cross where its estimate rests on too few samples.
     """
     figure, axes = _figure(
-        "Every contender on held-out prefixes",
+        "Every method on held-out prefixes",
         "mean reward, P(positive)",
         x="sequence KL to the reference (nats)",
     )
+
+    # the frontier, its band and its end
     valid = optimal.valid
     axes.fill_between(*band, color=OPTIMUM, alpha=0.2, linewidth=0)
-    axes.plot(
-        optimal.kl[valid],
-        optimal.reward[valid],
-        "--",
-        color=OPTIMUM,
-        label="optimal policy, with its 90 % band",
-    )
+    label = "optimal policy, with its 90% band"
+    axes.plot(optimal.kl[valid], optimal.reward[valid], "--", color=OPTIMUM, label=label)
     end = np.argmax(np.where(valid, optimal.kl, -1))
     axes.plot(optimal.kl[end], optimal.reward[end], "x", color=OPTIMUM, markersize=9)
-    for (name, points), (color, marker) in zip(runs.items(), looks(CONTENDERS, "os^DvP*")):
+
+    # every evaluation
+    for (name, points), (color, marker) in zip(runs.items(), looks(METHODS, "os^DvP*")):
         kl, reward = ([p[k] for p in points] for k in ("kl", "reward"))
-        axes.plot(
-            kl,
-            reward,
-            marker,
-            color=color,
-            markersize=5,
-            alpha=0.75,
-            markeredgewidth=0,
-            label=for_figure(name),
-        )
+        style = {"color": color, "markersize": 5, "alpha": 0.75, "markeredgewidth": 0}
+        axes.plot(kl, reward, marker, label=for_figure(name), **style)
     kls = [point["kl"] for points in runs.values() for point in points]
     root_scale(axes.xaxis, max(kls), min(kls))
     _legend(axes, loc="lower right", fontsize=9)
@@ -406,14 +390,17 @@ def plot_sweep(
 
 
 def root_scale(axis: Any, most: float, least: float = 0.0) -> None:
-    """A scale of square roots, on which 1 nat and 40 can both be seen; `least` is below 0 where an estimate of a KL is."""
+    """A scale of square roots, on which 1 nat and 40 nats can both be seen.
+
+    The axis reaches from `least`, which is below 0 where an estimated KL is, to `most`.
+    """
     functions = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
     limits = (1.1 * min(least, 0.0), 1.1 * most)
     axis.axes.set(
         **{f"{axis.axis_name}scale": FuncScale(axis, functions), f"{axis.axis_name}lim": limits}
     )
     ticks = [0.0]
-    for tick in (0.5, 2, 5, 10, 20, 40, 80, 160):
+    for tick in ROOT_TICKS:
         if tick <= 1.1 * most and tick**0.5 - ticks[-1] ** 0.5 >= (1.1 * most) ** 0.5 / 8:
             ticks.append(tick)
     axis.set_major_locator(FixedLocator(ticks))
@@ -421,7 +408,10 @@ def root_scale(axis: Any, most: float, least: float = 0.0) -> None:
 
 
 def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> Figure:
-    """The models that each method keeps, as bars of `gigabytes` each; `methods` gives what is done with each role's model."""
+    """The models that each method keeps in memory, as bars of `gigabytes` each.
+
+    `methods` gives, for each method and each role, what its model is used for.
+    """
     figure = Figure(figsize=(8.4, 0.9 + 0.6 * len(methods)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for y, roles in enumerate(methods.values()):
@@ -429,14 +419,8 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
             color = REJECTED if "trained" in use else POLICY
             axes.barh(y, 0.94 * gigabytes, left=x * gigabytes, height=0.7, color=color, alpha=0.8)
             place = ((x + 0.47) * gigabytes, y)
-            axes.annotate(
-                for_figure(f"{role}\n{use}"),
-                place,
-                ha="center",
-                va="center",
-                color="white",
-                fontsize=9,
-            )
+            style = {"ha": "center", "va": "center", "color": "white", "fontsize": 9}
+            axes.annotate(for_figure(f"{role}\n{use}"), place, **style)
     axes.set_yticks(range(len(methods)), [for_figure(method) for method in methods])
     axes.invert_yaxis()
     axes.set(xlabel="GB of weights")
@@ -447,29 +431,24 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
 
 
 def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Figure:
-    """What P pairs teach: the rewards of their chosen and rejected completions, out of `scores` (N,), and how far they differ."""
-    scores, chosen, rejected = (
-        floats("scores", scores),
-        integers("chosen", chosen),
-        integers("rejected", rejected),
-    )
+    """What P pairs teach: the rewards of their completions, and by how much they differ.
+
+    `scores` are the rewards (N,) of all completions; `chosen` and `rejected` are indices (P,).
+    """
+    scores = floats("scores", scores)
+    chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     figure = Figure(figsize=(8.4, 3.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
+
+    # rewards of both sides
     bins = np.linspace(scores.min(), scores.max(), 25)
-    for index, color, style, name in (
-        (chosen, CHOSEN, "-", "chosen"),
-        (rejected, REJECTED, "--", "rejected"),
-    ):
+    sides = (chosen, CHOSEN, "-", "chosen"), (rejected, REJECTED, "--", "rejected")
+    for index, color, stroke, name in sides:
+        style = {"histtype": "step", "linewidth": 2, "linestyle": stroke, "color": color}
         label = f"{name}, mean {scores[index].mean():.2f}"
-        left.hist(
-            scores[index],
-            bins,
-            histtype="step",
-            linewidth=2,
-            linestyle=style,
-            color=color,
-            label=label,
-        )
+        left.hist(scores[index], bins, label=label, **style)
+
+    # their differences
     gaps = scores[chosen] - scores[rejected]
     right.hist(gaps, 25, color=POLICY, label=f"mean {gaps.mean():.2f}")
     left.set(xlabel="reward, P(positive)", ylabel="pairs")
@@ -482,20 +461,14 @@ def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> 
 
 
 def plot_betas(runs: Mapping[float, Sequence[Mapping[str, float]]], optimal: Any) -> Figure:
-    """Reward against sequence KL as training goes on, a small panel for each beta, under the optimal frontier."""
+    """Reward against sequence KL during training, a panel per beta, under the optimal frontier."""
     figure = Figure(figsize=(8.4, 2.7), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     kls = [point["kl"] for points in runs.values() for point in points]
-    for axes, (beta, points) in zip(
-        figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items()
-    ):
+    for axes, (beta, points) in zip(panels, runs.items()):
         axes.plot(optimal.kl[optimal.valid], optimal.reward[optimal.valid], "--", color=OPTIMUM)
-        axes.plot(
-            [p["kl"] for p in points],
-            [p["reward"] for p in points],
-            "o-",
-            color=POLICY,
-            markersize=4,
-        )
+        kl, reward = ([p[name] for p in points] for name in ("kl", "reward"))
+        axes.plot(kl, reward, "o-", color=POLICY, markersize=4)
         axes.set_title(f"beta {beta:g}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="x", labelsize=8)
@@ -506,22 +479,36 @@ def plot_betas(runs: Mapping[float, Sequence[Mapping[str, float]]], optimal: Any
 
 
 def token_html(
-    tokens: Sequence[str], values: Sequence[float], *, limit: float | None = None
+    tokens: Sequence[str],
+    values: Sequence[float],
+    *,
+    limit: float | None = None,
+    title: str = "",
 ) -> str:
-    """A text whose tokens are colored by a value each, green above zero and red below; the value is in the tooltip.
+    """A text as HTML whose tokens are colored by their values: green above zero, red below.
 
-    `limit` is the value with full color, by default the largest in size.
+    Args:
+        tokens: T pieces of the text.
+        values: (T,), shown in the tooltips.
+        limit: the value of full color, by default the largest in absolute value.
+        title: shown in bold above the text.
+
+    Raises:
+        ValueError: there are not as many values as tokens.
     """
     values = floats("values", values).tolist()
     if len(tokens) != len(values):
         raise ValueError(
-            f"there are {len(tokens)} tokens and {len(values)} values; give one value for each token"
+            f"there are {len(tokens)} tokens and {len(values)} values; "
+            "give one value for each token"
         )
     limit = limit or max(map(abs, values), default=0.0) or 1.0
     spans = []
     for token, value in zip(tokens, values):
         red, green, blue = (round(255 * part) for part in to_rgb(CHOSEN if value > 0 else REJECTED))
-        share = min(abs(value) / limit, 1.0)
-        style = f"background:rgba({red},{green},{blue},{share:.2f});color:{'white' if share > 0.6 else 'inherit'}"
+        opacity = min(abs(value) / limit, 1.0)
+        color = "white" if opacity > 0.6 else "inherit"
+        style = f"background:rgba({red},{green},{blue},{opacity:.2f});color:{color}"
         spans.append(f'<span style="{style}" title="{value:+.2f}">{for_html(token)}</span>')
-    return f'<div style="line-height:1.8;white-space:pre-wrap">{"".join(spans)}</div>'
+    heading = f"<b>{for_html(title)}</b>\n" if title else ""
+    return f'<div style="line-height:1.8;white-space:pre-wrap">{heading}{"".join(spans)}</div>'

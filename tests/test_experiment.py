@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lab.cli import frontier_config, main, named_config, without_minutes
-from dpo_lab.engine.runs import current_config, read_metrics, read_snapshots
+from dpo_lab.engine.runs import current_config, file_hash, read_metrics, read_snapshots
 from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment import run as experiment
@@ -551,7 +551,11 @@ def test_state_is_settled_once(tiny, tmp_path, monkeypatch):
     assert len(counts) == 7 and set(counts.values()) == {1}, counts
 
 
-OLD = {"loss_type": "kind", "gradient_accumulation_steps": "accumulate"}
+OLD = {
+    "loss_type": "kind",
+    "gradient_accumulation_steps": "accumulate",
+    "retokenized": "retokenised",
+}
 
 
 def in_old_names(config):
@@ -569,11 +573,17 @@ def test_a_run_of_an_earlier_version_is_evaluated_and_resumed(tiny, finished, tm
     """Its configs have `lane`, no reward of their own, `kind` and `accumulate`."""
     old = tmp_path / "old"
     shutil.copytree(finished, old)
-    for name in ("config.json", "data/config.json", "training.json"):
+    kept = ("training.json", "data/preferences/preferences.json")
+    for name in ("config.json", "data/config.json", *kept):
         record = in_old_names(json.loads((old / name).read_text()))
-        assert name == "training.json" or '"lane": "laptop"' in json.dumps(record)
+        assert name in kept or '"lane": "laptop"' in json.dumps(record)
         (old / name).write_text(json.dumps(record))
     records = [(old / name).read_bytes() for name in ("config.json", "data/config.json")]
+
+    # checkpoints name their record
+    for state in old.glob("checkpoints/*/state.json"):
+        named = json.loads(state.read_text()) | {"training": file_hash(old / "training.json")}
+        state.write_text(json.dumps(named))
 
     # finished: not repeated, and evaluated to the same numbers
     command = ["train", "--model", str(tiny), "--out", str(old), *SMALL]

@@ -108,11 +108,12 @@ def test_the_front_door_says_the_same_three_times():
     assert len(dpo_lab.__all__) == len(set(dpo_lab.__all__)) <= 50
 
 
-@pytest.mark.parametrize("name", ["rlhf"])
+@pytest.mark.parametrize("name", ["rlhf", "sentiment"])
 def test_the_door_of_a_package_says_the_same_three_times(name):
     package = importlib.import_module(f"dpo_lab.{name}")
     read = front_table(package)
-    assert read == package._HOME
+    homes = {one: home.removeprefix(f"{name}.") for one, home in package._HOME.items()}
+    assert {one: home.removeprefix(f"{name}.") for one, home in read.items()} == homes
     assert sorted(read) == package.__all__ == dir(package)
     assert all(getattr(package, one) is not None for one in read)
     with pytest.raises(AttributeError, match=f"{name}' has no attribute 'nothing'; it has "):

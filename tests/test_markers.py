@@ -14,7 +14,8 @@ from test_families import byte_level, sentencepiece_like, sentencepiece_with_byt
 from transformers import BertForSequenceClassification
 
 from dpo_lab.batching import pack, whole_documents
-from dpo_lab.preferences import JOINED, Preferences, Report, from_rankings, from_rows, from_scores
+from dpo_lab.engine.rows import JOINED
+from dpo_lab.preferences import Preferences, Report, from_rankings, from_rows, from_scores
 from dpo_lab.sentiment.reviews import sample_prefixes
 from dpo_lab.sentiment.reward import SentimentReward
 from dpo_lab.sentiment.task import _sft_rows

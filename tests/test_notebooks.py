@@ -11,6 +11,24 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SITE = "https://dpo-lab.github.io/dpo-lab/"
 
+# what the cell tagged `parameters` says in `make test`; `make test-long` leaves it as it is
+SMALL = {
+    "04_ppo_vs_dpo": {
+        "seeds": 5,
+        "prefixes": 140,
+        "eval_prefixes": 64,
+        "rollouts": 6,
+        "batch": 48,
+    },
+    "05_dpo_gpt2_imdb": {
+        "prefixes": 100,
+        "eval_prefixes": 64,
+        "betas": (0.01, 0.3, 5.0),
+        "beta_prefixes": 48,
+        "beta_eval_prefixes": 16,
+    },
+}
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -18,12 +36,34 @@ def cells(notebook, kind):
     return [cell for cell in notebook.cells if cell.cell_type == kind]
 
 
+def execute(path, **parameters):
+    """Run a notebook in a fresh kernel, with other values in its cell of parameters."""
+    notebook = nbformat.read(path, as_version=4)
+    if parameters:
+        tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+        assert len(tagged) == 1
+        names = set(re.findall(r"^(\w+) = ", tagged[0].source, re.MULTILINE))
+        assert set(parameters) <= names
+        tagged[0].source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": path.parent}}).execute()
+
+
 @every_notebook
 def test_a_notebook_runs(path):
+    execute(path, **SMALL.get(path.stem, {}))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_runs_at_full_size(name):
+    execute(ROOT / "notebooks" / f"{name}.ipynb")
+
+
+@every_notebook
+def test_a_notebook_is_committed_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     assert "widgets" not in notebook.metadata
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}}).execute()
 
 
 @every_notebook

@@ -212,3 +212,5 @@ def test_tokens_are_colored_by_sign_and_escaped():
     assert "&lt;b&gt;" in html and "<b>" not in html and 'title="+0.50"' in html
     assert "rgba(192,57,43,0.50)" in html and "rgba(27,127,92,0.25)" in html
     assert token_html([], []).endswith("</div>")
+    titled = token_html(["a"], [1.0], title="reward <1>")
+    assert "<b>reward &lt;1&gt;</b>" in titled and titled.count("<b>") == 1

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dpo_lab import preferences
 from dpo_lab.batching import completion_batch
+from dpo_lab.engine.rows import EXAMPLE
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.losses import dpo_loss
 from dpo_lab.preferences import Preferences, Report, from_rankings, from_rows, from_scores
@@ -202,7 +203,7 @@ def test_a_misspelt_column_is_shown_with_the_right_name_and_an_example(tokenizer
         "row 1 has no column 'rejected'",
         "'rejeted' looks like 'rejected'",
         str(wrong),
-        str(preferences.EXAMPLE),
+        str(EXAMPLE),
     ):
         assert words in str(caught.value)
 
@@ -220,7 +221,7 @@ def test_columns_of_another_kind_are_shown_too(tokenizer):
     [
         (
             {"chosen": ""},
-            "row 1 has an empty chosen completion: .*Mend the row, or pass bad='drop'",
+            "row 1 has an empty chosen completion: .*Correct the row, or pass bad='drop'",
         ),
         ({"rejected": " \n"}, "row 1 has an empty rejected completion"),
         (

@@ -32,7 +32,10 @@ from dpo_lab.engine.runs import (
     require_space,
     write_json,
 )
-from dpo_lab.preferences import Preferences
+from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.preferences import Preferences, from_rows
+from dpo_lab.sentiment.reviews import load_imdb
+from dpo_lab.sentiment.task import save_policy
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -343,3 +346,13 @@ def test_a_lock_that_a_killed_process_left_does_not_make_a_directory_another_run
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(ValueError, match="not empty"):
         open_run(tmp_path / "other", {"a": 1}, resume=False)
+
+
+def test_what_libraries_load_and_save_for_us_draws_no_bars(tiny, tmp_path, capfd):
+    """Neither a model's weights nor a data set; our own bars are drawn where they were asked for."""
+    rows = [{"prompt": "a", "chosen": " good", "rejected": " bad"}]
+    model, tokenizer = load_model(str(tiny)), load_tokenizer(str(tiny))
+    from_rows(rows, tokenizer, context=64).save(tmp_path / "preferences")
+    save_policy(model, tokenizer, tmp_path / "policy")
+    load_imdb()
+    assert capfd.readouterr() == ("", "")

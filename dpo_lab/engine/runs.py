@@ -31,7 +31,11 @@ from dpo_lab.engine.distributed import from_main, is_main
 METRICS, SNAPSHOTS, TRAINING = "metrics.jsonl", "snapshots.jsonl", "training.json"
 
 # settings that earlier versions recorded under another name
-RENAMED = {"kind": "loss_type", "accumulate": "gradient_accumulation_steps"}
+RENAMED = {
+    "kind": "loss_type",
+    "accumulate": "gradient_accumulation_steps",
+    "retokenised": "retokenized",
+}
 
 # what the two lanes of earlier versions meant
 LANES = {

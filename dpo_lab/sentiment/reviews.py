@@ -13,14 +13,16 @@ from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.batching import begun
 from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.runs import quiet_bars
+from dpo_lab.engine.tokenizing import begun
 
 # of the 25,000 labeled training reviews of Maas et al. 2011
 HELD_OUT = 2_500
 
 
 @checked
+@quiet_bars()
 def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
     """The 25,000 labeled IMDb training reviews as `train` (22,500) and `test` (2,500), columns
     `text` and `label`.

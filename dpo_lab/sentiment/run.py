@@ -98,8 +98,7 @@ def check_minutes(minutes: float | None) -> None:
         finite_positive("minutes", minutes)
 
 
-@checked
-def job_of(config: ExperimentConfig, task: Task) -> Job:
+def _job_of(config: ExperimentConfig, task: Task) -> Job:
     """The work of `train` with this config, for its plan."""
     sft_batch, sft_batches = task.planned_sft()
     beginnings = [text[:LABELED_LETTERS] for text in task.reviews["train"]["text"][:64]]
@@ -142,7 +141,7 @@ def _planned(
     config: ExperimentConfig, task: Task, out: Path, minutes: float | None, began: float
 ) -> Plan:
     """The plan of a run; with `minutes`, of a new run that fits into them, from `began` on."""
-    job = job_of(config, task)
+    job = _job_of(config, task)
     speed = measure_speed(job)
 
     # how many prefixes there is time for

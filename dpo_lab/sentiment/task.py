@@ -19,7 +19,7 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_lab.batching import CompletionBatch, begun, completion_batch, pack
+from dpo_lab.batching import CompletionBatch, completion_batch, pack
 from dpo_lab.engine.arguments import checked, finite_positive
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.cpu import return_freed_memory
@@ -28,11 +28,13 @@ from dpo_lab.engine.runs import (
     atomic_write,
     check_run,
     open_run,
+    quiet_bars,
     read_config,
     require_space,
     require_writable,
 )
 from dpo_lab.engine.structure import context_of
+from dpo_lab.engine.tokenizing import begun
 from dpo_lab.evaluate import Evaluation, evaluate_policy
 from dpo_lab.logprobs import Precision
 from dpo_lab.loop import LoopConfig
@@ -575,6 +577,7 @@ def _logps_by_tokens(
 
 
 @checked
+@quiet_bars()
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Save model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or
     not at all.

@@ -215,6 +215,7 @@ def optimum(n: int) -> Derivation:
     tilted = sp.Add(*(p * (log(p / q) - s / beta) for p, q, s in zip(pi, rho, r)))
 
     steps = (
+        # the objective as one mean
         Step(
             equation(value, penalized),
             "Eq. 11",
@@ -227,6 +228,7 @@ def optimum(n: int) -> Derivation:
             r"Dividing by $-\beta$ turns the maximum into a minimum: the mean of the log-ratio "
             r"minus $r / \beta$.",
         ),
+        # a KL to the optimum, which is a distribution
         Step(
             equation(tilted, kl(pi, star) - log(Z)),
             "Eq. 13",
@@ -241,6 +243,7 @@ def optimum(n: int) -> Derivation:
             "their numerators.",
             where,
         ),
+        # the objective through that KL
         Step(
             equation(value, beta * log(Z) - beta * kl(pi, star)),
             "Eq. 14",

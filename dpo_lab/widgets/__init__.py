@@ -14,6 +14,7 @@ from dpo_lab.widgets.explorers import (
     live_curves,
     training_explorer,
 )
+from dpo_lab.widgets.frames import frames_html
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     FILMS,
@@ -39,6 +40,7 @@ __all__ = [
     "betas_explorer",
     "bradley_terry_explorer",
     "bradley_terry_state",
+    "frames_html",
     "frontier_explorer",
     "gradient_weight_explorer",
     "gradient_weight_state",
