@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_lab.engine.arguments import number
+from dpo_lab.engine.arguments import MORE_CHOICES, number
 
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 
@@ -38,7 +38,7 @@ def dpo_loss(
     rejected: Tensor,
     beta: float,
     *,
-    loss_type: LossType | str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     check_values: bool = True,
 ) -> DPOLoss:
@@ -92,7 +92,7 @@ def dpo_loss_from_pairs(
     reference_rejected: Tensor,
     beta: float,
     *,
-    loss_type: LossType | str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     check_values: bool = True,
 ) -> DPOLoss:
@@ -119,6 +119,7 @@ def dpo_loss_from_pairs(
         "reference_chosen": reference_chosen,
         "reference_rejected": reference_rejected,
     }
+    check_loss_type(loss_type, label_smoothing)
     _check_four(logps, check_values)
 
     # stack the completions, chosen first
@@ -166,6 +167,9 @@ MARGIN_LOSSES: dict[str, MarginLoss] = {
 """The losses by `loss_type`, each a function of margins (P,), beta and label smoothing. It returns
 losses (P,) and gradient weights (P,), which are minus the derivative of the losses. Add your own:
 after `MARGIN_LOSSES["mine"] = my_loss`, `dpo_loss` and `DPOConfig` take loss_type="mine"."""
+
+# configs take names that were added
+MORE_CHOICES[LossType] = MARGIN_LOSSES
 
 UNSMOOTHED = ("ipo", "hinge")
 

@@ -35,7 +35,7 @@ class DPOConfig:
 
     beta: float = 0.1
     """strength of the KL constraint"""
-    loss_type: LossType | str = "sigmoid"
+    loss_type: LossType = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust, ipo, hinge, or a name that you added to
     MARGIN_LOSSES"""
     label_smoothing: float = 0.0
@@ -231,6 +231,7 @@ class PairObjective:
 class DPOObjective(PairObjective):
     """The loss of `dpo_loss`, or a user's own, and TRL's metrics."""
 
+    @checked
     def __init__(
         self,
         policy: nn.Module,

@@ -73,7 +73,7 @@ def test_a_loss_of_the_table_is_taken_by_its_name(tiny, preferences, monkeypatch
         losses = torch.exp(-margins)
         return losses, losses
 
-    with pytest.raises(ValueError, match="loss_type is 'exponential'; it must be one of sigmoid"):
+    with pytest.raises(ValueError, match="loss_type is 'exponential'; it must be one of 'sigmoid'"):
         train_dpo(load_model(str(tiny)), preferences, DPOConfig(loss_type="exponential"))
     monkeypatch.setitem(MARGIN_LOSSES, "exponential", exponential)
     config = replace(CONFIG, loss_type="exponential")

@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,9 +25,13 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 # single values
 
 
+MORE_CHOICES: dict[Any, Mapping[str, Any]] = {}
+"""Tables whose names are allowed beside the values of a `typing.Literal`."""
+
+
 def one_of(name: str, value: Any, literal: Any) -> Any:
     """`value`, which must be one of the values of `literal` (a `typing.Literal`)."""
-    allowed = get_args(literal)
+    allowed = tuple(dict.fromkeys([*get_args(literal), *MORE_CHOICES.get(literal, ())]))
     for choice in allowed:
         if value is choice or isinstance(value, type(choice)) and value == choice:
             return choice

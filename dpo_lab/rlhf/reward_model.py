@@ -46,7 +46,7 @@ class LearnedReward:
         self, model: ScalarModel, *, precision: Precision = "float32", batch_size: int = 128
     ):
         self.model, self.batch_size = unwrapped(model), batch_size
-        self.scorer = LastValues(self.model, precision)
+        self.scorer = _LastValues(self.model, precision)
 
     @torch.no_grad()
     def __call__(self, prompts: Tokens, completions: Tokens) -> np.ndarray:
@@ -68,7 +68,7 @@ class LearnedReward:
         return completion_batch(prompts, longer, prompt_of, compact=can_compact(self.model.model))
 
 
-class LastValues(nn.Module):
+class _LastValues(nn.Module):
     """The model's value at the last token of each completion."""
 
     def __init__(self, model: ScalarModel, precision: Precision):
@@ -169,7 +169,7 @@ class RankedBatch:
 class RewardObjective:
     """InstructGPT's loss of a reward model; the mean is over prompts."""
 
-    scorer = LastValues
+    scorer = _LastValues
 
     def __init__(
         self,
