@@ -14,7 +14,7 @@ import tyro
 
 from dpo_lab.doctor import doctor
 from dpo_lab.engine.arguments import checked
-from dpo_lab.engine.cpu import keep_freed_memory
+from dpo_lab.engine.cpu import tune_cpu
 from dpo_lab.engine.distributed import cleanup, print0
 from dpo_lab.loop import Interrupted
 from dpo_lab.sentiment import run as experiment
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    keep_freed_memory()
+    tune_cpu()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 

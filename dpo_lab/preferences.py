@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lab.batching import CompletionBatch, completion_batch
+from dpo_lab.batching import CompletionBatch, lay_out
 from dpo_lab.engine.arguments import (
     checked,
     floats,
@@ -209,11 +209,12 @@ class Preferences:
             ValueError, TypeError: no pair, or an index that is no integer in 0..P-1.
         """
         used, chosen, rejected = self.completions_of(pairs)
-        completions = completion_batch(
+        # the tokens were checked when the preferences were made
+        completions = lay_out(
             self.prompts,
             [self.completions[i] for i in used],
-            self.prompt_of[used],
-            compact=compact,
+            self.prompt_of[used].tolist(),
+            compact,
         )
         reference = None if self.reference_logps is None else self.reference_logps[used]
         return PairBatch(

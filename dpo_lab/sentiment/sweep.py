@@ -23,7 +23,7 @@ from safetensors.torch import save_model as save_weights
 from tqdm.auto import tqdm
 
 from dpo_lab.engine.arguments import checked, one_of
-from dpo_lab.engine.cpu import keep_freed_memory
+from dpo_lab.engine.cpu import tune_cpu
 from dpo_lab.engine.distributed import launched
 from dpo_lab.engine.records import locked, require_free
 from dpo_lab.engine.runs import (
@@ -273,7 +273,7 @@ def finish_alone(
 ) -> int:
     """`finish_baselines` or `finish_run` in a process of its own."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    tune_cpu()
     return finish(config, Task(config.task, out / "data"), out, origin)
 
 
