@@ -32,10 +32,8 @@ CURVES: dict[str, dict[float, dict[str, Any]]] = {
         for layers, width in ((4, 256), (6, 512), (12, 768))
     },
 }
-MEDIUM = {
-    "layers": 6,
-    "width": 512,
-}  # of all but the curve over the size, GPT-2's vocabulary with it
+# of every measurement but the curve over the size; with GPT-2's vocabulary
+MEDIUM = {"layers": 6, "width": 512}
 SAVINGS = ("sharing", "packing", "stored logits", "fused gelu", "oneDNN", "kept memory")
 
 
@@ -99,9 +97,8 @@ def main(config: CostConfig) -> None:
         name: {str(x): measure("short", config.steps, change) for x, change in points.items()}
         for name, points in CURVES.items()
     }
-    savings = tuple(
-        name for name in SAVINGS if name != "oneDNN" or onednn_is_exact()
-    )  # not on every processor
+    # oneDNN is not exact on every processor
+    savings = tuple(name for name in SAVINGS if name != "oneDNN" or onednn_is_exact())
     saved = {
         workload: {
             "all": measure(workload, config.steps, {}),

@@ -1,8 +1,10 @@
-"""Seconds from `git clone` to the first moved slider of notebook 00: python benchmarks/first_slider.py
+"""Seconds from `git clone` to the first moved slider of notebook 00.
 
-Clones the commit that is checked out here, sets up its .venv as `make lab` does, opens JupyterLab in headless Chromium, runs
-the first cell and moves the slider. Packages come from pip's cache if they are in it. Needs Chromium. Writes
-benchmarks/results/first_slider.json.
+    python benchmarks/first_slider.py
+
+Clones the commit that is checked out here, sets up its .venv as `make lab` does, opens JupyterLab
+in headless Chromium, runs the first cell and moves the slider. Packages come from pip's cache if
+they are in it. Needs Chromium. Writes benchmarks/results/first_slider.json.
 """
 
 import json

@@ -1,12 +1,15 @@
-"""What a GPU makes of this project, in minutes: `make bench-gpu`, or python benchmarks/gpu.py --out DIR --minutes 8
+"""Measure this project on a GPU in a few minutes.
 
-Three stages, in order of worth: `exactness` (log-probs, gradients, sampling, out of memory, resume), `dpo` (a GPT-2
-trained from scratch on IMDb, then the paper's protocol on it), `speed` (beside TRL and a textbook loop). Each runs in a
-process of its own within its own part of the time. One that fails or hangs is noted, and the next begins. DIR/gpu.json is
-valid JSON at any moment and holds every figure that was measured by then.
+`make bench-gpu`, or python benchmarks/gpu.py --out DIR --minutes 8
 
-Needed: torch, transformers, accelerate, safetensors, scikit-learn, numpy, and benchmarks/gpu-requirements.txt. Nothing is
-fetched, shown, or written outside DIR.
+Three stages, the most important first: `exactness` (log-probs, gradients, sampling, out of memory,
+resume), `dpo` (a GPT-2 trained from scratch on IMDb, then the paper's protocol on it), `speed`
+(beside TRL and a textbook loop). Each runs in a process of its own within its own part of the time.
+One that fails or hangs is noted, and the next begins. DIR/gpu.json is valid JSON at any moment and
+holds every figure that was measured by then.
+
+Needed: torch, transformers, accelerate, safetensors, scikit-learn, numpy, and
+benchmarks/gpu-requirements.txt. Nothing is fetched, shown, or written outside DIR.
 """
 
 import argparse
@@ -42,7 +45,7 @@ class Settings:
     work: Path
     """a folder for what is not kept"""
     model: str | None = None
-    """GPT-2's own weights, for the stage `dpo`: a folder or a hub id in the cache; None trains a model from scratch"""
+    """GPT-2's own weights for the stage `dpo`: a folder or cached hub id; None trains new ones"""
 
     @property
     def left(self) -> float:
@@ -89,10 +92,11 @@ def read_json(path: Path) -> Any:
 def run_stages(
     commands: dict[str, list[str]], out: Path, until: float, *, every: float = 0.2
 ) -> dict[str, Any]:
-    """Run the command of each stage until its time is over, one after another; keep what came of them in `out`/gpu.json.
+    """Run each stage's command until its time is over, in turn; results go to `out`/gpu.json.
 
-    A stage has its share (`SHARES`, 1 for others) of the time that is left to it and to those after it. The words {until} and
-    {results} in a command stand for the Unix time at which it is stopped and the file where it puts its results.
+    A stage has its share (`SHARES`, 1 for others) of the time that is left to it and to those after
+    it. The words {until} and {results} in a command stand for the Unix time at which it is stopped
+    and the file where it puts its results.
     """
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"stages": {name: {"status": "not begun"} for name in commands}}
@@ -161,7 +165,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def environment(work: Path) -> None:
-    """Let every cache of this process and of those that it starts be in `work`, and nothing be fetched."""
+    """Keep every cache of this process and of those that it starts in `work`; fetch nothing."""
     folders = {
         "HF_HOME": "hf",
         "DPO_LAB_CACHE": "cache",
@@ -240,11 +244,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="GPT-2's weights, a folder or a hub id that is in the cache; else one is trained",
     )
     parser.add_argument("--commit", help="of this code, where it is not a git checkout")
-    for hidden, kind in (
-        ("--stage", str),
-        ("--until", float),
-        ("--results", Path),
-    ):  # what a stage's own process is told
+    # what a stage's own process is told
+    for hidden, kind in (("--stage", str), ("--until", float), ("--results", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

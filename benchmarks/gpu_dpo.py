@@ -1,8 +1,9 @@
-"""Stage `dpo` of benchmarks/gpu.py: a GPT-2 trained from scratch on IMDb, then the paper's protocol on it, as far as time allows.
+"""Stage `dpo` of benchmarks/gpu.py: train a GPT-2 from scratch on IMDb, then follow the paper.
 
-The protocol (Section 6 and Appendix C.1 of Rafailov et al. 2023): prefixes of IMDb reviews, 4 completions each, 6 pairs
-labeled by a sentiment classifier, RMSprop at 1e-6 with batches of 64 pairs, beta 0.1. Here the reference is a model of
-GPT-2 small's shape with this project's tokenizer, or GPT-2 itself where it is given; and then the embedded model.
+The protocol (Section 6 and Appendix C.1 of Rafailov et al. 2023), as far as time allows: prefixes
+of IMDb reviews, 4 completions each, 6 pairs labeled by a sentiment classifier, RMSprop at 1e-6 with
+batches of 64 pairs, beta 0.1. Here the reference is a model of GPT-2 small's shape with this
+project's tokenizer, or GPT-2 itself where it is given; and then the embedded model.
 """
 
 import statistics
@@ -122,7 +123,7 @@ def pretrain(
     device: str,
     seconds: float,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A GPT-2 of this size from random weights, trained for so many seconds; and what is to be said of it."""
+    """A GPT-2 of this size, trained from random weights for some seconds, and its description."""
     config, watch = size.model, Watch(device)
     set_seed(0)
     with torch.device(device):
@@ -140,7 +141,8 @@ def pretrain(
             completion_batch([row[:1] for row in some], [row[1:] for row in some], range(len(some)))
         ]
 
-    # the schedule must know the number of steps: as many as fit, by the pace of a few on a copy of the weights
+    # the schedule must know the number of steps: as many as fit, by the pace of a few on a copy of
+    # the weights
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trial = train_sft(model, batches, 8, config.loop, precision="bfloat16", progress=None)
     model.load_state_dict(first)
@@ -210,7 +212,7 @@ def open_trial(name: str, loaded: Loaded, size: Size, device: str, work: Path) -
 def protocol(
     name: str, loaded: Loaded, size: Size, device: str, seconds: float, work: Path
 ) -> dict[str, Any]:
-    """The paper's protocol with the loaded model on both sides: reward and KL before and after, seconds, memory."""
+    """The paper's protocol from this model: reward and KL before and after, seconds, memory."""
     # as many prefixes as there is time for
     began, watch = time.perf_counter(), Watch(device)
     trial = open_trial(name, loaded, size, device, work)

@@ -1,6 +1,7 @@
-"""Stage `exactness` of benchmarks/gpu.py: does a device compute what a plain loop in float64 computes, and twice the same?
+"""Stage `exactness` of benchmarks/gpu.py: is a device as exact as a plain loop in float64?
 
-tests/test_gpu.py holds the same figures to bounds, on the CPU in every run and on a GPU where there is one.
+Also: does it compute the same twice? tests/test_gpu.py holds the same figures to bounds, on the CPU
+in every run and on a GPU where there is one.
 """
 
 import math
@@ -38,7 +39,8 @@ from dpo_lab.train import DPOConfig, train_dpo
 
 VOCABULARY, CONTEXT, WIDTH = 512, 512, 128
 SHAPES = ("gpt2", "llama")
-# the fractions of tokens that sharing prompts, and packing rows, must save before that is done: always, or never
+# the fractions of tokens that sharing prompts, and packing rows, must save before that is done:
+# always, or never
 LAYOUTS = {
     "plain": (math.inf, math.inf),
     "shared": (-math.inf, math.inf),
@@ -48,7 +50,7 @@ LAYOUTS = {
 
 
 def make_model(shape: str, seed: int = 0) -> PreTrainedModel:
-    """A random model in float32 with heads of 64 (Llama's two to a key), whose logits are far from uniform."""
+    """A random float32 model with heads of 64 (Llama's two per key); its logits are not uniform."""
     set_seed(seed)
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if shape == "gpt2":
@@ -73,7 +75,7 @@ def make_model(shape: str, seed: int = 0) -> PreTrainedModel:
 def make_preferences(
     prompts: int = 6, completions: int = 4, longest: int = 60, seed: int = 0
 ) -> Preferences:
-    """Random prompts of 1 to 40 tokens and completions of 1 to `longest`; the completion with the lower index is better."""
+    """Random prompts of 1 to 40 tokens, completions of 1 to `longest`; lower indices are better."""
     rng, k = np.random.default_rng(seed), completions
     texts = [
         [0, *map(int, rng.integers(1, VOCABULARY, rng.integers(0, 40)))] for _ in range(prompts)
@@ -101,7 +103,10 @@ def laid_out(how: str) -> Iterator[None]:
 
 
 def by_loop(model: PreTrainedModel, preferences: Preferences) -> tuple[Tensor, list[Tensor]]:
-    """Log-probs of the completions (N,) and the gradient of their weighted sum, in float64: a forward pass each, unpadded."""
+    """Log-probs of the completions (N,) and the gradient of their weighted sum, in float64.
+
+    Each completion has an unpadded forward pass of its own.
+    """
     wide, logps = model.double(), []
     wide.zero_grad()
     for completion, p in zip(preferences.completions, preferences.prompt_of):
@@ -119,7 +124,7 @@ def weighted(logps: Tensor) -> Tensor:
 
 
 def errors(shape: str, how: str, precision: Precision, device: str) -> dict[str, float]:
-    """Largest difference of a log-prob in nats, and relative difference of the gradient, from the float64 loop."""
+    """Largest log-prob error in nats and relative gradient error, against the float64 loop."""
     preferences = make_preferences()
     exact, exact_gradients = by_loop(make_model(shape), preferences)
     model = make_model(shape).to(device)
@@ -145,7 +150,7 @@ def errors(shape: str, how: str, precision: Precision, device: str) -> dict[str,
 
 
 def sampling(device: str, draws: int = 40_000) -> dict[str, float]:
-    """p-values of chi-square tests of the first and of the second sampled token against the exact softmax."""
+    """p-values of chi-square tests of the first two sampled tokens against the exact softmax."""
     model = make_model("gpt2").double()
     prompt = [0, 7, 3]
     with torch.no_grad():
@@ -176,7 +181,7 @@ def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
 def step_gradient(
     model: nn.Module, preferences: Preferences, loop: LoopConfig
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """The gradient that the optimizer gets in one step of DPO on all pairs, and the line that is logged."""
+    """The gradient that the optimizer gets in one step of DPO on all pairs, and the logged line."""
     kept: list[Tensor] = []
     handle = register_optimizer_step_pre_hook(
         lambda optimizer, *_: kept.extend(
@@ -192,7 +197,10 @@ def step_gradient(
 
 
 def out_of_memory(preferences: Preferences) -> dict[str, Any]:
-    """A step of DPO with too little GPU memory for one forward pass: parts that it took, and how far its gradient is off."""
+    """A step of DPO with too little GPU memory for one forward pass.
+
+    Returns the number of parts that it took, and the relative error of its gradient.
+    """
     reference = make_model("gpt2", seed=1).to("cuda")
     preferences, loop = (
         preferences.with_reference(reference),
@@ -234,7 +242,7 @@ class Stopped(Exception):
 
 
 def same_bytes(device: str, precision: Precision, longest: int, work: Path) -> dict[str, bool]:
-    """Whether two runs of DPO end with the same bytes, and one that was stopped and resumed with those, too."""
+    """Whether two runs of DPO, and one that was stopped and resumed, end with the same bytes."""
     data = make_preferences(prompts=8, longest=longest).with_reference(
         make_model("gpt2", 1).to(device), precision=precision
     )

@@ -1,8 +1,9 @@
-"""Stage `speed` of benchmarks/gpu.py: steps of DPO by dpo_lab, TRL and a textbook loop on GPT-2's shapes, in bfloat16.
+"""Stage `speed` of benchmarks/gpu.py: steps of DPO on GPT-2's shapes, in bfloat16.
 
-Every contender trains random weights on the same pairs by its own whole loop, as in benchmarks/contender.py; one process
-for all, since a GPU's time is short. The clock is a CUDA event behind each `Optimizer.step`: one pass over the pairs for
-warm-up, then the median of three. A contender takes as few forward passes per step as fit into memory.
+The contenders are dpo_lab, TRL and a textbook loop. Each trains random weights on the same pairs by
+its own whole loop, as in benchmarks/contender.py; one process for all, since a GPU's time is short.
+The clock is a CUDA event behind each `Optimizer.step`: one pass over the pairs for warm-up, then
+the median of three. A contender takes as few forward passes per step as fit into memory.
 """
 
 import gc
@@ -29,11 +30,8 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.models import prepare_model
 from dpo_lab.train import DPOConfig, train_dpo
 
-SIZES = {
-    "large": (36, 1280),
-    "small": (12, 768),
-    "medium": (24, 1024),
-}  # layers and width of GPT-2's; heads of 64
+# layers and width of GPT-2's sizes; heads of 64
+SIZES = {"large": (36, 1280), "small": (12, 768), "medium": (24, 1024)}
 STEPS, TIMED = 2, 3  # in a pass over the pairs, and passes
 WORKLOADS = {  # those of benchmarks/contender.py, with more pairs per step: 66, or 64
     "paper": Workload(prompts=11, completions=4, prompt_tokens=(2, 8), steps=STEPS),
@@ -70,7 +68,10 @@ class Clock:
 
 @contextmanager
 def clean(device: str) -> Iterator[Clock]:
-    """A process as it was before the last contender: accelerate's state, what was replaced in dpo_lab, memory; and a clock."""
+    """A process as it was before the last contender, and a clock.
+
+    Restores accelerate's state, what was replaced in dpo_lab, and memory.
+    """
     kept = loop.make_optimizers, data_format.weights_hash
     clock = Clock(device)
     handle = register_optimizer_step_post_hook(clock.mark)
@@ -146,7 +147,7 @@ def run_contender(name: str, workload: Workload, device: str) -> dict[str, Any]:
 
 
 def profiled(workload: Workload, device: str) -> dict[str, Any]:
-    """Where the time of a step of dpo_lab goes: busy kernels, launches, waits for the device, and copies from it."""
+    """Where the time of a dpo_lab step goes: kernels, launches, waits for the GPU, its copies."""
     workload = replace(workload, steps=4)
     policy, reference = (prepare_model(model) for model in make_models(workload, 0, device))
     preferences = make_preferences(workload, 0).with_reference(reference, precision="bfloat16")
@@ -162,9 +163,8 @@ def profiled(workload: Workload, device: str) -> dict[str, Any]:
             lines = train_dpo(policy, preferences, config, progress=None)
     kernels = Counter()
     for event in found.key_averages():
-        if str(event.device_type).endswith("CUDA") and not event.key.startswith(
-            "Optimizer."
-        ):  # which spans kernels
+        # an optimizer's event spans kernels
+        if str(event.device_type).endswith("CUDA") and not event.key.startswith("Optimizer."):
             kernels[event.key] += event.self_device_time_total / 1e6
     counted = Counter(event.name for event in found.events())
     waits = {key: counted[key] / workload.steps for key in WAITS if counted[key]}
@@ -195,7 +195,8 @@ def run(settings: Settings, report: Report) -> None:
     if settings.tiny:
         sizes = {"small": (2, 64)}
         workloads = {"paper": replace(WORKLOADS["paper"], prompts=2, vocabulary=512, most=16)}
-    # of the most worth first: the paper's protocol at GPT-2 large, then the two that matter most on every workload
+    # the most important first: the paper's protocol at GPT-2 large, then the two that matter most
+    # on every workload
     first, *others = [(name, size) for name in workloads for size in sizes]
     jobs = [(*first, who) for who in CONTENDERS]
     jobs += [

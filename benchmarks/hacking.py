@@ -1,10 +1,10 @@
-"""What PPO makes of rewards that were learned from few pairs: the score that it is given, and the reward that was wanted.
+"""Push PPO against rewards learned from few pairs: the score that it is given, and the true reward.
 
     python benchmarks/hacking.py
 
-Fits a reward model to the pairs of 25 prefixes, several times over, each time of other ones, and lets PPO push each of them
-while its KL costs hardly anything. Writes dpo_lab/assets/hacking.json, which notebook 04 draws. About eight minutes of
-one core.
+Fits a reward model to the pairs of 25 prefixes, several times over, each time of other ones, and
+lets PPO push each of them while its KL costs hardly anything. Writes dpo_lab/assets/hacking.json,
+which notebook 04 draws. About eight minutes of one core.
 """
 
 import tempfile
@@ -65,7 +65,10 @@ def main(config: HackingConfig, out: Path = RESULTS) -> None:
 
 
 def push(config: HackingConfig, task: Task, i: int) -> list[dict[str, Any]]:
-    """Evaluations of PPO on the `i`-th reward: `given` is its score, in standard deviations on the reference's completions."""
+    """Evaluations of PPO on the `i`-th reward.
+
+    `given` is its score, in standard deviations on the reference's completions.
+    """
     # a reward model, fitted to the pairs of its own prefixes
     preferences = task.preferences
     mine = preferences.prompt_of[preferences.chosen] // config.prefixes == i

@@ -1,8 +1,8 @@
-"""From the slider's event to the new picture in the page: beta_explorer in JupyterLab 4, in headless Chromium.
+"""From the slider's event to the new picture in the page: beta_explorer in JupyterLab 4.
 
     python benchmarks/latency.py
 
-Needs Chromium. Writes benchmarks/results/latency.json.
+Runs in headless Chromium, which it needs. Writes benchmarks/results/latency.json.
 """
 
 import statistics
@@ -37,7 +37,7 @@ class LatencyConfig:
     """How much to measure."""
 
     drags: int = 200
-    """moves of the slider's handle, each to another value, with a pause before each; and as many without"""
+    """moves of the slider's handle to other values, a pause before each; and as many without"""
     pause: float = 0.2
     """seconds"""
 
@@ -90,7 +90,8 @@ def main(config: LatencyConfig) -> None:
     )
     for name, values in result.items():
         print(
-            f"{config.drags} drags {name}: median {values['median']:.0f} ms, p95 {values['p95']:.0f} ms"
+            f"{config.drags} drags {name}: median {values['median']:.0f} ms, "
+            f"p95 {values['p95']:.0f} ms"
         )
 
 

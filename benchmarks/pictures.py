@@ -1,8 +1,11 @@
-"""Save a still picture of each executed notebook: python benchmarks/pictures.py [NOTEBOOK.ipynb ...]
+"""Save a still picture of each executed notebook.
 
-A code host shows the notebooks without outputs, and this picture at the top of each. It is the picture of the cell tagged
-`still`, or else the first in the notebook. `make site` runs this on the notebooks that it executed, in jupyter_execute/;
-pictures go to docs/pictures/, named like the notebooks.
+    python benchmarks/pictures.py [NOTEBOOK.ipynb ...]
+
+A code host shows the notebooks without outputs, and this picture at the top of each. It is the
+picture of the cell tagged `still`, or else the first in the notebook. `make site` runs this on the
+notebooks that it executed, in jupyter_execute/; pictures go to docs/pictures/, named like the
+notebooks.
 """
 
 import base64

@@ -531,7 +531,8 @@ def _methods_result() -> str:
     )
     return (
         f"DPO reaches {_percent(dpo['fraction'])} of the gain that is possible at its KL, and PPO "
-        f"with a learned reward {_percent(ppo['fraction'])} ({dpo['seeds']} and {ppo['seeds']} seeds): "
+        f"with a learned reward {_percent(ppo['fraction'])} "
+        f"({dpo['seeds']} and {ppo['seeds']} seeds): "
         "[methods compared](docs/results.md#methods-on-one-task)."
     )
 

@@ -1,8 +1,8 @@
-"""Sampling completions: `sample_completions` beside transformers' `generate` on the embedded GPT-2, taking turns; labeling.
+"""Sampling completions: `sample_completions` and transformers' `generate` take turns; labeling.
 
     python benchmarks/sampling.py
 
-Writes benchmarks/results/sampling.json.
+Both sample from the embedded GPT-2. Writes benchmarks/results/sampling.json.
 """
 
 import json
@@ -30,7 +30,7 @@ class SamplingConfig:
     prefixes: int = 256
     """prompts of 2 to 8 tokens"""
     completions: int = 4
-    """completions a prompt"""
+    """completions per prompt"""
     max_new_tokens: int = 48
     """longest completion"""
     repeats: int = 3
@@ -40,7 +40,7 @@ class SamplingConfig:
 def by_generate(
     model, tokenizer, prompts: list[list[int]], config: SamplingConfig, seed: int
 ) -> int:
-    """Completion tokens from `generate`, left-padded in batches of as many rows as ours, sorted by length."""
+    """Completions from `generate`, left-padded, in batches of as many rows as ours, by length."""
     torch.manual_seed(seed)
     tokens, rows = (
         0,

@@ -1,7 +1,8 @@
 """Pictures of the beta slider in JupyterLab for the README: python benchmarks/screenshot.py
 
-Opens notebook 00 in headless Chromium at 1,280 x 800, runs its first cell and moves the slider. Saves
-docs/pictures/beta_slider.png, a still, and beta_slider.gif, in which beta falls and rises again. Needs Chromium.
+Opens notebook 00 in headless Chromium at 1,280 x 800, runs its first cell and moves the slider.
+Saves docs/pictures/beta_slider.png, a still, and beta_slider.gif, in which beta falls and rises
+again. Needs Chromium.
 """
 
 import io

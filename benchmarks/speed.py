@@ -1,4 +1,6 @@
-"""DPO and SFT steps of dpo_lab, TRL and a textbook loop, side by side: `make bench`, or python benchmarks/speed.py
+"""DPO and SFT steps of dpo_lab, TRL and a textbook loop, side by side.
+
+`make bench`, or python benchmarks/speed.py
 
 Every measurement is a process of its own (`benchmarks/contender.py`); contenders take turns. Writes
 benchmarks/results/cpu.json, or a file named for another machine. On a GPU: benchmarks/gpu.py.
@@ -39,7 +41,7 @@ class SpeedConfig:
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a matmul of the MLP's shape at 124M, median of 20; of fewer where they take more than five seconds."""
+    """FLOP/s of a matmul of the MLP's shape at 124M: median of 20, or of fewer in five seconds."""
     a, b = (torch.randn(shape, dtype=dtype) for shape in ((1024, 768), (768, 3072)))
     seconds = []
     while len(seconds) < 2 or len(seconds) < 23 and sum(seconds) < 5:
@@ -50,8 +52,11 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 
 def contenders(job: str, fast_bfloat16: bool) -> list[tuple[str, str]]:
-    """Who takes part, each in its precision: TRL in bfloat16, as its defaults ask, where the machine is fast in it; elsewhere
-    that would flatter us."""
+    """The contenders, each in its precision.
+
+    TRL trains in bfloat16, its default, where the machine is fast in it; elsewhere that would
+    flatter us.
+    """
     theirs = "bfloat16" if fast_bfloat16 else "float32"
     found = [("dpo_lab", "float32"), ("trl_default", theirs), ("trl_best", theirs)]
     if fast_bfloat16:
@@ -60,10 +65,12 @@ def contenders(job: str, fast_bfloat16: bool) -> list[tuple[str, str]]:
 
 
 def least_flops(job: str, workload: Workload, seed: int) -> float:
-    """FLOPs that one pass over the data cannot do without: each prompt and completion once, forward and backward.
+    """FLOPs that one pass over the data cannot do without.
 
-    DPO adds the reference's forward pass. Matmuls of the blocks for every token that predicts or is seen, of the LM head for
-    completion tokens; attention's own products are left out.
+    It reads each prompt and completion once, forward and backward.
+
+    DPO adds the reference's forward pass. Matmuls of the blocks for every token that predicts or is
+    seen, of the LM head for completion tokens; attention's own products are left out.
     """
     preferences = make_preferences(workload, seed)
     predicted = sum(map(len, preferences.completions))
@@ -129,9 +136,8 @@ def main(config: SpeedConfig) -> None:
             if i and time.perf_counter() - began > 60 * config.minutes:
                 break
             fast = rates["bfloat16"] > rates["float32"]
-            untimed = (
-                1 + fast
-            )  # elsewhere a step of TRL's defaults takes two minutes, of which the last page faults are little
+            # elsewhere a step of TRL's defaults takes two minutes, of which page faults are little
+            untimed = 1 + fast
             runs[job, name] += [
                 measure(job, name, *contender, untimed, config)
                 for contender in contenders(job, fast)
@@ -153,8 +159,10 @@ def main(config: SpeedConfig) -> None:
             )
             table.append(row)
             print(
-                f"{job} {name:<9} {row['contender']:<12} {row['precision']:<9} {row['pairs_per_second']:8.2f} pairs/s "
-                f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit  loss off by {abs(row['loss'] - losses['dpo_lab']):.0e}"
+                f"{job} {name:<9} {row['contender']:<12} {row['precision']:<9} "
+                f"{row['pairs_per_second']:8.2f} pairs/s "
+                f"{row['peak_memory_mb']:8,.0f} MB  {row['share_of_limit']:5.0%} of the limit  "
+                f"loss off by {abs(row['loss'] - losses['dpo_lab']):.0e}"
             )
     rows = [run for found in runs.values() for run in found]
     write_json(

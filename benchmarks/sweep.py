@@ -2,8 +2,8 @@
 
     python benchmarks/sweep.py --betas 0.1 0.3 --rates 1e-4 3e-4
 
-Every run is `dpo-lab train` in a process of its own. Rows go to benchmarks/results/sweep.json as they finish; a row that
-is there already is not run again.
+Every run is `dpo-lab train` in a process of its own. Rows go to benchmarks/results/sweep.json as
+they finish; a row that is there already is not run again.
 """
 
 import json
@@ -78,7 +78,8 @@ def main(config: SweepConfig) -> None:
     for row in sorted(rows, key=lambda row: -row["after"]["reward"]):
         after = row["after"]
         print(
-            f"{row['beta']:>6} {row['learning_rate']:>8} {after['reward']:>7.3f} {after['kl']:>6.2f} {row['seconds']:>8.0f}"
+            f"{row['beta']:>6} {row['learning_rate']:>8} {after['reward']:>7.3f} "
+            f"{after['kl']:>6.2f} {row['seconds']:>8.0f}"
         )
 
 
