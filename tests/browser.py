@@ -29,8 +29,10 @@ def jupyterlab(folder: Path, python: str | Path = sys.executable) -> Iterator[st
     for part in ("notebooks", "docs/pictures"):
         shutil.copytree(ROOT / part, folder / part)
     for name, setting in {
-        "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell stays in the page
-        "apputils-extension/notification": '{"fetchNews": "false"}',  # no question stands in front of it
+        # every cell stays in the page
+        "notebook-extension/tracker": '{"windowingMode": "none"}',
+        # no question stands in front of it
+        "apputils-extension/notification": '{"fetchNews": "false"}',
     }.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
@@ -88,7 +90,7 @@ def chromium(folder: Path) -> Iterator[BrowserContext]:
 def open_notebook(
     browser: BrowserContext, address: str, notebook: str
 ) -> Iterator[tuple[Page, list[str]]]:
-    """A page with the notebook alone, and the list that its errors go to: uncaught ones, and those on the console."""
+    """A page with the notebook alone, and the list of its errors, uncaught or on the console."""
     page, errors = browser.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on(

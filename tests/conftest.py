@@ -33,7 +33,10 @@ def matmul():
     setting.fp32_precision = before
 
 
-WORDS = "this film was truly a joy dull bore and the acting plot of great terrible lovely awful story I loved hated it".split()
+WORDS = (
+    "this film was truly a joy dull bore and the acting plot of great terrible lovely awful story "
+    "I loved hated it"
+).split()
 
 
 def make_reviews(n, seed=0):

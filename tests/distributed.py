@@ -1,4 +1,7 @@
-"""What tests/test_distributed.py compares: done by one process, and by the two that `accelerate launch --use_fsdp` starts."""
+"""What tests/test_distributed.py compares.
+
+One process does it, and the two that `accelerate launch --use_fsdp` starts.
+"""
 
 import json
 import os
@@ -32,7 +35,10 @@ from dpo_lab.sentiment import task
 from dpo_lab.train import sft_batches, train_dpo, train_sft, train_unlikelihood
 
 LONG = replace(CONFIG, epochs=3)  # 6 steps
-SMALL = "--prefixes 180 --eval-prefixes 48 --max-new-tokens 8 --batch-pairs 90 --learning-rate 3e-3 --eval-every 4".split()
+SMALL = (
+    "--prefixes 180 --eval-prefixes 48 --max-new-tokens 8 --batch-pairs 90 --learning-rate 3e-3 "
+    "--eval-every 4"
+).split()
 
 
 def made_up_reviews(source="package"):
@@ -46,7 +52,7 @@ def made_up_reviews(source="package"):
 
 
 def losses(tiny):
-    """The metrics of every loss: shares that are equal, unequal and empty, with and without accumulation."""
+    """The metrics of every loss: equal, unequal and empty shares, with and without accumulation."""
     preferences = make_preferences(tiny)
     found = {}
     for name, config in {

@@ -14,7 +14,7 @@ numbers = st.floats(-5, 5)
 
 @st.composite
 def rows(draw):
-    """Rewards and values of rows of 1 to 6 tokens, as lists and as tensors with junk in the padding."""
+    """Rewards and values of rows of 1 to 6 tokens, as lists and as tensors with junk as padding."""
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
     rewards, values = (
         [draw(st.lists(numbers, min_size=n, max_size=n)) for n in lengths] for _ in range(2)

@@ -100,9 +100,8 @@ def test_other_losses_end_elsewhere(kind):
         population_loss(REFERENCE, REWARD, 1.0, loss_type=kind), REFERENCE, iterations=100
     )
     assert torch.isfinite(found).all()
-    assert (kl(found, optimal_policy(REFERENCE, REWARD, 1.0)) < 1e-8) == (
-        kind == "robust"
-    )  # without smoothing it is sigmoid
+    # without smoothing, robust is sigmoid
+    assert (kl(found, optimal_policy(REFERENCE, REWARD, 1.0)) < 1e-8) == (kind == "robust")
 
 
 LOGITS = torch.tensor([0.3, -0.2, 0.1, -1.0], dtype=torch.float64)

@@ -90,7 +90,7 @@ def test_the_first_step_has_as_many_pairs_as_any_and_the_shortest_completions(na
 
 
 def test_the_reference_is_hashed_once_before_the_clock_and_not_kept(monkeypatch):
-    """TRL's own hash is not timed either; a cache that held the model added its size to the peak."""
+    """TRL's own hash is not timed either; a cache that held the model would add to the peak."""
     hashed = []
 
     def slow(model):
@@ -105,9 +105,8 @@ def test_the_reference_is_hashed_once_before_the_clock_and_not_kept(monkeypatch)
 
     trained = []
     monkeypatch.setattr(contender.data_format, "weights_hash", slow)
-    monkeypatch.setattr(
-        contender.loop, "make_optimizers", contender.loop.make_optimizers
-    )  # both are set, and put back
+    # both are set, and put back
+    monkeypatch.setattr(contender.loop, "make_optimizers", contender.loop.make_optimizers)
     for name in ("KEEPING", "USUAL", "onednn_is_exact"):
         monkeypatch.setattr(contender.tuning, name, getattr(contender.tuning, name))
     monkeypatch.setattr(contender, "train_dpo", train)
@@ -163,9 +162,8 @@ def test_each_learned_reward_is_pushed_and_its_run_recorded(tiny, tmp_path):
     found = json.loads((tmp_path / "hacking.json").read_text())
     assert [[row["step"] for row in run] for run in found["runs"]] == [[0, 1, 2]] * 2
     first, second = found["runs"]
-    assert (
-        first[0]["reward"] == second[0]["reward"] and first[0]["kl"] == 0
-    )  # one policy to begin with
+    # both begin with the same policy
+    assert first[0]["reward"] == second[0]["reward"] and first[0]["kl"] == 0
     assert np.isfinite([row["given"] for run in found["runs"] for row in run]).all()
     assert first[0]["given"] != second[0]["given"] and first[-1]["kl"] > 0  # two rewards
     assert found["config"]["task"]["prefixes"] == 24 and found["commit"]

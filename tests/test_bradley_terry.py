@@ -1,4 +1,4 @@
-"""Rewards fitted to comparisons, against scikit-learn's logistic regression and against simulation."""
+"""Rewards fitted to comparisons, against scikit-learn's logistic regression and simulation."""
 
 import numpy as np
 import pytest

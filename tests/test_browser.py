@@ -1,4 +1,7 @@
-"""JupyterLab in a real browser: what `make lab` opens can be read, run and moved. Screenshots go to screenshots/ in the repository."""
+"""JupyterLab in a real browser: what `make lab` opens can be read, run and moved.
+
+Screenshots go to screenshots/ in the repository.
+"""
 
 import base64
 import re
@@ -93,7 +96,10 @@ class Shown:
         )
 
     def now(self):
-        read = "async image => btoa(String.fromCharCode(...new Uint8Array(await (await fetch(image.src)).arrayBuffer())))"
+        read = (
+            "async image => btoa(String.fromCharCode("
+            "...new Uint8Array(await (await fetch(image.src)).arrayBuffer())))"
+        )
         return self.readout.inner_text(), base64.b64decode(self.picture.evaluate(read))
 
     def expected(self):
@@ -118,7 +124,8 @@ class Shown:
                 return values
             self.page.wait_for_timeout(100)
         raise AssertionError(
-            f"sliders at {values}: {self.now()[0]!r} in the page, {expected[0]!r} expected, or another picture"
+            f"sliders at {values}: {self.now()[0]!r} in the page, {expected[0]!r} expected, "
+            "or another picture"
         )
 
     def press(self, i, key):
@@ -145,7 +152,7 @@ class Shown:
 
 
 def move_every_slider(shown):
-    """Each by keyboard and by mouse: it and no other moves, the way it should, and everything follows."""
+    """Each by keyboard and by mouse: no other moves, it moves as it should; everything follows."""
     values = shown.settled()
     for i, name in enumerate(shown.twin.sliders):
         shown.press(i, "ArrowLeft")

@@ -1,4 +1,7 @@
-"""Two processes against one: the same losses, samples, log-probs and evaluation, and runs that change their number."""
+"""Two processes against one: the same losses, samples, log-probs and evaluation.
+
+Runs may change their number of processes.
+"""
 
 import json
 import os
@@ -22,7 +25,9 @@ from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment import task
 
 TOLERANCE = 1e-5
-MUON = 3e-3  # it orthogonalises in bfloat16, which makes of a last bit of the gradient the last bit of a bfloat16
+# it orthogonalizes in bfloat16, which turns a last bit of the gradient into the last bit of a
+# bfloat16
+MUON = 3e-3
 KINDS = ("fsdp", "ddp")
 
 
@@ -47,7 +52,10 @@ def one(tiny, tmp_path_factory):
 def two(one, tiny, tmp_path_factory):
     """What two processes found, begun by the launcher."""
     folder, tests = tmp_path_factory.mktemp("two"), Path(__file__).parent
-    launch = "-m accelerate.commands.launch --use_fsdp --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch = (
+        "-m accelerate.commands.launch --use_fsdp --num_processes 2 --num_machines 1 "
+        "--mixed_precision no"
+    )
     command = [
         sys.executable,
         *launch.split(),

@@ -1,4 +1,4 @@
-"""The page on models says what the code does: its Python runs, and its errors are those of the code."""
+"""The page on models says what the code does: its Python runs, its errors are the code's."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,10 @@ from dpo_lab.preferences import from_rows
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def test_the_python_of_the_page_runs_on_any_folder(tiny, tmp_path, monkeypatch):

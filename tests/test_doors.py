@@ -1,4 +1,7 @@
-"""Every Literal of every public function and config is checked before anything is touched, found by looking at them all."""
+"""Every Literal of every public function and config is checked before anything is touched.
+
+The test looks at all functions and configs to find them.
+"""
 
 import importlib
 import inspect
@@ -33,9 +36,8 @@ from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig, check_config, train_dpo, train_sft, train_unlikelihood
 
 WRONG = "a name that nobody allowed"
-SETTLED_BEFORE = {
-    "loop.evaluates"
-}  # takes the numbers of a config once a step, after its loop has settled it
+# takes the numbers of a config once per step, after its loop has settled it
+SETTLED_BEFORE = {"loop.evaluates"}
 MODULES = [
     importlib.import_module(m.name) for m in pkgutil.walk_packages(dpo_lab.__path__, "dpo_lab.")
 ]
@@ -54,7 +56,7 @@ class Untouched:
 
 
 def literals(hint: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Where an annotation has a Literal: () itself, or the fields of a config, one inside the other."""
+    """Where an annotation has a Literal: () itself, or the fields of a config, possibly nested."""
     if get_origin(hint) is Literal:
         return [path]
     if is_config(hint):
@@ -135,7 +137,10 @@ def test_the_doors_were_found():
 
 
 def harmless(hint: Any, folder: Path) -> Any:
-    """What stands for an argument that is not the wrong one: a config that is right, a folder to be, or what must not be used."""
+    """What stands for an argument that is not the wrong one.
+
+    A config that is right, a folder that is yet to be made, or what must not be used.
+    """
     for part in (hint, *get_args(hint)):
         if is_config(part):
             return part()
@@ -181,7 +186,7 @@ def test_a_wrong_name_makes_no_object(kind, name):
 
 
 def test_a_literal_without_a_check_does_not_pass(tmp_path):
-    """The test above, on a function that does not look at its Literal, and on one that looks too late."""
+    """The test above, on a function that ignores its Literal, and on one that looks too late."""
 
     def late(model: Any, kind: Literal["a", "b"] = "a") -> None:
         len(model)
@@ -345,7 +350,7 @@ def test_tensorboard_needs_a_run_directory(door, tmp_path):
 
 
 def test_a_warm_up_longer_than_the_run_is_said(tiny, tokenizer):
-    """By the plan, before anything is written, and by the run; not where the peak is reached, if only at the last step."""
+    """By the plan before anything is written, and by the run; not if the last step is the peak."""
     rows = [
         {"prompt": f"Kettle {i}", "chosen": f" boils {i}", "rejected": f" leaks {i}"}
         for i in range(3)
@@ -357,7 +362,10 @@ def test_a_warm_up_longer_than_the_run_is_said(tiny, tokenizer):
     def run(config: DPOConfig) -> list[dict[str, Any]]:
         return train_dpo(load_model(str(tiny)), preferences, config, progress=None)
 
-    said = "warmup_steps is 4 and there are 3 steps, so the learning rate ends at 7.5e-05 and never reaches .*0.0001"
+    said = (
+        "warmup_steps is 4 and there are 3 steps, so the learning rate ends at 7.5e-05 "
+        "and never reaches .*0.0001"
+    )
     with pytest.warns(UserWarning, match=said):
         lines = run(config)
     assert lines[-1]["learning_rate"] == pytest.approx(7.5e-5)

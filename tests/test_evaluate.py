@@ -31,7 +31,7 @@ def test_a_policy_that_is_its_reference_has_no_kl(model, tokenizer):
 
 
 def test_the_sequence_kl_matches_enumeration(model, tiny, tokenizer):
-    """Two tokens from a vocabulary of 512: the exact KL by the chain rule, within 4 standard errors."""
+    """Two tokens from a vocabulary of 512: the exact KL by the chain rule, to 4 standard errors."""
     reference = load_model(str(tiny))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_sequence_kl_matches_enumeration(model, tiny, tokenizer):
 
 
 def test_the_frontier_is_exact_when_every_outcome_is_listed_once():
-    """K equally likely outcomes under the reference: the tilted distribution is known in closed form."""
+    """K equally likely outcomes under the reference: the tilted distribution has a closed form."""
     scores = np.array([[0.0, 0.2, 0.9, 1.0], [0.5, 0.5, 0.1, 0.3]])
     betas = [10.0, 1.0, 0.3, 0.05]
     reward, kl, effective = optimal_frontier(scores, betas)

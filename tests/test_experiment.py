@@ -1,4 +1,7 @@
-"""The `dpo-lab` command as its user meets it: the whole experiment, each step alone, and every way to ask wrongly."""
+"""The `dpo-lab` command as its user meets it.
+
+The whole experiment, each step alone, and every way to ask wrongly.
+"""
 
 import json
 import os
@@ -27,9 +30,11 @@ from dpo_lab.sentiment.sweep import FrontierConfig
 from dpo_lab.sentiment.task import Task, TaskConfig, data_config, task_config
 
 pytestmark = pytest.mark.usefixtures("made_up_reviews")
+# the precision is given, for what is faster here depends on what else the machine does
 SMALL = (
-    "--precision float32 --prefixes 12 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 20 --eval-every 2 --save-every 2"
-).split()  # the precision is given, for what is faster here depends on what else the machine does
+    "--precision float32 --prefixes 12 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 20 "
+    "--eval-every 2 --save-every 2"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +202,8 @@ def test_sft_makes_the_reference_that_everything_else_starts_from(tiny, tmp_path
     assert main(["evaluate", "--run", str(out)]) == 0
     again = json.loads((out / "evaluation.json").read_text())
     assert again["kl"] == pytest.approx(summary["after"]["kl"], abs=1e-6)
-    for recorded in (
-        summary["reference"],
-        str(tuned),
-    ):  # as it is recorded, and as earlier versions did
+    # as it is recorded, and as earlier versions did
+    for recorded in (summary["reference"], str(tuned)):
         moved = tmp_path / "elsewhere é" / recorded.replace("/", "-")
         moved.parent.mkdir(exist_ok=True)
         out.rename(moved)
@@ -276,7 +279,7 @@ def test_an_earlier_record_of_a_model_by_its_relative_path_is_still_read(
 def test_a_second_process_in_a_run_directory_says_who_is_there_and_writes_nothing(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    """Here the second one comes from the evaluation of the first, whose directory it finds taken."""
+    """Here the second comes from the evaluation of the first, whose directory it finds taken."""
     run, evaluation, statuses = tmp_path / "run", Task.evaluate, []
     command = ["train", "--model", str(tiny), "--out", str(run), *SMALL]
 
@@ -441,8 +444,11 @@ def test_help_lists_every_command_and_explains_beta(capsys):
 
 
 def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
-    """The embedded model and the real reviews, in a process of its own, stopped by SIGINT while it trains."""
-    arguments = "--prefixes 40 --eval-prefixes 16 --max-new-tokens 12 --eval-every 4 --save-every 3 --epochs 2".split()
+    """The embedded model and real reviews, in a process of its own, stopped by SIGINT."""
+    arguments = (
+        "--prefixes 40 --eval-prefixes 16 --max-new-tokens 12 --eval-every 4 --save-every 3 "
+        "--epochs 2"
+    ).split()
     environment = {k: v for k, v in os.environ.items() if k != "DPO_LAB_CACHE"} | {
         "OMP_NUM_THREADS": str(torch.get_num_threads())
     }
@@ -530,7 +536,10 @@ def test_the_precision_is_measured_once_and_kept(tiny, tmp_path, monkeypatch, ca
 
 
 def test_state_is_settled_once(tiny, tmp_path, monkeypatch):
-    """Processes joined, records read, precision measured, everything loaded, SFT done: once in a run that needs it all."""
+    """Everything is set up once in a run that needs it all.
+
+    Processes joined, records read, precision measured, everything loaded, SFT done.
+    """
     counts = Counter()
 
     def spy(owner, name):
@@ -649,7 +658,7 @@ def test_an_option_s_earlier_name_is_still_taken():
 
 
 def test_a_run_fits_into_the_minutes_that_it_is_given(tiny, tmp_path, monkeypatch, capsys):
-    """A new one; one that was begun keeps its size, and one that was named in full is never shrunk."""
+    """A new one; one that was begun keeps its size, and one named in full is never shrunk."""
     asked = []
 
     def fitting(job, speed, seconds, *, least):

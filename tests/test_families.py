@@ -1,4 +1,7 @@
-"""Another family with other tokenizers goes through sampling, labeling, DPO and evaluation as the embedded GPT-2 does."""
+"""Another family with other tokenizers goes through all that the embedded GPT-2 does.
+
+Sampling, labeling, DPO and evaluation.
+"""
 
 import json
 import re
@@ -54,7 +57,8 @@ from dpo_lab.sentiment.reviews import sample_prefixes
 from dpo_lab.sentiment.reward import SentimentReward
 
 SMALL = (
-    "--precision float32 --prefixes 40 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 60 --eval-every 2 --save-every 2"
+    "--precision float32 --prefixes 40 --eval-prefixes 16 --max-new-tokens 8 --batch-pairs 60 "
+    "--eval-every 2 --save-every 2"
 ).split()
 SIZE = {
     "vocab_size": 320,
@@ -70,7 +74,10 @@ CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 
 def sentencepiece_like():
-    """Unigram over words that begin with a mark for their space, as SentencePiece; BOS is added, and there is no pad token."""
+    """Unigram over words that begin with a mark for their space, as SentencePiece.
+
+    BOS is added, and there is no pad token.
+    """
     words = Tokenizer(models.Unigram())
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = ["<unk>", "<s>", "</s>"]
@@ -87,7 +94,10 @@ def sentencepiece_like():
 
 
 def sentencepiece_with_bytes():
-    """As Llama 2's: BPE over text in which a mark stands before the first word and for each space; bytes for the rest."""
+    """As Llama 2's: BPE over text with a mark before the first word and for each space.
+
+    The rest is bytes.
+    """
     words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     words.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -113,7 +123,10 @@ def sentencepiece_with_bytes():
 
 
 def byte_level():
-    """Byte-level BPE without BOS, as Qwen's: a chat template, and the end of a turn as EOS beside the end of a text."""
+    """Byte-level BPE without BOS, as Qwen's.
+
+    It has a chat template, and the end of a turn as EOS beside the end of a text.
+    """
     words = Tokenizer(models.BPE())
     words.pre_tokenizer, words.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -142,7 +155,7 @@ ENDS = {"sentencepiece": {2}, "byte level": {0, 2}}
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def family(request, tmp_path_factory):
-    """Name and folder of a tiny Llama, whose vocabulary is padded beyond its tokenizer's, with grouped heads."""
+    """Name and folder of a tiny Llama: grouped heads, a vocabulary padded beyond the tokenizer."""
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     tokenizer = TOKENIZERS[request.param]()
     assert len(tokenizer) < SIZE["vocab_size"]
@@ -166,7 +179,7 @@ def by_loop(model, prompt, completion):
 
 
 def test_the_experiment_runs_unchanged(family, made_up_reviews, tmp_path, monkeypatch):
-    """The reward is the share of the letter e, since a random model writes no words that the classifier knows."""
+    """The reward is the fraction of the letter e: a random model writes no known words."""
     name, folder = family
     run, letters = (
         tmp_path / "run",
@@ -252,14 +265,8 @@ def test_a_completion_ends_at_the_first_of_several_end_tokens(model, several):
 def test_end_tokens_are_the_eos_and_the_special_ones_of_the_generation_config():
     tokenizer, model = byte_level(), LlamaForCausalLM(LlamaConfig(**SIZE))
     found = {}
-    for named in (
-        None,
-        0,
-        2,
-        [2, 0],
-        [0, 2],
-        100,
-    ):  # 100 is ordinary text, as where a config was left at its defaults
+    # 100 is ordinary text, as where a config was left at its defaults
+    for named in (None, 0, 2, [2, 0], [0, 2], 100):
         model.generation_config.eos_token_id = named
         found[str(named)] = end_tokens(model, tokenizer)
     assert found == {
@@ -302,7 +309,7 @@ def test_messages_become_the_text_of_the_template_and_end_as_a_turn_ends(family)
     ids=["space", "no space"],
 )
 def test_rows_of_text_read_as_prompt_and_completion_joined(make, answers):
-    """No space is lost or made up between them; what a model reads is what it would read if they were one text."""
+    """No space is lost or made up between them; a model reads what it would read as one text."""
     tokenizer = make()
     found = from_rows(
         [{"prompt": "this film", "chosen": answers[0], "rejected": answers[1]}],
@@ -348,17 +355,17 @@ def test_a_checkpoint_without_its_head_is_refused_rather_than_made_up(tmp_path):
     LlamaForSequenceClassification(LlamaConfig(**SIZE)).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,
-        match="LlamaForSequenceClassification.* no weights for 1 .*LlamaForCausalLM, such as lm_head",
+        match="LlamaForSequenceClassification.* no weights for 1 .*LlamaForCausalLM, "
+        "such as lm_head",
     ):
         load_model(str(tmp_path))
     LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)).save_pretrained(tmp_path)
-    assert load_model(
-        str(tmp_path)
-    ).config.tie_word_embeddings  # whose head is its embedding: not missing
+    # the head is the embedding, so it is not missing
+    assert load_model(str(tmp_path)).config.tie_word_embeddings
 
 
 def test_the_base_of_a_tied_model_is_whole(tmp_path):
-    """As `openai-community/gpt2` lies on the hub: the transformer's weights alone, and masks that are no parameters."""
+    """As `openai-community/gpt2` lies on the hub: the bare transformer's weights, causal masks."""
     set_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     model.config.save_pretrained(tmp_path)
@@ -530,7 +537,10 @@ def test_samples_and_log_probs_of_other_families_are_those_of_plain_forward_pass
 
 
 def write_gguf(path, model, tokenizer):
-    """A Llama with one layer and as many key-value heads as heads, as llama.cpp's converter writes it, in float32."""
+    """A one-layer Llama with as many key-value heads as heads, in float32.
+
+    Its weights are as llama.cpp's converter writes them.
+    """
     config = model.config
     writer, names = (
         gguf.GGUFWriter(str(path), "llama"),
@@ -556,9 +566,8 @@ def write_gguf(path, model, tokenizer):
     )
     writer.add_eos_token_id(tokenizer.eos_token_id)
     for name, tensor in model.state_dict().items():
-        if (
-            "q_proj" in name or "k_proj" in name
-        ):  # rotary pairs lie side by side there, and half a head apart here
+        # rotary pairs lie side by side there, and half a head apart here
+        if "q_proj" in name or "k_proj" in name:
             tensor = tensor.unflatten(0, (2, 2, -1)).transpose(1, 2).flatten(0, 2)
         writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", tensor.numpy())
     writer.write_header_to_file()

@@ -1,4 +1,4 @@
-"""The sweep of contenders in small: every method runs, what is finished is kept, and the table holds it all."""
+"""A small sweep of runs: every method runs, finished runs are kept, and the table has them all."""
 
 import csv
 import json
@@ -99,9 +99,8 @@ def test_every_contender_is_evaluated_and_a_finished_one_is_kept(tiny, tmp_path,
     )
     rows = frontier.frontier(config(tiny), tmp_path, runs=RUNS)
     assert ran == RUNS[2:]
-    assert (
-        frontier.frontier(config(tiny), tmp_path, runs=RUNS[:1]) == rows
-    )  # what else has finished there stays in the table
+    # what else has finished there stays in the table
+    assert frontier.frontier(config(tiny), tmp_path, runs=RUNS[:1]) == rows
     with open(tmp_path / "frontier.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) and tuple(table[0]) == COLUMNS
@@ -218,9 +217,8 @@ def test_runs_side_by_side_find_what_they_find_alone(tiny, tmp_path, monkeypatch
     small = replace(config(tiny), task=replace(config(tiny).task, reward=str(judge)))
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(
-            1
-        )  # as in each process, for sums in another order end in other samples
+        # as in each process: sums in another order end in other samples
+        torch.set_num_threads(1)
         alone = frontier.frontier(small, tmp_path / "alone", runs=RUNS[2:4])
     finally:
         torch.set_num_threads(threads)
@@ -247,7 +245,10 @@ def test_the_command_takes_every_part_of_the_config(tiny, tmp_path, monkeypatch,
         "repeats",
         lambda *methods: RUNS[4:] if methods == ("dpo", "ppo") else pytest.fail(str(methods)),
     )
-    options = f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 --loop.eval-every 5 --jobs 1"
+    options = (
+        f"--task.model {tiny} --task.prefixes 12 --task.eval-prefixes 8 --task.max-new-tokens 6 "
+        "--loop.eval-every 5 --jobs 1"
+    )
     assert (
         main(
             [
@@ -280,7 +281,7 @@ def test_a_fraction_has_two_ends_past_the_estimate_s_end():
     assert sweep.fraction_bounds(0.85, 9.0) == pytest.approx((0.35 / 0.5, 0.35 / 0.4))
 
 
-def test_the_shipped_repeats_improve_in_every_seed_and_dpo_and_ppo_gt_have_85_percent_of_the_optimal_gain_within_5_nats():
+def test_shipped_repeats_all_improve_and_dpo_and_ppo_gt_have_85_percent_of_the_gain_within_5_nats():
     rows = {row["name"]: row for folder in REPEATS for row in load_sweep(folder).spread()}
     assert {name: row["seeds"] for name, row in rows.items()} == {
         "DPO, beta 0.37": 3,

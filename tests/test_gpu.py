@@ -1,4 +1,4 @@
-"""The GPU benchmark's stages: each in its smallest form on the CPU, their figures within bounds there and on a GPU."""
+"""The GPU benchmark's stages in their smallest form, on the CPU and, where there is one, a GPU."""
 
 import json
 import subprocess
@@ -21,10 +21,8 @@ on_gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-BOUNDS = {
-    "float32": (1e-4, 1e-5),
-    "bfloat16": (0.3, 0.03),
-}  # nats of a completion, and of the gradient relative
+# nats of a completion, and of the gradient relative
+BOUNDS = {"float32": (1e-4, 1e-5), "bfloat16": (0.3, 0.03)}
 
 
 @every_device
@@ -84,8 +82,14 @@ def test_a_stage_that_fails_and_one_that_hangs_are_noted_and_the_others_run(tmp_
 
 
 def test_what_a_hanging_stage_started_ends_with_it(tmp_path):
-    child = "import time, pathlib, sys; [(pathlib.Path(sys.argv[1]).write_text(str(i)), time.sleep(0.02)) for i in range(10**6)]"
-    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]]); time.sleep(10_000)"
+    child = (
+        "import time, pathlib, sys; "
+        "[(pathlib.Path(sys.argv[1]).write_text(str(i)), time.sleep(0.02)) for i in range(10**6)]"
+    )
+    parent = (
+        "import subprocess, sys, time; "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]]); time.sleep(10_000)"
+    )
     beats = tmp_path / "beats"
     gpu.run_stages(
         {"hangs": [sys.executable, "-c", parent, str(beats)]}, tmp_path, time.time() + 5, every=0.05
@@ -178,9 +182,8 @@ def test_the_stage_of_speed_in_its_smallest_form(settings, tmp_path):
     found = finished(report)
     runs = [found[f"paper/small/{who}"] for who in gpu_speed.CONTENDERS]
     assert all(len(run["step_seconds"]) == 3 and run["passes"] == 1 for run in runs)
-    assert (
-        max(run["loss"] for run in runs) - min(run["loss"] for run in runs) < 2e-3
-    )  # all compute in bfloat16
+    # all compute in bfloat16
+    assert max(run["loss"] for run in runs) - min(run["loss"] for run in runs) < 2e-3
     assert all(0 < run["fraction_of_matmul_rate"] < 1 for run in runs)
 
 

@@ -1,6 +1,7 @@
-"""The names of the paper's config, offline, in a Hugging Face cache as `hf download` leaves it, with GPT-2's true shape.
+"""The names of the paper's config, offline, in a Hugging Face cache as `hf download` leaves it.
 
-Only the weights are made up. The command runs in processes of its own, which see no other cache.
+The models have GPT-2's true shape; only the weights are made up. The command runs in processes of
+its own, which see no other cache.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ ARGUMENTS += (
 
 
 def into_cache(hub, kind, name, folder):
-    """Move the files of `folder` into the cache as the hub's client stores them: blobs, and links to them in a snapshot."""
+    """Move `folder`'s files into the cache as the hub's client stores them: blobs and links."""
     repository, commit = (
         hub / f"{kind}--{name.replace('/', '--')}",
         hashlib.sha1(name.encode()).hexdigest(),
@@ -70,7 +71,10 @@ def into_cache(hub, kind, name, folder):
 
 
 def write_bpe(folder, first, size, last):
-    """vocab.json and merges.txt of the embedded tokenizer's BPE, padded to `size` ids with words that no merge makes."""
+    """vocab.json and merges.txt of the embedded tokenizer's BPE.
+
+    The vocabulary is padded to `size` ids with words that no merge makes.
+    """
     bpe = json.loads((models.EMBEDDED / "tokenizer.json").read_text())
     special = {token["content"] for token in bpe["added_tokens"]}
     words = [word for word in bpe["model"]["vocab"] if word not in special]
@@ -89,7 +93,7 @@ def write_bpe(folder, first, size, last):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """HF_HOME with the true names: GPT-2 (124M) and its files, a small RoBERTa classifier, and 2,600 made-up reviews."""
+    """HF_HOME with the true names: GPT-2 (124M) and its files, a RoBERTa, made-up reviews."""
     home, made = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("made")
     set_seed(0)
     (gpt2 := made / "gpt2").mkdir()
@@ -99,9 +103,8 @@ def home(tmp_path_factory):
     )
     config.save_pretrained(gpt2)
     tensors = {name: value.contiguous() for name, value in GPT2Model(config).state_dict().items()}
-    tensors |= {
-        f"h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(12)
-    }  # the hub's file has them too
+    # the hub's file has them too
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(12)}
     save_file(tensors, gpt2 / "model.safetensors", metadata={"format": "pt"})
     write_bpe(gpt2, [], 50_257, ["<|endoftext|>"])
     (gpt2 / "tokenizer_config.json").write_text('{"model_max_length": 1024}')

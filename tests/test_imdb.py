@@ -84,9 +84,8 @@ def test_prefixes_are_2_to_8_tokens_of_different_reviews(tokenizer):
         != sample_prefixes(texts, tokenizer, 200, seed=1)
     )
     again = sample_prefixes(texts, tokenizer, 600, seed=0)
-    assert [again[i][1:3] for i in range(300)] == [
-        again[i + 300][1:3] for i in range(300)
-    ]  # the same reviews in the same order
+    # the same reviews in the same order
+    assert [again[i][1:3] for i in range(300)] == [again[i + 300][1:3] for i in range(300)]
     assert [len(ids) for ids in again[:300]] != [len(ids) for ids in again[300:]]
 
 
@@ -105,7 +104,7 @@ def test_samples_follow_the_model_exactly(model):
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
 def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
-    """Vocabularies that fill their last block and that do not; most entries are impossible, whole blocks too."""
+    """Vocabularies that fill their last block or do not; most entries, some blocks impossible."""
     probabilities = torch.zeros(n).index_fill(0, torch.tensor([0, n // 3, n - 1]), 1.0)
     probabilities[n // 3] *= 3
     probabilities /= probabilities.sum()
@@ -151,7 +150,7 @@ def test_a_level_that_rounding_puts_at_the_end_finds_the_last_possible_index():
 
 
 def test_a_longer_prompt_in_the_batch_is_read_before_it_is_continued(model):
-    """Two prompts of one batch, one of them two tokens longer: each gets its own distribution, by chi-squared."""
+    """Two prompts of one batch, one two tokens longer: each has its distribution (chi-square)."""
     prompts, n = [[0, 300, 17], [0, 5, 17, 9, 44]], 10_000
     samples = sample_completions(model, prompts, n, eos_token_id=0, max_new_tokens=1, rows=4_096)
     for prompt, row in zip(prompts, samples):
@@ -200,7 +199,7 @@ def test_completions_end_with_eos_or_at_the_limit(model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_beside_samples_are_those_of_a_plain_loop(model, temperature):
-    """Prompts of several lengths in one batch, rows that leave it at an EOS, and any temperature."""
+    """Prompts of several lengths in one batch, rows that leave it at an EOS, any temperature."""
     prompts = [[0, 5], [0, 6, 7, 8, 9, 10], [0, 8, 2]]
     completions, logps = sample_with_logps(
         model, prompts, 30, eos_token_id=17, max_new_tokens=25, temperature=temperature, seed=1

@@ -1,4 +1,4 @@
-"""The layout: which package may import which, and what each front gives without loading the rest."""
+"""The layout: which package may import which, and what each front gives without the rest."""
 
 import ast
 import importlib

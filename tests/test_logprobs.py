@@ -1,4 +1,4 @@
-"""Completion log-probs against a plain loop over tokens in float64, and what they cost in memory."""
+"""Completion log-probs against a plain loop over tokens in float64, and their cost in memory."""
 
 import math
 import os
@@ -55,21 +55,24 @@ def make_model(name, vocabulary=40, context=48, width=16, spread=0.3):
     set_seed(0)
     if name.startswith("gpt2"):
         config = GPT2Config(
-            vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=2, n_head=2, initializer_range=spread,
+            vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=2, n_head=2,
+            initializer_range=spread,
             bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
     else:
         config = LlamaConfig(
-            vocab_size=vocabulary, max_position_embeddings=context, hidden_size=width, intermediate_size=2 * width,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2 if name == "llama-grouped" else 4,
-            initializer_range=spread, tie_word_embeddings=name == "llama-tied", bos_token_id=0, eos_token_id=0,
+            vocab_size=vocabulary, max_position_embeddings=context, hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2 if name == "llama-grouped" else 4,
+            initializer_range=spread, tie_word_embeddings=name == "llama-tied",
+            bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
         for module in model.modules():
-            if isinstance(
-                module, LlamaRMSNorm
-            ):  # the library's own computes in float32 whatever the model's dtype
+            # the library's own computes in float32 whatever the model's dtype
+            if isinstance(module, LlamaRMSNorm):
                 module.forward = lambda x, m=module: (
                     m.weight * x * (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
                 )
@@ -255,7 +258,7 @@ def test_packing_changes_neither_values_nor_gradients_also_with_checkpointing(na
 
 
 class PlainFlash:
-    """What the flash kernel promises, piece by piece: each query sees the keys up to its own, counted from the end."""
+    """What the flash kernel promises, per piece: queries see keys up to their own, from the end."""
 
     @staticmethod
     def apply(query, key, value, query_ends, key_ends, longest, scale):
@@ -265,9 +268,8 @@ class PlainFlash:
         )
         ends = list(zip(query_ends.tolist(), key_ends.tolist()))
         assert longest == tuple(max(b[i] - a[i] for a, b in zip(ends, ends[1:])) for i in (0, 1))
-        out = torch.full_like(
-            query, float("nan")
-        )  # the kernel leaves what belongs to no piece as it was
+        # the kernel leaves what belongs to no piece as it was
+        out = torch.full_like(query, float("nan"))
         for (q0, k0), (q1, k1) in zip(ends, ends[1:]):
             scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1]) * scale
             unseen = (
@@ -301,9 +303,8 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, name, prompt_of
         bool(batch.rows) == (pack < 0)
         and int(batch.pieces.query_ends[-1]) == batch.input_ids.numel()
     )
-    for i, completion in enumerate(
-        completions
-    ):  # a sum over a GPU's matrix of tokens needs each one's place
+    # a sum over a GPU's matrix of tokens needs each one's place
+    for i, completion in enumerate(completions):
         assert batch.places[batch.owners == i].tolist() == list(range(len(completion)))
     assert batch.longest_completion == 12 and batch.longest == max(
         len(prompts[p]) + len(c) for c, p in zip(completions, prompt_of)
@@ -365,9 +366,8 @@ def test_rows_of_like_length_go_through_attention_together():
     lengths = [30, 2, 29, 10, 9, 20, 1]
     batch = completion_batch([[0]], [[1] * n for n in lengths], [0] * 7, compact=True)
     assert [shape for shape, _ in batch.rows] == [(3, 30), (2, 10), (1, 2), (1, 1)]
-    assert batch.spread[batch.pack[: sum(lengths)]].tolist() == list(
-        range(sum(lengths))
-    )  # there and back
+    # there and back
+    assert batch.spread[batch.pack[: sum(lengths)]].tolist() == list(range(sum(lengths)))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
@@ -376,7 +376,10 @@ def test_rows_of_like_length_go_through_attention_together():
 def test_attention_is_left_to_mkl_where_the_other_matmuls_are_of_onednn(
     monkeypatch, matmul, name, share, precision
 ):
-    """In the forward and in the backward pass, and then the setting is back; a model that is called directly changes none."""
+    """In the forward and in the backward pass, and then the setting is back.
+
+    A model that is called directly changes none.
+    """
     matmul.fp32_precision, seen = attention.ONEDNN, []
 
     class Watched(torch.autograd.Function):
@@ -428,9 +431,8 @@ def test_a_model_that_has_scored_packed_rows_generates_as_before(name):
     scores = [
         m.bfloat16()(ids, attention_mask=options["attention_mask"]).logits for m in (model, fresh)
     ]
-    torch.testing.assert_close(
-        *scores, rtol=0, atol=0.1
-    )  # logits are near 3; without the mask they differ by more than 1
+    # logits are near 3; without the mask they differ by more than 1
+    torch.testing.assert_close(*scores, rtol=0, atol=0.1)
 
 
 @every_model
@@ -486,7 +488,10 @@ def test_the_mean_divides_each_sum_by_its_number_of_tokens():
 @every_model
 @pytest.mark.parametrize("share", [False, True])
 def test_tokens_at_a_temperature_are_those_of_a_loop(name, share):
-    """Each token's log-prob from logits divided by the temperature, in the order of `owners`; the gradient too."""
+    """Each token's log-prob from logits divided by the temperature, in the order of `owners`.
+
+    The gradient too.
+    """
     model = shared_model(name)
     batch = completion_batch(PROMPTS, COMPLETIONS, PROMPT_OF, compact=share)
     found = completion_logps(model, batch, reduction="none", temperature=0.7)
@@ -521,9 +526,10 @@ def test_gradients_are_those_of_autograd_through_full_logits(monkeypatch, name, 
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", chunk)
     model = make_model(name)
     generator = torch.Generator().manual_seed(0)
+    # 133 tokens
     completions = [
         torch.randint(40, (n,), generator=generator).tolist() for n in (40, 3, 30, 39, 1, 20)
-    ]  # 133 tokens
+    ]
     plain = []
     for completion, p in zip(completions, PROMPT_OF):
         logps = (
@@ -642,9 +648,8 @@ def test_bfloat16_autocast_gives_finite_sums_near_those_of_float32(name):
     assert found.dtype == torch.float64
     assert not torch.equal(found, expected)
     per_token = torch.tensor([len(c) for c in COMPLETIONS])
-    assert (
-        (found - expected).abs() / per_token
-    ).max() < 0.03  # nats; logits near 4, rounded to 1 in 256
+    # nats; logits near 4, rounded to 1 in 256
+    assert ((found - expected).abs() / per_token).max() < 0.03
     assert all(gradient.isfinite().all() for gradient in gradients(model, found).values())
 
 
@@ -763,12 +768,14 @@ from dpo_lab.models import prepare_model
 def score(n):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 9, (n,), generator=generator).tolist()
-    score_completions(model, [[5] * length for length in lengths], [[7] * 48] * (4 * n), [i // 4 for i in range(4 * n)])
+    prompts = [[5] * length for length in lengths]
+    score_completions(model, prompts, [[7] * 48] * (4 * n), [i // 4 for i in range(4 * n)])
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
 keep_freed_memory()
 torch.manual_seed(0)
-model = prepare_model(GPT2LMHeadModel(GPT2Config(vocab_size=8192, n_positions=64, n_embd=16, n_layer=1, n_head=2)))
+config = GPT2Config(vocab_size=8192, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+model = prepare_model(GPT2LMHeadModel(config))
 print(score(200), score(1200))
 """
     found = subprocess.run(

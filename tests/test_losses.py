@@ -337,16 +337,10 @@ BAD = [  # what is changed in GOOD, the error, words that its message must hold
     ({"rejected": index(1, 1)}, ValueError, ["pair 1", "completion 1", "chosen and as rejected"]),
     ({"chosen": doubles(0, 1)}, TypeError, ["chosen is torch.float64", "integer"]),
     ({"rejected": torch.tensor([True, False])}, TypeError, ["rejected is torch.bool", "integer"]),
-    (
-        {"chosen": index(0, 1).to(torch.uint8)},
-        TypeError,
-        ["chosen is torch.uint8", "integer"],
-    ),  # torch reads it as a mask
-    (
-        {"chosen": index(0, 1).to(torch.int16)},
-        TypeError,
-        ["chosen is torch.int16", "integer"],
-    ),  # torch cannot index with it
+    # torch reads it as a mask
+    ({"chosen": index(0, 1).to(torch.uint8)}, TypeError, ["chosen is torch.uint8", "integer"]),
+    # torch cannot index with it
+    ({"chosen": index(0, 1).to(torch.int16)}, TypeError, ["chosen is torch.int16", "integer"]),
     (
         {"chosen": index(0, 1).to(torch.complex64)},
         TypeError,

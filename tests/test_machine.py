@@ -23,9 +23,8 @@ def test_the_measured_errors_are_those_of_the_log_probs_and_of_the_loss(tiny, mo
     """The clock is made up, float32 three times as slow; log-probs, loss and gradients are real."""
     model = load_model(str(tiny))
     batch = completion_batch([[1, 2, 3]], [[i + 4] * 9 for i in range(6)], [0] * 6)
-    clock = itertools.accumulate(
-        itertools.cycle([0.0, 3.0, 0.0, 1.0])
-    )  # begin, end in float32, begin, end in bfloat16
+    # begin, end in float32, begin, end in bfloat16
+    clock = itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.0]))
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
     test = measure_precision(model, batch, beta=0.5, repeats=2)
     wide = completion_logps(model, batch).detach()

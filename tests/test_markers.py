@@ -1,4 +1,7 @@
-"""BOS and EOS stand once at every door, rows of messages are read as TRL reads them, and what is wrong is named by its row."""
+"""BOS and EOS stand once at every door, rows of messages are read as TRL reads them.
+
+What is wrong is named by its row.
+"""
 
 import copy
 import json

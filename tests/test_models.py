@@ -1,4 +1,7 @@
-"""Models and tokenizers come from a folder or the cache, without a network, without pickle, and only if they fit."""
+"""Models and tokenizers come from a folder or the cache, and only if they fit.
+
+No network, no pickle.
+"""
 
 import os
 import re
@@ -130,7 +133,8 @@ def test_a_name_in_the_cache_needs_no_network(tiny, tmp_path):
     (repository / "refs" / "main").write_text(commit)
     program = """
 from dpo_lab.models import load_model, load_tokenizer
-print(load_model("openai-community/gpt2").config.n_embd, load_tokenizer("openai-community/gpt2")("joy")["input_ids"][0])
+tokenizer = load_tokenizer("openai-community/gpt2")
+print(load_model("openai-community/gpt2").config.n_embd, tokenizer("joy")["input_ids"][0])
 """
     hidden = {"HF_HUB_CACHE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -172,7 +176,8 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path, spread):
     )
     with pytest.raises(
         ValueError,
-        match="capped' changes its logits after the LM head .* use a model with a plain linear LM head",
+        match="capped' changes its logits after the LM head .* use a model with "
+        "a plain linear LM head",
     ):
         load_model(str(tmp_path / "capped"))
     assert load_model(str(tmp_path / "plain")).config.model_type == "gemma2"
@@ -310,7 +315,7 @@ def test_a_cache_without_safetensors_says_what_is_there(cache, tmp_path, capsys,
 
 
 def test_a_gated_model_says_how_to_be_let_in(tmp_path, monkeypatch, capsys):
-    """The hub's own answer, over a made-up connection: 403 and the code by which its client knows the reason."""
+    """The hub's own answer, over a made-up connection: 403 and the code that gives the reason."""
     asked = []
 
     def answer(request):

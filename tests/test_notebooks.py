@@ -1,4 +1,4 @@
-"""Every notebook reads well and runs top to bottom in a fresh kernel, offline; it is committed without outputs."""
+"""Every notebook reads well and runs top to bottom, offline; it is committed without outputs."""
 
 import re
 from pathlib import Path

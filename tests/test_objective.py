@@ -1,4 +1,7 @@
-"""The exact objective against mpmath and against itself: identities that hold for every policy, reward and beta."""
+"""The exact objective against mpmath and against itself.
+
+Identities that hold for every policy, reward and beta.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""pyproject.toml holds the one list of dependencies; constraints.txt, environment.yml and the Makefile agree with it."""
+"""pyproject.toml holds the one list of dependencies.
+
+constraints.txt, environment.yml and the Makefile agree with it.
+"""
 
 import os
 import re
@@ -52,9 +55,8 @@ def test_every_dependency_is_pinned_within_its_bound(requirement):
 
 
 def test_every_pin_installs_on_the_oldest_python_that_is_allowed():
-    oldest = (
-        re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])[1] + ".0"
-    )  # Debian 12 has 3.11.2
+    # Debian 12 has 3.11.2
+    oldest = re.fullmatch(r">=(3\.\d+)", PROJECT["requires-python"])[1] + ".0"
     refused, seen = [], 0
     for line in PIN_LINES:
         try:
@@ -109,7 +111,10 @@ def test_environment_yml_python_is_one_the_package_supports():
 
 
 def test_no_other_file_lists_packages():
-    names = "*requirements*.txt setup.py setup.cfg Pipfile* *.lock environment*.y*ml binder .binder apt.txt postBuild".split()
+    names = (
+        "*requirements*.txt setup.py setup.cfg Pipfile* *.lock environment*.y*ml "
+        "binder .binder apt.txt postBuild"
+    ).split()
     assert {path.name for name in names for path in ROOT.glob(name)} == {"environment.yml"}
 
 
@@ -200,9 +205,8 @@ def test_a_file_s_tests_share_a_worker_and_notebooks_do_not():
     assert split("tests/test_notebooks.py::test_a_notebook_runs[04]") != split(
         "tests/test_notebooks.py::test_a_notebook_runs[05]"
     )
-    assert (
-        "--dist loadscope --no-loadscope-reorder" in (ROOT / "Makefile").read_text()
-    )  # which ask the scheduler of conftest
+    # these options ask for conftest's scheduler
+    assert "--dist loadscope --no-loadscope-reorder" in (ROOT / "Makefile").read_text()
 
 
 def test_the_gpu_benchmark_is_given_the_pinned_versions():

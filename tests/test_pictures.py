@@ -1,4 +1,7 @@
-"""Pictures show exactly what they were given: every value within the axes, every label letter by letter, no text as markup."""
+"""Pictures show exactly what they were given.
+
+Every value within the axes, every label letter by letter, no text as markup.
+"""
 
 import html.parser
 import json
@@ -49,10 +52,8 @@ LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", "<b>&\n\\$"]
 REFERENCE, REWARD = [0.6, 0.3, 0.099, 0.001], [-5.0, 0.0, 1.0, 8.0]
 LOG_RATIOS = [1.0, 3.0, -40.0, 250.0, 0.0]
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
-CHAIN = (
-    [0] * 300 + [1] + [1] * 300 + [2],
-    [1] * 300 + [0] + [2] * 300 + [1],
-)  # rewards of 5.7, 0 and -5.7
+# rewards of 5.7, 0 and -5.7
+CHAIN = ([0] * 300 + [1] + [1] * 300 + [2], [1] * 300 + [0] + [2] * 300 + [1])
 
 
 def far_run(folder):
@@ -87,7 +88,7 @@ def far_run(folder):
 
 
 def far_sweep():
-    """The shipped sweep, with a run that ends below a KL of 0 and one whose target lies above every KL."""
+    """The shipped sweep, with a run that ends below a KL of 0 and one that misses its target."""
     sweep = load_sweep()
     rows = [
         row | ({"kl": -0.3} if row["method"] == "dpo" and row["step"] == 0 else {})
@@ -555,9 +556,8 @@ marked = st.lists(st.sampled_from(MARKUP), max_size=12).map("".join) | st.text(
 def test_html_shows_the_text_and_no_markup_or_formula(text):
     shown, reader = read_html(for_html(text))
     assert shown == text and set(reader.tags) <= {"span"}
-    assert all(
-        len(node) == 1 for node in reader.nodes if "$" in node or "\\" in node
-    )  # alone in its element
+    # such a character is alone in its element
+    assert all(len(node) == 1 for node in reader.nodes if "$" in node or "\\" in node)
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,4 +1,7 @@
-"""Where there is no place to write, or a path begins with ~: said before anything is loaded, and no reason to stop for a cache."""
+"""Where there is no place to write, or a path begins with ~.
+
+It is said before anything is loaded, and no reason to stop for a cache.
+"""
 
 import io
 import os

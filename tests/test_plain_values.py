@@ -1,4 +1,7 @@
-"""Values of numpy and torch are as good as plain ones at every door, and what is none of the kind is refused by name."""
+"""Values of numpy and torch are as good as plain ones at every door.
+
+What is neither is refused by name.
+"""
 
 import json
 from dataclasses import replace
@@ -377,7 +380,7 @@ def results(found):
 @pytest.mark.parametrize("of", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("call", SETTINGS.values(), ids=SETTINGS)
 def test_a_number_of_any_library_gives_what_a_float_gives(call, of):
-    """0.25 is exact in every precision, so equality is exact; and the dtype of the result is not the number's."""
+    """0.25 is exact in every precision, so equality is exact; the result keeps its own dtype."""
     assert results(call(of(0.25))) == results(call(0.25))
 
 
@@ -504,7 +507,8 @@ def test_comparisons_of_any_kind_are_fitted():
 
 def test_ppo_writes_plain_numbers(model, tiny, tmp_path):
     config = PPOConfig(
-        steps=np.int64(1), batch=2, minibatch=torch.tensor(2), max_new_tokens=2, kl_coefficient=np.float32(0.25),
+        steps=np.int64(1), batch=2, minibatch=torch.tensor(2), max_new_tokens=2,
+        kl_coefficient=np.float32(0.25),
         kl_target=np.float32(1.0), learning_rate=np.float32(1e-4),
     )  # fmt: skip
     value = ScalarModel(load_model(str(tiny)))

@@ -1,4 +1,7 @@
-"""The plan against what a run does: tokens counted one by one, FLOPs by torch's counter, bytes of the tensors themselves."""
+"""The plan against what a run does.
+
+Tokens counted one by one, FLOPs by torch's counter, bytes of the tensors themselves.
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -99,9 +102,8 @@ def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
 
 
 def test_flops_of_sampling_are_those_that_torch_counts(model, monkeypatch):
-    monkeypatch.setattr(
-        "dpo_lab.sampling.parallel_map", map
-    )  # torch counts what its own thread does
+    # torch counts what its own thread does
+    monkeypatch.setattr("dpo_lab.sampling.parallel_map", map)
     work = counted(
         lambda: sample_completions(model, PROMPTS, 3, eos_token_id=-1, max_new_tokens=20)
     )
@@ -220,9 +222,8 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
         return micro
 
     def judge(texts):
-        return np.random.default_rng(len(texts)).random(
-            len(texts)
-        )  # no ties, which would leave completions out
+        # no ties, which would leave completions out
+        return np.random.default_rng(len(texts)).random(len(texts))
 
     scoring = preferences.score_completions
     for module in (evaluate, task_steps):
@@ -253,7 +254,7 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
 
 @pytest.mark.usefixtures("made_up_reviews")
 def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
-    """As many rows as SFT reads, their tokens if every row is full, FLOPs in that proportion, and a memory of its own."""
+    """Rows as SFT reads them, their tokens if all are full, FLOPs in proportion, its own memory."""
     task = TaskConfig(
         model=str(tiny),
         prefixes=12,
@@ -371,7 +372,8 @@ def test_what_does_not_fit_is_refused_with_advice_and_nothing_is_written(
 ):
     with pytest.raises(
         ValueError,
-        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--gradient-accumulation-steps.*checkpointing.*--lora-rank.*bfloat16",
+        match=r"6\.0 GB .* 5\.9 GB.*smaller --model.*--batch-pairs.*--gradient-accumulation-steps"
+        r".*checkpointing.*--lora-rank.*bfloat16",
     ):
         small_plan(available=59 * 10**8).check()
     monkeypatch.setattr(planning, "available_bytes", lambda device: 10**6)

@@ -76,9 +76,8 @@ def test_at_first_the_policy_is_the_reference_and_every_ratio_is_one(tiny, preci
         == line["policy/ratio_off"]
         == 0
     )
-    assert (
-        line["policy/ratio"] == 1 and abs(line["policy/loss"]) < 1e-9
-    )  # whitened advantages have mean zero
+    # whitened advantages have mean zero
+    assert line["policy/ratio"] == 1 and abs(line["policy/loss"]) < 1e-9
 
 
 def test_the_first_minibatch_of_every_rollout_has_ratio_one(tiny, monkeypatch):

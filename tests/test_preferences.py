@@ -1,4 +1,7 @@
-"""Rows, rankings and scores become token ids and pairs; what is lost on the way is counted; files are whole or absent."""
+"""Rows, rankings and scores become token ids and pairs.
+
+What is lost on the way is counted; files are whole or absent.
+"""
 
 import copy
 import errno
@@ -320,7 +323,10 @@ def test_a_pair_that_comes_twice_is_kept_and_counted(tokenizer):
 
 
 def test_the_report_reads_as_a_sentence():
-    expected = "pairs 1,200, cut 0, without eos 3, dropped 0, identical 0, duplicated 0, ties 0, retokenized 0, inner eos 2, prompt repeated 0"
+    expected = (
+        "pairs 1,200, cut 0, without eos 3, dropped 0, identical 0, duplicated 0, ties 0, "
+        "retokenized 0, inner eos 2, prompt repeated 0"
+    )
     assert str(Report(pairs=1200, without_eos=3, inner_eos=2)) == expected
     assert str(Report(unread=("score", "source"))).endswith(
         ", prompt repeated 0, columns not read: score, source"

@@ -1,4 +1,4 @@
-"""Packing, the held-out loss and the tokenizer of the embedded model; and the shipped model itself."""
+"""Packing, the held-out loss and the tokenizer of the embedded model; and the shipped model."""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""A public function leaves the process as it found it, and no environment variable of a library changes what it computes."""
+"""A public function leaves the process as it found it.
+
+No environment variable of a library changes what it computes.
+"""
 
 import logging
 import os
@@ -299,7 +302,7 @@ def test_scoring_leaves_every_module_in_its_mode(model):
 
 
 def variables():
-    """Every environment variable that accelerate's source names, but for those by which a launcher counts its processes."""
+    """Every environment variable in accelerate's source, except a launcher's process counts."""
     names = set()
     for module in pkgutil.walk_packages(accelerate.__path__, "accelerate."):
         path = Path(accelerate.__path__[0], *module.name.split(".")[1:])
@@ -345,7 +348,7 @@ for line in sys.stdin:
 
 
 def test_no_variable_of_a_library_changes_the_gradient(tiny):
-    """All at once, with values that mean something to accelerate; set while the process runs, and before it starts."""
+    """All at once, with values that mean something to accelerate; set before and during the run."""
     names, tests = ",".join(variables()), Path(__file__).parent
     lines = [
         "=",

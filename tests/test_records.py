@@ -1,4 +1,4 @@
-"""No sequence of runs, interruptions, moves and resumes gives weights that the record of a run does not explain."""
+"""No sequence of runs, interruptions, moves and resumes gives weights that no record explains."""
 
 import copy
 import functools
@@ -166,20 +166,19 @@ class Runs(RuleBasedStateMachine):
         self.temporary.cleanup()
 
     def refuses(self, job, resume, moved):
-        """Whether a call must be refused; `moved` says that the model has been trained since it was loaded."""
+        """Whether a call must be refused; `moved`: the model was trained since it was loaded."""
         metrics = self.folder / "metrics.jsonl"
         if self.job is None:  # there is no record
             return bool(self.checkpoints) or metrics.exists() and metrics.stat().st_size > 0
         if not resume:
             return bool(self.checkpoints)
-        replaced = (
-            bool(self.checkpoints) and not job.adapters
-        )  # the weights that are given, by those of the checkpoint
+        # the checkpoint's weights replace those that are given
+        replaced = bool(self.checkpoints) and not job.adapters
         same = self.job == (replace(job, weights=self.job.weights) if replaced else job)
         return not same or (moved and not replaced) or (self.damaged and bool(self.checkpoints))
 
     def attempt(self, job, stop, *, resume, model=None):
-        """Train; the weights are the job's, or the run was stopped, or it was refused and nothing has changed."""
+        """Train; the weights are the job's, or it was stopped, or refused and all is unchanged."""
         model = copy.deepcopy(base_model(job.weights)) if model is None else model
         given = bytes_of(model)
         refused = self.refuses(job, resume, given != bytes_of(base_model(job.weights)))
@@ -273,7 +272,8 @@ def test_a_directory_used_again_is_refused_and_its_checkpoints_kept(tmp_path):
     for job in (Job(), Job("fewer epochs")):
         with pytest.raises(
             ValueError,
-            match=r"earlier run, the last one step-0*6\. .*resume=True .*another run directory.*delete",
+            match=r"earlier run, the last one step-0*6\. .*resume=True .*another run directory"
+            r".*delete",
         ):
             trained(job, run=tmp_path / "run")
     assert contents(tmp_path) == before
@@ -316,7 +316,7 @@ def test_a_model_of_the_same_shapes_that_computes_otherwise_is_another_model(tmp
 
 
 def test_adapters_go_on_only_on_the_weights_that_they_began_with(tmp_path):
-    """A stopped run leaves them merged into the model in memory, where they must not be added again."""
+    """A stopped run leaves them merged into the model in memory, which must not get them twice."""
     model = copy.deepcopy(base_model())
     with pytest.raises(Interrupted):
         trained(Job("adapters"), model, run=tmp_path, callback=stopper(2, "ctrl-c"))
@@ -396,7 +396,7 @@ def tuned(batches, steps=4, **options):
 @pytest.mark.parametrize("given", ["list", "function"])
 @pytest.mark.parametrize("changed", [0, 1, 3])
 def test_sft_goes_on_with_the_same_batches_only(tmp_path, given, changed):
-    """Of batches that a function makes, those to come may be others: the weights are those of a run on the function given."""
+    """Batches that a function makes may differ from here on: the weights follow that function."""
     others = [*BATCHES]
     others[changed] = completion_batch([[1, 2]], [[4, 5, 9]], [0])
     ours, theirs = (
@@ -437,7 +437,8 @@ def test_checkpoints_of_an_earlier_version_are_refused_in_plain_words(tmp_path, 
     before = contents(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"checkpoints of an earlier run, and no training\.json .*earlier versions.*cannot be continued",
+        match=r"checkpoints of an earlier run, and no training\.json .*earlier versions"
+        r".*cannot be continued",
     ):
         trained(Job(), run=tmp_path, resume=resume)
     assert contents(tmp_path) == before

@@ -1,4 +1,7 @@
-"""A run with all weights trained resumes to the byte in every family that docs/models.md names, and in some that it does not."""
+"""A run with all weights trained resumes to the byte in every family.
+
+Those that docs/models.md names, and some that it does not.
+"""
 
 import os
 import signal

@@ -51,7 +51,12 @@ def test_no_pickle_is_read_even_from_a_planted_cache(tmp_path, monkeypatch):
     SentimentReward.tfidf(texts, labels)
     (path,) = tmp_path.iterdir()
     marker = tmp_path / "executed"
-    evil = "import pickle,os,sys\nclass E:\n def __reduce__(self): return (open, (sys.argv[2], 'w'))\nopen(sys.argv[1],'wb').write(pickle.dumps(E()))"
+    evil = (
+        "import pickle,os,sys\n"
+        "class E:\n"
+        " def __reduce__(self): return (open, (sys.argv[2], 'w'))\n"
+        "open(sys.argv[1],'wb').write(pickle.dumps(E()))"
+    )
     subprocess.run([sys.executable, "-c", evil, str(path), str(marker)], check=True)
     assert SentimentReward.tfidf(texts, labels)(["lovely great joy"])[0] > 0.5
     assert not marker.exists()
@@ -88,7 +93,7 @@ def test_a_classifier_without_one_positive_label_or_out_of_reach_is_refused(tmp_
 
 
 def make_decoder(folder, tokenizer, pad_token, eos_token):
-    """A tiny GPT-2 with a classifier on top, which finds the last token of a text by its padding."""
+    """A tiny GPT-2 with a classifier on top, which finds the last token of a text by padding."""
     torch.manual_seed(0)
     tokenizer.pad_token, tokenizer.eos_token = pad_token, eos_token
     config = GPT2Config(
@@ -110,7 +115,7 @@ def make_decoder(folder, tokenizer, pad_token, eos_token):
 
 @pytest.mark.parametrize("pad_token", [None, "<|endoftext|>"])
 def test_a_classifier_without_a_pad_token_pads_with_eos(tmp_path, tokenizer, pad_token):
-    """Each text has the value that it has alone, whatever stands beside it, and a text longer than the context is cut."""
+    """Each text has the value that it has alone; a text longer than the context is truncated."""
     model = make_decoder(tmp_path, tokenizer, pad_token, "<|endoftext|>")
     texts = ["a joy", "this film was truly a bore and I hated it", "of great acting " * 200]
     found = SentimentReward.hub(str(tmp_path))(texts)
@@ -129,7 +134,7 @@ def test_a_classifier_that_cannot_pad_is_refused_when_it_is_loaded(tmp_path, tok
 def test_a_classifier_whose_padding_counts_is_refused_when_it_is_loaded(
     tmp_path, tokenizer, monkeypatch
 ):
-    """Its config names another pad token than its tokenizer has, so that it reads its verdict off the padding."""
+    """Its config and its tokenizer name different pad tokens: its verdict is read off padding."""
     model = make_decoder(tmp_path, tokenizer, "<|endoftext|>", "<|endoftext|>")
     model.config.pad_token_id = 7
     model.save_pretrained(tmp_path)

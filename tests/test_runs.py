@@ -349,7 +349,7 @@ def test_a_lock_that_a_killed_process_left_does_not_make_a_directory_another_run
 
 
 def test_what_libraries_load_and_save_for_us_draws_no_bars(tiny, tmp_path, capfd):
-    """Neither a model's weights nor a data set; our own bars are drawn where they were asked for."""
+    """Neither a model's weights nor a data set; our own bars are drawn where asked for."""
     rows = [{"prompt": "a", "chosen": " good", "rejected": " bad"}]
     model, tokenizer = load_model(str(tiny)), load_tokenizer(str(tiny))
     from_rows(rows, tokenizer, context=64).save(tmp_path / "preferences")

@@ -1,4 +1,4 @@
-"""The site: explorers that move without a kernel, still pictures of the notebooks, and the workflow that publishes it all."""
+"""The site: explorers that move without a kernel, still pictures, and the publishing workflow."""
 
 import base64
 import io

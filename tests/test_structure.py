@@ -1,4 +1,4 @@
-"""Log-probs, samples and training of models that do more than a decoder under a linear head, at every door."""
+"""Log-probs, samples and training of models that do more than a decoder under a linear head."""
 
 import copy
 import json
@@ -232,13 +232,12 @@ def test_log_probs_and_gradients_are_those_of_the_model_s_own_forward(name, temp
 
 @every_odd
 def test_every_door_gives_the_log_probs_of_the_model_s_own_forward(name, tmp_path):
-    """Scoring, the reference of a run, and the first step of DPO, unlikelihood and SFT; then what training moved."""
+    """Scoring, a run's reference, the first step of DPO, unlikelihood, SFT; then what has moved."""
     make, _ = ODD[name]
     model = make()
     expected = own_sums(model)
-    assert (
-        expected - own_sums(llama())
-    ).abs().max() > 0.1  # the plain decoder under its head is another model
+    # the plain decoder under its head is another model
+    assert (expected - own_sums(llama())).abs().max() > 0.1
     close(score_completions(model, PROMPTS, COMPLETIONS, PROMPT_OF), expected)
     preferences = pairs(model)
     close(torch.from_numpy(preferences.reference_logps), expected)
@@ -258,9 +257,8 @@ def test_every_door_gives_the_log_probs_of_the_model_s_own_forward(name, tmp_pat
     assert first["loss"] == pytest.approx(
         -float(expected.sum()) / sum(map(len, COMPLETIONS)), abs=1e-4
     )
-    assert (
-        own_sums(trained).sum() > expected.sum()
-    )  # of the model's own forward, which is what must have been trained
+    # it is the model's own forward pass that must have been trained
+    assert own_sums(trained).sum() > expected.sum()
     close(score_completions(trained, PROMPTS, COMPLETIONS, PROMPT_OF), own_sums(trained))
 
 
@@ -330,7 +328,7 @@ def test_ppo_starts_at_ratio_one_and_trains_what_the_forward_uses(name):
 
 
 def test_a_cache_whose_rows_cannot_leave_is_refused_before_the_first_token():
-    """Falcon H1 keeps convolutions beside keys and values, and not all of it is selected when a row is done."""
+    """Falcon H1 caches convolutions beside keys and values; not all are selected per row."""
     sizes = {
         "head_dim": 8,
         "mamba_d_ssm": 32,
@@ -627,12 +625,8 @@ LAYOUTS = {  # prompts, completions, prompt_of, share: rows, shared, packed, sha
     "packed": ([[1], [3]], [[4] * 12, [5] * 3], [0, 1], True),
     "shared and packed": ([PROMPTS[0], [3]], [*COMPLETIONS[:2], [9]], [0, 0, 1], True),
 }
-NEAR = {
-    torch.float64: 1e-4,
-    torch.float32: 1e-3,
-    torch.float16: 0.05,
-    torch.bfloat16: 0.3,
-}  # nats a token; float64 beside float32
+# nats per token; float64 beside float32
+NEAR = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
 COMPUTED = [(dtype, precision) for dtype in NEAR for precision in ("float32", "bfloat16")]
@@ -674,7 +668,7 @@ def test_every_dtype_takes_every_layout_with_and_without_autocast(
 
 
 class NoFloat64(TorchDispatchMode):
-    """Fails where an operation gives float64, as a device without it does; what comes from numpy is not there yet."""
+    """Fails where an operation gives float64, as a device without it does; numpy's may."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
@@ -880,7 +874,7 @@ def test_prompts_that_are_no_token_ids_are_named(prompts, model):
     "wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))]
 )
 def test_a_wrapped_model_is_the_model_inside_it(wrap, tmp_path, tokenizer):
-    """What torch.compile and DataParallel wrap is scored, sampled from and trained as if it came alone."""
+    """What torch.compile and DataParallel wrap is scored, sampled from, trained as if unwrapped."""
     model = llama()
     wrapped, preferences = wrap(model), pairs(model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})

@@ -739,9 +739,8 @@ def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch
         asked.append(mode.count)
         return result
 
-    completion_logps(
-        model, completion_batch([[0]], [[0]], [0])
-    )  # at the first call the model is compared with itself
+    # at the first call the model is compared with itself
+    completion_logps(model, completion_batch([[0]], [[0]], [0]))
     monkeypatch.setattr(loop, "_backward", watched)
     if method == "DPO":
         lines = train_dpo(model, preferences, CONFIG, progress=None)

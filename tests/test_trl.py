@@ -25,7 +25,7 @@ EOS = 0
 
 @pytest.fixture
 def preferences(tokenizer):
-    """Twelve pairs: four prompts with three completions each, of which two end with EOS and the longest is cut."""
+    """Twelve pairs: four prompts, three completions each; two end with EOS, one is truncated."""
     words = iter(make_reviews(16, seed=1)[0])
     prompts, rankings = ["This film", "The plot", "", "Was it a joy?"], []
     for ends in ((5, 9, 30), (30, 9, 5), (9, 30, 5), (30, 5, 9)):
@@ -143,7 +143,7 @@ def test_conversations_keep_the_tokens_of_their_own_template(tokenizer, make_tra
 
 @pytest.fixture
 def sampled(tokenizer):
-    """Three pairs of one prompt; the best completion is spelt letter by letter, which no tokenizer does."""
+    """Three pairs of one prompt; the best completion is spelled out, as no tokenizer does."""
     prompt, film, bore = tokenizer(["This", " film", " was a bore"], add_special_tokens=False)[
         "input_ids"
     ]
@@ -227,9 +227,8 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     trainer = make_trainer(p, beta=beta, loss_type=[kind], label_smoothing=label_smoothing)
     losses, rewards = zip(*(trl_loss(trainer, [i]) for i in range(len(chosen))))
     assert ours.losses.tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-5, abs=1e-5)
-    lengths = (
-        torch.bincount(batch.owners) if reduction == "mean" else torch.ones(batch.n)
-    )  # TRL logs sums, whatever the loss
+    # TRL logs sums, whatever the loss
+    lengths = torch.bincount(batch.owners) if reduction == "mean" else torch.ones(batch.n)
     sums = ours.rewards * lengths
     assert torch.stack([sums[chosen], sums[rejected]], 1).numpy() == pytest.approx(
         np.array(rewards), rel=1e-5, abs=1e-5

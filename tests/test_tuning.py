@@ -1,4 +1,4 @@
-"""Memory and matmuls are what is fast here while a function computes, stay exact, and are then as before."""
+"""Memory and matmuls are fast here while a function computes, stay exact, are then as before."""
 
 import gc
 import platform
@@ -61,13 +61,8 @@ counts.append(page_faults(2**25))
 print(*counts)
 """
     counts = [*map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())]
-    assert [count > 10_000 for count in counts] == [
-        True,
-        False,
-        False,
-        True,
-        False,
-    ]  # 64 MiB are 16,384 pages
+    # 64 MiB are 16,384 pages
+    assert [count > 10_000 for count in counts] == [True, False, False, True, False]
     assert [count < 100 for count in counts] == [False, True, True, False, True]
 
 

@@ -1,4 +1,4 @@
-"""Explorers over their whole grids: every state is computed right, every picture drawn, and nothing is swallowed."""
+"""Explorers over their whole grids: every state is right, every picture drawn, no error hidden."""
 
 import base64
 import io
@@ -120,16 +120,14 @@ def test_a_picture_drawn_over_its_background_is_the_picture_drawn_anew(name):
     explorer.show(**{**values(explorer), name: grid(slider)[len(grid(slider)) // 2]})
     shown = pixels(explorer).astype(int)
     quick = np.asarray(explorer.picture.canvas.buffer_rgba())[..., :3].astype(int)
-    assert (
-        np.abs(shown - quick).max() <= 16
-    )  # an octree of 256 colors, eight levels of each primary in a leaf
+    # an octree of 256 colors, eight levels of each primary in a leaf
+    assert np.abs(shown - quick).max() <= 16
     for artist in explorer.picture.artists:
         artist.set_animated(False)
     explorer.picture.canvas.draw()
     whole = np.asarray(explorer.picture.canvas.buffer_rgba())[..., :3]
-    assert (
-        quick.shape == whole.shape and (np.abs(quick - whole).max(-1) > 60).mean() < 0.002
-    )  # grid and frame order
+    # grid and frame order
+    assert quick.shape == whole.shape and (np.abs(quick - whole).max(-1) > 60).mean() < 0.002
     assert (shown[quick.min(-1) == 255] == 255).all()
 
 
@@ -230,12 +228,9 @@ def test_a_recorded_run_is_walked_through():
     samples = next(w for w in explorer.box.children if "<table>" in str(getattr(w, "value", "")))
     assert "A &lt;b&gt;film&lt;/b&gt;" in samples.value and "0.25" in samples.value
     chosen, rejected = explorer.picture.artists[0].axes.get_lines()[:2]
-    assert chosen.get_ydata().tolist() == [1, 2, 3, 4] and rejected.get_ydata().tolist() == [
-        -2,
-        -4,
-        -6,
-        -8,
-    ]  # rewards / beta
+    # rewards / beta
+    assert chosen.get_ydata().tolist() == [1, 2, 3, 4]
+    assert rejected.get_ydata().tolist() == [-2, -4, -6, -8]
 
 
 def test_the_pairs_of_a_run_are_those_at_its_end(tmp_path):
