@@ -1,4 +1,4 @@
-"""An explorer on a page without a kernel: one frame per value of its first slider, as static HTML."""
+"""An explorer on a page without a kernel: a frame per value of its first slider, as static HTML."""
 
 import base64
 import html
