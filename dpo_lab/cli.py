@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import datasets
-import transformers
 import tyro
 
 from dpo_lab.doctor import doctor
@@ -235,8 +233,6 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     tune_cpu()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
     try:
         name, given = named_config(sys.argv[1:] if arguments is None else arguments)

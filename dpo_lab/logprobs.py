@@ -57,6 +57,7 @@ UNSHARED = (
 )
 
 
+@checked
 def autocast(device: str, precision: Precision) -> torch.autocast:
     """The context in which a forward pass computes in `precision`; `device` is torch's type."""
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
@@ -126,6 +127,7 @@ class Scorer(nn.Module):
     The loop itself chooses the matmul backend, and keeps memory (engine/cpu.py).
     """
 
+    @checked
     def __init__(self, model: nn.Module, precision: Precision = "float32"):
         super().__init__()
         self.model = model = unwrapped(model)

@@ -217,21 +217,21 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
         counts["scored"] += sum(map(len, completions))
         return scoring(model, prompts, completions, *rest, **options)
 
-    def to(micro, device):
-        counts["trained"] += micro.tokens
-        return micro
+    def gradient(scoring, micros, objective):
+        counts["trained"] += sum(micro.tokens for micro in micros)
+        return backward(scoring, micros, objective)
 
     def judge(texts):
         # no ties, which would leave completions out
         return np.random.default_rng(len(texts)).random(len(texts))
 
-    scoring = preferences.score_completions
+    scoring, backward = preferences.score_completions, loop._backward
     for module in (evaluate, task_steps):
         monkeypatch.setattr(module, "sample_completions", endless(sample_completions))
     monkeypatch.setattr(task_steps, "sample_with_logps", endless(sample_with_logps))
     for module in (evaluate, experiment, preferences):
         monkeypatch.setattr(module, "score_completions", score)
-    monkeypatch.setattr(loop, "_to", to)
+    monkeypatch.setattr(loop, "_backward", gradient)
     monkeypatch.setattr(task_steps.SentimentReward, "tfidf", lambda texts, labels: judge)
     task = TaskConfig(
         model=str(tiny), prefixes=12, eval_prefixes=40, max_new_tokens=8, precision="float32"
@@ -269,7 +269,14 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
     without = experiment.plan_run(plain, tmp_path / "run")
     opened = Task.open(task, tmp_path / "data")
     batch, batches = opened.planned_sft()
-    monkeypatch.setattr(loop, "_to", lambda micro, device: read.append(micro) or micro)
+    backward = loop._backward
+    monkeypatch.setattr(
+        loop,
+        "_backward",
+        lambda scoring, micros, objective: (
+            read.extend(micros) or backward(scoring, micros, objective)
+        ),
+    )
     reference = opened.reference
     assert batches * batch.n == sum(micro.n for micro in read)
     assert made.tokens == {"SFT": batch.tokens * batches} | without.tokens

@@ -20,7 +20,14 @@ from dpo_lab.batching import CompletionBatch, completion_batch, pack, whole_docu
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.distributed import setup
 from dpo_lab.engine.records import require_free
-from dpo_lab.engine.runs import atomic_write, open_run, provenance, read_metrics, require_writable
+from dpo_lab.engine.runs import (
+    atomic_write,
+    open_run,
+    provenance,
+    quiet_bars,
+    read_metrics,
+    require_writable,
+)
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig, check_loop
 from dpo_lab.sampling import sample_completions
@@ -114,9 +121,10 @@ def pretrain(
 
     # saved in float16, and measured as saved
     with atomic_write(run / "model", directory=True) as folder:
-        model.half().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        saved = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+        with quiet_bars():
+            model.half().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            saved = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
         card = {
             "config": asdict(config),
             "parameters": sum(p.numel() for p in saved.parameters()),
