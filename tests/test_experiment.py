@@ -443,12 +443,14 @@ def test_help_lists_every_command_and_explains_beta(capsys):
     assert "strength of the KL" in capsys.readouterr().out
 
 
-def test_control_c_on_the_command_resumes_to_the_same_bytes(tmp_path):
-    """The embedded model and real reviews, in a process of its own, stopped by SIGINT."""
+@pytest.mark.parametrize("name", ["tiny", pytest.param("embedded", marks=pytest.mark.long)])
+def test_control_c_on_the_command_resumes_to_the_same_bytes(name, tiny, tmp_path):
+    """A model on real reviews, in a process of its own, stopped by SIGINT."""
     arguments = (
         "--prefixes 40 --eval-prefixes 16 --max-new-tokens 12 --eval-every 4 --save-every 3 "
         "--epochs 2"
     ).split()
+    arguments += ["--model", str(tiny) if name == "tiny" else name]
     environment = {k: v for k, v in os.environ.items() if k != "DPO_LAB_CACHE"} | {
         "OMP_NUM_THREADS": str(torch.get_num_threads())
     }

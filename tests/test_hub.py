@@ -91,20 +91,30 @@ def write_bpe(folder, first, size, last):
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """HF_HOME with the true names: GPT-2 (124M) and its files, a RoBERTa, made-up reviews."""
+# of the GPT-2 in the cache, and its parameters: two narrow layers, and its true shape
+SHAPES = [
+    pytest.param(({"n_layer": 2, "n_head": 2, "n_embd": 48}, 2_518_128), id="narrow"),
+    pytest.param(({}, 124_439_808), id="true", marks=pytest.mark.long),
+]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def home(tmp_path_factory, request):
+    """HF_HOME with the true names: GPT-2 and its files, a RoBERTa, made-up reviews."""
     home, made = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("made")
     set_seed(0)
     (gpt2 := made / "gpt2").mkdir()
     config = GPT2Config(
+        **request.param[0],
         architectures=["GPT2LMHeadModel"],
         task_specific_params={"text-generation": {"max_length": 50}},
     )
     config.save_pretrained(gpt2)
     tensors = {name: value.contiguous() for name, value in GPT2Model(config).state_dict().items()}
     # the hub's file has them too
-    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(12)}
+    tensors |= {
+        f"h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(config.n_layer)
+    }
     save_file(tensors, gpt2 / "model.safetensors", metadata={"format": "pt"})
     write_bpe(gpt2, [], 50_257, ["<|endoftext|>"])
     (gpt2 / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
@@ -176,7 +186,7 @@ def start(home, *arguments):
     )
 
 
-def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp_path):
+def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp_path, request):
     run = tmp_path / "run"
     process = start(home, "train", *ARGUMENTS, "--out", run)
     while process.poll() is None and not (run.exists() and len(read_metrics(run)) >= 3):
@@ -201,7 +211,9 @@ def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp
         AutoModelForCausalLM.from_pretrained(run / "policy"),
         AutoTokenizer.from_pretrained(run / "policy"),
     )
-    assert sum(p.numel() for p in policy.parameters()) == 124_439_808 and len(tokenizer) == 50_257
+    _, parameters = request.node.callspec.params["home"]
+    assert sum(p.numel() for p in policy.parameters()) == parameters
+    assert len(tokenizer) == 50_257
     (snapshot,) = (home / "hub" / "models--openai-community--gpt2" / "snapshots").iterdir()
     reference = AutoModelForCausalLM.from_pretrained(snapshot)
     assert (
