@@ -88,7 +88,7 @@ def far_run(folder):
 
 
 def far_sweep():
-    """The shipped sweep, with a run that ends below a KL of 0 and one that misses its target."""
+    """The sweep, with a run that ends below a KL of 0 and one with a target above every KL."""
     sweep = load_sweep()
     rows = [
         row | ({"kl": -0.3} if row["method"] == "dpo" and row["step"] == 0 else {})
