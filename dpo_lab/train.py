@@ -248,9 +248,9 @@ class DPOObjective(PairObjective):
         logps, config = score(micro.completions), self.config
         data = (logps, micro.reference_logps, micro.chosen, micro.rejected, config.beta)
         if self.own is None:
-            # no look at the values, which would wait for a GPU: the loop looks at the gradient
+            # a look at the values would wait for a GPU, where the loop looks at the gradient alone
             names = {"loss_type": config.loss_type, "label_smoothing": config.label_smoothing}
-            result = dpo_loss(*data, **names, check_values=False)
+            result = dpo_loss(*data, **names, check_values=logps.device.type == "cpu")
         else:
             result = as_dpo_loss(self.own, self.own(*data), *data)
 

@@ -25,6 +25,7 @@ from dpo_lab.engine import checkpoints
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
+from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
 from dpo_lab.sampling import sample_completions
@@ -531,6 +532,24 @@ def test_divergence_is_an_error_that_names_the_cause(model, preferences):
         )
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_a_log_prob_that_is_not_finite_is_named_by_its_completion(
+    model, preferences, monkeypatch, loss_type
+):
+    """Where the loss and its gradient would be finite too: the rejected one is impossible."""
+    score = loop.Scorer.forward
+
+    def impossible(self, batch):
+        logps = score(self, batch).clone()
+        logps[-1] = -torch.inf
+        return logps
+
+    monkeypatch.setattr(loop.Scorer, "forward", impossible)
+    config = replace(CONFIG, loss_type=loss_type)
+    with pytest.raises(ValueError, match=r"policy_logps\[\d+\] \(.*of pair \d+\) is -inf"):
+        train_dpo(model, preferences, config, progress=None)
+
+
 def test_bfloat16_training_follows_float32(tiny, preferences):
     """The policy is computed in the reference's precision, so the loss starts at log 2 in both."""
     curves = []
@@ -730,7 +749,8 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["DPO", "SFT"])
 def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch, method):
-    """Metrics are read at once, after the last backward pass: a GPU is waited for once per step."""
+    """As on a GPU, where the loss does not look at its arguments: metrics are read at once, after
+    the last backward pass."""
     asked, backward = [], loop._backward
 
     def watched(*arguments):
@@ -742,6 +762,10 @@ def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch
     # at the first call the model is compared with itself
     completion_logps(model, completion_batch([[0]], [[0]], [0]))
     monkeypatch.setattr(loop, "_backward", watched)
+    unchecked = {"check_values": False}
+    monkeypatch.setattr(
+        train, "dpo_loss", lambda *data, **named: dpo_loss(*data, **named | unchecked)
+    )
     if method == "DPO":
         lines = train_dpo(model, preferences, CONFIG, progress=None)
     else:
