@@ -14,7 +14,11 @@ from dpo_lab.theory.bandit import (
     reinforce_gradients,
     sample_pairs,
 )
-from dpo_lab.theory.bradley_terry import BradleyTerryFit, fit_bradley_terry
+from dpo_lab.theory.bradley_terry import (
+    BradleyTerryFit,
+    fit_bradley_terry,
+    fit_plackett_luce,
+)
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
 from dpo_lab.theory.objective import (
     implicit_reward,
@@ -32,6 +36,7 @@ __all__ = [
     "best_of_n",
     "exact_gradient",
     "fit_bradley_terry",
+    "fit_plackett_luce",
     "frontier_band",
     "gradient_descent",
     "implicit_reward",
