@@ -134,7 +134,7 @@ def log_linear_descent(
 
 def _scores(theta: Tensor, features: Tensor) -> Tensor:
     """theta . phi of every completion, (S, P, n)."""
-    return torch.einsum("spnd,sd->spn", features, theta)
+    return (features.flatten(1, 2) @ theta[:, :, None]).reshape(features.shape[:-1])
 
 
 def _at_least(name: str, value: int, least: int) -> int:
