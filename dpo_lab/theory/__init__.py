@@ -16,6 +16,7 @@ from dpo_lab.theory.bandit import (
 )
 from dpo_lab.theory.bradley_terry import BradleyTerryFit, fit_bradley_terry
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.landscape import METHODS, Landscape, method_paths
 from dpo_lab.theory.objective import (
     implicit_reward,
     kl,
@@ -27,6 +28,8 @@ from dpo_lab.theory.objective import (
 
 __all__ = [
     "BradleyTerryFit",
+    "Landscape",
+    "METHODS",
     "OptimalFrontier",
     "all_pairs",
     "best_of_n",
@@ -37,6 +40,7 @@ __all__ = [
     "implicit_reward",
     "kl",
     "log_partition",
+    "method_paths",
     "minimize",
     "objective_value",
     "optimal_frontier",
