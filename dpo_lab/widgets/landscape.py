@@ -189,7 +189,7 @@ def _wire(
     picture: Picture,
     sliders: Mapping[str, widgets.Widget],
 ) -> Explorer:
-    """Wire sliders, pointer and player to a glance at once, and to the whole once they rest."""
+    """Wire sliders and pointer to a glance at once, and to the whole picture once they rest."""
     start = {name: slider.value for name, slider in sliders.items()}
     readout, image, drag = widgets.Label(show(**start)), image_of(picture), Drag()
     image.add_class("dpo-lab-picture")
@@ -204,6 +204,7 @@ def _wire(
         readout.value = says
 
     async def rest(before: Mapping[str, Any]) -> None:
+        """Draw the whole if nothing moves any more, computed where it holds nothing up."""
         await asyncio.sleep(REST)
         await asyncio.to_thread(compute, **before)
         if values() == before:
@@ -212,17 +213,13 @@ def _wire(
     def update(_: Any) -> None:
         if held:
             return
-        now = values()
         while resting:
             resting.pop().cancel()
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            # no kernel, as in a script: nobody waits
-            draw(show(**now))
-            return
-        draw(glance(**now))
-        resting.append(loop.create_task(rest(now)))
+        if loop := _kernel_loop():
+            draw(glance(**values()))
+            resting.append(loop.create_task(rest(values())))
+        else:
+            draw(show(**values()))
 
     def put(new: Mapping[str, Any]) -> None:
         """Move several sliders, and draw once."""
@@ -236,27 +233,38 @@ def _wire(
         place = place_in(picture.canvas.figure, *change["new"])
         put(dict(zip(("logit_1", "logit_2"), logits_of(policy_at(*place)))))
 
-    def one_step(_: Any) -> None:
-        slider = sliders["step"]
-        slider.value = slider.value + 1 if slider.value < slider.max else 0
-
     for slider in sliders.values():
         slider.observe(update, names="value")
     drag.observe(dragged, names="place")
     reset = widgets.Button(description="reset", tooltip="Put every slider back")
     reset.on_click(lambda _: put(start))
-    step = widgets.Button(description="one step", tooltip="Go one step, at the end to the start")
-    step.on_click(one_step)
-    player = widgets.Play(value=start["step"], max=sliders["step"].max, interval=150)
-    player.description = "play the methods"
-    linked = widgets.jslink((sliders["step"], "value"), (player, "value"))
 
-    wrap = {"flex_flow": "row wrap"}
-    by_name = list(sliders.values())
-    rows = [widgets.HBox(by_name[:2], layout=wrap), widgets.HBox(by_name[2:4], layout=wrap)]
-    rows.append(widgets.HBox([player, step, by_name[4]], layout=wrap))
-    bar = widgets.HBox([reset, readout])
-    box = widgets.VBox([*rows, bar, image, drag, widgets.HTML(f"<em>{CAPTION}</em>")])
+    # two sliders to a row, so that the picture is in sight
+    placed, wrap = list(sliders.values()), {"flex_flow": "row wrap"}
+    rows = [widgets.HBox(placed[:2], layout=wrap), widgets.HBox(placed[2:4], layout=wrap)]
+    rows += [_player(sliders["step"]), widgets.HBox([reset, readout])]
+    box = widgets.VBox([*rows, image, drag, widgets.HTML(f"<em>{CAPTION}</em>")])
     box.add_class("dpo-lab-drag")
-    box.linked = linked
     return Explorer(show, picture, sliders, box)
+
+
+def _kernel_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop of the kernel that runs this, or None in a script, where nobody waits."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _player(step: widgets.IntSlider) -> widgets.HBox:
+    """Play and pause, a button that goes one step, and the slider of the step."""
+    play = widgets.Play(value=step.value, max=step.max, interval=150)
+    one = widgets.Button(description="one step", tooltip="Go one step, at the end to the start")
+
+    def go_on(_: Any) -> None:
+        step.value = step.value + 1 if step.value < step.max else 0
+
+    one.on_click(go_on)
+    row = widgets.HBox([play, one, step], layout={"flex_flow": "row wrap"})
+    row.link = widgets.jslink((step, "value"), (play, "value"))
+    return row

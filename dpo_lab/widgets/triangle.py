@@ -34,7 +34,7 @@ LOOKS = {
     "DPO": ("#c0392b", "-"),
     "IPO": ("#b07aa1", (0, (1.5, 1))),
 }
-COLUMNS = (0.0, 0.42, 0.61)
+COLUMNS = (0.0, 0.435, 0.62)
 SHADES = LinearSegmentedColormap.from_list("hill", ["#ffffff", "#d4dcd9", "#a3b5ae"], BANDS)
 
 
@@ -143,10 +143,10 @@ def _hill(figure: Figure, landscape: Landscape, track: Tensor, labels: Sequence[
         drop = 0.03 if align == "center" else -0.09
         axes.text(x + outward, y + drop, label, ha=align, fontsize=9)
 
-    # the hill, pixel by pixel and transparent outside the triangle
+    # the hill under the axes, pixel by pixel, transparent outside the triangle
     inside, policies = policies_of_pixels(BASE)
     pixels = np.zeros((*inside.shape, 4), np.uint8)
-    image = figure.figimage(pixels, *CORNER, origin="lower", zorder=1)
+    image = figure.figimage(pixels, *CORNER, origin="lower", zorder=-1)
     (edge,) = axes.plot(*CORNERS[[0, 1, 2, 0]].T, color=OPTIMUM, linewidth=1, zorder=2)
 
     # what stands on it
@@ -226,13 +226,13 @@ def _race(figure: Figure, triangle: Any) -> Any:
 
 def _cell(table: Any, x: float, y: float, color: str = "black") -> Any:
     """An empty cell of the table."""
-    return table.text(x, y, "", fontsize=8.5, va="center", color=color)
+    return table.text(x, y, "", fontsize=8.2, va="center", color=color)
 
 
 def _heads(race: Mapping[str, Any]) -> tuple[str, str, str]:
     """The heads of the table: what its numbers are of."""
     if not race:
-        return "the paths come when the point rests", "", ""
+        return "the paths follow once you let go", "", ""
     steps, seeds, _ = next(iter(race.values()))["paths"].shape
     return "KL to the optimum (nats)", f"step {steps - 1}", f"10% to 90% of {seeds} seeds"
 
