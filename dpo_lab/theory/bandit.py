@@ -45,17 +45,33 @@ def sample_pairs(
     return chosen[drawn], rejected[drawn]
 
 
-def gradient_descent(loss: Loss, reference: Tensor, *, steps: int, learning_rate: float) -> Tensor:
-    """Gradient descent on logits, starting at the reference (or at any policies, (..., n)).
+def gradient_descent(
+    loss: Loss,
+    reference: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+) -> Tensor:
+    """Gradient descent on logits, starting at the reference or at any other policies.
 
     Returns the policies along the way, (steps + 1, ..., n).
+
+    Args:
+        loss: maps log-probs (..., n) to a number.
+        reference: (..., n) probabilities; several rows are several descents at once.
+        steps: how many.
+        learning_rate: of the optimizer.
+        optimizer: a class of `torch.optim`. SGD is plain gradient descent, since the loss is exact;
+            with Adam the size of a step does not depend on that of the gradient.
     """
     steps, learning_rate = integer("steps", steps), number("learning_rate", learning_rate)
     logits = reference.log().clone().requires_grad_()
+    descent = optimizer([logits], lr=learning_rate)
     path = [reference.detach()]
     for _ in range(steps):
-        (gradient,) = torch.autograd.grad(loss(torch.log_softmax(logits, -1)), logits)
-        logits = (logits - learning_rate * gradient).detach().requires_grad_()
+        (logits.grad,) = torch.autograd.grad(loss(torch.log_softmax(logits, -1)), logits)
+        descent.step()
         path.append(torch.softmax(logits, -1).detach())
     return torch.stack(path)
 
