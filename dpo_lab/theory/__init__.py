@@ -16,6 +16,7 @@ from dpo_lab.theory.bandit import (
 )
 from dpo_lab.theory.bradley_terry import BradleyTerryFit, fit_bradley_terry
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.landscape import METHODS, Landscape, method_paths
 from dpo_lab.theory.log_linear import (
     Prompts,
     draw_prompts,
@@ -35,6 +36,8 @@ from dpo_lab.theory.objective import (
 
 __all__ = [
     "BradleyTerryFit",
+    "Landscape",
+    "METHODS",
     "OptimalFrontier",
     "Prompts",
     "all_pairs",
@@ -51,6 +54,7 @@ __all__ = [
     "log_linear_descent",
     "log_linear_policy",
     "log_partition",
+    "method_paths",
     "minimize",
     "objective_value",
     "optimal_frontier",
