@@ -89,7 +89,7 @@ def method_paths(
     *,
     labels: int | None = None,
     samples: int = 16,
-    steps: int = 40,
+    steps: int = 30,
     seeds: int = 10,
 ) -> Tensor:
     """The policies of a method along its way, for several seeds, (steps + 1, seeds, n).

@@ -55,7 +55,7 @@ def landscape_explorer(
     reward: Tensor = REWARD,
     labels: Sequence[str] = LABELS,
     *,
-    steps: int = 40,
+    steps: int = 30,
     seeds: int = 10,
 ) -> Explorer:
     """The objective as a hill over three completions, with the paths of every method on it.
@@ -152,12 +152,12 @@ def _readout(state: Mapping[str, Any]) -> str:
 
 
 def _beta_slider() -> widgets.FloatLogSlider:
-    """Beta from 0.2 to 5, in twenty steps per factor of ten."""
+    """Beta from 0.25 to 4, in twenty steps per factor of ten."""
     return widgets.FloatLogSlider(
         1.0,
         base=10,
-        min=-0.7,
-        max=0.7,
+        min=-0.6,
+        max=0.6,
         step=0.05,
         description="beta",
         readout_format=".3g",

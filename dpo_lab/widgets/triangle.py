@@ -77,7 +77,7 @@ def landscape_state(landscape: Landscape, policy: Tensor) -> dict[str, Any]:
 
 
 def race_state(
-    landscape: Landscape, start: Tensor, budget: int, *, steps: int = 40, seeds: int = 10
+    landscape: Landscape, start: Tensor, budget: int, *, steps: int = 30, seeds: int = 10
 ) -> dict[str, dict[str, np.ndarray]]:
     """The way of every method from `start`, each with `budget` labels or samples.
 
