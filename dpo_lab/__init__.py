@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         live_curves,
         training_explorer,
     )
+    from dpo_lab.widgets.landscape import landscape_explorer
 
 __all__ = [
     "CompletionBatch",
@@ -72,6 +73,7 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "implicit_reward",
+    "landscape_explorer",
     "live_curves",
     "load_model",
     "load_tokenizer",
@@ -130,6 +132,7 @@ _NAMES = {
         "live_curves",
         "training_explorer",
     ),
+    "widgets.landscape": ("landscape_explorer",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
