@@ -334,15 +334,23 @@ def sampling() -> str:
 
 
 def latency() -> str:
-    """From a slider's event to the new picture."""
+    """From a slider's event, or a move of the landscape's point, to the new picture."""
     result = _result("latency")
     apart, row = result["apart"], result["in a row"]
+    point = ""
+    if "landscape" in result:
+        dragged = result["landscape"]
+        point = (
+            f" The policy on its landscape, dragged, is there after {dragged['apart']['median']:.0f}"
+            f" and {dragged['apart']['p95']:.0f} ms, in a row after "
+            f"{dragged['in a row']['median']:.0f} and {dragged['in a row']['p95']:.0f} ms."
+        )
     return (
         f"Over {len(apart['milliseconds'])} drags of beta's slider {result['pause']} s apart, with "
         f"ipykernel {result['ipykernel']}, the new picture is in the page after a median of "
         f"{apart['median']:.0f} ms, and within {apart['p95']:.0f} ms for 95% of them. When each "
         f"move follows as soon as the last picture is there, the two are {row['median']:.0f} and "
-        f"{row['p95']:.0f} ms." + _origin(result["provenance"])
+        f"{row['p95']:.0f} ms." + point + _origin(result["provenance"])
     )
 
 
