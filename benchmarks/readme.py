@@ -339,11 +339,10 @@ def latency() -> str:
     apart, row = result["apart"], result["in a row"]
     point = ""
     if "landscape" in result:
-        dragged = result["landscape"]
+        one, other = result["landscape"]["apart"], result["landscape"]["in a row"]
         point = (
-            f" The policy on its landscape, dragged, is there after {dragged['apart']['median']:.0f}"
-            f" and {dragged['apart']['p95']:.0f} ms, in a row after "
-            f"{dragged['in a row']['median']:.0f} and {dragged['in a row']['p95']:.0f} ms."
+            f" When the policy is dragged over its landscape, the four are {one['median']:.0f}, "
+            f"{one['p95']:.0f}, {other['median']:.0f} and {other['p95']:.0f} ms."
         )
     return (
         f"Over {len(apart['milliseconds'])} drags of beta's slider {result['pause']} s apart, with "
