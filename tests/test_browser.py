@@ -282,6 +282,7 @@ def test_a_policy_is_dragged_over_its_landscape_and_the_paths_follow(lab, browse
         cell = run_first_cell(page)
         assert not page.locator(FAILED).count()
         shown = Shown(page, cell, landscape_explorer(steps=6, seeds=3))
+        shown.numbers.nth(4).wait_for()
         start = shown.settled()
 
         # from the point at the right to the left of the triangle, in pixels of the picture
