@@ -47,8 +47,8 @@ def looks(
 
 
 def palette(n: int) -> tuple[str, ...]:
-    """Colors for `n` things: those of the roles, or those of the methods where these are more."""
-    return COLORS if n <= len(COLORS) else METHODS
+    """Colors for `n` things: those of the methods where each then has its own, or of the roles."""
+    return METHODS if len(COLORS) < n <= len(METHODS) else COLORS
 
 
 def check_labels(labels: Sequence[str], n: int, what: str) -> list[str]:

@@ -32,8 +32,9 @@ LABELS = ("a bore", "fine", "a joy")
 # where the point stands at first: logits of the second and third completion; the first has 0
 START, LOGIT_STEP, LARGEST_LOGIT = (1.6, -0.4), 0.02, 6.0
 
-# seconds for which a slider or the point must rest until the paths are computed
-REST = 0.15
+# seconds for which a slider or the point must rest until the paths are computed, and for how many
+# values of the sliders these are kept
+REST, KEPT = 0.15, 200
 
 CAPTION = (
     "In JupyterLab, drag the black point; then press play. Which methods end at the optimum, which "
@@ -84,23 +85,23 @@ def landscape_explorer(
     def landscape(beta: float) -> Landscape:
         return Landscape(reference, reward, beta)
 
-    @lru_cache(maxsize=64)
-    def race(beta: float, budget: int, logit_1: float, logit_2: float) -> dict[str, Any]:
-        start = policy_of(logit_1, logit_2)
-        return race_state(landscape(beta), start, budget, steps=steps, seeds=seeds)
-
-    ready: set[tuple[float, ...]] = set()
+    races: dict[tuple[float, ...], dict[str, Any]] = {}
 
     def compute(beta: float, budget: int, logit_1: float, logit_2: float, step: int) -> None:
-        race(beta, budget, logit_1, logit_2)
-        ready.add((beta, budget, logit_1, logit_2))
+        """Find the paths, or keep those that were found."""
+        key = (beta, budget, logit_1, logit_2)
+        if key not in races:
+            counts = {"steps": steps, "seeds": seeds}
+            start = policy_of(logit_1, logit_2)
+            races[key] = race_state(landscape(beta), start, budget, **counts)
+        if len(races) > KEPT:
+            races.pop(next(iter(races)), None)
 
     def glance(beta: float, budget: int, logit_1: float, logit_2: float, step: int) -> str:
         """Show the hill and the policy, and the paths where they are known."""
         state = landscape_state(landscape(beta), policy_of(logit_1, logit_2))
-        key = (beta, budget, logit_1, logit_2)
-        paths = race(*key) if key in ready else None
-        blitted.update({**state, "landscape": landscape(beta), "step": step, "race": paths})
+        race = races.get((beta, budget, logit_1, logit_2))
+        blitted.update({**state, "landscape": landscape(beta), "step": step, "race": race})
         return _readout(state)
 
     def show(**values: Any) -> str:
@@ -233,11 +234,14 @@ def _wire(
         place = place_in(picture.canvas.figure, *change["new"])
         put(dict(zip(("logit_1", "logit_2"), logits_of(policy_at(*place)))))
 
+    def put_back(_: Any) -> None:
+        put(start)
+
     for slider in sliders.values():
         slider.observe(update, names="value")
     drag.observe(dragged, names="place")
     reset = widgets.Button(description="reset", tooltip="Put every slider back")
-    reset.on_click(lambda _: put(start))
+    reset.on_click(put_back)
 
     # two sliders to a row, so that the picture is in sight
     placed, wrap = list(sliders.values()), {"flex_flow": "row wrap"}

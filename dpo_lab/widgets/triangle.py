@@ -113,15 +113,19 @@ def landscape_figure(landscape: Landscape, track: Tensor, labels: Sequence[str])
     figure = Figure(figsize=(8.4, 4.2), dpi=DPI)
     hill, update_hill = _hill(figure, landscape, track, labels)
     race, update_race = _race(figure, hill[1].axes)
-    shown = [None]
+    shown = {"race": None, "number": 0}
 
     def update(state: Mapping[str, Any]) -> None:
         update_hill(state)
         update_race(state)
-        shown[0] = state["race"]
+        if state["race"] is not shown["race"]:
+            shown.update(race=state["race"], number=shown["number"] + 1)
 
-    # the table and the bands belong to the background: they change with the race alone
-    return BlittedFigure(figure, [*hill, *race], update, lambda: id(shown[0]))
+    def number() -> int:
+        """The table and the bands belong to the background, which changes with the race alone."""
+        return shown["number"]
+
+    return BlittedFigure(figure, [*hill, *race], update, number)
 
 
 def place_in(figure: Figure, left: float, top: float) -> np.ndarray:
