@@ -1,4 +1,4 @@
-"""Sliders: explorers of the loss, the policy and training runs, for JupyterLab."""
+"""Explorers of the loss, the policy and training runs, and written predictions, for JupyterLab."""
 
 from dpo_lab.widgets.explorers import (
     Explorer,
@@ -15,6 +15,7 @@ from dpo_lab.widgets.explorers import (
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html
+from dpo_lab.widgets.predictions import Prediction, predict
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     FILMS,
@@ -31,6 +32,7 @@ __all__ = [
     "FILMS",
     "LiveCurves",
     "Picture",
+    "Prediction",
     "REJECTED_FILMS",
     "bandit_explorer",
     "bandit_state",
@@ -45,5 +47,6 @@ __all__ = [
     "gradient_weight_explorer",
     "gradient_weight_state",
     "live_curves",
+    "predict",
     "training_explorer",
 ]
