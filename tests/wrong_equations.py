@@ -15,6 +15,7 @@ import sympy as sp
 from sympy.core.function import AppliedUndef
 
 from dpo_lab.theory import symbolic as s
+from dpo_lab.theory.proof import sigma
 
 REFERENCE, POLICY, BEST = "pi_ref", "pi", "pi^*"
 DISTRIBUTIONS = {REFERENCE, POLICY, BEST, "p", "q"}
@@ -60,6 +61,8 @@ def changes(node):
     if isinstance(node, sp.exp):
         yield "exponent negated", sp.exp(-node.args[0])
         yield "exponential dropped", node.args[0]
+    if isinstance(node, sigma):
+        yield "sigmoid of minus its argument", sigma(-node.args[0])
     if isinstance(node, sp.Pow) and node.exp == -1:
         yield "turned upside down", node.base
     if node == s.beta:
@@ -85,7 +88,7 @@ def changes(node):
 def trees(node):
     """(group, the tree with one change somewhere in it)."""
     yield from changes(node)
-    free = 1 if isinstance(node, sp.Sum | sp.Derivative) else len(node.args)
+    free = 1 if isinstance(node, sp.Sum | sp.Derivative | sp.Subs) else len(node.args)
     for k, child in enumerate(node.args[:free]):
         for group, other in trees(child):
             try:
@@ -104,10 +107,6 @@ def mutants_of(step, most, rng):
             wrong = step.equation.func(*args, evaluate=False)
             if wrong != step.equation and not wrong.has(sp.zoo, sp.nan, sp.oo):
                 groups[group][wrong] = None
-    if not isinstance(step.equation, sp.Eq):
-        opposite = {sp.StrictGreaterThan: sp.Lt, sp.StrictLessThan: sp.Gt}[step.equation.func]
-        groups["inequality reversed"][opposite(*step.equation.args, evaluate=False)] = None
-
     # one of each group in turn
     shuffled = [
         [(group, list(wrong)[i]) for i in rng.permutation(len(wrong))]
@@ -115,6 +114,10 @@ def mutants_of(step, most, rng):
     ]
     rng.shuffle(shuffled)
     turns = [one for turn in zip_longest(*shuffled) for one in turn if one]
+    if not isinstance(step.equation, sp.Eq):
+        opposite = {sp.StrictGreaterThan: sp.Lt, sp.StrictLessThan: sp.Gt}[step.equation.func]
+        wrong = opposite(*step.equation.args, evaluate=False)
+        turns.insert(0, ("inequality reversed", wrong))
     for group, wrong in turns[:most]:
         yield group, s.Step(wrong, step.name, step.says, step.where, step.given)
 
@@ -177,11 +180,11 @@ class Point:
         """The expression with functions of theta as polynomials, and derivatives taken."""
         of_theta = [f for f in expression.atoms(AppliedUndef) if f.func.__name__.startswith("ell")]
         lines = {f: self.function(f.func.__name__, f.args[0]) for f in of_theta}
-        return expression.subs(lines).doit() if of_theta else expression
+        return expression.rewrite(sp.exp).subs(lines).doit() if of_theta else expression
 
     def __call__(self, e):
-        if isinstance(e, sp.Derivative):
-            return self(e.doit())
+        if isinstance(e, sp.Derivative | sp.Subs):
+            return self(e.rewrite(sp.exp).doit())
         if isinstance(e, sp.Sum):
             ((index, first, last),) = e.limits
             terms = range(int(self(first).real), int(self(last).real) + 1)
@@ -199,6 +202,8 @@ class Point:
             return complex(np.prod(values))
         if e.is_Pow:
             return values[0] ** values[1]
+        if isinstance(e, sigma):
+            return 1 / (1 + cmath.exp(-values[0]))
         return {sp.exp: cmath.exp, sp.log: cmath.log, sp.Abs: abs}[e.func](values[0])
 
     def is_true(self, step):

@@ -17,8 +17,8 @@ from sympy import Eq, Expr, Symbol, exp, log
 from sympy.core.relational import Relational
 from sympy.printing.latex import LatexPrinter
 
-# this many symbols fit on one line of a notebook beside the file browser
-LINE = 18
+# this many symbols and functions fit on one line of a notebook beside the file browser
+LINE = 22
 
 RELATIONS = {Eq: "=", sp.StrictGreaterThan: ">", sp.StrictLessThan: "<"}
 
@@ -76,6 +76,16 @@ class Derivation:
         return f"### {self.title}\n\n" + "\n\n".join(step._repr_markdown_() for step in self.steps)
 
 
+class sigma(sp.Function):  # noqa: N801
+    """The sigmoid 1 / (1 + exp(-x)), which stays sigma(x) on the page and is expanded in proofs."""
+
+    def _eval_is_positive(self) -> bool | None:
+        return self.args[0].is_real
+
+    def _eval_rewrite_as_exp(self, x: Expr, **options: object) -> Expr:
+        return 1 / (1 + exp(-x))
+
+
 def equation(left: Expr, right: Expr) -> Eq:
     """left = right, kept as it is written."""
     return Eq(left, right, evaluate=False)
@@ -106,8 +116,9 @@ def is_zero(expression: Expr, given: Mapping[Expr, Expr] | None = None) -> bool:
 
 def _reduced(expression: Expr, given: Mapping[Expr, Expr]) -> Expr:
     """The expression as a rational function of independent symbols: 0 if its numerator is 0."""
-    is_derivative = lambda e: isinstance(e, sp.Derivative)  # noqa: E731
-    flat = expression.replace(is_derivative, lambda e: e.doit())
+    to_do = lambda e: isinstance(e, sp.Derivative | sp.Subs)  # noqa: E731
+    flat = expression.replace(sigma, lambda x: 1 / (1 + exp(-x)))
+    flat = flat.replace(to_do, lambda e: e.doit())
 
     # every sum over outcomes as one symbol, the innermost first
     symbols: dict[sp.Sum, Expr] = {}
@@ -215,12 +226,15 @@ def _lines(side: Expr) -> list[str]:
 
 
 def _latex(expression: Expr) -> str:
-    return _Printer().doprint(expression).replace(r"\log{\left(Z \right)}", r"\log Z")
+    text = _Printer().doprint(expression)
+    text = text.replace(r"\log{\left(Z \right)}^{2}", r"\left(\log Z\right)^{2}")
+    return text.replace(r"\log{\left(Z \right)}", r"\log Z")
 
 
 def _symbols(expression: Expr) -> int:
-    """How often a symbol stands in an expression."""
-    return sum(part.is_Symbol for part in sp.preorder_traversal(expression))
+    """How often a symbol or a function stands in an expression."""
+    parts = sp.preorder_traversal(expression)
+    return sum(isinstance(part, Symbol | sp.Function) for part in parts)
 
 
 def _is_negative(term: Expr) -> bool:

@@ -20,6 +20,7 @@ from dpo_lab.theory.proof import (
     equation,
     in_latex,
     is_zero,
+    sigma,
     sums_to_one,
 )
 
@@ -136,8 +137,8 @@ def shorthands(n: int | None) -> dict[Expr, Expr]:
 
 
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + exp(-x))."""
-    return 1 / (1 + exp(-x))
+    """sigma(x) = 1 / (1 + exp(-x))."""
+    return sigma(x)
 
 
 def implicit(p: Expr, q: Expr) -> Expr:
@@ -175,7 +176,8 @@ def optimum(n: int | None = None) -> Derivation:
             equation(tilted, completed),
             "Eq. 12",
             r"Write $r / \beta$ as $\log e^{r / \beta}$ and take it into the logarithm, together "
-            r"with a factor $1 / Z$. Subtracting $\log Z$ outside undoes that factor.",
+            r"with a factor $1 / Z$. Subtracting $\log Z$ outside undoes that factor. (Sympy "
+            r"writes $\pi$ over $\frac{1}{Z} \pi_\mathrm{ref} e^{r / \beta}$ as one fraction.)",
         ),
         Step(
             equation(total(*star), sp.Integer(1)),
@@ -232,31 +234,31 @@ def gibbs(n: int | None = None) -> Derivation:
     t, d = Symbol("t", positive=True), Symbol("d", positive=True)
     p, q = outcomes("p", n, positive=True), outcomes("q", n, positive=True)
     above = lambda u: u - 1 - log(u)  # noqa: E731
-    slope = sp.diff(above(t), t)
+    slope = sp.Derivative(above(t), t)
 
     # d is how far above 1 the point is, or how far above 1 its inverse is
     steps = (
         Step(
-            equation(above(t).subs(t, 1), sp.Integer(0)),
+            equation(sp.Subs(above(t), t, 1), sp.Integer(0)),
             "The tangent touches",
             r"$g(t) = t - 1 - \log t$ is the height of the line $t - 1$ above $\log t$. It is 0 at "
             "$t = 1$.",
         ),
         Step(
-            equation(sp.Derivative(above(t), t), (t - 1) / t),
+            equation(slope, (t - 1) / t),
             "Slope of g",
             "Its slope has the sign of $t - 1$.",
         ),
         Step(
-            sp.Gt(slope.subs(t, 1 + d), 0, evaluate=False),
+            sp.Gt(sp.Subs(slope, t, 1 + d), 0, evaluate=False),
             "Right of 1",
-            "At $t = 1 + d$, for any $d > 0$, the height increases.",
+            "At $t = 1 + d$, for any $d > 0$, the slope is $d / (1 + d)$: the height increases.",
         ),
         Step(
-            sp.Lt(slope.subs(t, 1 / (1 + d)), 0, evaluate=False),
+            sp.Lt(sp.Subs(slope, t, 1 / (1 + d)), 0, evaluate=False),
             "Left of 1",
-            r"At $t = 1 / (1 + d)$ it decreases. So $g(1) = 0$ is its only minimum: $\log t \le "
-            "t - 1$, with equality at $t = 1$ alone.",
+            r"At $t = 1 / (1 + d)$ it is $-d$: the height decreases. So $g(1) = 0$ is its only "
+            r"minimum: $\log t \le t - 1$, with equality at $t = 1$ alone.",
         ),
         Step(
             equation(kl(p, q), mean(p, tuple(above(b / a) for a, b in zip(p, q)))),
@@ -289,9 +291,10 @@ def optimum_by_lagrange() -> Derivation:
             r"\mu x$ to $J + \mu(1 - \sum_y \pi(y))$. This is the slope in $x$.",
         ),
         Step(
-            equation(slope.subs(x, stationary), sp.Integer(0)),
+            equation(sp.Subs(slope, x, stationary), sp.Integer(0)),
             "Slope zero",
-            r"Set it to zero and solve for $x$: this $x$ solves it.",
+            r"Set it to zero and solve for $x$: $\log(x / \pi_\mathrm{ref}) = r / \beta - 1 "
+            r"- \mu / \beta$, so $x = \pi_\mathrm{ref}\,e^{r / \beta}\,e^{-1 - \mu / \beta}$.",
         ),
         Step(
             equation(total(stationary), exp(-1 - mu / beta) * Z),
@@ -306,9 +309,9 @@ def optimum_by_lagrange() -> Derivation:
             r"Hence $\mu = \beta \log Z - \beta$, and $x$ is $\pi^*(y)$.",
         ),
         Step(
-            sp.Lt(sp.diff(slope, x), 0, evaluate=False),
+            sp.Lt(sp.Derivative(added(x), (x, 2)), 0, evaluate=False),
             "Strictly concave",
-            "The second derivative is negative for every $x > 0$.",
+            r"The second derivative, $-\beta / x$, is negative for every $x > 0$.",
         ),
         Step(
             equation(sp.Derivative(added(x) + added(other), x, other), sp.Integer(0)),
@@ -317,7 +320,7 @@ def optimum_by_lagrange() -> Derivation:
             "strictly concave, and a stationary point is its only maximum.",
         ),
         Step(
-            equation(slope.subs(x, ref * exp(-distance)), r - beta - mu + beta * distance),
+            equation(sp.Subs(slope, x, ref * exp(-distance)), r - beta - mu + beta * distance),
             "Never at the edge",
             r"At $x = \pi_\mathrm{ref}\,e^{-s}$ the slope grows with $s$ without bound: near $x = "
             "0$ more probability always pays, so the maximum gives every outcome some.",
@@ -447,8 +450,8 @@ def loss_and_gradient() -> Derivation:
     )
     chosen = 1 / (1 + exp(implicit(p_l, q_l) - implicit(p_w, q_w)))
 
-    # sigma and its slope at the margin
-    slope = sp.diff(sigmoid(m), m).subs(m, margin)
+    # sigma's slope at the margin, and the gradient of the loss
+    slope = sigmoid(margin) * sigmoid(-margin)
     gradient = -beta * sigmoid(-margin) * (sp.diff(log_w, theta) - sp.diff(log_l, theta))
 
     steps = (
@@ -480,8 +483,8 @@ def loss_and_gradient() -> Derivation:
             ),
             "Eq. 22",
             "The chain rule, with $u$ for the margin: the gradient of the loss is "
-            r"$-\frac{\sigma'(u)}{\sigma(u)} \nabla u$. (Eq. 21, as it should read, is the left "
-            "side.)",
+            r"$-\frac{\sigma'(u)}{\sigma(u)} \nabla u$, where $\sigma'(u) / \sigma(u) = "
+            r"\sigma(-u)$. (Eq. 21, as it should read, is the left side.)",
         ),
         Step(
             equation(sp.Derivative(-log(sigmoid(margin)), theta), gradient),
