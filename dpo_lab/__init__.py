@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         live_curves,
         training_explorer,
     )
+    from dpo_lab.widgets.landscape import landscape_explorer
 
 __all__ = [
     "CompletionBatch",
@@ -71,6 +72,7 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "implicit_reward",
+    "landscape_explorer",
     "live_curves",
     "load_model",
     "load_tokenizer",
@@ -127,6 +129,7 @@ _NAMES = {
         "live_curves",
         "training_explorer",
     ),
+    "widgets.landscape": ("landscape_explorer",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -46,6 +46,11 @@ def looks(
         yield colors[k % len(colors)], others[(turn + k * beside) % len(others)]
 
 
+def palette(n: int) -> tuple[str, ...]:
+    """Colors for `n` things: those of the roles, or those of the methods where these are more."""
+    return COLORS if n <= len(COLORS) else METHODS
+
+
 def check_labels(labels: Sequence[str], n: int, what: str) -> list[str]:
     """The labels, escaped so that matplotlib shows them letter by letter.
 
@@ -200,7 +205,7 @@ def plot_lines(
     """Named curves over one axis, told apart by color and by stroke."""
     figure, axes = _figure(title, y_label, x=x_label)
     x = floats("x", x)
-    for (name, values), (color, style) in zip(lines.items(), looks(COLORS, STROKES)):
+    for (name, values), (color, style) in zip(lines.items(), looks(palette(len(lines)), STROKES)):
         values = floats(f"lines[{name!r}]", values)
         if len(values) != len(x):
             raise ValueError(
@@ -250,7 +255,8 @@ def plot_race(
     stands at `goal`.
     """
     figure, axes = _figure(title, y_label, x=x_label)
-    for (name, (x, values)), (color, style) in zip(racers.items(), looks(COLORS, STROKES)):
+    own = looks(palette(len(racers)), STROKES)
+    for (name, (x, values)), (color, style) in zip(racers.items(), own):
         values = floats(f"racers[{name!r}]", values)
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)

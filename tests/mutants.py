@@ -211,17 +211,19 @@ def execute(notebook, folder, listed=None, limit=LIMIT):
 
 
 def survivors(notebook, listed, run):
-    """Mutants that did not fail at their assert, each with what it did."""
+    """Mutants that did not fail at their assert, each with what it did; those in `faults` apart."""
     by_line = {claim.first_line: claim for claim in asserts(notebook)}
     found = []
     for place, entry in enumerate(listed.get("assert", [])):
-        line = entry["line"]
+        claim, kinds = by_line.get(entry.get("line")), set(entry) & set(KINDS)
+        if claim is None or not kinds:
+            continue
         try:
-            pieces, lines = steps(by_line[line], entry)
+            pieces, lines = steps(claim, entry)
             wrong = verdict(run.mutants.get(place), len(pieces) - 1, lines)
         except ValueError as error:
             wrong = str(error)
         if wrong:
-            (kind,) = set(entry) & set(KINDS)
-            found.append(f"{line}\n    {kind} = {entry[kind]!r}\n    {wrong}")
+            kind = kinds.pop()
+            found.append(f"{entry['line']}\n    {kind} = {entry[kind]!r}\n    {wrong}")
     return found

@@ -4,6 +4,7 @@ Screenshots go to screenshots/ in the repository.
 """
 
 import base64
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -37,6 +38,7 @@ from dpo_lab.widgets.explorers import (
     gradient_weight_explorer,
     training_explorer,
 )
+from dpo_lab.widgets.predictions import FILE
 from dpo_lab.widgets.states import (
     REFERENCE,
     REWARD,
@@ -199,6 +201,35 @@ def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, 
         assert errors == []
 
 
+def write_notebook(path, sources):
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    cells = list(map(nbformat.v4.new_code_cell, sources))
+    nbformat.write(nbformat.v4.new_notebook(metadata=kernel, cells=cells), path)
+
+
+def test_a_written_guess_is_kept_and_stands_beside_the_result(lab, browser, folder):
+    question, guess = "By what factor does the KL fall?", "<b>10</b> $x$"
+    ask = f"from dpo_lab.widgets import predict\nrate = predict({question!r})"
+    write_notebook(folder / "notebooks" / "guess.ipynb", [ask, "rate.beside(12.5)"])
+    with open_notebook(browser, lab, "guess") as (page, errors):
+        asked = run_first_cell(page)
+        field = asked.get_by_label("your guess")
+        asked.get_by_text(question).wait_for()
+        field.fill(guess)
+        field.press("Enter")
+        asked.get_by_text("kept", exact=True).wait_for()
+        kept = (folder / "notebooks" / FILE).read_text(encoding="utf-8")
+        assert json.loads(kept) == {question: guess}
+
+        # a second run asks again, and has the guess from the file
+        run_all_cells(page)
+        assert field.input_value() == guess
+        table = page.locator(".jp-CodeCell").nth(1).locator("td")
+        assert table.all_inner_texts() == [guess, "12.5"]
+        page.screenshot(path=SCREENSHOTS / "guess.png")
+        assert not page.locator(FAILED).count() and errors == []
+
+
 RECORDED = {
     "training": (training_explorer, "training_explorer({run!r})"),
     "betas": (
@@ -220,11 +251,7 @@ def test_a_walk_through_recorded_runs_shows_each_with_its_samples(lab, browser, 
         "from dpo_lab.widgets import *",
         source.format(run=str(run)),
     ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    notebook = nbformat.v4.new_notebook(
-        metadata=kernel, cells=[nbformat.v4.new_code_cell("\n".join(lines))]
-    )
-    nbformat.write(notebook, folder / "notebooks" / f"walk_{name}.ipynb")
+    write_notebook(folder / "notebooks" / f"walk_{name}.ipynb", ["\n".join(lines)])
     with open_notebook(browser, lab, f"walk_{name}") as (page, errors):
         cell = run_first_cell(page)
         assert not page.locator(FAILED).count()

@@ -15,6 +15,7 @@ from dpo_lab.widgets.explorers import (
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html
+from dpo_lab.widgets.landscape import landscape_explorer
 from dpo_lab.widgets.predictions import Prediction, predict
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
@@ -46,6 +47,7 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "gradient_weight_state",
+    "landscape_explorer",
     "live_curves",
     "predict",
     "training_explorer",
