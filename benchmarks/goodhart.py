@@ -84,7 +84,7 @@ def main(config: GoodhartConfig, results: Path = RESULTS) -> None:
         {"beta": beta, "seed": seed, **verdict(evaluation, judge, known)}
         for seed in config.seeds
         for beta in config.betas
-        for evaluation in json.loads(_path(config, beta, seed).read_text(encoding="utf-8"))
+        for evaluation in _first_and_last(_path(config, beta, seed))
     ]
     found = {"second_judge": {"held_out": HELD_OUT, "accuracy": accuracy}, "rows": rows}
     write_json(results, {**origin, "config": recorded, **found})
@@ -95,8 +95,14 @@ def _path(config: GoodhartConfig, beta: float, seed: int) -> Path:
     return config.out / f"beta{beta:g}-seed{seed}.json"
 
 
+def _first_and_last(path: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run before and after training."""
+    first, *_, last = json.loads(path.read_text(encoding="utf-8"))
+    return [first, last]
+
+
 def push(config: GoodhartConfig, task: Task, beta: float) -> list[dict[str, Any]]:
-    """Evaluations before and after DPO with this beta, with their texts."""
+    """Evaluations of a policy that DPO trains with this beta, with their texts."""
     rows: list[dict[str, Any]] = []
 
     def evaluate(policy: nn.Module, step: int) -> dict[str, float]:
@@ -123,7 +129,7 @@ def push(config: GoodhartConfig, task: Task, beta: float) -> list[dict[str, Any]
         callback=evaluate,
         progress=f"beta {beta:g}, seed {task.asked.seed}",
     )
-    return [rows[0], rows[-1]]
+    return rows
 
 
 def second_judge() -> tuple[Pipeline, float]:

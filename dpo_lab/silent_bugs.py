@@ -11,9 +11,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.batching import CompletionBatch, completion_batch
 from dpo_lab.engine.arguments import integer, one_of
+from dpo_lab.plots import token_html
 from dpo_lab.preferences import PairBatch, Preferences
 
 SilentBug = Literal[
@@ -85,3 +87,17 @@ def scored_tokens(batch: CompletionBatch, i: int) -> tuple[list[int], list[int]]
     own = batch.owners == i
     row, first = divmod(int(batch.sources[own][0]), batch.input_ids.shape[1])
     return batch.input_ids[row, : first + 1].tolist(), batch.targets[own].tolist()
+
+
+def scored_html(
+    batch: PairBatch, i: int, tokenizer: PreTrainedTokenizerBase, title: str = ""
+) -> str:
+    """A row of a batch as HTML: the tokens that are scored for completion `i` in blue, after what
+    the model has read before them.
+
+    Raises:
+        ValueError: as `scored_tokens`.
+    """
+    read, scored = scored_tokens(batch.completions, i)
+    tokens = [tokenizer.decode([token]) for token in read + scored]
+    return token_html(tokens, [0.0] * len(read) + [0.4] * len(scored), limit=1.0, title=title)
