@@ -210,7 +210,7 @@ def goodhart() -> str:
     rows = [line("reference", before), *(line(beta, ends[beta]) for beta in betas)]
     seeds, judge = len(found["config"]["seeds"]), found["second_judge"]
     text = (
-        f"\n\n± is the standard deviation between {seeds} seeds. The second judge is right about "
+        f"\n\n± is the standard deviation between {seeds} seeds. The second judge is right on "
         f"{judge['accuracy']:.0%} of {judge['held_out']:,} sentences that it was not fitted to."
     )
     return _table(header, rows) + text + _origin(found)
