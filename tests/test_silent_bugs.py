@@ -1,6 +1,7 @@
 """Each of the five bugs leaves the loss at log 2, scores the wrong tokens, and shows in a check."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_train import make_preferences
 from dpo_lab.batching import completion_batch
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.losses import dpo_loss
-from dpo_lab.silent_bugs import SILENT_BUGS, scored_tokens, with_bug
+from dpo_lab.silent_bugs import SILENT_BUGS, scored_html, scored_tokens, with_bug
 
 PAIRS = [0, 1, 7]
 
@@ -101,6 +102,15 @@ def test_what_is_scored_in_a_batch_without_a_bug():
     batch = completion_batch(prompts, completions, [1, 0, 1])
     found = [scored_tokens(batch, i) for i in range(3)]
     assert found == [([0, 6, 7, 8], [9]), ([0, 5], [3, 4, 0]), ([0, 6, 7, 8], [2, 2])]
+
+
+def test_the_tokens_that_are_scored_have_a_color(preferences, tokenizer):
+    batch = preferences.batch(PAIRS)
+    i = int(batch.chosen[1])
+    shown = scored_html(batch, i, tokenizer, "the title")
+    colors = re.findall(r"rgba\([^)]*,([\d.]+)\)", shown)
+    read, scored = scored_tokens(batch.completions, i)
+    assert colors == ["0.00"] * len(read) + ["0.40"] * len(scored) and "<b>the title</b>" in shown
 
 
 def test_bad_arguments_are_named(preferences):
