@@ -39,15 +39,21 @@ PREFERENCE_TEST = "test_the_proved_preference_probability_is_the_one_computed"
 IDENTITY_TEST = "test_every_derivation_holds"
 EQUATION_TESTS = {
     "Eq. 1": PREFERENCE_TEST,
+    "Eq. 2": PREFERENCE_TEST,
     "Eq. 3": OBJECTIVE_TEST,
     "Eq. 4": OBJECTIVE_TEST,
     "Eq. 5": OBJECTIVE_TEST,
     "Eq. 6": LOSS_TEST,
     "Eq. 7": LOSS_TEST,
-    "Eq. 11-15": OBJECTIVE_TEST,
-    "Eq. 18-20": IDENTITY_TEST,
-    "Eq. 21": LOSS_TEST,
-    "Lemmas 1, 2, Theorem 1": IDENTITY_TEST,
+    "Eqs. 8 and 9": OBJECTIVE_TEST,
+    "Eq. 10": OBJECTIVE_TEST,
+    "Eqs. 11 to 15": OBJECTIVE_TEST,
+    "Eqs. 16 and 17": LOSS_TEST,
+    "Eq. 18": IDENTITY_TEST,
+    "Eqs. 19 and 20": IDENTITY_TEST,
+    "Eqs. 21 and 22": LOSS_TEST,
+    "Lemmas 1 and 2": IDENTITY_TEST,
+    "Theorem 1, Proposition 1": IDENTITY_TEST,
 }
 
 
@@ -607,13 +613,14 @@ def equations() -> str:
         rows.append(
             (
                 row["equation"],
+                row["here"],
                 ", ".join(f"`{name}`" for name in names),
                 "; ".join(dict.fromkeys(shown)),
                 computed,
                 f"`{EQUATION_TESTS[row['equation']]}`",
             )
         )
-    return _table("equation | proved by `symbolic.` | shown in | computed by | test", rows)
+    return _table("equation | here | proved by `symbolic.` | shown in | computed by | test", rows)
 
 
 BLOCKS = {

@@ -47,8 +47,8 @@ def looks(
 
 
 def palette(n: int) -> tuple[str, ...]:
-    """Colors for `n` things: those of the roles, or those of the methods where these are more."""
-    return COLORS if n <= len(COLORS) else METHODS
+    """Colors for `n` things: those of the methods where each then has its own, or of the roles."""
+    return METHODS if len(COLORS) < n <= len(METHODS) else COLORS
 
 
 def check_labels(labels: Sequence[str], n: int, what: str) -> list[str]:
@@ -114,6 +114,49 @@ def plot_distributions(
         axes.bar(left, values, width, label=for_figure(name), color=color, hatch=hatch)
     axes.set_xticks(places, shown)
     axes.set_ylim(0, 1)
+    _legend(axes)
+    return figure
+
+
+def plot_kl(labels: Sequence[str], p: Sequence[float], q: Sequence[float]) -> Figure:
+    """KL(p || q) by eye, for positive (n,) distributions over the same outcomes.
+
+    Above the probabilities, below what each outcome adds: p log(p / q), in nats. The title has the
+    sum. Raises ValueError for a probability that is not positive.
+    """
+    p, q = floats("p", p), floats("q", q)
+    shown, places = check_labels(labels, len(p), "outcomes"), np.arange(len(p))
+    check_labels(labels, len(q), "probabilities in q")
+    for name, values in (("p", p), ("q", q)):
+        if not (values > 0).all():
+            raise ValueError(
+                f"{name} is {values.tolist()}; each probability must be positive: leave out "
+                "outcomes that have none"
+            )
+    parts = p * np.log(p / q)
+    title = f"KL(p || q) = {parts.sum():.3f} nats"
+    figure, (top, bottom) = _figure(title, "probability", "p log(p / q), nats", x="outcome")
+
+    # the two distributions
+    top.bar(places - 0.2, p, 0.4, label="p", color=POLICY)
+    top.bar(places + 0.2, q, 0.4, label="q", color=OPTIMUM, hatch="//")
+    _legend(top)
+
+    # what each outcome adds, positive or negative
+    bottom.bar(places, parts, 0.4, color=[CHOSEN if part > 0 else REJECTED for part in parts])
+    bottom.axhline(0, color="black", linewidth=0.8)
+    bottom.set_xticks(places, shown)
+    return figure
+
+
+def plot_tangent() -> Figure:
+    """log t and its tangent at t = 1, the line t - 1, which lies above it everywhere else."""
+    t = np.linspace(0.05, 3, 300)
+    figure, axes = _figure("log t never exceeds t - 1", "height", x="t = q / p")
+    axes.plot(t, t - 1, color=POLICY, label="t - 1")
+    axes.plot(t, np.log(t), color=REJECTED, linestyle="--", label="log t")
+    axes.fill_between(t, np.log(t), t - 1, color=OPTIMUM, alpha=0.2, label="g(t) = t - 1 - log t")
+    axes.plot(1, 0, "o", color="black")
     _legend(axes)
     return figure
 

@@ -1,4 +1,8 @@
-"""Offline, with a cache of its own, and a tiny GPT-2 for what does not need a good one."""
+"""Offline, with a cache of its own, and a tiny GPT-2 for what does not need a good one.
+
+What takes seconds to import is imported where it is used, for the process that hands tests to the
+workers needs none of it.
+"""
 
 import errno
 import os
@@ -7,25 +11,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
-from datasets import Dataset, DatasetDict
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
-    GPT2LMHeadModel,
-    set_seed,
-)
 from xdist.scheduler import LoadScopeScheduling
-
-from dpo_lab.models import load_model, load_tokenizer
-from dpo_lab.sentiment import task
-from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config, train_tokenizer
 
 
 @pytest.fixture
 def matmul():
     """torch's setting of who computes float32 matmuls on a CPU; what it was comes back."""
+    import torch
+
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "none"
@@ -41,6 +34,8 @@ WORDS = (
 
 def make_reviews(n, seed=0):
     """Short made-up reviews whose words tell the label."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     texts, labels = [], []
     for i in range(n):
@@ -53,6 +48,8 @@ def make_reviews(n, seed=0):
 
 def make_classifier(folder, labels):
     """A tiny sequence classifier with random weights in `folder`."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"])
@@ -95,6 +92,10 @@ def forbidden(tmp_path, monkeypatch):
 @pytest.fixture
 def made_up_reviews(monkeypatch, tmp_path_factory):
     """An experiment reads 260 made-up reviews, and keeps its classifier apart from the user's."""
+    from datasets import Dataset, DatasetDict
+
+    from dpo_lab.sentiment import task
+
     parts = {}
     for name, n in (("train", 200), ("test", 60)):
         texts, labels = make_reviews(n, seed=n)
@@ -106,6 +107,10 @@ def made_up_reviews(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of a tiny GPT-2 with random weights and its tokenizer."""
+    from transformers import GPT2LMHeadModel, set_seed
+
+    from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config, train_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny")
     set_seed(0)
     config = gpt2_config(PretrainConfig(vocabulary=512, context=64, width=32, layers=2, heads=2))
@@ -116,28 +121,58 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(tiny):
+    from dpo_lab.models import load_tokenizer
+
     return load_tokenizer(str(tiny))
 
 
 @pytest.fixture
 def model(tiny):
+    from dpo_lab.models import load_model
+
     return load_model(str(tiny))
 
 
+# what takes longest, in this order: notebooks and files of tests
+LONGEST = (
+    "05_dpo_gpt2_imdb",
+    "04_ppo_vs_dpo",
+    "00_start_here",
+    "tests/test_browser.py",
+    "tests/test_experiment.py",
+    "05b_trl_side_by_side",
+    "tests/test_distributed.py",
+    "tests/test_gpu.py",
+    "tests/test_frontier.py",
+    "tests/test_site.py",
+    "tests/test_benchmarks.py",
+    "tests/test_hub.py",
+    "tests/test_train.py",
+)
+
+
+def scope(nodeid):
+    """What one worker gets whole, for its tests share fixtures: a file, or a notebook's tests."""
+    file, _, name = nodeid.partition("::")
+    _, of_a_notebook, notebook = name.partition("[")
+    return notebook.removesuffix("]") if "test_notebooks" in file and of_a_notebook else file
+
+
 def pytest_collection_modifyitems(items):
-    """Notebooks take longest, so they come first."""
-    items.sort(key=lambda item: item.path.stem != "test_notebooks")
+    """The longest come first, so that all workers end at about the same time."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+
+    def order(item):
+        return ranks.get(scope(item.nodeid), len(ranks)), item.path.stem != "test_notebooks"
+
+    items.sort(key=order)
 
 
 class FileByFile(LoadScopeScheduling):
-    """A file goes to one worker whole, for its tests share fixtures; so do one notebook's tests.
-
-    xdist's own groups (3.8) are no longer seen by pytest 9.2, and it then deals out single tests.
-    """
+    """xdist's own groups (3.8) are no longer seen by pytest 9.2, which then deals single tests."""
 
     def _split_scope(self, nodeid):
-        file, _, name = nodeid.partition("::")
-        return name.partition("[")[2] if "test_notebooks.py" in file and "[" in name else file
+        return scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)

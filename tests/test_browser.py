@@ -217,7 +217,7 @@ def test_a_written_guess_is_kept_and_stands_beside_the_result(lab, browser, fold
     with open_notebook(browser, lab, "guess") as (page, errors):
         asked = run_first_cell(page)
         field = asked.get_by_label("your guess")
-        asked.get_by_text(question).wait_for()
+        asked.locator(".widget-html-content", has_text=question).wait_for()
         field.fill(guess)
         field.press("Enter")
         asked.get_by_text("kept", exact=True).wait_for()

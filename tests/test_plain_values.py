@@ -22,6 +22,7 @@ from dpo_lab.losses import (
     bradley_terry_nll,
     clipped_value_loss,
     dpo_loss,
+    plackett_luce_loss,
     ppo_clip_loss,
     unlikelihood_loss,
 )
@@ -329,6 +330,9 @@ SETTINGS = {
     ),
     "robust label_smoothing": lambda x: dpo_loss(
         LOGPS, LOGPS, CHOSEN, REJECTED, 0.1, loss_type="robust", label_smoothing=x
+    ),
+    "plackett_luce_loss beta": lambda x: plackett_luce_loss(
+        LOGPS, LOGPS - 1, torch.stack([CHOSEN, REJECTED], 1), x
     ),
     "unlikelihood_loss alpha": lambda x: unlikelihood_loss(LOGPS, CHOSEN, REJECTED, x),
     "ppo_clip_loss clip": lambda x: ppo_clip_loss(LOGPS, LOGPS - 1, LOGPS, x),

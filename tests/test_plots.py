@@ -20,6 +20,7 @@ from dpo_lab.plots import (
     plot_distributions,
     plot_frontier,
     plot_intervals,
+    plot_kl,
     plot_lines,
     plot_loss,
     plot_margins,
@@ -28,6 +29,7 @@ from dpo_lab.plots import (
     plot_race,
     plot_rewards,
     plot_simplex,
+    plot_tangent,
     plot_token_logps,
     root_scale,
     token_html,
@@ -96,6 +98,25 @@ def test_bars_have_the_height_of_the_probabilities():
     edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
     assert all(right <= left + 1e-9 for (_, right), (left, _) in zip(edges, edges[1:]))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_the_parts_of_a_kl_add_up_to_it():
+    top, bottom = plot_kl(["a", "b"], [0.5, 0.5], [0.25, 0.75]).axes
+    assert [bar.get_height() for bar in top.patches] == [0.5, 0.5, 0.25, 0.75]
+    parts = [bar.get_height() for bar in bottom.patches]
+    assert parts == pytest.approx([0.5 * np.log(2), 0.5 * np.log(2 / 3)])
+    assert top.get_title() == f"KL(p || q) = {sum(parts):.3f} nats"
+    for p, q in (([1.0, 0.0], [0.5, 0.5]), ([0.5, 0.5], [1.0, 0.0])):
+        with pytest.raises(ValueError, match="each probability must be positive"):
+            plot_kl(["a", "b"], p, q)
+    with pytest.raises(ValueError, match="probabilities in q"):
+        plot_kl(["a", "b"], [0.5, 0.5], [1.0])
+
+
+def test_the_tangent_lies_above_the_logarithm_and_touches_it_at_1():
+    line, curve, touch = plot_tangent().axes[0].get_lines()
+    assert (line.get_ydata() >= curve.get_ydata()).all()
+    assert touch.get_xydata().tolist() == [[1.0, 0.0]]
 
 
 def test_the_beta_path_runs_from_large_to_small_beta():

@@ -14,7 +14,11 @@ from dpo_lab.theory.bandit import (
     reinforce_gradients,
     sample_pairs,
 )
-from dpo_lab.theory.bradley_terry import BradleyTerryFit, fit_bradley_terry
+from dpo_lab.theory.bradley_terry import (
+    BradleyTerryFit,
+    fit_bradley_terry,
+    fit_plackett_luce,
+)
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
 from dpo_lab.theory.landscape import METHODS, Landscape, method_paths
 from dpo_lab.theory.log_linear import (
@@ -45,6 +49,7 @@ __all__ = [
     "draw_prompts",
     "exact_gradient",
     "fit_bradley_terry",
+    "fit_plackett_luce",
     "frontier_band",
     "gradient_descent",
     "implicit_reward",
