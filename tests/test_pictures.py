@@ -33,7 +33,6 @@ from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.objective import optimal_policy
 from dpo_lab.widgets.explorers import (
     _sample_table,
-    _slider,
     bandit_explorer,
     beta_explorer,
     betas_explorer,
@@ -41,6 +40,7 @@ from dpo_lab.widgets.explorers import (
     frontier_explorer,
     gradient_weight_explorer,
     live_curves,
+    slider_of,
     training_explorer,
 )
 from dpo_lab.widgets.figures import expanded_limits
@@ -231,7 +231,7 @@ def test_an_explorer_starts_with_exactly_what_it_was_given(of):
 @example(0.0, (0.01, 1, 0.01))
 def test_a_slider_can_be_exactly_what_it_is_given(value, bounds):
     low, high, step = bounds
-    slider = _slider("x", value, low, high, step)
+    slider = slider_of("x", value, low, high, step)
     assert slider.value == value and slider.min <= min(low, value) + 1e-5 * step
     assert slider.max >= max(high, value) - 1e-5 * step
     steps = (value - slider.min) / step
