@@ -16,6 +16,7 @@ from dpo_lab.theory.bandit import (
 )
 from dpo_lab.theory.bradley_terry import BradleyTerryFit, fit_bradley_terry
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.many_seeds import at_best_rate, dpo_runs, policy_gradient_runs
 from dpo_lab.theory.objective import (
     implicit_reward,
     kl,
@@ -29,7 +30,9 @@ __all__ = [
     "BradleyTerryFit",
     "OptimalFrontier",
     "all_pairs",
+    "at_best_rate",
     "best_of_n",
+    "dpo_runs",
     "exact_gradient",
     "fit_bradley_terry",
     "frontier_band",
@@ -44,6 +47,7 @@ __all__ = [
     "pair_weights",
     "penalized_rewards",
     "policy_gradient",
+    "policy_gradient_runs",
     "reinforce_gradients",
     "sample_pairs",
     "value_gap",
