@@ -1,4 +1,4 @@
-"""Sliders: explorers of the loss, the policy and training runs, for JupyterLab."""
+"""Explorers of the loss, the policy and training runs, and written predictions, for JupyterLab."""
 
 from dpo_lab.widgets.explorers import (
     Explorer,
@@ -16,6 +16,7 @@ from dpo_lab.widgets.explorers import (
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html
+from dpo_lab.widgets.predictions import Prediction, predict
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     FILMS,
@@ -33,6 +34,7 @@ __all__ = [
     "FILMS",
     "LiveCurves",
     "Picture",
+    "Prediction",
     "REJECTED_FILMS",
     "bandit_explorer",
     "bandit_state",
@@ -49,5 +51,6 @@ __all__ = [
     "gradient_weight_explorer",
     "gradient_weight_state",
     "live_curves",
+    "predict",
     "training_explorer",
 ]
