@@ -130,13 +130,14 @@ def pytest_collection_modifyitems(items):
 
 
 class FileByFile(LoadScopeScheduling):
-    """A file goes to one worker whole, for its tests share fixtures; each notebook goes by itself.
+    """A file goes to one worker whole, for its tests share fixtures; so do one notebook's tests.
 
     xdist's own groups (3.8) are no longer seen by pytest 9.2, and it then deals out single tests.
     """
 
     def _split_scope(self, nodeid):
-        return nodeid if "test_notebooks.py" in nodeid else nodeid.split("::")[0]
+        file, _, name = nodeid.partition("::")
+        return name.partition("[")[2] if "test_notebooks.py" in file and "[" in name else file
 
 
 @pytest.hookimpl(optionalhook=True)
