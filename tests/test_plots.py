@@ -21,6 +21,7 @@ from dpo_lab.plots import (
     plot_race,
     plot_rewards,
     plot_simplex,
+    plot_tokens,
     root_scale,
     token_html,
 )
@@ -214,3 +215,16 @@ def test_tokens_are_colored_by_sign_and_escaped():
     assert token_html([], []).endswith("</div>")
     titled = token_html(["a"], [1.0], title="reward <1>")
     assert "<b>reward &lt;1&gt;</b>" in titled and titled.count("<b>") == 1
+
+
+def test_every_row_of_tokens_has_its_bars_in_the_color_of_their_sign():
+    rows = {"log-ratio": [0.5, -0.25], "reward": [-1.0, 2.0]}
+    panels = plot_tokens("t", [" $a$", "b"], rows).axes
+    assert [axes.get_ylabel() for axes in panels] == list(rows)
+    for axes, values in zip(panels, rows.values()):
+        assert [bar.get_height() for bar in axes.patches] == values
+        greens = [bar.get_facecolor()[1] > bar.get_facecolor()[0] for bar in axes.patches]
+        assert greens == [value > 0 for value in values]
+    assert len(panels[-1].get_xticklabels()) == 2
+    with pytest.raises(ValueError, match="labels has 2 entries"):
+        plot_tokens("t", ["a", "b"], {"one": [1.0]})

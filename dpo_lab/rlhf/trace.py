@@ -1,5 +1,6 @@
 """One completion, token by token: what PPO pays each token, and what the value model expects."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,10 @@ def trace_completion(
         ValueError: there is no token, or a number is not finite.
     """
     score, kl_coefficient = number("score", score), number("kl_coefficient", kl_coefficient)
+    if not (math.isfinite(score) and math.isfinite(kl_coefficient)):
+        raise ValueError(
+            f"score is {score} and kl_coefficient {kl_coefficient}; both must be finite"
+        )
     if not prompt or not completion:
         raise ValueError(
             f"prompt has {len(prompt)} tokens and completion {len(completion)}; "

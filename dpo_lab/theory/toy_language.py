@@ -48,7 +48,7 @@ def prefix_values(logits: Tensor, rewards: Tensor) -> Tensor:
     second = (policy[1:] * of_pairs[:, :, 1]).sum(1)  # (n,), by first token
 
     # before the first one: the mean of both rewards
-    first = policy[0] @ (of_pairs[:, 0, 0] + second)
+    first = policy[0] @ (policy[1:] * of_pairs.sum(2)).sum(1)
     return torch.stack([first.expand(n * n), second.repeat_interleave(n)], 1)
 
 
