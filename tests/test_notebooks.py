@@ -15,8 +15,8 @@ SITE = "https://dpo-lab.github.io/dpo-lab/"
 # what the cell tagged `parameters` says in `make test`; `make test-long` leaves it as it is
 SMALL = {
     "04b_ppo_on_a_language_model": {
-        "passes": 3,
-        "prefixes": 120,
+        "passes": 2,
+        "prefixes": 160,
         "eval_prefixes": 48,
         "rollouts": 4,
         "batch": 48,
