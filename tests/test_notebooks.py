@@ -18,7 +18,7 @@ SMALL = {
         "passes": 2,
         "prefixes": 160,
         "eval_prefixes": 48,
-        "rollouts": 4,
+        "rollouts": 5,
         "batch": 48,
     },
     "05_dpo_gpt2_imdb": {
