@@ -14,11 +14,11 @@ SITE = "https://dpo-lab.github.io/dpo-lab/"
 
 # what the cell tagged `parameters` says in `make test`; `make test-long` leaves it as it is
 SMALL = {
-    "04_ppo_vs_dpo": {
-        "seeds": 5,
-        "prefixes": 140,
-        "eval_prefixes": 64,
-        "rollouts": 6,
+    "04b_ppo_on_a_language_model": {
+        "passes": 2,
+        "prefixes": 160,
+        "eval_prefixes": 48,
+        "rollouts": 5,
         "batch": 48,
     },
     "05_dpo_gpt2_imdb": {

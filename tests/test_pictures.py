@@ -38,6 +38,7 @@ from dpo_lab.widgets.explorers import (
     betas_explorer,
     bradley_terry_explorer,
     frontier_explorer,
+    gae_explorer,
     gradient_weight_explorer,
     live_curves,
     slider_of,
@@ -123,6 +124,7 @@ EXPLORERS = {
     "training": lambda runs: training_explorer(str(runs[1])),
     "betas": lambda runs: betas_explorer({0.1: str(runs[0]), 5.0: runs[1]}, OPTIMAL),
     "frontier": lambda runs: frontier_explorer(far_sweep()),
+    "GAE": lambda runs: gae_explorer(LABELS, [-60.0, 0.1, 0.0, 900.0], [-5.0, 300.0, 0.2, 0.1]),
 }
 
 
