@@ -634,6 +634,7 @@ def actor_critic(n: int | None = None) -> Derivation:
     squares = lambda values: tuple(v**2 for v in values)  # noqa: E731
 
     steps = (
+        # the normalizer as a part of the reward
         Step(
             equation(mean(pi, normalized), -beta * kl(pi, star)),
             "Eq. 10",
@@ -651,6 +652,7 @@ def actor_critic(n: int | None = None) -> Derivation:
             where,
             given,
         ),
+        # what it is to a policy gradient
         Step(
             equation(
                 mean(pi, tuple((v - b) * s for v, s in zip(returns(pi), score))),
@@ -667,6 +669,7 @@ def actor_critic(n: int | None = None) -> Derivation:
             r"At the optimum every completion has the same return, $\beta \log Z$.",
             where,
         ),
+        # the variance that is left at the optimum
         Step(
             equation(
                 mean(star, squares(tuple(v * s for v, s in zip(returns(star), score)))),
