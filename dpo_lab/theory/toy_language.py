@@ -55,7 +55,7 @@ def prefix_values(logits: Tensor, rewards: Tensor) -> Tensor:
 def gradient_moments(probabilities: Tensor, estimates: Tensor) -> tuple[Tensor, float]:
     """Mean (D,) and total variance of an estimate that is `estimates[i]` with probability p_i.
 
-    The variance is summed over the D directions: E|g|^2 - |E g|^2.
+    The variance is summed over the D directions: E[g . g] - E[g] . E[g].
 
     Args:
         probabilities: (N,), which sum to 1.
