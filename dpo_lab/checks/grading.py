@@ -88,6 +88,7 @@ otter-grader, per notebook, on the same submissions:
 
     cd otter/NOTEBOOK
     otter generate -t tests -r requirements.txt -o autograder.zip --python-version 3.12
+    mkdir -p RESULTS/STUDENT
     timeout 300 otter run -a autograder.zip -o RESULTS/STUDENT SUBMISSION.ipynb
     python -m dpo_lab.checks.grading otter RESULTS --to diagnoses.csv
 
