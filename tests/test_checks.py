@@ -19,7 +19,7 @@ from dpo_lab import checks
 from dpo_lab.checks import EXERCISES, Wrong, check, diagnose, mistakes
 from dpo_lab.checks.calling import call
 from dpo_lab.checks.exercise import REDUCTIONS, near
-from tests.mutants import mutants, mutants_of_mutants
+from tests.syntax_mutants import mutants, mutants_of_mutants
 
 SOLUTIONS = Path(__file__).parent.parent / "notebooks" / "exercises" / "solutions.py"
 FEW, MANY = range(3), range(20)
