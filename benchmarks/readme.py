@@ -20,7 +20,7 @@ from scale import table
 
 import dpo_lab
 from dpo_lab.plots import plot_sweep
-from dpo_lab.sentiment.results import REPEATS, load_sweep
+from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
 from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
@@ -39,15 +39,21 @@ PREFERENCE_TEST = "test_the_proved_preference_probability_is_the_one_computed"
 IDENTITY_TEST = "test_every_derivation_holds"
 EQUATION_TESTS = {
     "Eq. 1": PREFERENCE_TEST,
+    "Eq. 2": PREFERENCE_TEST,
     "Eq. 3": OBJECTIVE_TEST,
     "Eq. 4": OBJECTIVE_TEST,
     "Eq. 5": OBJECTIVE_TEST,
     "Eq. 6": LOSS_TEST,
     "Eq. 7": LOSS_TEST,
-    "Eq. 11-15": OBJECTIVE_TEST,
-    "Eq. 18-20": IDENTITY_TEST,
-    "Eq. 21": LOSS_TEST,
-    "Lemmas 1, 2, Theorem 1": IDENTITY_TEST,
+    "Eqs. 8 and 9": OBJECTIVE_TEST,
+    "Eq. 10": OBJECTIVE_TEST,
+    "Eqs. 11 to 15": OBJECTIVE_TEST,
+    "Eqs. 16 and 17": LOSS_TEST,
+    "Eq. 18": IDENTITY_TEST,
+    "Eqs. 19 and 20": IDENTITY_TEST,
+    "Eqs. 21 and 22": LOSS_TEST,
+    "Lemmas 1 and 2": IDENTITY_TEST,
+    "Theorem 1, Proposition 1": IDENTITY_TEST,
 }
 
 
@@ -185,6 +191,35 @@ def spread() -> str:
         for row in result.spread()
     )
     return _table(header, rows) + "".join(_origin(result.provenance) for result in results)
+
+
+def goodhart() -> str:
+    """What the labels' judge and others say to policies that DPO trained on its labels."""
+    found = load_goodhart()
+    names = ("kl", "reward", "second", "reference_logp", "known")
+    digits = (1, 3, 3, 2, 3)
+
+    def line(beta: object, rows: list[dict]) -> list[object]:
+        values = [[row[name] for row in rows] for name in names]
+        return [beta] + [
+            f"{statistics.mean(v):.{d}f} ± {statistics.stdev(v):.{d}f}"
+            for v, d in zip(values, digits)
+        ]
+
+    betas = found["config"]["betas"]
+    before = [row for row in found["rows"] if not row["step"] and row["beta"] == betas[0]]
+    ends = {b: [row for row in found["rows"] if row["step"] and row["beta"] == b] for b in betas}
+    header = (
+        "beta | sequence KL (nats) | reward, the labels' judge | P(positive), second judge "
+        "| log pi_ref per token (nats) | fraction of known words"
+    )
+    rows = [line("reference", before), *(line(beta, ends[beta]) for beta in betas)]
+    seeds, judge = len(found["config"]["seeds"]), found["second_judge"]
+    text = (
+        f"\n\n± is the standard deviation between {seeds} seeds. The second judge is right on "
+        f"{judge['accuracy']:.0%} of {judge['held_out']:,} sentences that it was not fitted to."
+    )
+    return _table(header, rows) + text + _origin(found)
 
 
 def embedded_model() -> str:
@@ -607,13 +642,14 @@ def equations() -> str:
         rows.append(
             (
                 row["equation"],
+                row["here"],
                 ", ".join(f"`{name}`" for name in names),
                 "; ".join(dict.fromkeys(shown)),
                 computed,
                 f"`{EQUATION_TESTS[row['equation']]}`",
             )
         )
-    return _table("equation | proved by `symbolic.` | shown in | computed by | test", rows)
+    return _table("equation | here | proved by `symbolic.` | shown in | computed by | test", rows)
 
 
 BLOCKS = {
@@ -622,6 +658,7 @@ BLOCKS = {
     "sweep": sweep,
     "methods": methods,
     "spread": spread,
+    "goodhart": goodhart,
     "embedded model": embedded_model,
     "results": results,
     "ratios": ratios,

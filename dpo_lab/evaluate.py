@@ -55,8 +55,10 @@ def evaluate_policy(
 ) -> Evaluation:
     """Sample one completion per prompt from `policy` at temperature 1, and score it.
 
-    The KL is the mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi. It is unbiased; single values
-    may be negative.
+    The KL is the mean of log pi(y|x) - log pi_ref(y|x) over y ~ pi; single values may be negative.
+    It is unbiased where y is drawn in the precision in which it is scored, float32: bfloat16 draws
+    from a slightly different distribution than pi. Where `policy` is `reference` itself it is 0 by
+    definition, and not computed.
 
     Args:
         policy, reference: causal LMs with the same vocabulary.
@@ -65,7 +67,7 @@ def evaluate_policy(
         tokenizer: the one of both models.
         max_new_tokens: completions are truncated at this length.
         seed: of the samples.
-        precision: in which samples are drawn; log-probs are computed in float32.
+        precision: in which samples are drawn; log-probs are always computed in float32.
         progress: a name for a progress bar; without it there is none.
 
     Raises:

@@ -118,6 +118,49 @@ def plot_distributions(
     return figure
 
 
+def plot_kl(labels: Sequence[str], p: Sequence[float], q: Sequence[float]) -> Figure:
+    """KL(p || q) by eye, for positive (n,) distributions over the same outcomes.
+
+    Above the probabilities, below what each outcome adds: p log(p / q), in nats. The title has the
+    sum. Raises ValueError for a probability that is not positive.
+    """
+    p, q = floats("p", p), floats("q", q)
+    shown, places = check_labels(labels, len(p), "outcomes"), np.arange(len(p))
+    check_labels(labels, len(q), "probabilities in q")
+    for name, values in (("p", p), ("q", q)):
+        if not (values > 0).all():
+            raise ValueError(
+                f"{name} is {values.tolist()}; each probability must be positive: leave out "
+                "outcomes that have none"
+            )
+    parts = p * np.log(p / q)
+    title = f"KL(p || q) = {parts.sum():.3f} nats"
+    figure, (top, bottom) = _figure(title, "probability", "p log(p / q), nats", x="outcome")
+
+    # the two distributions
+    top.bar(places - 0.2, p, 0.4, label="p", color=POLICY)
+    top.bar(places + 0.2, q, 0.4, label="q", color=OPTIMUM, hatch="//")
+    _legend(top)
+
+    # what each outcome adds, positive or negative
+    bottom.bar(places, parts, 0.4, color=[CHOSEN if part > 0 else REJECTED for part in parts])
+    bottom.axhline(0, color="black", linewidth=0.8)
+    bottom.set_xticks(places, shown)
+    return figure
+
+
+def plot_tangent() -> Figure:
+    """log t and its tangent at t = 1, the line t - 1, which lies above it everywhere else."""
+    t = np.linspace(0.05, 3, 300)
+    figure, axes = _figure("log t never exceeds t - 1", "height", x="t = q / p")
+    axes.plot(t, t - 1, color=POLICY, label="t - 1")
+    axes.plot(t, np.log(t), color=REJECTED, linestyle="--", label="log t")
+    axes.fill_between(t, np.log(t), t - 1, color=OPTIMUM, alpha=0.2, label="g(t) = t - 1 - log t")
+    axes.plot(1, 0, "o", color="black")
+    _legend(axes)
+    return figure
+
+
 def plot_beta_path(
     betas: Sequence[float],
     policies: np.ndarray,
@@ -487,6 +530,44 @@ def plot_betas(runs: Mapping[float, Sequence[Mapping[str, float]]], optimal: Any
         root_scale(axes.xaxis, max(kls), min(kls))
     figure.axes[0].set_ylabel("mean reward")
     figure.supxlabel("sequence KL (nats); dashed: the optimal policy", fontsize=10)
+    return figure
+
+
+def plot_judges(rows: Sequence[Mapping[str, float]], measures: Mapping[str, str]) -> Figure:
+    """What DPO with several betas ends at by several measures, a panel each, against sequence KL.
+
+    Points are means over seeds, with the standard deviation between seeds where there are several.
+
+    Args:
+        rows: evaluations with `beta`, `step`, `kl` and the measures. Those of step 0 are the
+            reference's, drawn as a line; of the others each is one seed's.
+        measures: the title of each measure's panel, by its name in the rows.
+    """
+    figure = Figure(figsize=(8.4, 1 + 1.9 * -(-len(measures) // 2)), dpi=120, layout="constrained")
+    panels = figure.subplots(-(-len(measures) // 2), min(2, len(measures)), squeeze=False).ravel()
+    for empty in panels[len(measures) :]:
+        empty.remove()
+    ends = [row for row in rows if row["step"]]
+    for axes, (name, label) in zip(panels, measures.items()):
+        before = np.mean([row[name] for row in rows if not row["step"]])
+        axes.axhline(before, color=OPTIMUM, linestyle=":", label="reference")
+
+        # one point per beta, the labels in turn above and below
+        for k, beta in enumerate(sorted({row["beta"] for row in ends})):
+            kl, value = ([r[key] for r in ends if r["beta"] == beta] for key in ("kl", name))
+            at, bars = (np.mean(kl), np.mean(value)), {}
+            if len(kl) > 1:
+                bars = {"xerr": np.std(kl, ddof=1), "yerr": np.std(value, ddof=1)}
+            axes.errorbar(*at, **bars, fmt="o", color=POLICY, capsize=2, markersize=4)
+            place = {"xytext": (0, 14 if k % 2 else -14), "textcoords": "offset points"}
+            axes.annotate(f"{beta:g}", at, ha="center", va="center", fontsize=9, **place)
+
+        axes.set_title(label, fontsize=10)
+        axes.margins(y=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        root_scale(axes.xaxis, max(row["kl"] for row in ends), min(row["kl"] for row in ends))
+    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.supxlabel("sequence KL (nats); the number at a point is its beta", fontsize=10)
     return figure
 
 

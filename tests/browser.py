@@ -107,12 +107,21 @@ def open_notebook(
 
 def wait_until_run(page: Page, cells: Locator, seconds: int) -> None:
     """Wait until every one of the cells has a number."""
-    for _ in range(2 * seconds):
+    for _ in range(5 * seconds):
         prompts = cells.locator(".jp-InputPrompt").all_inner_texts()
         if prompts and all(re.fullmatch(r"\[\d+\]:", prompt.strip()) for prompt in prompts):
             return
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(200)
     raise AssertionError(f"after {seconds} s the cells say {prompts}")
+
+
+def begins(page: Page, cell: Locator) -> bool:
+    """Whether a cell begins to run within a second."""
+    for _ in range(10):
+        page.wait_for_timeout(100)
+        if cell.locator(".jp-InputPrompt").inner_text() != "[ ]:":
+            return True
+    return False
 
 
 def run_first_cell(page: Page) -> Locator:
@@ -121,8 +130,7 @@ def run_first_cell(page: Page) -> Locator:
     for _ in range(10):  # a click is lost while JupyterLab still lays the page out
         first.locator(".cm-content").click()
         page.keyboard.press("Shift+Enter")
-        page.wait_for_timeout(1_000)
-        if first.locator(".jp-InputPrompt").inner_text() != "[ ]:":
+        if begins(page, first):
             break
     wait_until_run(page, first, 90)
     return first
@@ -133,8 +141,7 @@ def run_all_cells(page: Page, seconds: int = 180) -> None:
     for _ in range(10):  # as in run_first_cell
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_timeout(1_000)
-        if page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text() != "[ ]:":
+        if begins(page, page.locator(".jp-CodeCell").first):
             break
     wait_until_run(page, page.locator(".jp-CodeCell"), seconds)
 

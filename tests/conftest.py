@@ -1,4 +1,8 @@
-"""Offline, with a cache of its own, and a tiny GPT-2 for what does not need a good one."""
+"""Offline, with a cache of its own, and a tiny GPT-2 for what does not need a good one.
+
+What takes seconds to import is imported where it is used, for the process that hands tests to the
+workers needs none of it.
+"""
 
 import errno
 import os
@@ -7,25 +11,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
-from datasets import Dataset, DatasetDict
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
-    GPT2LMHeadModel,
-    set_seed,
-)
 from xdist.scheduler import LoadScopeScheduling
-
-from dpo_lab.models import load_model, load_tokenizer
-from dpo_lab.sentiment import task
-from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config, train_tokenizer
 
 
 @pytest.fixture
 def matmul():
     """torch's setting of who computes float32 matmuls on a CPU; what it was comes back."""
+    import torch
+
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "none"
@@ -41,6 +34,8 @@ WORDS = (
 
 def make_reviews(n, seed=0):
     """Short made-up reviews whose words tell the label."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     texts, labels = [], []
     for i in range(n):
@@ -53,6 +48,8 @@ def make_reviews(n, seed=0):
 
 def make_classifier(folder, labels):
     """A tiny sequence classifier with random weights in `folder`."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"])
@@ -95,6 +92,10 @@ def forbidden(tmp_path, monkeypatch):
 @pytest.fixture
 def made_up_reviews(monkeypatch, tmp_path_factory):
     """An experiment reads 260 made-up reviews, and keeps its classifier apart from the user's."""
+    from datasets import Dataset, DatasetDict
+
+    from dpo_lab.sentiment import task
+
     parts = {}
     for name, n in (("train", 200), ("test", 60)):
         texts, labels = make_reviews(n, seed=n)
@@ -106,6 +107,10 @@ def made_up_reviews(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of a tiny GPT-2 with random weights and its tokenizer."""
+    from transformers import GPT2LMHeadModel, set_seed
+
+    from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config, train_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny")
     set_seed(0)
     config = gpt2_config(PretrainConfig(vocabulary=512, context=64, width=32, layers=2, heads=2))
@@ -116,11 +121,15 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(tiny):
+    from dpo_lab.models import load_tokenizer
+
     return load_tokenizer(str(tiny))
 
 
 @pytest.fixture
 def model(tiny):
+    from dpo_lab.models import load_model
+
     return load_model(str(tiny))
 
 

@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import contender  # noqa: E402
+import goodhart  # noqa: E402
 import hacking  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
@@ -24,6 +25,7 @@ import speed  # noqa: E402
 from dpo_lab.loop import LoopConfig  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
+from dpo_lab.sentiment.results import load_goodhart  # noqa: E402
 from dpo_lab.sentiment.task import TaskConfig  # noqa: E402
 
 # each in a fork of one process: what they load takes longer than what they do
@@ -189,3 +191,76 @@ def test_each_learned_reward_is_pushed_and_its_run_recorded(tiny, tmp_path):
     assert np.isfinite([row["given"] for run in found["runs"] for row in run]).all()
     assert first[0]["given"] != second[0]["given"] and first[-1]["kl"] > 0  # two rewards
     assert found["config"]["task"]["prefixes"] == 24 and found["commit"]
+
+
+@pytest.mark.usefixtures("made_up_reviews")
+def test_dpo_on_the_true_reward_is_asked_about_by_others(tiny, tmp_path, monkeypatch):
+    table = tmp_path / "reviews.csv"
+    lines = [f"rotten_tomatoes,{i % 2},{['a bore', 'a joy'][i % 2]} number {i}" for i in range(80)]
+    table.write_text("\n".join(["source,label,text", "imdb,1,not asked", *lines]))
+    monkeypatch.setattr(goodhart, "reviews_csv", lambda: table)
+    monkeypatch.setattr(goodhart, "HELD_OUT", 20)
+    task = TaskConfig(
+        model=str(tiny), prefixes=12, eval_prefixes=8, max_new_tokens=6, precision="float32"
+    )
+    loop = LoopConfig(learning_rate=1e-2, warmup_steps=0, eval_every=10_000)
+    config = goodhart.GoodhartConfig(
+        betas=(0.1, 1.0), seeds=(0, 1), task=task, loop=loop, batch_pairs=24, out=tmp_path / "runs"
+    )
+    goodhart.main(config, tmp_path / "goodhart.json")
+    found = json.loads((tmp_path / "goodhart.json").read_text())
+
+    # before and after, for each run
+    rows = found["rows"]
+    assert [(row["seed"], row["beta"]) for row in rows[::2]] == [(0, 0.1), (0, 1), (1, 0.1), (1, 1)]
+    for before, after in zip(rows[::2], rows[1::2]):
+        assert before["step"] == before["kl"] == 0 < after["step"] and after["kl"] != 0
+        assert 0 < after["second"] < 1 and after["reference_logp"] < 0 <= after["known"] <= 1
+    assert found["second_judge"]["accuracy"] == 1 and found["commit"]
+    assert "out" not in found["config"]
+
+    # what is there is kept, unless something else is asked for
+    monkeypatch.setattr(goodhart, "push", None)
+    goodhart.main(config, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == rows
+    with pytest.raises(ValueError, match="batch_pairs"):
+        goodhart.main(replace(config, batch_pairs=12), tmp_path / "again.json")
+
+
+def test_a_verdict_is_a_mean_over_completions_tokens_and_words():
+    class Judge:
+        def predict_proba(self, texts):
+            return np.array([[1 - len(text) / 10, len(text) / 10] for text in texts])
+
+    evaluation = {
+        "step": 3,
+        "reward": 0.5,
+        "reward_se": 0.1,
+        "kl": 2.0,
+        "kl_se": 0.2,
+        "texts": ["abcd", "ab"],
+        "completions": ["A joy, a Joy", "qqq"],
+        "lengths": [3, 1],
+        "reference_logps": [-6.0, -4.0],
+    }
+    found = goodhart.verdict(evaluation, Judge(), {"a", "joy"})
+    assert found["second"] == pytest.approx(0.3) and found["reference_logp"] == -2.5
+    assert found["known"] == 4 / 5 and found["texts"] == ["abcd", "ab"]
+    assert goodhart.known_words(["a a", *["a b"] * 4, "b"]) == {"a", "b"}
+    assert goodhart.known_words(["b b b b b"]) == set()
+
+
+def test_what_the_pages_say_of_the_true_reward_is_in_the_shipped_rows():
+    rows = load_goodhart()["rows"]
+    assert len({(row["beta"], row["seed"]) for row in rows}) * 2 == len(rows)
+
+    def mean(name, beta, last=True):
+        found = [row[name] for row in rows if row["beta"] == beta and bool(row["step"]) == last]
+        return np.mean(found)
+
+    # both judges approve of text that the reference and the words of the reviews disown
+    for name, sign in (("reward", 1), ("second", 1), ("reference_logp", -1), ("known", -1)):
+        assert sign * mean(name, 0.05) > sign * mean(name, 0.1) > sign * mean(name, 0.3)
+    assert mean("kl", 0.05) > 5 * mean("kl", 0.3)
+    for name, close in (("reference_logp", 0.1), ("known", 0.01)):
+        assert abs(mean(name, 1.0) - mean(name, 1.0, last=False)) < close

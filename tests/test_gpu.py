@@ -114,9 +114,7 @@ def test_what_a_hanging_stage_started_ends_with_it(tmp_path, clock):
 
 
 def test_a_run_that_is_killed_leaves_what_it_has_measured(tmp_path):
-    stage = (
-        "import json, sys, time; json.dump({'a': 1}, open(sys.argv[1], 'w')); time.sleep(60)"
-    )
+    stage = "import json, sys, time; json.dump({'a': 1}, open(sys.argv[1], 'w')); time.sleep(60)"
     commands = {
         "first": [sys.executable, "-c", stage, "{results}"],
         "second": [sys.executable, "-c", "0"],

@@ -20,6 +20,8 @@ from dpo_lab.plots import (
     plot_distributions,
     plot_frontier,
     plot_intervals,
+    plot_judges,
+    plot_kl,
     plot_lines,
     plot_loss,
     plot_margins,
@@ -28,6 +30,7 @@ from dpo_lab.plots import (
     plot_race,
     plot_rewards,
     plot_simplex,
+    plot_tangent,
     plot_token_logps,
     root_scale,
     token_html,
@@ -96,6 +99,25 @@ def test_bars_have_the_height_of_the_probabilities():
     edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
     assert all(right <= left + 1e-9 for (_, right), (left, _) in zip(edges, edges[1:]))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_the_parts_of_a_kl_add_up_to_it():
+    top, bottom = plot_kl(["a", "b"], [0.5, 0.5], [0.25, 0.75]).axes
+    assert [bar.get_height() for bar in top.patches] == [0.5, 0.5, 0.25, 0.75]
+    parts = [bar.get_height() for bar in bottom.patches]
+    assert parts == pytest.approx([0.5 * np.log(2), 0.5 * np.log(2 / 3)])
+    assert top.get_title() == f"KL(p || q) = {sum(parts):.3f} nats"
+    for p, q in (([1.0, 0.0], [0.5, 0.5]), ([0.5, 0.5], [1.0, 0.0])):
+        with pytest.raises(ValueError, match="each probability must be positive"):
+            plot_kl(["a", "b"], p, q)
+    with pytest.raises(ValueError, match="probabilities in q"):
+        plot_kl(["a", "b"], [0.5, 0.5], [1.0])
+
+
+def test_the_tangent_lies_above_the_logarithm_and_touches_it_at_1():
+    line, curve, touch = plot_tangent().axes[0].get_lines()
+    assert (line.get_ydata() >= curve.get_ydata()).all()
+    assert touch.get_xydata().tolist() == [[1.0, 0.0]]
 
 
 def test_the_beta_path_runs_from_large_to_small_beta():
@@ -193,6 +215,26 @@ def test_every_beta_has_a_panel_on_one_scale():
         {axes.get_xlim() for axes in panels}
     ) == 1
     assert list(panels[0].get_lines()[1].get_xdata()) == [0, 4]
+
+
+def test_every_measure_has_a_panel_with_the_mean_of_each_beta():
+    before = {"beta": 0.1, "step": 0, "kl": 0.0, "reward": 0.5, "known": 0.9}
+    ends = [
+        {"beta": beta, "step": 9, "kl": kl, "reward": reward, "known": 0.8}
+        for beta, kl, reward in [(0.1, 10.0, 0.9), (0.1, 14.0, 0.7), (1.0, 2.0, 0.6)]
+    ]
+    measures = {"reward": "the judge", "known": "words"}
+    panels = plot_judges([before, *ends], measures).axes
+    assert [axes.get_title() for axes in panels] == ["the judge", "words"]
+    one, several = (bars for bars in panels[0].containers[::-1])
+    assert one[0].get_xydata().tolist() == [[2, 0.6]]
+    assert several[0].get_xydata() == pytest.approx(np.array([[12, 0.8]]))
+
+    # the standard deviation between the two seeds, and none for one seed
+    sideways = several[2][0].get_segments()[0]
+    assert sideways == pytest.approx(np.array([[12 - 8**0.5, 0.8], [12 + 8**0.5, 0.8]]))
+    assert not one.has_xerr and not one.has_yerr
+    assert [text.get_text() for text in panels[1].texts] == ["0.1", "1"]
 
 
 @pytest.mark.parametrize("most", [0.6, 1, 4, 7, 30, 60, 220])

@@ -90,7 +90,7 @@ def pretrain(
 
     # the reviews, end to end in rows of tokens
     reviews = load_imdb()
-    texts, held_out = list(reviews["train"]["text"]), list(reviews["test"]["text"])
+    texts, held_out = reviews["train"]["text"][:], reviews["test"]["text"][:]
     tokenizer = train_tokenizer(texts, config.vocabulary)
     rows = pack(whole_documents(tokenizer, texts), config.context, tokenizer.eos_token_id)
     if len(rows) < config.rows:

@@ -274,3 +274,15 @@ def load_hacking() -> dict[str, Any]:
     deviations on the reference's completions, and the true `reward` and `kl`.
     """
     return json.loads((ASSETS / "hacking.json").read_text(encoding="utf-8"))
+
+
+def load_goodhart() -> dict[str, Any]:
+    """What DPO made of the true reward, and what others say to it (benchmarks/goodhart.py), as it
+    comes with the package.
+
+    `rows` holds two evaluations of each run, at its first and last step: `beta`, `seed`, the
+    `reward` of the classifier that labels, P(positive) by a `second` judge, the `kl` in nats, the
+    reference's log-prob of a token `reference_logp` in nats, the fraction of `known` words, and the
+    first `texts`.
+    """
+    return json.loads((ASSETS / "goodhart.json").read_text(encoding="utf-8"))

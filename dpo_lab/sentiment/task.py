@@ -53,7 +53,7 @@ LONGEST_PREFIX = 8
 # rows per step of SFT, and the forward passes that a step is done in
 SFT_ROWS, SFT_ACCUMULATE = 64, 8
 
-# what the optimal frontier is estimated from: held-out prefixes, and completions of each
+# what the optimal frontier is estimated from: held-out prefixes, at most, and completions of each
 FRONTIER_PREFIXES, FRONTIER_COMPLETIONS = 32, 64
 
 # pairs whose log-ratios are kept at every evaluation of a run
@@ -282,7 +282,7 @@ class Task:
         if self.asked.reward != "tfidf":
             return SentimentReward.hub(self.asked.reward, device=self.asked.device)
         reviews = self.reviews["train"]
-        return SentimentReward.tfidf(list(reviews["text"]), list(reviews["label"]))
+        return SentimentReward.tfidf(reviews["text"][:], reviews["label"][:])
 
     def load(self) -> None:
         """Load and check everything now, before anything is written."""
@@ -319,7 +319,7 @@ class Task:
 
     def _measured_precision(self) -> Precision:
         """The precision that scores reviews faster; prints the measurement."""
-        rows = self.tokenizer(list(self.reviews["train"]["text"][:64]))["input_ids"]
+        rows = self.tokenizer(self.reviews["train"]["text"][:64])["input_ids"]
         prompts = [row[:1] for row in rows]
         completions = [row[1 : 1 + self.asked.max_new_tokens] for row in rows]
 
@@ -342,12 +342,12 @@ class Task:
 
     def training_prefixes(self, n: int, seed: int) -> list[list[int]]:
         """`n` prefixes of training reviews."""
-        return sample_prefixes(list(self.reviews["train"]["text"]), self.tokenizer, n, seed=seed)
+        return sample_prefixes(self.reviews["train"]["text"][:], self.tokenizer, n, seed=seed)
 
     @cached_property
     def held_out(self) -> list[list[int]]:
         """Prefixes of held-out reviews, drawn with the task's seed."""
-        texts = list(self.reviews["test"]["text"])
+        texts = self.reviews["test"]["text"][:]
         n, seed = self.asked.eval_prefixes, self.asked.seed
         return sample_prefixes(texts, self.tokenizer, n, seed=seed)
 
@@ -474,8 +474,11 @@ class Task:
 
     @cached_property
     def frontier(self) -> OptimalFrontier:
-        """The optimal reward-KL frontier, from reference completions of some held-out prefixes."""
-        some = self.held_out[:FRONTIER_PREFIXES]
+        """The optimal reward-KL frontier, from reference completions of some held-out prefixes.
+
+        An eighth of them, at most `FRONTIER_PREFIXES`.
+        """
+        some = self.held_out[: min(FRONTIER_PREFIXES, max(1, len(self.held_out) // 8))]
         scores, _ = self.score_reference(some, FRONTIER_COMPLETIONS, progress="optimal frontier")
         return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
 
@@ -509,7 +512,7 @@ class Task:
 
     def _fine_tune(self, run: Path) -> None:
         """Train the initial model on the training reviews."""
-        rows = _sft_rows(list(self.reviews["train"]["text"]), self.tokenizer, self.initial)
+        rows = _sft_rows(self.reviews["train"]["text"][:], self.tokenizer, self.initial)
         steps = plan_prompts([[0]] * len(rows), self.asked.sft_epochs, SFT_ROWS, self.asked.seed)
         loop = LoopConfig(
             learning_rate=self.asked.sft_learning_rate, gradient_accumulation_steps=SFT_ACCUMULATE
@@ -540,7 +543,7 @@ class Task:
         """
         if not self.asked.sft_epochs:
             return None, 0
-        texts = list(self.reviews["train"]["text"])
+        texts = self.reviews["train"]["text"][:]
         some = texts[:: max(1, len(texts) // 500)]
         rows = len(_sft_rows(some, self.tokenizer, self.initial)) * len(texts) / len(some)
 

@@ -70,7 +70,7 @@ def value_gap(policy: Tensor, reference: Tensor, reward: Tensor, beta: float) ->
     """J(pi*) - J(pi) = beta KL(pi || pi*), (...) in units of the reward.
 
     It says how far a policy is from the optimum, and holds because J(pi) = beta log Z - beta KL(pi
-    || pi*) (Eq. 14, whose printed "+ Z(x)" should read "- log Z(x)").
+    || pi*) (Eq. 14; early copies print "+ Z(x)" for its "- log Z(x)").
     """
     _check_distribution("policy", policy)
     beta = _checked_tilt(reference, reward, beta)
