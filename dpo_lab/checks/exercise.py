@@ -6,7 +6,7 @@ The mistakes themselves, their names and hints, stand in `assets/mistakes.csv`.
 import csv
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,11 +86,13 @@ class Exercise:
     also: Callable[[Tensor, dict[str, Any]], tuple[str, str] | None] | None = None
     """what else must hold of a returned tensor and the tensors and models that it came of: the name
     of the mistake and what to say, or None"""
+    known: Mapping[str, Mapping[str, Slip]] | None = None
+    """the mistakes by switch and setting; by default those of mistakes.csv"""
 
     @functools.cached_property
-    def slips(self) -> dict[str, dict[str, Slip]]:
+    def slips(self) -> Mapping[str, Mapping[str, Slip]]:
         """The mistakes by switch and setting."""
-        return mistakes()[self.name]
+        return mistakes()[self.name] if self.known is None else self.known
 
     @functools.lru_cache(maxsize=32)  # noqa: B019 (exercises are constants)
     def cases(self, seed: int) -> tuple[Inputs, Inputs]:

@@ -1,6 +1,7 @@
 """For instructors: a course for nbgrader and otter-grader from the exercises, and its results.
 
     python -m dpo_lab.checks.grading course FOLDER --exercises dpo_loss sequence_logps
+    python -m dpo_lab.checks.grading prepare SUBMISSIONS
     python -m dpo_lab.checks.grading otter RESULTS --to diagnoses.csv
     python -m dpo_lab.checks.grading report diagnoses.csv
 
@@ -12,8 +13,10 @@ import argparse
 import csv
 import json
 import re
+import secrets
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,11 @@ NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks" / "exercises"
 
 COLUMNS = ("student", "exercise", "points", "max_points", "diagnosis")
 
-NOT_GRADED = "not graded: the kernel died or did not answer, or a cell was copied; see the log"
+NOT_GRADED = "not graded: the kernel died or did not answer; see the log"
 NOT_RUN = "not run: the check cell was missing"
 
 CONFIG = """\
 import os
-import secrets
 
 c = get_config()
 c.CourseDirectory.course_id = "dpo"
@@ -53,8 +55,8 @@ c.ExecutePreprocessor.timeout = 60
 c.IgnorePattern.enabled = True
 c.IgnorePattern.pattern = r"[\\s\\S]"
 
-# other inputs than those of the notebook, the same ones for all students of a run
-os.environ.setdefault("DPO_LAB_CHECK_SEED", str(secrets.randbelow(2**31)))
+# other inputs than those of the notebook, the same ones for all students
+os.environ["DPO_LAB_CHECK_SEED"] = "{seed}"
 """
 
 OTTER_TEST = """\
@@ -70,7 +72,10 @@ points = {points}
 def test_{name}(my_{name}):
     from dpo_lab.checks import check_{name}
 
-    check_{name}(my_{name})
+    seed = {seed}
+    if my_{name} is None:
+        raise NameError("name 'my_{name}' is not defined")
+    check_{name}(my_{name}, seed=seed)
 """
 
 README = """\
@@ -80,27 +85,32 @@ nbgrader, in this folder:
 
     nbgrader generate_assignment {assignment}
     # hand out release/{assignment}/; collect into submitted/STUDENT/{assignment}/
+    python -m dpo_lab.checks.grading prepare submitted
     nbgrader autograde {assignment}
     nbgrader generate_feedback {assignment}
     nbgrader export --exporter dpo_lab.checks.nbgrader_export.DiagnosisExport --to diagnoses.csv
 
-otter-grader, per notebook, on the same submissions:
+otter-grader, for one notebook, on the same submissions:
 
-    cd otter/NOTEBOOK
+    cd otter/{notebook}
     otter generate -t tests -r requirements.txt -o autograder.zip --python-version 3.12
-    mkdir -p RESULTS/STUDENT
-    timeout 300 otter run -a autograder.zip -o RESULTS/STUDENT SUBMISSION.ipynb
-    python -m dpo_lab.checks.grading otter RESULTS --to diagnoses.csv
+    for file in ../../submitted/*/{assignment}/{notebook}.ipynb; do
+        student=$(basename "$(dirname "$(dirname "$file")")")
+        mkdir -p "results/$student"
+        timeout 300 otter run -a autograder.zip -o "results/$student" "$file"
+    done
+    python -m dpo_lab.checks.grading otter results --to diagnoses.csv
 
 The report of a class, from either table:
 
     python -m dpo_lab.checks.grading report diagnoses.csv
 """
 
+# of Gradescope's image; `otter generate` puts the wheel there
 REQUIREMENTS = """\
 --extra-index-url https://download.pytorch.org/whl/cpu
 torch
-dpo-lab
+dpo-lab @ file:///autograder/source/files/dpo_lab-{version}-py3-none-any.whl
 """
 
 
@@ -111,6 +121,7 @@ def write_course(
     points: Sequence[float] = (),
     assignment: str = "hw1",
     notebooks: Path | str = NOTEBOOKS,
+    seed: int | None = None,
 ) -> Path:
     """Write a course for nbgrader and otter-grader into a new folder; the folder.
 
@@ -118,15 +129,21 @@ def write_course(
         folder: must not exist, or be empty.
         exercises: names of exercises, such as "dpo_loss".
         points: of each exercise; without them, those of the notebooks.
-        assignment: the name of the assignment.
+        assignment: the name of the assignment: letters, digits, - and _.
         notebooks: where the exercise notebooks are, `notebooks/exercises` of a checkout.
+        seed: of the inputs on which both graders call the functions; by default one is drawn.
 
     Raises:
-        ValueError: an exercise that does not exist or is named twice, another number of points than
-            exercises, a folder with something in it, or no notebooks.
+        ValueError: an exercise that does not exist, is named twice or is in no notebook, another
+            number of points than exercises, a folder with something in it, or another name.
     """
     folder, notebooks = Path(folder).expanduser(), Path(notebooks).expanduser()
     worth = _checked_points(exercises, points)
+    if not re.fullmatch(r"[\w-]+", assignment):
+        raise ValueError(
+            f"assignment is {assignment!r}; give a name of letters, digits, - and _, such as hw1"
+        )
+    seed = secrets.randbelow(2**31) if seed is None else seed
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder is {folder}, and something is there; give a new one")
     found = {path.stem: path for path in sorted(notebooks.glob("ex*.ipynb"))}
@@ -142,6 +159,9 @@ def write_course(
         notebook = json.loads(path.read_text(encoding="utf-8"))
         if names := _keep_exercises(notebook, worth):
             chosen[stem] = notebook, names
+    there = {name for _, names in chosen.values() for name in names}
+    if missing := [name for name in exercises if name not in there]:
+        raise ValueError(f"notebooks is {notebooks}, where {missing[0]!r} is in no notebook")
 
     source = folder / "source" / assignment
     source.mkdir(parents=True)
@@ -151,11 +171,13 @@ def write_course(
         tests = folder / "otter" / stem / "tests"
         tests.mkdir(parents=True)
         for name, value in names.items():
-            test = OTTER_TEST.format(name=name, points=value)
+            test = OTTER_TEST.format(name=name, points=value, seed=seed)
             (tests / f"{name}.py").write_text(test, encoding="utf-8")
-        (tests.parent / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-    (folder / "nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
-    (folder / "README.md").write_text(README.format(assignment=assignment), encoding="utf-8")
+        needed = REQUIREMENTS.format(version=version("dpo-lab"))
+        (tests.parent / "requirements.txt").write_text(needed, encoding="utf-8")
+    (folder / "nbgrader_config.py").write_text(CONFIG.format(seed=seed), encoding="utf-8")
+    readme = README.format(assignment=assignment, notebook=next(iter(chosen)))
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     return folder
 
 
@@ -199,6 +221,48 @@ def _keep_exercises(notebook: dict[str, Any], worth: dict[str, float | None]) ->
     return names
 
 
+# what students hand in
+
+
+def prepare(folder: Path | str) -> list[str]:
+    """Make every notebook below a folder fit for the graders; a line about each change.
+
+    Only metadata change. A notebook that names an environment of the student's own runs in the
+    kernel python3: `otter run` would look for the other one in vain. Of a cell that was copied with
+    its grade id the first one keeps it: two of them stop `nbgrader autograde` for all students.
+    """
+    changes = []
+    for path in sorted(Path(folder).rglob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        found = [f"{path}: {change}" for change in (*_own_kernel(notebook), *_copies(notebook))]
+        if found:
+            text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+            path.write_text(text, encoding="utf-8")
+        changes += found
+    return changes
+
+
+def _own_kernel(notebook: dict[str, Any]) -> Iterator[str]:
+    """Run in python3 what names another kernel."""
+    name = notebook["metadata"].get("kernelspec", {}).get("name", "none")
+    if name != "python3":
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook["metadata"]["kernelspec"] = kernel
+        yield f"kernel {name} is now python3"
+
+
+def _copies(notebook: dict[str, Any]) -> Iterator[str]:
+    """Leave each grade id to the first cell that has it."""
+    seen = set()
+    for cell in notebook["cells"]:
+        name = cell["metadata"].get("nbgrader", {}).get("grade_id")
+        if name in seen:
+            del cell["metadata"]["nbgrader"]
+            yield f"cell {name} was copied; the copy runs, and is not graded"
+        elif name is not None:
+            seen.add(name)
+
+
 # the results of a class
 
 
@@ -211,22 +275,33 @@ def diagnosis_of(message: str) -> str:
 def rows_of_otter(results: Path | str) -> list[dict[str, Any]]:
     """One row per student and exercise from RESULTS/STUDENT/results.json.
 
-    A student's folder without a file of results has one row, which says so.
+    A student's folder without a file of results has the rows of the others, with no points.
     """
+    tests_of = {
+        folder.name: _tests_of(folder / "results.json")
+        for folder in sorted(path for path in Path(results).iterdir() if path.is_dir())
+    }
+    most = {name: test["max_score"] for tests in tests_of.values() for name, test in tests.items()}
     rows = []
-    for folder in sorted(path for path in Path(results).iterdir() if path.is_dir()):
-        path = folder / "results.json"
-        if not path.exists():
-            rows.append(_row(folder.name, "", 0.0, 0.0, NOT_GRADED))
-            continue
-        for test in json.loads(path.read_text(encoding="utf-8"))["tests"]:
-            if "max_score" not in test or test["name"] == "Public Tests":
+    for student, tests in tests_of.items():
+        for name, max_points in (most or {"": 0.0}).items():
+            if name not in tests:
+                rows.append(table_row(student, name, 0.0, max_points, NOT_GRADED))
                 continue
-            name = re.split(r"\W", test["name"])[0]
-            passed = test.get("score", 0.0) == test["max_score"]
-            why = "" if passed else _named_in(test.get("output", ""), name)
-            rows.append(_row(folder.name, name, test.get("score", 0.0), test["max_score"], why))
+            points = tests[name].get("score", 0.0)
+            passed = points == max_points
+            why = "" if passed else _named_in(tests[name].get("output", ""), name)
+            rows.append(table_row(student, name, points, max_points, why))
     return rows
+
+
+def _tests_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The tests in a file of otter's results by exercise; none where there is no file."""
+    if not path.exists():
+        return {}
+    tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
+    scored = [test for test in tests if "max_score" in test and test["name"] != "Public Tests"]
+    return {re.split(r"\W", test["name"])[0]: test for test in scored}
 
 
 def _named_in(output: str, name: str) -> str:
@@ -238,10 +313,11 @@ def _named_in(output: str, name: str) -> str:
     return next((line for line in reversed(lines) if line), NOT_RUN)
 
 
-def _row(
+def table_row(
     student: str, exercise: str, points: float, max_points: float, diagnosis: str
 ) -> dict[str, Any]:
-    return dict(zip(COLUMNS, (student, exercise, points, max_points, diagnosis)))
+    """One row of the table."""
+    return dict(zip(COLUMNS, (student, exercise, float(points), float(max_points), diagnosis)))
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path | str) -> None:
@@ -285,6 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     course.add_argument("--points", nargs="+", type=float, default=[])
     course.add_argument("--assignment", default="hw1")
     course.add_argument("--notebooks", type=Path, default=NOTEBOOKS)
+    prepared = commands.add_parser("prepare", help="make submissions fit for the graders")
+    prepared.add_argument("folder", type=Path)
     otter = commands.add_parser("otter", help="the table of a class from otter's results")
     otter.add_argument("results", type=Path)
     otter.add_argument("--to", type=Path, default=Path("diagnoses.csv"))
@@ -301,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 notebooks=given.notebooks,
             )
             print(f"The course is in {folder}; its README.md says how it goes on.")
+        elif given.command == "prepare":
+            print("\n".join(prepare(given.folder)))
         elif given.command == "otter":
             write_rows(rows_of_otter(given.results), given.to)
         else:

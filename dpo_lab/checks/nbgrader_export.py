@@ -10,7 +10,7 @@ import nbformat
 from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.plugins import ExportPlugin
 
-from dpo_lab.checks.grading import NOT_GRADED, NOT_RUN, diagnosis_of, write_rows
+from dpo_lab.checks.grading import NOT_GRADED, NOT_RUN, diagnosis_of, table_row, write_rows
 
 
 class DiagnosisExport(ExportPlugin):
@@ -31,7 +31,11 @@ class DiagnosisExport(ExportPlugin):
         try:
             submission = gradebook.find_submission(assignment.name, student.id)
         except MissingEntry:
-            return [_row(student.id, "", 0, assignment.max_score, "not submitted")]
+            return [
+                table_row(student.id, _exercise(cell), 0, cell.max_score, "not submitted")
+                for notebook in assignment.notebooks
+                for cell in notebook.grade_cells
+            ]
         rows = []
         course = self.parent.coursedir
         for notebook in submission.notebooks:
@@ -39,25 +43,21 @@ class DiagnosisExport(ExportPlugin):
             path = Path(folder) / f"{notebook.name}.ipynb"
             found = outcomes(path) if path.exists() else None
             for grade in sorted(notebook.grades, key=lambda grade: grade.name):
-                name = grade.name.removeprefix("check_")
                 if found is None:
                     why = NOT_GRADED
                 elif grade.auto_score is None:
                     why = NOT_RUN
                 else:
                     why = found.get(grade.name, "")
-                rows.append(_row(student.id, name, grade.score, grade.max_score, why))
+                rows.append(
+                    table_row(student.id, _exercise(grade), grade.score, grade.max_score, why)
+                )
         return rows
 
 
-def _row(student: str, exercise: str, points: float, most: float, why: str) -> dict[str, Any]:
-    return {
-        "student": student,
-        "exercise": exercise,
-        "points": points,
-        "max_points": most,
-        "diagnosis": why,
-    }
+def _exercise(graded: Any) -> str:
+    """The exercise of a graded cell."""
+    return graded.name.removeprefix("check_")
 
 
 def outcomes(path: Path) -> dict[str, str]:
