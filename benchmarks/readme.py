@@ -152,12 +152,17 @@ def methods() -> str:
         "within 5 nats, best run of each method | reward | sequence KL (nats) "
         "| fraction of the optimal gain | seconds | tokens"
     )
+
+    # of best-of-N only an upper bound of the KL is known, so its fraction is a lower bound
+    bounded = {True: ("at most ", "at least "), False: ("", "")}
     rows = [
         (
             row["label"],
             _reward(row),
-            f"{row['kl']:.2f}",
-            f"{row['fraction']:.0%}" if math.isfinite(row["fraction"]) else "",
+            bounded[row["method"] == "best-of-n"][0] + f"{row['kl']:.2f}",
+            bounded[row["method"] == "best-of-n"][1] + f"{row['fraction']:.0%}"
+            if math.isfinite(row["fraction"])
+            else "",
             f"{row['seconds']:.0f}",
             f"{row['tokens']:,}",
         )
@@ -571,10 +576,12 @@ def _methods_result() -> str:
         next(row for name, row in found.items() if name.startswith(method))
         for method in ("DPO", "PPO, learned reward")
     )
+    optimal = load_sweep(REPEATS[0]).optimal
     return (
-        f"DPO reaches {_percent(dpo['fraction'])} of the gain that is possible at its KL, and PPO "
-        f"with a learned reward {_percent(ppo['fraction'])} "
-        f"({dpo['seeds']} and {ppo['seeds']} seeds): "
+        f"DPO reaches {_percent(dpo['fraction'])} of the gain that is possible at its KL of "
+        f"{dpo['kl']:.1f} nats, and PPO with a learned reward {_percent(ppo['fraction'])} at "
+        f"{ppo['kl']:.1f} nats ({dpo['seeds']} and {ppo['seeds']} seeds; bounds, since the optimum "
+        f"is estimated up to {optimal.kl[optimal.valid].max():.1f} nats): "
         "[methods compared](docs/results.md#methods-on-one-task)."
     )
 

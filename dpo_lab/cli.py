@@ -136,7 +136,7 @@ def _frontier_commands(default: FrontierConfig) -> dict[str, Command]:
         out: Path = Path("runs/frontier"),
         repeat: tuple[Repeated, ...] = (),
     ) -> None:
-        """The paper's 22 runs on one task: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT.
+        """The paper's methods on one task, 22 runs: DPO, PPO, PPO-GT, unlikelihood, Preferred-FT.
 
         Call it again after an interruption.
 

@@ -485,6 +485,25 @@ def plot_memory(methods: Mapping[str, Mapping[str, str]], gigabytes: float) -> F
     return figure
 
 
+def plot_tokens(title: str, tokens: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Figure:
+    """Bars over the tokens of a text, a panel for each of the named rows (L,)."""
+    height = 1.1 + 1.3 * len(rows)
+    figure = Figure(figsize=(8.4, height), dpi=110, layout="constrained")
+    panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
+    panels[0].set_title(title)
+    places = np.arange(len(tokens))
+    for axes, (name, values) in zip(panels, rows.items()):
+        values = floats(f"rows[{name!r}]", values)
+        shown = check_labels(tokens, len(values), f"values in {name!r}")
+        colors = [CHOSEN if value > 0 else REJECTED for value in values]
+        axes.bar(places, values, 0.7, color=colors)
+        axes.axhline(0, color=OPTIMUM, linewidth=0.8)
+        axes.set_ylabel(for_figure(name), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xticks(places, shown, rotation=90, fontsize=8, family="monospace")
+    return figure
+
+
 def plot_pairs(scores: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Figure:
     """What P pairs teach: the rewards of their completions, and by how much they differ.
 

@@ -135,8 +135,8 @@ def model(tiny):
 
 # what takes longest, in this order: notebooks and files of tests
 LONGEST = (
+    "04b_ppo_on_a_language_model",
     "05_dpo_gpt2_imdb",
-    "04_ppo_vs_dpo",
     "00_start_here",
     "tests/test_browser.py",
     "tests/test_experiment.py",
@@ -145,6 +145,8 @@ LONGEST = (
     "tests/test_gpu.py",
     "tests/test_frontier.py",
     "tests/test_site.py",
+    "03b_finite_data",
+    "04_ppo_vs_dpo",
     "tests/test_benchmarks.py",
     "tests/test_hub.py",
     "tests/test_train.py",

@@ -70,9 +70,9 @@ def asserts_of(source, index=0):
 
 
 def entries(stem):
-    """What a notebook's file of mutations says, None if it has none."""
+    """What a notebook's file of mutations says, nothing if it has none."""
     path = MUTATIONS / f"{stem}.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def faults(notebook, listed):
@@ -168,11 +168,11 @@ class Run:
     solutions: dict
 
 
-def execute(notebook, folder, listed=None, limit=LIMIT):
+def execute(notebook, folder, listed, limit=LIMIT):
     """Run a notebook in a fresh kernel, once, with mutants and solutions in forks of it."""
     by_line = {claim.first_line: claim for claim in asserts(notebook)}
     before, after = {}, {}  # jobs by the index of the cell that they stand before or after
-    for place, entry in enumerate((listed or {}).get("assert", [])):
+    for place, entry in enumerate(listed.get("assert", [])):
         claim = by_line.get(entry.get("line"))
         try:
             pieces = steps(claim, entry)[0]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lab.rlhf.ppo import adapted_kl_coefficient, gae, token_rewards, whiten
+from dpo_lab.rlhf.advantages import adapted_kl_coefficient, gae, token_rewards, whiten
 
 numbers = st.floats(-5, 5)
 

@@ -325,27 +325,32 @@ def logits(values):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("notebook, seconds", [("04_ppo_vs_dpo", 900), ("05_dpo_gpt2_imdb", 1_200)])
-def test_a_notebook_that_trains_runs_and_its_slider_moves(lab, browser, notebook, seconds):
+@pytest.mark.parametrize(
+    "notebook, seconds, keys",
+    [
+        ("04b_ppo_on_a_language_model", 900, ["ArrowLeft", "ArrowRight"]),
+        ("05_dpo_gpt2_imdb", 1_200, ["ArrowRight"]),
+    ],
+)
+def test_a_notebook_that_trains_runs_and_its_sliders_move(lab, browser, notebook, seconds, keys):
+    """`keys` has the key that moves the first slider of each explorer, in the order of the page."""
     with open_notebook(browser, lab, notebook) as (page, errors):
         run_all_cells(page, seconds)
         assert not page.locator(FAILED).count()
-        output = page.locator(
+        outputs = page.locator(
             ".jp-OutputArea-output", has=page.locator("img.dpo-lab-picture")
         ).filter(has=page.locator(".noUi-handle"))
-        assert output.count() == 1
-        shown = Shown(page, output, None)
-        states = [shown.now()]
-        for move in (
-            lambda: shown.press(0, "ArrowRight"),
-            lambda: shown.press(0, "ArrowRight"),
-            lambda: shown.drag(0, -600),
-        ):
-            move()
-            page.wait_for_timeout(2_000)
-            states.append(shown.now())
-            output.screenshot(path=SCREENSHOTS / f"{notebook}-{len(states)}.png")
-        assert all(
-            one[0] != other[0] and one[1] != other[1] for one, other in zip(states, states[1:])
-        )
+        assert outputs.count() == len(keys)
+        for place, key in enumerate(keys):
+            output = outputs.nth(place)
+            shown = Shown(page, output, None)
+            states = [shown.now()]
+            for move in ("key", "key", "drag"):
+                shown.press(0, key) if move == "key" else shown.drag(0, -600)
+                page.wait_for_timeout(2_000)
+                states.append(shown.now())
+                output.screenshot(path=SCREENSHOTS / f"{notebook}-{place}-{len(states)}.png")
+            assert all(
+                one[0] != other[0] and one[1] != other[1] for one, other in zip(states, states[1:])
+            )
         assert errors == []

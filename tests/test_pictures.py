@@ -33,14 +33,15 @@ from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.objective import optimal_policy
 from dpo_lab.widgets.explorers import (
     _sample_table,
-    _slider,
     bandit_explorer,
     beta_explorer,
     betas_explorer,
     bradley_terry_explorer,
     frontier_explorer,
+    gae_explorer,
     gradient_weight_explorer,
     live_curves,
+    slider_of,
     training_explorer,
 )
 from dpo_lab.widgets.figures import expanded_limits
@@ -123,6 +124,7 @@ EXPLORERS = {
     "training": lambda runs: training_explorer(str(runs[1])),
     "betas": lambda runs: betas_explorer({0.1: str(runs[0]), 5.0: runs[1]}, OPTIMAL),
     "frontier": lambda runs: frontier_explorer(far_sweep()),
+    "GAE": lambda runs: gae_explorer(LABELS, [-60.0, 0.1, 0.0, 900.0], [-5.0, 300.0, 0.2, 0.1]),
 }
 
 
@@ -231,7 +233,7 @@ def test_an_explorer_starts_with_exactly_what_it_was_given(of):
 @example(0.0, (0.01, 1, 0.01))
 def test_a_slider_can_be_exactly_what_it_is_given(value, bounds):
     low, high, step = bounds
-    slider = _slider("x", value, low, high, step)
+    slider = slider_of("x", value, low, high, step)
     assert slider.value == value and slider.min <= min(low, value) + 1e-5 * step
     assert slider.max >= max(high, value) - 1e-5 * step
     steps = (value - slider.min) / step

@@ -28,7 +28,8 @@ from dpo_lab.losses import (
 )
 from dpo_lab.models import ScalarModel, load_model, load_tokenizer
 from dpo_lab.preferences import Preferences, from_rankings, from_rows, from_scores
-from dpo_lab.rlhf.ppo import PPOConfig, adapted_kl_coefficient, gae, train_ppo
+from dpo_lab.rlhf.advantages import adapted_kl_coefficient, gae
+from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
 from dpo_lab.sampling import texts_of
 from dpo_lab.sentiment import results as contenders
 from dpo_lab.theory import bandit, log_linear

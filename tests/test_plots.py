@@ -32,6 +32,7 @@ from dpo_lab.plots import (
     plot_simplex,
     plot_tangent,
     plot_token_logps,
+    plot_tokens,
     root_scale,
     token_html,
 )
@@ -324,3 +325,16 @@ def test_the_sum_of_log_probs_ends_at_that_of_the_completion():
     assert [tick.get_text() for tick in bottom.get_xticklabels()][0] == r"\$a\$"
     with pytest.raises(ValueError, match="labels has 1 entries.* there are 2 log-probs"):
         plot_token_logps(["a"], [-1.0, -2.0])
+
+
+def test_every_row_of_tokens_has_its_bars_in_the_color_of_their_sign():
+    rows = {"log-ratio": [0.5, -0.25], "reward": [-1.0, 2.0]}
+    panels = plot_tokens("t", [" $a$", "b"], rows).axes
+    assert [axes.get_ylabel() for axes in panels] == list(rows)
+    for axes, values in zip(panels, rows.values()):
+        assert [bar.get_height() for bar in axes.patches] == values
+        greens = [bar.get_facecolor()[1] > bar.get_facecolor()[0] for bar in axes.patches]
+        assert greens == [value > 0 for value in values]
+    assert len(panels[-1].get_xticklabels()) == 2
+    with pytest.raises(ValueError, match="labels has 2 entries"):
+        plot_tokens("t", ["a", "b"], {"one": [1.0]})

@@ -25,6 +25,7 @@ from dpo_lab.widgets.explorers import (
     beta_slider,
     betas_explorer,
     bradley_terry_explorer,
+    gae_explorer,
     gradient_weight_explorer,
     live_curves,
     training_explorer,
@@ -38,11 +39,14 @@ from dpo_lab.widgets.states import (
     bandit_state,
     beta_state,
     bradley_terry_state,
+    gae_state,
     gradient_weight_state,
 )
 
 RUN = Path(tempfile.mkdtemp()) / "run"
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
+TOKENS = [" a", "<b>", "$x$", "\n"]
+TOKEN_REWARDS, TOKEN_VALUES = [-0.1, 0.2, 0.0, 1.5], [0.3, 0.1, -0.4, 0.8]
 EXPLORERS = {
     "beta": beta_explorer,
     "bandit": bandit_explorer,
@@ -50,6 +54,7 @@ EXPLORERS = {
     "Bradley-Terry": bradley_terry_explorer,
     "training": lambda: training_explorer(RUN),
     "betas": lambda: betas_explorer({0.1: RUN, 5.0: RUN}, OPTIMAL),
+    "GAE": lambda: gae_explorer(TOKENS, TOKEN_REWARDS, TOKEN_VALUES),
 }
 
 
@@ -285,3 +290,34 @@ def test_live_curves_follow_the_run_s_metrics(tmp_path):
     loss, margin = curves.picture.artists
     assert list(loss.get_xydata()[0]) == [1, 0.7] and list(margin.get_xydata()[0]) == [1, 0.25]
     assert curves.image.value != before
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.35, 1.0])
+def test_the_advantages_under_the_slider_are_discounted_sums_of_surprises(lam):
+    following = [*TOKEN_VALUES[1:], 0.0]
+    surprises = [r + after - v for r, after, v in zip(TOKEN_REWARDS, following, TOKEN_VALUES)]
+    expected = [sum(lam**k * d for k, d in enumerate(surprises[t:])) for t in range(4)]
+    state = gae_state(lam, TOKEN_REWARDS, TOKEN_VALUES)
+    assert state["advantages"] == pytest.approx(expected)
+    assert state["surprises"] == pytest.approx(surprises)
+    assert state["returns"] == pytest.approx(np.add(expected, TOKEN_VALUES))
+
+    explorer = gae_explorer(TOKENS, TOKEN_REWARDS, TOKEN_VALUES)
+    readout = explorer.show(lam=lam)
+    heights = [artist.get_height() for artist in explorer.picture.artists]
+    assert heights == pytest.approx(expected)
+    assert readout == f"advantage of the first token {expected[0]:+.3f}, of the last +0.700"
+
+
+@pytest.mark.parametrize(
+    "tokens, rewards, values, words",
+    [
+        (TOKENS, TOKEN_REWARDS[:3], TOKEN_VALUES, r"rewards has shape \(3,\) for 4 tokens"),
+        (TOKENS, TOKEN_REWARDS, [TOKEN_VALUES], r"values has shape \(1, 4\) for 4 tokens"),
+        (TOKENS, TOKEN_REWARDS, [0.0, 0.0, np.nan, 0.0], "values has shape .* finite"),
+        ([], [], [], r"rewards has shape \(0,\) for 0 tokens"),
+    ],
+)
+def test_a_completion_that_is_none_is_refused(tokens, rewards, values, words):
+    with pytest.raises(ValueError, match=words):
+        gae_explorer(tokens, rewards, values)

@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Any
 # for editors and type checkers, which do not run `__getattr__`
 if TYPE_CHECKING:
     from dpo_lab.models import ScalarModel
+    from dpo_lab.rlhf.advantages import gae, token_rewards
     from dpo_lab.rlhf.ppo import PPOConfig, text_reward, train_ppo
     from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+    from dpo_lab.rlhf.trace import TokenTrace, trace_completion
 
 __all__ = [
     "LearnedReward",
     "PPOConfig",
     "RewardModelConfig",
     "ScalarModel",
+    "TokenTrace",
+    "gae",
     "text_reward",
+    "token_rewards",
+    "trace_completion",
     "train_ppo",
     "train_reward_model",
 ]
@@ -28,7 +34,11 @@ _HOME = {
     "PPOConfig": "rlhf.ppo",
     "RewardModelConfig": "rlhf.reward_model",
     "ScalarModel": "models",
+    "TokenTrace": "rlhf.trace",
+    "gae": "rlhf.advantages",
     "text_reward": "rlhf.ppo",
+    "token_rewards": "rlhf.advantages",
+    "trace_completion": "rlhf.trace",
     "train_ppo": "rlhf.ppo",
     "train_reward_model": "rlhf.reward_model",
 }

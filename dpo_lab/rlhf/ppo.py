@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.batching import CompletionBatch, completion_batch
-from dpo_lab.engine.arguments import checked, finite_positive, folder, number, settled, token_lists
+from dpo_lab.engine.arguments import checked, finite_positive, folder, settled, token_lists
 from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn
 from dpo_lab.engine.distributed import from_main
 from dpo_lab.engine.records import locked, require_unused
@@ -31,6 +31,7 @@ from dpo_lab.logprobs import Precision, autocast, can_compact, completion_logps
 from dpo_lab.loop import Callback
 from dpo_lab.losses import clipped_value_loss, ppo_clip_loss
 from dpo_lab.models import ScalarModel
+from dpo_lab.rlhf.advantages import adapted_kl_coefficient, gae, token_rewards, whiten
 from dpo_lab.sampling import sample_completions
 
 Reward = Callable[[list[list[int]], list[list[int]]], np.ndarray]
@@ -156,7 +157,11 @@ def train_ppo(
 
     Args:
         policy: a causal LM, at first equal to `reference`; dropout is switched off in all models.
-        value_model: of the same family and vocabulary; a copy of the reference under a zero head.
+        value_model: of the same family and vocabulary. A copy of the reference under a zero head is
+            what this project uses; InstructGPT starts from the reward model. Any start can be
+            passed: on the sentiment task the reward model's explained 0.6 of the variance of the
+            returns in the first rollout, less than the zero head's from the second to the fourth,
+            and no more at the end (benchmarks/value_start.py, 2 seeds).
         reward: called with N prompts and N completions (token ids). It is normalized by its mean
             and standard deviation on completions of the reference, so that `kl_coefficient` means
             the same for every reward.
@@ -489,54 +494,6 @@ def score(reward: Reward, prompts: list[list[int]], completions: list[list[int]]
             "must be finite"
         )
     return found
-
-
-def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
-    """Rewards (N, L) of tokens: their penalties (N, L), and scores (N,) at the last of each row."""
-    last = torch.nn.functional.one_hot(mask.sum(1) - 1, mask.shape[1])  # (N, L)
-    return torch.where(mask, penalties + last * scores[:, None], 0.0)
-
-
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (N, L) of tokens, by generalized advantage estimation.
-
-    A_t = d_t + gamma lam A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t; after a row's last token V
-    and A are zero. `mask` (N, L) is True from the first token of a row to its last. Returns are
-    advantages plus values. Schulman et al. 2015, arXiv:1506.02438.
-    """
-    gamma, lam = number("gamma", gamma), number("lam", lam)
-    advantages = torch.zeros_like(rewards)
-    next_advantage = next_value = rewards.new_zeros(len(rewards))
-    for t in reversed(range(rewards.shape[1])):
-        surprise = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t], surprise + gamma * lam * next_advantage, 0.0)
-        next_value = torch.where(mask[:, t], values[:, t], 0.0)
-        advantages[:, t] = next_advantage
-    return advantages, torch.where(mask, advantages + values, 0.0)
-
-
-def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
-    """Values (N, L) with mean 0 and variance 1 over `mask`, zero outside.
-
-    With `keep_mean` the mean stays what it was.
-    """
-    some = values[mask]
-    mean = some.mean()
-    white = (values - mean) / (some.var(correction=0) + 1e-8).sqrt()
-    return torch.where(mask, white + mean if keep_mean else white, 0.0)
-
-
-def adapted_kl_coefficient(coefficient: float, kl: float, target: float, gain: float) -> float:
-    """The coefficient after a rollout with a mean sequence KL of `kl` nats.
-
-    coefficient (1 + gain e) with e = clip(kl / target - 1, -0.2, 0.2): it moves by a fifth of
-    `gain` at most (Section 2.2 of Ziegler et al. 2019).
-    """
-    coefficient, gain = number("coefficient", coefficient), number("gain", gain)
-    kl, target = number("kl", kl), number("target", target)
-    return coefficient * (1 + gain * float(np.clip(kl / target - 1, -0.2, 0.2)))
 
 
 @checked

@@ -100,10 +100,11 @@ class Run:
 
 
 def paper_runs(seed: int = 0) -> list[Run]:
-    """The paper's 22 runs.
+    """As many runs as in the paper, 22, divided among the methods by us.
 
-    Over beta for DPO, the target KL for PPO and PPO-GT, alpha for unlikelihood, and seeds for
-    Preferred-FT.
+    The paper gives the grids and the total (Section 6.1): beta for DPO, the target KL for PPO,
+    alpha for unlikelihood, seeds for Preferred-FT. How many runs each method had it does not say.
+    Here both kinds of PPO have the whole grid, and Preferred-FT has the six runs that remain.
     """
     grid = {"dpo": BETAS, "ppo": TARGETS, "ppo-gt": TARGETS, "unlikelihood": ALPHAS}
     runs = [Run(method, setting, seed) for method, settings in grid.items() for setting in settings]

@@ -1,5 +1,5 @@
-"""The paper's methods on one task under one evaluation: 22 runs (Section 6.1 and Figure 2 of
-Rafailov et al. 2023).
+"""The paper's methods on one task under one evaluation (Section 6.1 and Figure 2 of Rafailov et al.
+2023): 22 runs as there, divided among the methods by `paper_runs`.
 
 DPO, PPO with a learned reward, PPO with the true one (PPO-GT), unlikelihood and Preferred-FT, from
 one reference and one set of preferences; best-of-N and the reference itself need no training.

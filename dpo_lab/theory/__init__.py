@@ -29,6 +29,7 @@ from dpo_lab.theory.log_linear import (
     log_linear_descent,
     log_linear_policy,
 )
+from dpo_lab.theory.many_seeds import at_best_rate, dpo_runs, policy_gradient_runs
 from dpo_lab.theory.objective import (
     implicit_reward,
     kl,
@@ -45,8 +46,10 @@ __all__ = [
     "OptimalFrontier",
     "Prompts",
     "all_pairs",
+    "at_best_rate",
     "best_of_n",
     "draw_prompts",
+    "dpo_runs",
     "exact_gradient",
     "fit_bradley_terry",
     "fit_plackett_luce",
@@ -67,6 +70,7 @@ __all__ = [
     "pair_weights",
     "penalized_rewards",
     "policy_gradient",
+    "policy_gradient_runs",
     "reinforce_gradients",
     "sample_pairs",
     "value_gap",

@@ -634,6 +634,7 @@ def actor_critic(n: int | None = None) -> Derivation:
     squares = lambda values: tuple(v**2 for v in values)  # noqa: E731
 
     steps = (
+        # the normalizer as a part of the reward
         Step(
             equation(mean(pi, normalized), -beta * kl(pi, star)),
             "Eq. 10",
@@ -651,6 +652,7 @@ def actor_critic(n: int | None = None) -> Derivation:
             where,
             given,
         ),
+        # what it is to a policy gradient
         Step(
             equation(
                 mean(pi, tuple((v - b) * s for v, s in zip(returns(pi), score))),
@@ -667,6 +669,7 @@ def actor_critic(n: int | None = None) -> Derivation:
             r"At the optimum every completion has the same return, $\beta \log Z$.",
             where,
         ),
+        # the variance that is left at the optimum
         Step(
             equation(
                 mean(star, squares(tuple(v * s for v, s in zip(returns(star), score)))),
@@ -716,6 +719,7 @@ def equation_index() -> list[dict[str, str]]:
     "computed by" is empty for an identity, which has no number to compute.
     """
     loss, nll = "losses.dpo_loss", "losses.bradley_terry_nll"
+    ranking = "losses.plackett_luce_loss"
     assumed = "assumption about annotators"
     rows = (
         ("Eq. 1", assumed, "bradley_terry", nll),
@@ -730,7 +734,7 @@ def equation_index() -> list[dict[str, str]]:
         ("Eqs. 11 to 15", "proved", "optimum, gibbs", "theory.value_gap"),
         ("Eqs. 16 and 17", "Eqs. 1 and 5 again", "bradley_terry", loss),
         ("Eq. 18", assumed, "plackett_luce", ""),
-        ("Eqs. 19 and 20", "proved from Eqs. 5 and 18", "plackett_luce", ""),
+        ("Eqs. 19 and 20", "proved from Eqs. 5 and 18", "plackett_luce", ranking),
         ("Eqs. 21 and 22", "proved from Eq. 7", "loss_and_gradient", f"{loss} (gradient_weights)"),
         ("Lemmas 1 and 2", "proved", "equivalence", ""),
         ("Theorem 1, Proposition 1", "proved where pi_ref > 0", "equivalence", ""),

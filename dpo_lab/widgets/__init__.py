@@ -10,6 +10,7 @@ from dpo_lab.widgets.explorers import (
     betas_explorer,
     bradley_terry_explorer,
     frontier_explorer,
+    gae_explorer,
     gradient_weight_explorer,
     live_curves,
     training_explorer,
@@ -24,6 +25,7 @@ from dpo_lab.widgets.states import (
     bandit_state,
     beta_state,
     bradley_terry_state,
+    gae_state,
     gradient_weight_state,
 )
 
@@ -45,6 +47,8 @@ __all__ = [
     "bradley_terry_state",
     "frames_html",
     "frontier_explorer",
+    "gae_explorer",
+    "gae_state",
     "gradient_weight_explorer",
     "gradient_weight_state",
     "landscape_explorer",

@@ -37,6 +37,7 @@ from dpo_lab.widgets.figures import (
     betas_figure,
     comparisons_figure,
     curves_figure,
+    gae_figure,
     optimum_figure,
     pairs_figure,
     run_figure,
@@ -53,6 +54,7 @@ from dpo_lab.widgets.states import (
     bandit_state,
     beta_state,
     bradley_terry_state,
+    gae_state,
     on_curve,
     usual_curve,
 )
@@ -64,6 +66,9 @@ if "JUPYTER_WIDGETS_ECHO" not in os.environ:
 
 # values of beta on the optimal frontier
 BETAS = np.geomspace(0.01, 100, 81)
+
+# values of lambda that the axes of its explorer hold
+LAMBDAS = np.linspace(0, 1, 21)
 
 # from this many sliders on, they stand in two columns, so that the picture below is in sight
 TWO_COLUMNS = 4
@@ -384,6 +389,47 @@ def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -
         "stay? What does that do to the KL?"
     )
     return _explorer(show, Picture(blitted), sliders, caption, samples)
+
+
+def gae_explorer(
+    tokens: Sequence[str], rewards: Sequence[float], values: Sequence[float], lam: float = 0.95
+) -> Explorer:
+    """The advantage of each token of one completion, as lambda moves from 0 to 1.
+
+    Args:
+        tokens: L pieces of text.
+        rewards: (L,) what each token is paid, as by `token_rewards`.
+        values: (L,) what the value model expected before each token.
+        lam: where the slider begins.
+
+    Raises:
+        ValueError: tokens, rewards and values are not equally many, or one is not finite.
+    """
+    rewards, values = floats("rewards", rewards), floats("values", values)
+    for name, found in (("rewards", rewards), ("values", values)):
+        if found.shape != (len(tokens),) or not len(found) or not np.isfinite(found).all():
+            raise ValueError(
+                f"{name} has shape {found.shape} for {len(tokens)} tokens; it must be (L,) finite "
+                "numbers, one per token"
+            )
+
+    # limits that hold the advantages of every lambda
+    every = [gae_state(value, rewards, values)["advantages"] for value in LAMBDAS]
+    low, high = min(0.0, np.min(every)), max(0.0, np.max(every))
+    room = 0.05 * (high - low) or 1.0
+    blitted = gae_figure(tokens, rewards, values, (low - room, high + room))
+
+    def show(lam: float) -> str:
+        state = gae_state(lam, rewards, values)
+        blitted.update(state)
+        first, last = state["advantages"][[0, -1]]
+        return f"advantage of the first token {first:+.3f}, of the last {last:+.3f}"
+
+    slider = widgets.FloatSlider(
+        lam, min=0, max=1, step=0.05, description="lambda", layout={"width": "420px"}
+    )
+    caption = "At lambda 0, which tokens are praised or blamed? And at lambda 1, for what?"
+    return _explorer(show, Picture(blitted), {"lam": slider}, caption)
 
 
 @dataclass(frozen=True)

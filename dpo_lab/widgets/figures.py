@@ -270,6 +270,40 @@ def expanded_limits(values: Sequence[float], low: float, high: float) -> tuple[f
     return low, high
 
 
+def gae_figure(
+    tokens: Sequence[str],
+    rewards: Sequence[float],
+    values: Sequence[float],
+    limits: tuple[float, float],
+) -> BlittedFigure:
+    """A completion's tokens with their rewards and values, and below them their advantages.
+
+    A state has `advantages` (L,), within `limits`.
+    """
+    figure = Figure(figsize=(8.4, 4.6), dpi=90, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    places, shown = np.arange(len(tokens)), check_labels(tokens, len(rewards), "tokens")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.axhline(0, color=OPTIMUM, linewidth=0.8)
+
+    # what each token is paid, and what was expected before it
+    top.bar(places, np.asarray(rewards), 0.7, color=REJECTED, label="reward of the token")
+    top.plot(places, np.asarray(values), "o-", color=OPTIMUM, markersize=3, label="value before it")
+    top.set_ylabel("standard deviations")
+    top.legend(frameon=False, **ABOVE)
+
+    # its advantage
+    bars = bottom.bar(places, np.zeros(len(places)), 0.7, color=POLICY)
+    bottom.set(ylabel="advantage", ylim=limits)
+    bottom.set_xticks(places, shown, rotation=90, fontsize=8, family="monospace")
+
+    def update(state: Mapping[str, Any]) -> None:
+        _set_heights(bars, state["advantages"].tolist())
+
+    return BlittedFigure(figure, [*bars], update)
+
+
 def _wide(panels: int) -> tuple[Figure, list[Any]]:
     """A figure as wide as a notebook's page, with panels side by side."""
     figure = Figure(figsize=(8.4, 3.4), dpi=90, layout="constrained")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -153,12 +154,12 @@ def _readout(state: Mapping[str, Any]) -> str:
 
 
 def _beta_slider() -> widgets.FloatLogSlider:
-    """Beta from 0.25 to 4, in twenty steps per factor of ten."""
+    """Beta from 0.32 to 3.2: a factor of ten, in twenty steps."""
     return widgets.FloatLogSlider(
         1.0,
         base=10,
-        min=-0.6,
-        max=0.6,
+        min=-0.5,
+        max=0.5,
         step=0.05,
         description="beta",
         readout_format=".3g",
@@ -223,12 +224,14 @@ def _wire(
             draw(show(**values()))
 
     def put(new: Mapping[str, Any]) -> None:
-        """Move several sliders, and draw once."""
-        held.append(True)
-        for name, value in new.items():
-            sliders[name].value = value
-        held.clear()
-        update(None)
+        """Move several sliders, and draw once; the page has the picture before the sliders."""
+        with ExitStack() as stack:
+            held.append(True)
+            for name, value in new.items():
+                stack.enter_context(sliders[name].hold_sync())
+                sliders[name].value = value
+            held.clear()
+            update(None)
 
     def dragged(change: Any) -> None:
         place = place_in(picture.canvas.figure, *change["new"])

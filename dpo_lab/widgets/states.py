@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_lab.engine.arguments import checked, floats, integers
 from dpo_lab.losses import LossType, bradley_terry_nll, dpo_loss
+from dpo_lab.rlhf.advantages import gae
 from dpo_lab.theory.objective import kl, log_partition, optimal_policy
 from dpo_lab.widgets.figures import expanded_limits
 
@@ -122,3 +123,21 @@ def bradley_terry_state(
         "predicted": torch.sigmoid(values[pairs[:, 0]] - values[pairs[:, 1]]).tolist(),
         "observed": won.tolist(),
     }
+
+
+def gae_state(
+    lam: float, rewards: Sequence[float], values: Sequence[float], gamma: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Advantages and returns (L,) of one completion's tokens, by `gae` at this lambda.
+
+    `surprises` are those at lambda 0: r_t + gamma V_(t+1) - V_t.
+    """
+    rewards, values = (
+        torch.from_numpy(floats(name, found))[None]
+        for name, found in (("rewards", rewards), ("values", values))
+    )
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    surprises, _ = gae(rewards, values, mask, gamma, 0.0)
+    found = {"advantages": advantages, "returns": returns, "surprises": surprises}
+    return {name: array[0].numpy() for name, array in found.items()}
