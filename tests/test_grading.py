@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_a_course_has_a_seed_of_its_own_and_the_points_of_the_notebooks(tmp_path
         assert len(tests) == len(EXERCISES)
         texts.append((folder / "otter" / "ex03_dpo" / "tests" / "dpo_loss.py").read_text())
     assert texts[0] != texts[1] and "points = 4\n" in texts[0]
+
+
+def test_the_page_for_instructors_has_the_commands_of_a_course(tmp_path):
+    folder = write_course(tmp_path / "course", ["dpo_loss"])
+    page = (ROOT / "docs" / "instructors.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    +(.+)$", (folder / "README.md").read_text(), re.MULTILINE)
+    commands = [line for line in lines if not line.startswith(("cd ", "#"))]
+    assert len(commands) == 13
+    assert [line for line in commands if line not in page] == []
 
 
 @pytest.mark.parametrize(
