@@ -34,6 +34,8 @@ myst_heading_anchors = 3
 nb_execution_timeout = 1800
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+# the checks of exercises say in words that there is no answer yet
+nb_render_error_lexer = "none"
 
 # no page asks another host for anything
 nb_ipywidgets_js = {}

@@ -64,9 +64,9 @@ class Exercise:
     """A function to write, and what is known of the ways in which it goes wrong."""
 
     name: str
-    """without the my_ of the student's function"""
+    """without the `my_` of the student's function"""
     answer: Callable[..., np.ndarray | None]
-    """answer(**inputs, **settings) in numpy float64: right without settings; each switch that is
+    """`answer(**inputs, **settings)` in numpy float64: right without settings; each switch that is
     set makes one mistake; None where two of them exclude each other"""
     inputs: Callable[[np.random.Generator, int], Inputs]
     """inputs of a size without any symmetry: no two dimensions of one length, no value that makes
