@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from dpo_lab import checks
 from dpo_lab.checks import EXERCISES, Wrong, check, diagnose, mistakes
 from dpo_lab.checks.calling import call
-from dpo_lab.checks.exercise import REDUCTIONS, near
+from dpo_lab.checks.exercise import near
+from dpo_lab.checks.readings import readings
 from tests.mutants import mutants, mutants_of_mutants
 
 SOLUTIONS = Path(__file__).parent.parent / "notebooks" / "exercises" / "solutions.py"
@@ -271,11 +272,11 @@ def test_two_mistakes_at_once_are_named_or_read_with_equal_numbers(name):
         if wrong is None:
             read += cancel
         else:
-            read += set(wrong.names) == names or bool(exercise.readings(0, values, 1e-6))
+            read += set(wrong.names) == names or bool(readings(exercise, 0, values, 1e-6))
     assert read >= 0.97 * tried - 1, (read, tried)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "column", "row"])
 def test_a_reduction_on_top_is_named(reduction):
     def mean_of(policy_logps, reference_logps, chosen, rejected, beta):
         losses = solutions.my_dpo_loss(policy_logps, reference_logps, chosen, rejected, 1.0)
@@ -287,7 +288,7 @@ def test_a_reduction_on_top_is_named(reduction):
         }[reduction]
 
     wrong = diagnose(EXERCISES["dpo_loss"], mean_of)
-    name = REDUCTIONS[reduction].name.format(unit="pair")
+    name = f"{reduction} over pairs" if reduction in ("mean", "sum") else reduction
     assert wrong.names == ("beta forgotten", name)
     assert str(wrong).startswith(f"dpo_loss: beta forgotten; {name}\nexpected ")
 
@@ -502,6 +503,8 @@ def is_right(exercise, function) -> bool | None:
     for seed, size in ((101, 5), (102, 6), (103, 5)):
         inputs = exercise.inputs(np.random.default_rng(seed), size)
         called = call(function, inputs, 2.0)
+        if called.error is not None or called.slow:
+            return None
         try:
             found = exercise.read(called.value)
         except (TypeError, ValueError, IndexError):
@@ -520,8 +523,6 @@ def verdicts(name, of_two):
     exercise = EXERCISES[name]
     tree = ast.parse(SOLUTIONS.read_text(encoding="utf-8"))
     (function,) = [n for n in tree.body if getattr(n, "name", "") == f"my_{name}"]
-    slips = {slip.name for some in exercise.slips.values() for slip in some.values()}
-    known = slips | {r.name.format(unit=exercise.unit) for r in REDUCTIONS.values()}
     tried = wrong = named = 0
     seen = {ast.unparse(function)}
     for mutant in itertools.chain(mutants(function), mutants_of_mutants(function, of_two)):
@@ -545,7 +546,7 @@ def verdicts(name, of_two):
             assert verdict is not None, f"accepted, and wrong:\n{code}"
         if right is False:
             wrong += 1
-            named += set(verdict.names) <= known
+            named += verdict.named
     return tried, wrong, named
 
 

@@ -127,7 +127,7 @@ def _(rewards, chosen, rejected):
 
 
 @mistake(
-    "plackett_luce_nll", "each place is compared with all items, also with those placed before"
+    "plackett_luce_nll", "each place is compared with all items, also those before"
 )
 def _(ranked_rewards):
     return -F.log_softmax(ranked_rewards, dim=1).sum(1)

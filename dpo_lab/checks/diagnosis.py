@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dpo_lab.checks.calling import Call, Inputs, call
-from dpo_lab.checks.exercise import REDUCTIONS, Exercise, Reading, array, near
+from dpo_lab.checks.exercise import Exercise, array, near
+from dpo_lab.checks.readings import Reading, readings
 
 # relative and absolute, by the dtype of what is returned
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -42,9 +43,19 @@ class Wrong(AssertionError):
     otter-grader show the text alone, without a traceback.
     """
 
-    def __init__(self, exercise: str, names: tuple[str, ...], message: str, credit: float = 0.0):
+    def __init__(
+        self,
+        exercise: str,
+        names: tuple[str, ...],
+        message: str,
+        credit: float = 0.0,
+        *,
+        named: bool = False,
+    ):
         super().__init__(f"{exercise}: {'; '.join(names)}\n{message}")
         self.exercise, self.names, self.message, self.credit = exercise, names, message, credit
+        self.named = named
+        """whether known mistakes give exactly the numbers that were found"""
 
     def _render_traceback_(self) -> list[str]:
         head, *rest = str(self).splitlines()
@@ -258,26 +269,25 @@ class Attempt:
 
     def _known(self, head: str) -> Wrong | None:
         """The combination of known mistakes that gives these numbers."""
-        readings = self.exercise.readings(self.seed, self.found, self.tolerance)
-        if not readings:
+        known = readings(self.exercise, self.seed, self.found, self.tolerance)
+        if not known:
             return None
-        names, lines = self._in_words(readings[0])
+        names, lines = self._in_words(known[0])
         count = "one mistake" if len(lines) == 1 else f"{len(lines)} mistakes together"
-        others = sorted({"; ".join(self._in_words(other)[0]) for other in readings[1:]})
+        others = sorted({"; ".join(self._in_words(other)[0]) for other in known[1:]})
         others = [other for other in others if other != "; ".join(names)]
         also = f"\nThe same numbers also come of: {' | '.join(others)}." if others else ""
         message = f"{head}Your numbers are those of {count}:\n" + "\n".join(lines) + also
-        return Wrong(self.exercise.name, tuple(names), message)
+        return Wrong(self.exercise.name, tuple(names), message, named=True)
 
     def _in_words(self, reading: Reading) -> tuple[list[str], list[str]]:
         """The names of the mistakes of a reading, and a line about each."""
         slips = [self.exercise.slips[s][setting] for s, setting in reading.settings.items()]
         names = [slip.name for slip in slips]
         lines = [f"- {slip.says} {slip.hint}" for slip in slips]
-        if reading.reduction:
-            reduction, unit = REDUCTIONS[reading.reduction], self.exercise.unit
-            names.append(reduction.name.format(unit=unit))
-            lines.append(f"- {reduction.says.format(unit=unit)}")
+        general = [*reading.inputs, *([reading.result] if reading.result else [])]
+        names += [change.name for change in general]
+        lines += [f"- {change.says}" for change in general]
         return names, lines
 
     def _form(self, head: str) -> Wrong | None:
