@@ -126,9 +126,7 @@ def _(rewards, chosen, rejected):
     return g.index_add(0, rejected, w)
 
 
-@mistake(
-    "plackett_luce_nll", "each place is compared with all items, also those before"
-)
+@mistake("plackett_luce_nll", "each place is compared with all items, also those before")
 def _(ranked_rewards):
     return -F.log_softmax(ranked_rewards, dim=1).sum(1)
 

@@ -263,7 +263,7 @@ class Attempt:
 
     def _constant(self, head: str) -> Wrong | None:
         found = self.found[0]
-        if found.size < 2 or np.ptp(found) > 0:
+        if found.size < 2 or not np.isfinite(found).all() or np.ptp(found) > 0:
             return None
         return self.wrong("constant", f"{head}All your numbers are the same.")
 

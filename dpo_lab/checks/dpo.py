@@ -88,6 +88,7 @@ def dpo_loss(
         "hinge": lambda: np.maximum(0, 1 - m),
         "ipo": lambda: (m / beta - 1 / (2 * beta)) ** 2,
         "squared": lambda: (1 - sigma(m)) ** 2,
+        "one minus": lambda: sigma(-m),
         "bits": lambda: np.logaddexp(0, -m) / np.log(2),
         "twice": lambda: np.logaddexp(0, -sigma(m)),
     }[link]()
@@ -212,6 +213,7 @@ def gradient_weights(
         "logged": lambda: np.logaddexp(0, m),
         "squared": lambda: sigma(-m) ** 2,
         "exp": lambda: np.exp(-m),
+        "tanh": lambda: np.tanh(-m),
         "hinge": lambda: (m < 1).astype(float),
         "none": lambda: -m,
     }[link]()
@@ -240,6 +242,7 @@ def dpo_gradient(
     beta: float,
     *,
     reference: str = "",
+    pair: str = "",
     index: str = "",
     weight: str = "",
     factor: str = "",
@@ -251,9 +254,9 @@ def dpo_gradient(
     """d/d policy_logps of the summed DPO loss, (N,)."""
     n = len(policy_logps)
     chosen, rejected = indexed(chosen, rejected, n, index)
-    inside = 1.0 if factor == "forgotten" else beta
+    inside = 1.0 if factor in ("forgotten", "not inside") else beta
     places = (inside, inside)
-    m = margins_of(policy_logps, reference_logps, chosen, rejected, places, reference, "")
+    m = margins_of(policy_logps, reference_logps, chosen, rejected, places, reference, pair)
     if m is None:
         return None
     weights = {
@@ -263,8 +266,11 @@ def dpo_gradient(
         "squared": sigma(-m) ** 2,
         "none": np.ones_like(m),
         "loss": np.logaddexp(0, -m),
+        "margin": -m,
+        "exp": np.exp(-m),
+        "tanh": np.tanh(-m),
     }[weight]
-    weights = weights * {"": beta, "not in front": 1.0, "twice": beta**2}.get(factor, 1.0)
+    weights = weights * {"not in front": 1.0, "forgotten": 1.0, "twice": beta**2}.get(factor, beta)
 
     up, down = {
         "": (-weights, weights),
@@ -276,6 +282,9 @@ def dpo_gradient(
     if repeat == "lost":
         gradient[chosen] += up
         gradient[rejected] += down
+    elif repeat == "overwritten":
+        gradient[chosen] = up
+        gradient[rejected] = down
     else:
         np.add.at(gradient, chosen, up)
         np.add.at(gradient, rejected, down)
@@ -377,6 +386,10 @@ def smoothed_loss(
         "robust": lambda: ((1 - e) * right - e * flipped) / (1 - 2 * e),
         "subtracted": lambda: (1 - e) * right - e * flipped,
         "second lost": lambda: (1 - e) * right,
+        "first lost": lambda: e * flipped,
+        "e on both": lambda: e * right + e * flipped,
+        "second not weighted": lambda: (1 - e) * right + flipped,
+        "not weighted": lambda: right + flipped,
         "first not weighted": lambda: right + e * flipped,
         "twice": lambda: (1 - 2 * e * (1 - e)) * right + 2 * e * (1 - e) * flipped,
         "double": lambda: (1 - 2 * e) * right + 2 * e * flipped,

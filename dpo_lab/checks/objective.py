@@ -30,7 +30,7 @@ def kl(
     base: str = "",
     sign: str = "",
     reduce: str = "",
-) -> Array:
+) -> Array | None:
     """sum p log(p / q) over the last dimension, (..., n) -> (...)."""
     if direction == "reversed":
         p, q = q, p
@@ -43,7 +43,15 @@ def kl(
         "q alone": lambda: -np.log(q),
         "logs divided": lambda: np.log(p) / np.log(q),
         "squared": lambda: np.log(p / q) ** 2 / 2,
+        "logs added": lambda: np.log(p * q),
+        "q not logged": lambda: np.log(p) - q,
+        "p not logged": lambda: p - np.log(q),
     }[ratio]()
+    if weight == "each its own":
+        # p log p - q log q
+        if ratio:
+            return None
+        p, q, log_ratio, weight = np.ones_like(p), q, p * np.log(p) - q * np.log(q), ""
     weights = {"": p, "q": q, "none": np.ones_like(p), "mean of both": (p + q) / 2}[weight]
 
     # 0 log 0 is 0
@@ -195,16 +203,25 @@ def log_partition(
         "": reference,
         "omitted": np.ones_like(reference),
         "uniform": np.full_like(reference, 1 / reference.shape[-1]),
+        "not logged": np.exp(reference),
     }[prior]
     if form == "mean of rewards":
         # by Jensen's inequality below log Z
         found = (weights * tilt).sum(-1)
     elif form == "largest":
         found = tilt.max(-1)
+    elif form == "largest term":
+        found = (np.log(weights) + tilt).max(-1)
     elif form == "log inside":
         found = np.log(weights * np.exp(tilt)).sum(-1)
     else:
-        z = (weights * np.exp(tilt)).sum({"": -1, "first dimension": 0}[reduce])
+        terms = weights * np.exp(tilt)
+        z = {
+            "": lambda: terms.sum(-1),
+            "mean": lambda: terms.mean(-1),
+            "not summed": lambda: terms,
+            "first dimension": lambda: terms.sum(0),
+        }[reduce]()
         found = z if form == "no log" else np.log(z)
     if form and reduce:
         return None

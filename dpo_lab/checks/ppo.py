@@ -44,6 +44,9 @@ def reinforce_gradient(
         "uniform": taken - 1 / n,
         "over pi": taken / pi,
         "log pi": taken * np.log(pi),
+        "plus pi": taken + pi,
+        "logits for pi": taken - logits,
+        "log pi for pi": taken - np.log(pi),
     }[score]
     products = gain[:, None] * terms
     products = -products if sign == "negative" else products
@@ -53,6 +56,7 @@ def reinforce_gradient(
         "one short": lambda: products.sum(0) / (samples - 1),
         "per action": lambda: products.sum(0) / np.maximum(taken.sum(0), 1),
         "over actions": lambda: products.sum(0) / n,
+        "none": lambda: products,
     }[reduce]()
 
 
@@ -132,6 +136,7 @@ def gae(
         "none": 0.0,
         "gamma squared": g**2 * lam,
         "lam squared": g * lam**2,
+        "added": g + lam,
     }[trace]
 
     # V after each token: zero after a row's last
@@ -146,7 +151,13 @@ def gae(
         after = np.where(ends, values, after)
     elif bootstrap == "none":
         after = np.zeros_like(values)
-    base = np.zeros_like(values) if bootstrap == "value not subtracted" else values
+    elif bootstrap == "not discounted":
+        after = after / g
+    elif bootstrap == "previous value":
+        after = np.pad(values, ((0, 0), (1, 0)))[:, :-1]
+    elif bootstrap == "reward for value":
+        after[:, :-1] = np.where(inside[:, 1:], rewards[:, 1:], 0.0)
+    base = {"value not subtracted": 0 * values, "value added": -values}.get(bootstrap, values)
     if bootstrap == "swapped":
         after, base = -after, -values
     deltas = rewards + g * after - base
@@ -270,6 +281,7 @@ def ppo_clip(
         "of logs": logps / old_logps,
         "not exponentiated": logps - old_logps,
         "shifted": 1 + logps - old_logps,
+        "less one": np.expm1(logps - old_logps),
         "policy alone": np.exp(logps),
     }[ratio]
     clipped = {
@@ -289,6 +301,8 @@ def ppo_clip(
         "max for min": lambda: np.minimum(-a * w, -a * clipped),
         "added": lambda: -a * w - a * clipped,
         "mean of both": lambda: (-a * w - a * clipped) / 2,
+        "sign of the clipped": lambda: np.maximum(-a * w, a * clipped),
+        "sign of the other": lambda: np.maximum(a * w, -a * clipped),
     }[choice]()
     return -value if sign == "negative" else value
 

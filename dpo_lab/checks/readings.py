@@ -177,8 +177,8 @@ def readings(
 ) -> list[Reading]:
     """The smallest sets of mistakes with these numbers, `found`, on both of `cases(seed)`.
 
-    Of sets of one size, those of the exercise's own mistakes come alone where there are any; of
-    others one, so that the same numbers always have the same name.
+    Of sets of one size, those of the exercise's own mistakes come first, and all of them; of others
+    one, so that the same numbers always have the same name.
     """
     _, second = exercise.cases(seed)
     matching = [
@@ -189,8 +189,8 @@ def readings(
     ]
     least = min((reading.size for reading in matching), default=0)
     matching = [reading for reading in matching if reading.size == least]
-    own = [reading for reading in matching if not reading.inputs]
-    return own or matching[:1]
+    own = [reading for reading in matching if not reading.inputs and reading.result is None]
+    return own or sorted(matching, key=lambda reading: len(reading.inputs))[:1]
 
 
 def _matching(
@@ -198,20 +198,31 @@ def _matching(
 ) -> Iterator[Reading]:
     """The sets of mistakes with these numbers on the first case."""
     for shape, stack in known.values.items():
-        changes = result_changes(exercise.unit)
-        for change in (None, *changes):
+        for change in (None, *result_changes(exercise.unit)):
             if change is not None and change.vector and len(shape) != 1:
                 continue
-            with np.errstate(all="ignore"):
-                values = stack if change is None else change.change(stack)
-            if values.shape[1:] != found.shape:
-                continue
-            with np.errstate(all="ignore"):
-                equal = np.isclose(found, values, rtol=tolerance, atol=tolerance)
-            for i in np.flatnonzero(equal.reshape(len(values), -1).all(1)):
+            for i in _rows_like(found, stack, change, tolerance):
                 reading = known.readings[shape][i]
                 if 0 < reading.size + (change is not None) <= DEPTH:
                     yield reading._replace(result=change)
+
+
+def _rows_like(
+    found: Array, stack: Array, change: ResultChange | None, tolerance: float
+) -> Iterator[int]:
+    """Which of a stack of results are `found` after a change."""
+    changed = change.change if change is not None else np.asarray
+    with np.errstate(all="ignore"):
+        if changed(stack[:1]).shape[1:] != found.shape:
+            return
+        values = changed(stack).reshape(len(stack), found.size)
+
+    # the first number rules out nearly all
+    flat = found.ravel()
+    near_first = np.isclose(flat[:1], values[:, :1], rtol=tolerance, atol=tolerance)
+    for i in np.flatnonzero(near_first):
+        if near(flat, values[i], tolerance):
+            yield int(i)
 
 
 @functools.lru_cache(maxsize=4)

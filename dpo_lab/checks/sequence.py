@@ -43,6 +43,7 @@ def sequence_logps(
         "raw": logits,
         "probabilities": np.exp(log_softmax(logits)),
         "over positions": log_softmax(logits, 1),
+        "over positions kept": np.pad(log_softmax(logits[:, :-1], 1), ((0, 0), (0, 1), (0, 0))),
         "sigmoid": -np.logaddexp(0, -logits),
         "bits": log_softmax(logits) / np.log(2),
     }[normal]
@@ -173,6 +174,7 @@ def sequence_kl(
         "log of mean": lambda: np.log(np.exp(x).mean()),
         "weighted again": lambda: (weights * x).sum() / weights.sum(),
         "probability weight": lambda: (np.exp(policy_logps) * x).sum(),
+        "F.kl_div": lambda: (np.exp(reference_logps) * -x).mean(),
         "policy alone": lambda: policy_logps.mean(),
         "reference alone": lambda: -reference_logps.mean(),
         "median": lambda: np.median(x),
@@ -180,6 +182,7 @@ def sequence_kl(
             np.exp(policy_logps) - np.exp(reference_logps)
         ).mean(),
         "logs divided": lambda: (policy_logps / reference_logps).mean(),
+        "not averaged": lambda: x,
     }[form]()
     n = len(x)
     found = found * {"": 1, "sum": n, "one short": n / max(1, n - 1), "bits": 1 / np.log(2)}[scale]
@@ -238,10 +241,14 @@ class Toy(nn.Module):
 
     @functools.cache  # noqa: B019 (as few as there are seeds)
     @torch.no_grad()
-    def token_logps(self, ids: tuple[int, ...], dropout: bool) -> Array:
+    def token_logps(self, ids: tuple[int, ...], dropout: bool, table: str = "") -> Array:
         """The log-prob of each token but the first given those before it, (L - 1,)."""
         found = copy.deepcopy(self).train(dropout)(torch.tensor([ids]))[0].numpy()
-        return np.take_along_axis(log_softmax(found[:-1]), np.array(ids)[1:, None], 1)[:, 0]
+        if table != "raw":
+            found = log_softmax(found)
+        if table == "probabilities":
+            found = np.exp(found)
+        return np.take_along_axis(found[:-1], np.array(ids)[1:, None], 1)[:, 0]
 
 
 def dpo_step(
@@ -255,6 +262,7 @@ def dpo_step(
     dropout: str = "",
     scorer: str = "",
     count: str = "",
+    table: str = "",
     normal: str = "",
     place: str = "",
     pair: str = "",
@@ -270,12 +278,15 @@ def dpo_step(
         n = len(x)
         padded = {"padding counted": longest, "padding of its side": longest_of_side}
         ids = x + y + [0] * (padded.get(count, 0) - len(x + y))
-        logps = model.token_logps(tuple(ids), on)[n - 1 :]
+        logps = model.token_logps(tuple(ids), on, table)[n - 1 :]
         kept = {"EOS dropped": slice(0, -1), "first dropped": slice(1, None)}
         logps = logps[kept.get(count, slice(None))]
-        return {"": logps.sum, "mean": logps.mean, "root": lambda: logps.sum() / len(logps) ** 0.5}[
-            normal
-        ]()
+        return {
+            "": lambda: logps.sum(),
+            "mean": lambda: logps.mean(),
+            "mean over length": lambda: logps.sum() / (longest - 1),
+            "root": lambda: logps.sum() / len(logps) ** 0.5,
+        }[normal]()
 
     def scores(model: Toy, on: bool, side: list[list[int]]) -> Array:
         longest_of_side = max(len(x) + len(y) for x, y in zip(prompts, side))
@@ -285,8 +296,13 @@ def dpo_step(
     other = policy if scorer == "policy" else reference
     theirs = np.concatenate([scores(other, on_reference, side) for side in (chosen, rejected)])
     first, second = np.arange(len(prompts)), np.arange(len(prompts)) + len(prompts)
-    omitted = "omitted" if pair == "reference omitted" else ""
-    names = {"pair": "" if omitted else pair, "reference": omitted, "place": place, "link": link}
+    of_reference = {
+        "reference omitted": "omitted",
+        "reference added": "added",
+        "policy omitted": "only",
+    }.get(pair, "")
+    names = {"reference": of_reference, "pair": "" if of_reference else pair}
+    names |= {"place": place, "link": link}
     losses = dpo_loss(ours, theirs, first, second, beta, **names)
     if losses is None:
         return None
