@@ -225,7 +225,7 @@ def _rows_like(
             yield int(i)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def table(exercise: Exercise, seed: int) -> Table:
     """The numbers of every set of mistakes on the first case; constants are left out."""
     main, _ = exercise.cases(seed)
