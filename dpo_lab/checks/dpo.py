@@ -88,7 +88,6 @@ def dpo_loss(
         "hinge": lambda: np.maximum(0, 1 - m),
         "ipo": lambda: (m / beta - 1 / (2 * beta)) ** 2,
         "squared": lambda: (1 - sigma(m)) ** 2,
-        "one minus": lambda: sigma(-m),
         "bits": lambda: np.logaddexp(0, -m) / np.log(2),
         "twice": lambda: np.logaddexp(0, -sigma(m)),
     }[link]()

@@ -61,7 +61,8 @@ class Reading(NamedTuple):
         found = _computed(exercise, inputs, self.settings, self.inputs)
         if found is None or self.result is None:
             return found
-        return self.result.change(found[None])[0]
+        with np.errstate(all="ignore"):
+            return self.result.change(found[None])[0]
 
 
 # the changes
