@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo_lab.checks.calling import Call, Inputs, call
 from dpo_lab.checks.exercise import Exercise, array, near
-from dpo_lab.checks.readings import Reading, readings
+from dpo_lab.checks.readings import CONSTANT, Reading, readings
 
 # relative and absolute, by the dtype of what is returned
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -263,7 +263,7 @@ class Attempt:
 
     def _constant(self, head: str) -> Wrong | None:
         found = self.found[0]
-        if found.size < 2 or not np.isfinite(found).all() or np.ptp(found) > 0:
+        if found.size < 2 or not np.isfinite(found).all() or np.ptp(found) > CONSTANT:
             return None
         return self.wrong("constant", f"{head}All your numbers are the same.")
 

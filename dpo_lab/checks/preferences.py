@@ -14,14 +14,18 @@ Array = np.ndarray
 
 
 def pairs_of(rng: np.random.Generator, n: int, p: int) -> Array:
-    """(P, 2) chosen and rejected of `n` items; one item is in two pairs, once on each side."""
+    """(P, 2) chosen and rejected of `n` items.
+
+    One item is in two pairs, once on each side; one is in two on the same side; one is only chosen.
+    """
     while True:
         pairs = np.array([rng.permutation(n)[:2] for _ in range(p)])
         pairs[1, 0] = pairs[0, 1]
         chosen, rejected = pairs.T
         ordered = (np.diff(chosen) > 0).all()
         twice = max(len(chosen) - len(set(chosen)), len(rejected) - len(set(rejected)))
-        if (chosen != rejected).all() and not ordered and twice:
+        only_chosen = set(chosen) - set(rejected)
+        if (chosen != rejected).all() and not ordered and twice and only_chosen:
             return pairs
 
 

@@ -186,7 +186,7 @@ def readings(
         reading
         for reading in _matching(exercise, table(exercise, seed), found[0], tolerance)
         if (value := reading.values(exercise, second)) is not None
-        and near(found[1], value, tolerance)
+        and _same(found[1], value, tolerance)
     ]
     least = min((reading.size for reading in matching), default=0)
     matching = [reading for reading in matching if reading.size == least]
@@ -218,12 +218,19 @@ def _rows_like(
             return
         values = changed(stack).reshape(len(stack), found.size)
 
-    # the first number rules out nearly all
+    # the largest number rules out nearly all
     flat = found.ravel()
-    near_first = np.isclose(flat[:1], values[:, :1], rtol=tolerance, atol=tolerance)
-    for i in np.flatnonzero(near_first):
-        if near(flat, values[i], tolerance):
+    pivot = int(abs(flat).argmax())
+    alike = abs(values[:, pivot] - flat[pivot]) <= 2 * tolerance * abs(flat[pivot])
+    for i in np.flatnonzero(alike):
+        if _same(flat, values[i], tolerance):
             yield int(i)
+
+
+def _same(found: Array, value: Array, tolerance: float) -> bool:
+    """As `near`, but small numbers are held to a tolerance as small as their largest."""
+    scale = min(1.0, float(abs(found).max()))
+    return near(found / scale, value / scale, tolerance) if scale else False
 
 
 @functools.lru_cache(maxsize=32)
