@@ -334,15 +334,22 @@ def sampling() -> str:
 
 
 def latency() -> str:
-    """From a slider's event to the new picture."""
+    """From a slider's event, or a move of the landscape's point, to the new picture."""
     result = _result("latency")
     apart, row = result["apart"], result["in a row"]
+    point = ""
+    if "landscape" in result:
+        one, other = result["landscape"]["apart"], result["landscape"]["in a row"]
+        point = (
+            f" When the policy is dragged over its landscape, the four are {one['median']:.0f}, "
+            f"{one['p95']:.0f}, {other['median']:.0f} and {other['p95']:.0f} ms."
+        )
     return (
         f"Over {len(apart['milliseconds'])} drags of beta's slider {result['pause']} s apart, with "
         f"ipykernel {result['ipykernel']}, the new picture is in the page after a median of "
         f"{apart['median']:.0f} ms, and within {apart['p95']:.0f} ms for 95% of them. When each "
         f"move follows as soon as the last picture is there, the two are {row['median']:.0f} and "
-        f"{row['p95']:.0f} ms." + _origin(result["provenance"])
+        f"{row['p95']:.0f} ms." + point + _origin(result["provenance"])
     )
 
 

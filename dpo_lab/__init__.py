@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         bradley_terry_nll,
         dpo_loss,
         dpo_loss_from_pairs,
+        plackett_luce_loss,
         ppo_clip_loss,
         reward_model_loss,
         unlikelihood_loss,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         live_curves,
         training_explorer,
     )
+    from dpo_lab.widgets.landscape import landscape_explorer
 
 __all__ = [
     "CompletionBatch",
@@ -71,12 +73,14 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "implicit_reward",
+    "landscape_explorer",
     "live_curves",
     "load_model",
     "load_tokenizer",
     "objective_value",
     "optimal_frontier",
     "optimal_policy",
+    "plackett_luce_loss",
     "ppo_clip_loss",
     "reward_model_loss",
     "sample_completions",
@@ -100,6 +104,7 @@ _NAMES = {
         "bradley_terry_nll",
         "dpo_loss",
         "dpo_loss_from_pairs",
+        "plackett_luce_loss",
         "ppo_clip_loss",
         "reward_model_loss",
         "unlikelihood_loss",
@@ -127,6 +132,7 @@ _NAMES = {
         "live_curves",
         "training_explorer",
     ),
+    "widgets.landscape": ("landscape_explorer",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -22,12 +22,13 @@ PACKAGES = (
     "accelerate",
     "scikit-learn",
     "ipywidgets",
+    "anywidget",
     "jupyterlab",
     "sympy",
 )
 
 # packages that the notebooks need, and the command does not
-OF_NOTEBOOKS = ("ipywidgets", "jupyterlab", "sympy")
+OF_NOTEBOOKS = ("ipywidgets", "anywidget", "jupyterlab", "sympy")
 
 # what was looked at, what was found, and what to do about it: nothing where all is well
 Row = tuple[str, str, str]

@@ -50,12 +50,16 @@ def dpo_loss(
     - `sigmoid`: -log sigma(m). With e > 0 it is cDPO, -(1-e) log sigma(m) - e log sigma(-m), which
       takes each label to be wrong with probability e
       (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
-    - `robust`: [-(1-e) log sigma(m) + e log sigma(-m)] / (1-2e), unbiased when labels are flipped
-      with probability e (Eq. 12 of Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409).
+    - `robust`: [-(1-e) log sigma(m) + e log sigma(-m)] / (1-2e). Its mean over labels flipped with
+      probability e is the loss of the true labels (Chowdhury et al. 2024,
+      https://arxiv.org/abs/2403.00409). Unbounded below: for large m it is -m e / (1-2e), so a pair
+      that is always labeled one way, as when each pair has one label, drives its margin to
+      infinity at a weight that never vanishes.
     - `ipo`: (m / beta - 1 / (2 beta))^2 (Eq. 17 of Azar et al. 2023,
       https://arxiv.org/abs/2310.12036). The log-ratios are those you pass: sums over tokens, as in
       the DPO paper's code, or means.
-    - `hinge`: max(0, 1 - m) (Zhao et al. 2023, https://arxiv.org/abs/2305.10425).
+    - `hinge`: max(0, 1 - m) (Liu et al. 2023, RSO, https://arxiv.org/abs/2309.06657, after SLiC-HF,
+      whose hinge is on log-probs without a reference).
 
     The gradient weight, -d loss / d margin, is the sigma(-m) of the paper's gradient (Section 4)
     when `loss_type` is "sigmoid". A loss of your own joins `MARGIN_LOSSES` under a new name.
@@ -67,7 +71,7 @@ def dpo_loss(
         rejected: (P,) integer indices into the N completions.
         beta: strength of the KL constraint, positive.
         loss_type: a name in `MARGIN_LOSSES`.
-        label_smoothing: in [0, 0.5); not defined for ipo and hinge.
+        label_smoothing: e, in [0, 0.5); not defined for ipo and hinge.
         check_values: whether to look for indices out of range and log-probs that are not finite;
             on a GPU that waits for the values.
 
@@ -139,7 +143,7 @@ def _sigmoid(margins: Tensor, beta: float, e: float) -> tuple[Tensor, Tensor]:
 
 
 def _robust(margins: Tensor, beta: float, e: float) -> tuple[Tensor, Tensor]:
-    """DPO without the bias of labels that are flipped with probability `e`."""
+    """DPO without the bias of labels that are flipped with probability `e`; unbounded below."""
     losses = (-(1 - e) * F.logsigmoid(margins) + e * F.logsigmoid(-margins)) / (1 - 2 * e)
     weights = ((1 - e) * torch.sigmoid(-margins) + e * torch.sigmoid(margins)) / (1 - 2 * e)
     return losses, weights
@@ -165,8 +169,9 @@ MARGIN_LOSSES: dict[str, MarginLoss] = {
     "robust": _robust,
 }
 """The losses by `loss_type`, each a function of margins (P,), beta and label smoothing. It returns
-losses (P,) and gradient weights (P,), which are minus the derivative of the losses. Add your own:
-after `MARGIN_LOSSES["mine"] = my_loss`, `dpo_loss` and `DPOConfig` take loss_type="mine"."""
+losses (P,) and gradient weights (P,), which are minus the derivative of the losses. All but
+"robust" with label smoothing are bounded below (see `dpo_loss`). Add your own: after
+`MARGIN_LOSSES["mine"] = my_loss`, `dpo_loss` and `DPOConfig` take loss_type="mine"."""
 
 # configs take names that were added
 MORE_CHOICES[LossType] = MARGIN_LOSSES
@@ -182,8 +187,47 @@ def bradley_terry_nll(rewards: Tensor, chosen: Tensor, rejected: Tensor) -> Tens
     """
     _check_logps("rewards", rewards)
     check_pairs(chosen, rejected, len(rewards))
-    _check_finite("rewards", rewards, chosen, rejected)
+    _check_finite("rewards", rewards, {"chosen": chosen, "rejected": rejected})
     return -F.logsigmoid(rewards[chosen] - rewards[rejected])
+
+
+def plackett_luce_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    rankings: Tensor,
+    beta: float,
+    *,
+    check_values: bool = True,
+) -> Tensor:
+    """The DPO loss of each ranking of K completions, (R,) nats (Eq. 20 of Rafailov et al. 2023).
+
+    -log p(ranking) under the Plackett-Luce model: the best is chosen among all K, the second among
+    the K-1 that remain, and so on. With the implicit reward r = beta * (log pi - log pi_ref), the
+    choice at place k costs -log sigma(r_k - logsumexp(r_{k+1}, ..., r_K)): the loss of a pair, with
+    all that remain on the other side. K = 2 is the sigmoid loss of `dpo_loss`.
+
+    Args:
+        policy_logps: (N,) log pi(y|x) in nats, summed over the tokens of each completion.
+        reference_logps: (N,) log pi_ref(y|x) in nats.
+        rankings: (R, K) integer indices into the N completions, best first, K >= 2.
+        beta: strength of the KL constraint, positive.
+        check_values: whether to look for indices out of range and log-probs that are not finite;
+            on a GPU that waits for the values.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the value found and what is allowed.
+    """
+    beta = check_beta(beta)
+    _check_both(policy_logps, reference_logps)
+    if check_values:
+        check_rankings(rankings, len(policy_logps))
+        places = {f"place {k}": column for k, column in enumerate(rankings.T)}
+        _check_finite("policy_logps", policy_logps, places, "ranking")
+        _check_finite("reference_logps", reference_logps, places, "ranking")
+
+    ranked = beta * (policy_logps - reference_logps)[rankings]  # (R, K) rewards, best first
+    rest = torch.logcumsumexp(ranked.flip(1), 1).flip(1)[:, 1:]  # (R, K-1)
+    return -F.logsigmoid(ranked[:, :-1] - rest).sum(1)
 
 
 def reward_model_loss(ranked_rewards: Tensor) -> Tensor:
@@ -194,7 +238,7 @@ def reward_model_loss(ranked_rewards: Tensor) -> Tensor:
     prompt counts once whatever K. K = 2 is the pairwise loss of Eq. 2 of Rafailov et al. 2023.
     https://arxiv.org/abs/2203.02155
     """
-    _check_rankings(ranked_rewards)
+    _check_ranked_rewards(ranked_rewards)
     k, device = ranked_rewards.shape[1], ranked_rewards.device
     better, worse = torch.triu_indices(k, k, offset=1, device=device)  # (C,) each
     return -F.logsigmoid(ranked_rewards[:, better] - ranked_rewards[:, worse]).mean(1)
@@ -211,7 +255,7 @@ def unlikelihood_loss(
     alpha = check_alpha(alpha)
     _check_logps("policy_logps", policy_logps)
     check_pairs(chosen, rejected, len(policy_logps))
-    _check_finite("policy_logps", policy_logps, chosen, rejected)
+    _check_finite("policy_logps", policy_logps, {"chosen": chosen, "rejected": rejected})
     return -policy_logps[chosen] + alpha * policy_logps[rejected]
 
 
@@ -252,7 +296,7 @@ def clipped_value_loss(
 
 def check_beta(beta: float) -> float:
     """`beta` as a float. Raises ValueError unless it is a positive, finite number."""
-    allowed = "a positive, finite number (the paper uses 0.1 to 0.5)"
+    allowed = "a positive, finite number (the paper's default is 0.1)"
     return _number("beta", beta, lambda b: b > 0, allowed)
 
 
@@ -286,14 +330,8 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
     """Raise unless `chosen` and `rejected` are (P,) indices into `n` completions that differ."""
     sides = {"chosen": chosen, "rejected": rejected}
 
-    # vectors of integers; torch would take uint8 for a mask
     for name, index in sides.items():
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-            found = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(
-                f"{name} is {found}; it must be a tensor of integer indices (int64 or int32) into "
-                "the completions"
-            )
+        _check_index(name, index)
         if index.ndim != 1:
             raise ValueError(
                 f"{name} has shape {tuple(index.shape)}; it must be (P,), one index per pair"
@@ -304,15 +342,8 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
             "each per pair"
         )
 
-    # within range
     for name, index in sides.items():
-        outside = ((index < 0) | (index >= n)).nonzero()
-        if len(outside):
-            row = int(outside[0])
-            raise ValueError(
-                f"{name}[{row}] is {int(index[row])}; with {n} completions an index must be in "
-                f"0..{n - 1}"
-            )
+        _check_range(name, index, n)
 
     # two different completions
     same = (chosen == rejected).nonzero()
@@ -320,6 +351,48 @@ def check_pairs(chosen: Tensor, rejected: Tensor, n: int) -> None:
         row = int(same[0])
         raise ValueError(
             f"pair {row} has completion {int(chosen[row])} as chosen and as rejected; drop the pair"
+        )
+
+
+def check_rankings(rankings: Tensor, n: int) -> None:
+    """Raise unless `rankings` is (R, K) indices into `n` completions, each at most once a row."""
+    _check_index("rankings", rankings)
+    if rankings.ndim != 2 or rankings.shape[1] < 2:
+        raise ValueError(
+            f"rankings has shape {tuple(rankings.shape)}; it must be (R, K) with K >= 2 indices "
+            "per ranking, best first"
+        )
+    _check_range("rankings", rankings, n)
+
+    # no completion at two places
+    ordered = rankings.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).nonzero()
+    if len(twice):
+        row, place = twice[0].tolist()
+        raise ValueError(
+            f"ranking {row} is {rankings[row].tolist()}, with completion "
+            f"{int(ordered[row, place])} twice; each completion has one place"
+        )
+
+
+def _check_index(name: str, index: Tensor) -> None:
+    """Raise unless `index` is a tensor of integers; torch would take uint8 for a mask."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        found = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(
+            f"{name} is {found}; it must be a tensor of integer indices (int64 or int32) into "
+            "the completions"
+        )
+
+
+def _check_range(name: str, index: Tensor, n: int) -> None:
+    """Raise unless every value of `index` is one of `n` completions."""
+    outside = ((index < 0) | (index >= n)).nonzero()
+    if len(outside):
+        place = outside[0].tolist()
+        raise ValueError(
+            f"{name}[{', '.join(map(str, place))}] is {int(index[tuple(place)])}; with {n} "
+            f"completions an index must be in 0..{n - 1}"
         )
 
 
@@ -337,7 +410,19 @@ def _check_dpo(
     label_smoothing = check_loss_type(loss_type, label_smoothing)
     beta = check_beta(beta)
 
-    # one log-prob per completion, in the same order
+    _check_both(policy_logps, reference_logps)
+
+    # what has to look at values
+    if check_values:
+        check_pairs(chosen, rejected, len(policy_logps))
+        sides = {"chosen": chosen, "rejected": rejected}
+        _check_finite("policy_logps", policy_logps, sides)
+        _check_finite("reference_logps", reference_logps, sides)
+    return beta, label_smoothing
+
+
+def _check_both(policy_logps: Tensor, reference_logps: Tensor) -> None:
+    """Raise unless policy and reference have one log-prob per completion each."""
     _check_logps("policy_logps", policy_logps)
     _check_logps("reference_logps", reference_logps)
     if policy_logps.shape != reference_logps.shape:
@@ -346,13 +431,6 @@ def _check_dpo(
             f"{tuple(reference_logps.shape)}; both must be (N,), one value per completion in the "
             "same order"
         )
-
-    # what has to look at values
-    if check_values:
-        check_pairs(chosen, rejected, len(policy_logps))
-        _check_finite("policy_logps", policy_logps, chosen, rejected)
-        _check_finite("reference_logps", reference_logps, chosen, rejected)
-    return beta, label_smoothing
 
 
 def _check_four(logps: dict[str, Tensor], check_values: bool) -> None:
@@ -372,7 +450,7 @@ def _check_four(logps: dict[str, Tensor], check_values: bool) -> None:
             )
 
 
-def _check_rankings(ranked_rewards: Tensor) -> None:
+def _check_ranked_rewards(ranked_rewards: Tensor) -> None:
     """Raise unless `ranked_rewards` is (B, K) finite numbers with K of at least two."""
     if not isinstance(ranked_rewards, Tensor) or not ranked_rewards.is_floating_point():
         raise TypeError(_not_float("ranked_rewards", ranked_rewards, "(B, K)"))
@@ -429,18 +507,18 @@ def _check_logps(name: str, values: Tensor, shape: str = "(N,)", per: str = "com
         )
 
 
-def _check_finite(name: str, values: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-    """Raise ValueError where a value is not finite, with the pairs that use it."""
+def _check_finite(name: str, values: Tensor, uses: dict[str, Tensor], of: str = "pair") -> None:
+    """Raise ValueError where a value is not finite, with the pairs or rankings that use it."""
     if torch.isfinite(values).all():
         return
     row = int((~torch.isfinite(values)).nonzero()[0])
-    uses = [
-        f"{side} of pair {int(pair)}"
-        for side, index in (("chosen", chosen), ("rejected", rejected))
-        for pair in (index == row).nonzero()[:1]
+    found = [
+        f"{side} of {of} {int(first)}"
+        for side, index in uses.items()
+        for first in (index == row).nonzero()[:1]
     ]
     raise ValueError(
-        f"{name}[{row}] ({' and '.join(uses) or 'in no pair'}) is {values[row].item()}; every "
+        f"{name}[{row}] ({' and '.join(found) or f'in no {of}'}) is {values[row].item()}; every "
         "value must be finite. Look at that completion's tokens, or lower the learning rate if "
         "training diverged"
     )

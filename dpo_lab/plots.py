@@ -26,6 +26,9 @@ COLORS, STROKES = (POLICY, REJECTED, CHOSEN, OPTIMUM), ("-", "--", "-.", ":")
 # one color per method of a sweep
 METHODS = ("#2c5f9e", "#c0392b", "#1b7f5c", "#b07aa1", "#e69f00", "#222222", "#56b4e9")
 
+# above and below zero, behind text: told apart by those who see red and green alike, too
+ABOVE, BELOW = "#2c5f9e", "#e69f00"
+
 # ticks of an axis of square roots, in nats
 ROOT_TICKS = (0.5, 2, 5, 10, 20, 40, 80, 160)
 
@@ -41,6 +44,11 @@ def looks(
     for k in count():
         turn = k // len(colors)
         yield colors[k % len(colors)], others[(turn + k * beside) % len(others)]
+
+
+def palette(n: int) -> tuple[str, ...]:
+    """Colors for `n` things: those of the methods where each then has its own, or of the roles."""
+    return METHODS if len(COLORS) < n <= len(METHODS) else COLORS
 
 
 def check_labels(labels: Sequence[str], n: int, what: str) -> list[str]:
@@ -154,7 +162,7 @@ def plot_lines(
     """Named curves over one axis, told apart by color and by stroke."""
     figure, axes = _figure(title, y_label, x=x_label)
     x = floats("x", x)
-    for (name, values), (color, style) in zip(lines.items(), looks(COLORS, STROKES)):
+    for (name, values), (color, style) in zip(lines.items(), looks(palette(len(lines)), STROKES)):
         values = floats(f"lines[{name!r}]", values)
         if len(values) != len(x):
             raise ValueError(
@@ -204,7 +212,8 @@ def plot_race(
     stands at `goal`.
     """
     figure, axes = _figure(title, y_label, x=x_label)
-    for (name, (x, values)), (color, style) in zip(racers.items(), looks(COLORS, STROKES)):
+    own = looks(palette(len(racers)), STROKES)
+    for (name, (x, values)), (color, style) in zip(racers.items(), own):
         values = floats(f"racers[{name!r}]", values)
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
@@ -332,7 +341,7 @@ def plot_frontier(
     """Mean reward against sequence KL of named runs during training, under the optimal frontier.
 
     The points of a run have `reward`, `kl` and their `_se`. `frontier` is what `optimal_frontier`
-    returns, drawn where the estimate is valid.
+    returns, drawn where the estimate is valid; a cross marks its end.
     """
     figure, axes = _figure(
         "Reward against KL on held-out prefixes",
@@ -341,8 +350,11 @@ def plot_frontier(
     )
     if frontier is not None:
         kl, reward = frontier.kl[frontier.valid], frontier.reward[frontier.valid]
-        label = "optimal policy, estimated from the reference"
+        label = "optimal policy, estimated up to the cross"
         axes.plot(kl, reward, "--", color=OPTIMUM, label=label)
+        if len(kl):
+            end = np.argmax(kl)
+            axes.plot(kl[end], reward[end], "x", color=OPTIMUM, markersize=9)
 
     # each run with its standard errors
     names = ("kl", "reward", "reward_se", "kl_se")
@@ -484,14 +496,16 @@ def token_html(
     *,
     limit: float | None = None,
     title: str = "",
+    legend: str = "",
 ) -> str:
-    """A text as HTML whose tokens are colored by their values: green above zero, red below.
+    """A text as HTML whose tokens are colored by their values: blue above zero, orange below.
 
     Args:
         tokens: T pieces of the text.
         values: (T,), shown in the tooltips.
         limit: the value of full color, by default the largest in absolute value.
         title: shown in bold above the text.
+        legend: what the values are, shown under the text beside the scale of the colors.
 
     Raises:
         ValueError: there are not as many values as tokens.
@@ -503,12 +517,53 @@ def token_html(
             "give one value for each token"
         )
     limit = limit or max(map(abs, values), default=0.0) or 1.0
-    spans = []
-    for token, value in zip(tokens, values):
-        red, green, blue = (round(255 * part) for part in to_rgb(CHOSEN if value > 0 else REJECTED))
-        opacity = min(abs(value) / limit, 1.0)
-        color = "white" if opacity > 0.6 else "inherit"
-        style = f"background:rgba({red},{green},{blue},{opacity:.2f});color:{color}"
-        spans.append(f'<span style="{style}" title="{value:+.2f}">{for_html(token)}</span>')
+    spans = [_colored(token, value, limit) for token, value in zip(tokens, values)]
     heading = f"<b>{for_html(title)}</b>\n" if title else ""
-    return f'<div style="line-height:1.8;white-space:pre-wrap">{heading}{"".join(spans)}</div>'
+
+    # five steps of the scale
+    scale = ""
+    if legend:
+        steps = [_colored(f" {k * limit:+.2g} ", k * limit, limit) for k in (-1, -0.5, 0, 0.5, 1)]
+        scale = f"\n<small>{''.join(steps)} {for_html(legend)}</small>"
+    text = f"{heading}{''.join(spans)}{scale}"
+    return f'<div style="line-height:1.8;white-space:pre-wrap">{text}</div>'
+
+
+def _colored(text: str, value: float, limit: float) -> str:
+    """A piece of text on the color of its value, which its tooltip shows."""
+    red, green, blue = (round(255 * part) for part in to_rgb(ABOVE if value > 0 else BELOW))
+    opacity = min(abs(value) / limit, 1.0)
+
+    # readable on the color, whatever the page's own color of text
+    color = "inherit" if opacity <= 0.6 else "white" if value > 0 else "black"
+    style = f"background:rgba({red},{green},{blue},{opacity:.2f});color:{color}"
+    return f'<span style="{style}" title="{value:+.2f}">{for_html(text)}</span>'
+
+
+def plot_token_logps(tokens: Sequence[str], logps: Sequence[float]) -> Figure:
+    """The probability of each token above, and the running sum of their log-probs below.
+
+    Args:
+        tokens: T pieces of a completion.
+        logps: (T,) the log-prob of each, nats.
+
+    Raises:
+        ValueError: there are not as many log-probs as tokens.
+    """
+    logps = floats("logps", logps)
+    names = check_labels(tokens, len(logps), "log-probs")
+    figure, (top, bottom) = _figure(
+        "From the tokens to the completion", "p of each token", "sum of log p so far (nats)", x=""
+    )
+    places = np.arange(len(names))
+    bars = top.bar(places, np.exp(logps), 0.7, color=POLICY)
+    top.bar_label(bars, [f"{p:.2f}" for p in np.exp(logps)], fontsize=8, padding=2)
+    top.set_ylim(0, 1.12)
+
+    # each token takes the sum down by its own log-prob
+    sums = np.cumsum(logps)
+    bars = bottom.bar(places, logps, 0.7, bottom=sums - logps, color=REJECTED)
+    bottom.bar_label(bars, [f"{value:.1f}" for value in sums], fontsize=8, padding=2)
+    bottom.set_ylim(1.12 * sums.min(initial=-1.0), 0)
+    bottom.set_xticks(places, names, rotation=35, ha="right")
+    return figure

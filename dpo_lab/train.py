@@ -36,8 +36,8 @@ class DPOConfig:
     beta: float = 0.1
     """strength of the KL constraint"""
     loss_type: LossType = "sigmoid"
-    """sigmoid (DPO; cDPO with label_smoothing), robust, ipo, hinge, or a name that you added to
-    MARGIN_LOSSES"""
+    """sigmoid (DPO; cDPO with label_smoothing), robust (unbounded below: see `dpo_loss`), ipo,
+    hinge, or a name that you added to MARGIN_LOSSES"""
     label_smoothing: float = 0.0
     """assumed fraction of flipped labels, in [0, 0.5)"""
     epochs: int = 1

@@ -124,19 +124,46 @@ def model(tiny):
     return load_model(str(tiny))
 
 
+# what takes longest, in this order: notebooks and files of tests
+LONGEST = (
+    "05_dpo_gpt2_imdb",
+    "04_ppo_vs_dpo",
+    "00_start_here",
+    "tests/test_browser.py",
+    "tests/test_experiment.py",
+    "05b_trl_side_by_side",
+    "tests/test_distributed.py",
+    "tests/test_gpu.py",
+    "tests/test_frontier.py",
+    "tests/test_site.py",
+    "tests/test_benchmarks.py",
+    "tests/test_hub.py",
+    "tests/test_train.py",
+)
+
+
+def scope(nodeid):
+    """What one worker gets whole, for its tests share fixtures: a file, or a notebook's tests."""
+    file, _, name = nodeid.partition("::")
+    _, of_a_notebook, notebook = name.partition("[")
+    return notebook.removesuffix("]") if "test_notebooks" in file and of_a_notebook else file
+
+
 def pytest_collection_modifyitems(items):
-    """Notebooks take longest, so they come first."""
-    items.sort(key=lambda item: item.path.stem != "test_notebooks")
+    """The longest come first, so that all workers end at about the same time."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+
+    def order(item):
+        return ranks.get(scope(item.nodeid), len(ranks)), item.path.stem != "test_notebooks"
+
+    items.sort(key=order)
 
 
 class FileByFile(LoadScopeScheduling):
-    """A file goes to one worker whole, for its tests share fixtures; each notebook goes by itself.
-
-    xdist's own groups (3.8) are no longer seen by pytest 9.2, and it then deals out single tests.
-    """
+    """xdist's own groups (3.8) are no longer seen by pytest 9.2, which then deals single tests."""
 
     def _split_scope(self, nodeid):
-        return nodeid if "test_notebooks.py" in nodeid else nodeid.split("::")[0]
+        return scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -86,6 +86,64 @@ def test_descent_takes_the_gradient_step_and_starts_at_the_reference():
     torch.testing.assert_close(path[1], torch.softmax(logits - 0.1 * slope, 0), rtol=0, atol=1e-10)
 
 
+def by_hand(beta, steps, rate, optimizer):
+    """Where a loop in plain arithmetic ends: gradient descent, or Adam of Kingma and Ba 2015."""
+    logits = REFERENCE.log().clone()
+    mean, square = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    chosen, rejected = all_pairs(4)
+    pairs = list(zip(chosen, rejected, pair_weights(REFERENCE, REWARD)))
+    for t in range(1, steps + 1):
+        # d margin / d logits is beta (e_chosen - e_rejected), since the normalizer cancels
+        log_ratios, gradient = logits - REFERENCE.log(), torch.zeros(4, dtype=torch.float64)
+        for i, j, weight in pairs:
+            slope = -weight * beta * torch.sigmoid(-beta * (log_ratios[i] - log_ratios[j]))
+            gradient[i] += slope
+            gradient[j] -= slope
+        if optimizer is torch.optim.SGD:
+            logits = logits - rate * gradient
+        else:
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient**2
+            size = (square / (1 - 0.999**t)).sqrt() + 1e-8
+            logits = logits - rate * mean / (1 - 0.9**t) / size
+    return torch.softmax(logits, 0)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("beta", [0.05, 2.0])
+def test_descent_is_that_of_the_optimizer_by_hand(optimizer, beta):
+    path = gradient_descent(
+        population_loss(REFERENCE, REWARD, beta),
+        REFERENCE,
+        steps=7,
+        learning_rate=0.1,
+        optimizer=optimizer,
+    )
+    torch.testing.assert_close(path[-1], by_hand(beta, 7, 0.1, optimizer), rtol=0, atol=1e-12)
+
+
+def test_a_small_beta_moves_less_by_gradient_descent_and_not_by_adam():
+    """The gradient at the reference is proportional to beta, the KL to the square of the step."""
+
+    def moved(beta, optimizer, rate):
+        path = gradient_descent(
+            population_loss(REFERENCE, REWARD, beta),
+            REFERENCE,
+            steps=5,
+            learning_rate=rate,
+            optimizer=optimizer,
+        )
+        return kl(path[-1], REFERENCE).item()
+
+    assert moved(2e-3, torch.optim.SGD, 0.3) == pytest.approx(
+        4 * moved(1e-3, torch.optim.SGD, 0.3), rel=0.01
+    )
+    assert moved(2e-3, torch.optim.Adam, 0.1) == pytest.approx(
+        moved(1e-3, torch.optim.Adam, 0.1), rel=0.01
+    )
+    assert moved(2.0, torch.optim.Adam, 0.1) < 0.8 * moved(1e-3, torch.optim.Adam, 0.1)
+
+
 def test_descent_reaches_the_optimum_too():
     path = gradient_descent(
         population_loss(REFERENCE, REWARD, 1.0), REFERENCE, steps=3_000, learning_rate=3.0

@@ -1,11 +1,17 @@
-"""Rewards fitted to comparisons, against scikit-learn's logistic regression and simulation."""
+"""Rewards fitted to comparisons and rankings, against logistic regression, autograd, simulation."""
+
+from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from dpo_lab.theory.bradley_terry import fit_bradley_terry
+from dpo_lab.losses import plackett_luce_loss
+from dpo_lab.theory.bradley_terry import fit_bradley_terry, fit_plackett_luce
+
+TRUTH = np.array([1.0, 0.3, 0.0, -0.5, -0.8])
 
 
 def simulate(rewards, pairs, seed):
@@ -29,6 +35,64 @@ def test_the_fit_is_that_of_logistic_regression_on_differences(seed):
     )
     np.testing.assert_allclose(fit.rewards - fit.rewards[0], [0, *other.coef_[0]], atol=1e-6)
     assert abs(fit.rewards.mean()) < 1e-12
+
+
+def rankings(n, seed, kept=5):
+    """The best `kept` of five items by reward with Gumbel noise, best first."""
+    noise = np.random.default_rng(seed).gumbel(size=(n, 5))
+    return np.argsort(-(TRUTH + noise), axis=1)[:, :kept]
+
+
+def test_rankings_of_two_are_comparisons():
+    chosen, rejected = simulate(TRUTH, 300, 0)
+    pairs = fit_bradley_terry(chosen, rejected, 5)
+    found = fit_plackett_luce(np.stack([chosen, rejected], 1), 5)
+    np.testing.assert_array_equal(found.rewards, pairs.rewards)
+    np.testing.assert_array_equal(found.covariance, pairs.covariance)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fit_to_rankings_is_least_in_the_loss_and_its_covariance_is_the_inverse_curvature(seed):
+    ranked = torch.from_numpy(rankings(80, seed))
+    fit = fit_plackett_luce(ranked, 5)
+
+    def loss(rewards):
+        return plackett_luce_loss(rewards, torch.zeros(5, dtype=rewards.dtype), ranked, 1.0).sum()
+
+    rewards = torch.from_numpy(fit.rewards)
+    np.testing.assert_allclose(torch.func.grad(loss)(rewards), 0, atol=1e-10)
+    curvature = torch.func.hessian(loss)(rewards).numpy()
+    np.testing.assert_allclose(fit.covariance @ curvature, np.eye(5) - 1 / 5, atol=1e-10)
+    assert fit.nll == pytest.approx(loss(rewards).item() / 80, rel=1e-12)
+    assert abs(fit.rewards.mean()) < 1e-12
+
+
+def test_the_covariance_of_many_rankings_is_that_of_the_model():
+    """Against the expected information: a sum over all rankings and places, with loops."""
+    information = np.zeros((5, 5))
+    for order in permutations(range(5)):
+        chance, seen = 1.0, np.zeros((5, 5))
+        for k in range(4):
+            rest = list(order[k:])
+            p = np.exp(TRUTH[rest]) / np.exp(TRUTH[rest]).sum()
+            seen[np.ix_(rest, rest)] += np.diag(p) - np.outer(p, p)
+            chance *= p[0]
+        information += chance * seen
+    found = 20_000 * fit_plackett_luce(rankings(20_000, 0), 5).covariance
+    np.testing.assert_allclose(found, np.linalg.pinv(information), rtol=0.05, atol=0.01)
+
+
+def test_intervals_from_rankings_cover_the_truth_as_often_as_they_say():
+    hits = 0
+    for seed in range(200):
+        low, high = fit_plackett_luce(rankings(60, seed), 5).interval(0, 4)
+        hits += low < TRUTH[0] - TRUTH[4] < high
+    assert 178 <= hits <= 199  # 190 expected, standard deviation 3
+
+
+def test_rankings_may_hold_some_of_the_items():
+    ranked = np.concatenate([rankings(4_000, 0, kept=3), rankings(4_000, 1, kept=3)[:, ::-1]])
+    assert fit_plackett_luce(ranked, 5).rewards.shape == (5,)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -69,3 +133,22 @@ def test_even_results_give_even_rewards():
 def test_what_cannot_be_fitted_is_named(chosen, rejected, n, words):
     with pytest.raises(ValueError, match=words):
         fit_bradley_terry(chosen, rejected, n)
+
+
+@pytest.mark.parametrize(
+    "rankings, error, words",
+    [
+        ([], ValueError, r"rankings has shape \(0,\)"),
+        (np.empty((0, 3), int), ValueError, "no comparisons"),
+        ([[0, 1, 2]], ValueError, "4 groups"),
+        ([[0, 1], [1, 0], [2, 3], [3, 2]], ValueError, "2 groups"),
+        ([[0, 1, 0]], ValueError, "ranking 0 is .* completion 0 twice"),
+        ([[0, 4]], ValueError, r"rankings\[0, 1\] is 4"),
+        ([0, 1], ValueError, r"rankings has shape \(2,\)"),
+        ([[0, 1], [1]], TypeError, "rankings holds sequences of unequal length"),
+        ([[0.0, 1.0]], TypeError, "rankings holds"),
+    ],
+)
+def test_rankings_that_cannot_be_fitted_are_named(rankings, error, words):
+    with pytest.raises(error, match=words):
+        fit_plackett_luce(rankings, 4)

@@ -4,6 +4,7 @@ Screenshots go to screenshots/ in the repository.
 """
 
 import base64
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -37,6 +38,8 @@ from dpo_lab.widgets.explorers import (
     gradient_weight_explorer,
     training_explorer,
 )
+from dpo_lab.widgets.landscape import landscape_explorer
+from dpo_lab.widgets.predictions import FILE
 from dpo_lab.widgets.states import (
     REFERENCE,
     REWARD,
@@ -60,7 +63,8 @@ def cloud_of_notebook_03():
 EXPLORERS = {
     "01_kl_constrained_objective": [beta_explorer],
     "02_bradley_terry": [bradley_terry_explorer],
-    "03_optimal_policy_bandit": [bandit_explorer, cloud_of_notebook_03],
+    # the third is moved in a test of its own
+    "03_optimal_policy_bandit": [bandit_explorer, cloud_of_notebook_03, None],
 }
 
 
@@ -113,7 +117,7 @@ class Shown:
             elif name == "beta":  # it shows three digits
                 values[name] = float(min(BETAS, key=lambda beta: abs(np.log(beta / float(text)))))
             else:
-                values[name] = float(text.replace("\u2212", "-"))
+                values[name] = type(slider.value)(text.replace("\u2212", "-"))
         return values, (self.twin.show(**values), self.twin.picture.png())
 
     def settled(self):
@@ -194,9 +198,39 @@ def test_a_notebook_runs_and_its_sliders_move_to_the_right_values(lab, browser, 
         assert all(output.bounding_box()["height"] <= seen for output in outputs.all())
 
         for k, make in enumerate(EXPLORERS[notebook]):
-            move_every_slider(Shown(page, outputs.nth(k), make()))
+            if make:
+                move_every_slider(Shown(page, outputs.nth(k), make()))
             outputs.nth(k).screenshot(path=SCREENSHOTS / f"{notebook}-{k}.png")
         assert errors == []
+
+
+def write_notebook(path, sources):
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    cells = list(map(nbformat.v4.new_code_cell, sources))
+    nbformat.write(nbformat.v4.new_notebook(metadata=kernel, cells=cells), path)
+
+
+def test_a_written_guess_is_kept_and_stands_beside_the_result(lab, browser, folder):
+    question, guess = "By what factor does the KL fall?", "<b>10</b> $x$"
+    ask = f"from dpo_lab.widgets import predict\nrate = predict({question!r})"
+    write_notebook(folder / "notebooks" / "guess.ipynb", [ask, "rate.beside(12.5)"])
+    with open_notebook(browser, lab, "guess") as (page, errors):
+        asked = run_first_cell(page)
+        field = asked.get_by_label("your guess")
+        asked.locator(".widget-html-content", has_text=question).wait_for()
+        field.fill(guess)
+        field.press("Enter")
+        asked.get_by_text("kept", exact=True).wait_for()
+        kept = (folder / "notebooks" / FILE).read_text(encoding="utf-8")
+        assert json.loads(kept) == {question: guess}
+
+        # a second run asks again, and has the guess from the file
+        run_all_cells(page)
+        assert field.input_value() == guess
+        table = page.locator(".jp-CodeCell").nth(1).locator("td")
+        assert table.all_inner_texts() == [guess, "12.5"]
+        page.screenshot(path=SCREENSHOTS / "guess.png")
+        assert not page.locator(FAILED).count() and errors == []
 
 
 RECORDED = {
@@ -220,11 +254,7 @@ def test_a_walk_through_recorded_runs_shows_each_with_its_samples(lab, browser, 
         "from dpo_lab.widgets import *",
         source.format(run=str(run)),
     ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    notebook = nbformat.v4.new_notebook(
-        metadata=kernel, cells=[nbformat.v4.new_code_cell("\n".join(lines))]
-    )
-    nbformat.write(notebook, folder / "notebooks" / f"walk_{name}.ipynb")
+    write_notebook(folder / "notebooks" / f"walk_{name}.ipynb", ["\n".join(lines)])
     with open_notebook(browser, lab, f"walk_{name}") as (page, errors):
         cell = run_first_cell(page)
         assert not page.locator(FAILED).count()
@@ -243,6 +273,55 @@ def test_a_walk_through_recorded_runs_shows_each_with_its_samples(lab, browser, 
         shown.drag(0, -400)
         assert shown.moved(by_key) == start
         assert errors == []
+
+
+def test_a_policy_is_dragged_over_its_landscape_and_the_paths_follow(lab, browser, folder):
+    source = "from dpo_lab.widgets import *\nlandscape_explorer(steps=6, seeds=3)"
+    write_notebook(folder / "notebooks" / "landscape.ipynb", [source])
+    with open_notebook(browser, lab, "landscape") as (page, errors):
+        cell = run_first_cell(page)
+        assert not page.locator(FAILED).count()
+        shown = Shown(page, cell, landscape_explorer(steps=6, seeds=3))
+        shown.numbers.nth(4).wait_for()
+        start = shown.settled()
+
+        # from the point at the right to the left of the triangle, in pixels of the picture
+        box = shown.picture.bounding_box()
+        page.mouse.move(box["x"] + 279, box["y"] + 304)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 120, box["y"] + 290, steps=8)
+        readout = shown.readout.inner_text()
+        page.mouse.up()
+        dragged = shown.moved(start)
+        assert dragged["logit_1"] < -1 and {**dragged, **logits(start)} == start
+        assert readout.startswith("J ") and errors == []
+
+        # the sliders follow the pointer, and the policy follows the sliders
+        shown.press(3, "ArrowRight")
+        by_key = shown.moved(dragged)
+        assert by_key["logit_2"] == pytest.approx(dragged["logit_2"] + 0.02)
+        page.mouse.move(box["x"] + 300, box["y"] + 100)
+        assert shown.settled() == by_key
+
+        # one step goes from the end to the start; play goes on to the end, all in sight at once
+        cell.get_by_role("button", name="one step").click()
+        assert shown.moved(by_key) == {**by_key, "step": 0}
+        cell.locator(".widget-play button").first.click()
+        for _ in range(100):
+            if shown.settled() == by_key:
+                break
+            page.wait_for_timeout(100)
+        assert shown.settled() == by_key
+        cell.screenshot(path=SCREENSHOTS / "landscape.png")
+        seen = page.locator(".jp-WindowedPanel-outer").first.bounding_box()["height"]
+        assert cell.locator(".jp-OutputArea").first.bounding_box()["height"] <= seen
+        cell.get_by_role("button", name="reset").click()
+        assert shown.moved(by_key) == start
+        assert errors == []
+
+
+def logits(values):
+    return {name: value for name, value in values.items() if name.startswith("logit")}
 
 
 @pytest.mark.long

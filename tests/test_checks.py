@@ -21,8 +21,8 @@ from dpo_lab.checks import EXERCISES, Wrong, check, diagnose, mistakes
 from dpo_lab.checks.calling import call
 from dpo_lab.checks.exercise import near
 from dpo_lab.checks.readings import Reading, input_changes, readings, result_changes
-from tests.mutants import mutants, mutants_of_mutants
 from tests.right_answers import RIGHT_ANSWERS
+from tests.syntax_mutants import mutants, mutants_of_mutants
 from tests.wrong_answers import WRONG_ANSWERS
 
 SOLUTIONS = Path(__file__).parent.parent / "notebooks" / "exercises" / "solutions.py"

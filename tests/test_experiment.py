@@ -444,37 +444,30 @@ def test_help_lists_every_command_and_explains_beta(capsys):
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("embedded", marks=pytest.mark.long)])
-def test_control_c_on_the_command_resumes_to_the_same_bytes(name, tiny, tmp_path):
-    """A model on real reviews, in a process of its own, stopped by SIGINT."""
+def test_control_c_on_the_command_resumes_to_the_same_bytes(name, tiny, tmp_path, monkeypatch):
+    """A model on real reviews: a process stopped by SIGINT, resumed here, beside a whole run."""
+    monkeypatch.undo()  # what the process reads is not made up
     arguments = (
         "--prefixes 40 --eval-prefixes 16 --max-new-tokens 12 --eval-every 4 --save-every 3 "
         "--epochs 2"
     ).split()
     arguments += ["--model", str(tiny) if name == "tiny" else name]
-    environment = {k: v for k, v in os.environ.items() if k != "DPO_LAB_CACHE"} | {
-        "OMP_NUM_THREADS": str(torch.get_num_threads())
-    }
-
-    def command(run, *more):
-        return [sys.executable, "-m", "dpo_lab.cli", "train", "--out", str(run), *arguments, *more]
-
-    whole = subprocess.run(
-        command(tmp_path / "whole"), env=environment, capture_output=True, text=True
-    )
-    assert whole.returncode == 0, whole.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert main(["train", "--out", str(tmp_path / "whole"), *arguments]) == 0
     stopped = tmp_path / "stopped"
     process = subprocess.Popen(
-        command(stopped), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "dpo_lab.cli", "train", "--out", str(stopped), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while len(read_metrics(stopped)) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and "--resume" in error, error
-    resumed = subprocess.run(
-        command(stopped, "--resume"), env=environment, capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    assert main(["train", "--out", str(stopped), *arguments, "--resume"]) == 0
     for name in (
         "policy/model.safetensors",
         "policy/config.json",

@@ -60,7 +60,21 @@ def test_a_step_without_enough_memory_has_the_same_gradient(device):
     assert found["accumulate"] > 1 and found["gradient"] < 1e-5
 
 
-def test_a_stage_that_fails_and_one_that_hangs_are_noted_and_the_others_run(tmp_path):
+@pytest.fixture
+def clock(monkeypatch):
+    """That of run_stages: `jump` hours ahead once `seen` is true."""
+
+    class Clock:
+        sleep, seen, jump = time.sleep, staticmethod(lambda: False), 0
+
+        def time(self):
+            return time.time() + 3_600 * self.jump * self.seen()
+
+    monkeypatch.setattr(gpu, "time", clock := Clock())
+    return clock
+
+
+def test_a_stage_that_fails_and_one_that_hangs_are_noted_and_the_others_run(tmp_path, clock):
     python, results = (
         [sys.executable, "-c"],
         "import json, sys; json.dump({'a': 1}, open(sys.argv[1], 'w'))",
@@ -70,8 +84,8 @@ def test_a_stage_that_fails_and_one_that_hangs_are_noted_and_the_others_run(tmp_
         "hangs": [*python, f"{results}; import time; time.sleep(10_000)", "{results}"],
         "works": [*python, results, "{results}"],
     }
-    began = time.time()
-    found = gpu.run_stages(commands, tmp_path, began + 20, every=0.05)
+    clock.seen, clock.jump = lambda: bool(gpu.read_json(tmp_path / "hangs.json")), 1
+    found = gpu.run_stages(commands, tmp_path, time.time() + 3_600, every=0.05)
     stages = found["stages"]
     assert [stage["results"] for stage in stages.values()] == [{"a": 1}] * 3
     assert (
@@ -81,7 +95,7 @@ def test_a_stage_that_fails_and_one_that_hangs_are_noted_and_the_others_run(tmp_
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
 
 
-def test_what_a_hanging_stage_started_ends_with_it(tmp_path):
+def test_what_a_hanging_stage_started_ends_with_it(tmp_path, clock):
     child = (
         "import time, sys; "
         "[(open(sys.argv[1], 'a').write('.'), time.sleep(0.02)) for i in range(10**6)]"
@@ -91,9 +105,9 @@ def test_what_a_hanging_stage_started_ends_with_it(tmp_path):
         f"subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]]); time.sleep(10_000)"
     )
     beats = tmp_path / "beats"
-    gpu.run_stages(
-        {"hangs": [sys.executable, "-c", parent, str(beats)]}, tmp_path, time.time() + 5, every=0.05
-    )
+    clock.seen, clock.jump = lambda: beats.exists() and beats.stat().st_size > 0, 2
+    command = [sys.executable, "-c", parent, str(beats)]
+    gpu.run_stages({"hangs": command}, tmp_path, time.time() + 3_600, every=0.05)
     last = beats.read_text()
     time.sleep(0.3)
     assert last and beats.read_text() == last
@@ -101,7 +115,7 @@ def test_what_a_hanging_stage_started_ends_with_it(tmp_path):
 
 def test_a_run_that_is_killed_leaves_what_it_has_measured(tmp_path):
     stage = (
-        "import json, sys, time; json.dump({'a': 1}, open(sys.argv[1], 'w')); time.sleep(10_000)"
+        "import json, sys, time; json.dump({'a': 1}, open(sys.argv[1], 'w')); time.sleep(60)"
     )
     commands = {
         "first": [sys.executable, "-c", stage, "{results}"],

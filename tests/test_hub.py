@@ -173,8 +173,20 @@ def environment(home):
     }
 
 
-def start(home, *arguments):
-    command = [sys.executable, "-m", "dpo_lab.cli", *map(str, arguments)]
+BOTH = """
+import sys
+from dpo_lab.cli import main
+first, second = (part.split() for part in sys.argv[1:])
+sys.exit(main(first) or main(second))
+"""
+
+
+def start(home, *arguments, then=None):
+    """The command in a process of its own, or it and then another."""
+    words = list(map(str, arguments))
+    command = [sys.executable, "-m", "dpo_lab.cli", *words]
+    if then:
+        command = [sys.executable, "-c", BOTH, " ".join(words), then]
     where = Path(models.__file__).parent.parent
     return subprocess.Popen(
         command,
@@ -196,7 +208,8 @@ def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp
     assert process.returncode == 130 and "--resume" in error, error
     stopped = read_metrics(run)[-1]["step"]
 
-    process = start(home, "train", *ARGUMENTS, "--out", run, "--resume")
+    resume = ["train", *ARGUMENTS, "--out", run, "--resume"]
+    process = start(home, *resume, then=f"evaluate --run {run}")
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error
     metrics = read_metrics(run)
@@ -226,9 +239,6 @@ def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp
     ]
     assert 0 < max(moved) < 1e-3
 
-    process = start(home, "evaluate", "--run", run)
-    error = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, error
     after = json.loads((run / "summary.json").read_text())["after"]
     again = json.loads((run / "evaluation.json").read_text())
     assert {name: again[name] for name in after} == pytest.approx(after, abs=1e-5)

@@ -1,6 +1,7 @@
 """Every loss against 50-digit arithmetic, a loop or autograd; wrong arguments against messages."""
 
 import math
+from itertools import permutations
 
 import mpmath
 import pytest
@@ -14,9 +15,11 @@ from dpo_lab.losses import (
     bradley_terry_nll,
     check_beta,
     check_pairs,
+    check_rankings,
     clipped_value_loss,
     dpo_loss,
     dpo_loss_from_pairs,
+    plackett_luce_loss,
     ppo_clip_loss,
     reward_model_loss,
     unlikelihood_loss,
@@ -266,6 +269,16 @@ def test_the_robust_loss_is_unbiased_under_flipped_labels(margin, flipped):
     )
 
 
+def test_the_robust_loss_of_one_label_falls_without_end():
+    """At -e / (1-2e) per unit of margin, where DPO's and cDPO's are bounded below."""
+    first, second = (pair_loss(m, 1.0, "robust", 0.2) for m in (300.0, 700.0))
+    slope = (second.losses - first.losses).item() / 400
+    assert slope == pytest.approx(-0.2 / 0.6, rel=1e-12)
+    assert second.gradient_weights.item() == pytest.approx(0.2 / 0.6, rel=1e-12)
+    for smoothing in (0.0, 0.2):
+        assert pair_loss(700.0, 1.0, "sigmoid", smoothing).losses.item() >= 0
+
+
 @pytest.mark.parametrize("beta", [0.125, 0.5, 4.0])
 def test_ipo_is_least_where_the_log_ratio_is_one_over_two_beta(beta):
     best = pair_loss(1 / (2 * beta), beta, "ipo", 0.0)
@@ -283,6 +296,66 @@ def test_bradley_terry_agrees_with_50_digits(margin):
             abs(mpf(bradley_terry_nll(doubles(0, margin), index(1), index(0)).item()) - exact)
             <= 1e-14 * exact
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plackett_luce_of_two_is_dpo_to_the_bit(dtype):
+    policy, reference = random_completions(dtype=dtype)
+    chosen, rejected = index(0, 2, 4), index(1, 3, 5)
+    leaves = [policy.clone().requires_grad_() for _ in range(2)]
+    pairs = dpo_loss(leaves[0], reference, chosen, rejected, 0.3).losses
+    found = plackett_luce_loss(leaves[1], reference, torch.stack([chosen, rejected], 1), 0.3)
+    assert torch.equal(found, pairs) and found.dtype == dtype
+    pairs.sum().backward()
+    found.sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_the_likelihoods_of_all_rankings_sum_to_one(k):
+    policy, reference = random_completions(k, seed=k)
+    every = index(*permutations(range(k)))
+    total = torch.exp(-plackett_luce_loss(policy, reference, every, 0.7)).sum()
+    assert total.item() == pytest.approx(1, rel=1e-13)
+
+
+@given(
+    rewards=st.lists(st.floats(-300, 300), min_size=2, max_size=6),
+    log_beta=st.floats(-3, 3),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=60)
+@example(rewards=[300.0, -300.0, 299.0], log_beta=0.0, seed=0)
+@example(rewards=[-300.0, 300.0, 0.0], log_beta=0.0, seed=0)
+def test_plackett_luce_is_a_loop_over_places_in_50_digits(rewards, log_beta, seed):
+    """The choice at each place is made with probability exp(r) over the sum of those that remain.
+
+    Rewards are rounded to 2^-20, so that their quotient by beta and its product are one rounding.
+    """
+    beta, n = 2.0 ** round(log_beta), len(rewards)
+    policy = doubles(*(round(r * 2**20) / 2**20 / beta for r in rewards))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    found = plackett_luce_loss(policy, torch.zeros_like(policy), order[None], beta).item()
+    with mpmath.workdps(50):
+        r = [mpf(policy[i].item()) * mpf(beta) for i in order.tolist()]
+        exact = mpf(0)
+        for k in range(n - 1):
+            rest = mpmath.fsum(mpmath.exp(x - r[k]) for x in r[k + 1 :])
+            exact += mpmath.log1p(rest)
+        # a difference of rewards of up to 600 is rounded to 1e-13
+        assert abs(mpf(found) - exact) <= 1e-12 * exact
+
+
+def test_plackett_luce_passes_gradcheck_and_takes_rankings_that_share_completions():
+    policy, reference = random_completions()
+    rankings = index((0, 3, 1, 2), (5, 0, 4, 3), (2, 1, 0, 5))
+
+    def losses(policy):
+        return plackett_luce_loss(policy, reference, rankings, 0.3)
+
+    assert losses(policy).shape == (3,)
+    assert torch.autograd.gradcheck(losses, policy.requires_grad_())
+    assert torch.equal(losses(policy), plackett_luce_loss(policy, reference, rankings.int(), 0.3))
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -498,6 +571,46 @@ def test_the_reward_model_loss_names_what_is_wrong(rewards, error, words):
     says({"ranked_rewards": rewards}, reward_model_loss, error, words)
 
 
+RANKED = {
+    "policy_logps": doubles(-1, -2, -3),
+    "reference_logps": doubles(-1, -2, -3),
+    "rankings": index((0, 1), (2, 0)),
+    "beta": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"rankings": [[0, 1]]}, TypeError, ["rankings is list", "tensor of integer indices"]),
+        ({"rankings": doubles(0, 1)[None]}, TypeError, ["rankings is torch.float64"]),
+        ({"rankings": index(0, 1)}, ValueError, ["rankings has shape (2,)", "(R, K)", "K >= 2"]),
+        ({"rankings": index(0)[None]}, ValueError, ["rankings has shape (1, 1)", "K >= 2"]),
+        ({"rankings": index((0, 1), (2, 3))}, ValueError, ["rankings[1, 1] is 3", "0..2"]),
+        ({"rankings": index((0, -1))}, ValueError, ["rankings[0, 1] is -1", "0..2"]),
+        (
+            {"rankings": index((0, 1, 2), (2, 0, 2))},
+            ValueError,
+            ["ranking 1 is [2, 0, 2]", "completion 2 twice"],
+        ),
+        (
+            {"policy_logps": doubles(NAN, -2, -3)},
+            ValueError,
+            ["policy_logps[0]", "place 0 of ranking 0", "place 1 of ranking 1", "nan"],
+        ),
+        (
+            {"reference_logps": doubles(-1, -2, INF), "rankings": index((0, 1))},
+            ValueError,
+            ["reference_logps[2]", "in no ranking", "inf"],
+        ),
+        ({"reference_logps": doubles(-1)}, ValueError, ["policy_logps has shape (3,)", "(1,)"]),
+        ({"beta": 0}, ValueError, ["beta is 0", "positive, finite"]),
+    ],
+)
+def test_plackett_luce_names_the_wrong_argument(change, error, words):
+    says(RANKED | change, plackett_luce_loss, error, words)
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [
@@ -527,6 +640,8 @@ def test_the_checks_are_silent_on_good_arguments():
     check_beta(1e-300)
     check_pairs(index(), index(), 0)
     check_pairs(index(0, 2), index(1, 0), 3)
+    check_rankings(torch.empty(0, 2, dtype=torch.int64), 0)
+    check_rankings(index((0, 1, 2), (2, 0, 1)), 3)
 
 
 @given(st.floats(-3, 0), st.floats(-3, 0), st.floats(-5, 5), st.floats(0.01, 0.9))

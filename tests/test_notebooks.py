@@ -1,11 +1,12 @@
 """Every notebook reads well and runs top to bottom, offline; it is committed without outputs."""
 
+import functools
 import re
 from pathlib import Path
 
+import mutants
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -36,8 +37,8 @@ def cells(notebook, kind):
     return [cell for cell in notebook.cells if cell.cell_type == kind]
 
 
-def execute(path, **parameters):
-    """Run a notebook in a fresh kernel, with other values in its cell of parameters."""
+def parametrized(path, parameters):
+    """A notebook with other values in its cell of parameters."""
     notebook = nbformat.read(path, as_version=4)
     if parameters:
         tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
@@ -45,18 +46,73 @@ def execute(path, **parameters):
         names = set(re.findall(r"^(\w+) = ", tagged[0].source, re.MULTILINE))
         assert set(parameters) <= names
         tagged[0].source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": path.parent}}).execute()
+    return notebook
+
+
+@functools.cache
+def ran(path):
+    """A notebook and its one run in `make test`, with its mutants and solutions."""
+    notebook = parametrized(path, SMALL.get(path.stem))
+    return notebook, mutants.execute(notebook, path.parent, mutants.entries(path.stem))
 
 
 @every_notebook
 def test_a_notebook_runs(path):
-    execute(path, **SMALL.get(path.stem, {}))
+    _, run = ran(path)
+    if run.error:
+        raise run.error
+
+
+@every_notebook
+def test_every_assert_of_a_notebook_can_fail(path):
+    listed = mutants.entries(path.stem)
+    if listed is None:
+        pytest.skip(f"tests/mutations/{path.stem}.toml is not written yet")
+    notebook, run = ran(path)
+    wrong = mutants.faults(notebook, listed) + mutants.survivors(notebook, listed, run)
+    if wrong:
+        pytest.fail("\n".join([f"{path.name}, tests/mutations/{path.stem}.toml:", *wrong]), False)
+
+
+@every_notebook
+def test_every_solution_of_a_notebook_runs(path):
+    notebook, run = ran(path)
+    for number, blocks in mutants.solutions(notebook):
+        assert len(blocks) == 1, f"Solution {number} has {len(blocks)} blocks of Python"
+        outcome = run.solutions.get(number, {"error": "not reached"})
+        assert outcome["error"] is None, f"{path.name}, Solution {number}: {outcome}"
+
+
+@every_notebook
+def test_every_exercise_of_a_notebook_has_a_solution(path):
+    notebook = nbformat.read(path, as_version=4)
+    numbers = [number for number, _ in mutants.solutions(notebook)]
+    assert numbers == list(range(1, mutants.exercises(notebook) + 1))
+
+
+@every_notebook
+def test_every_prediction_of_a_notebook_is_answered(path):
+    notebook = nbformat.read(path, as_version=4)
+    text = "\n".join(cell.source for cell in cells(notebook, "markdown"))
+    assert text.count("**Predict") == len(mutants.folded(notebook, "(Answer)"))
+
+
+def test_few_asserts_guard_a_file_that_is_shipped():
+    lists = [mutants.entries(path.stem) or {} for path in NOTEBOOKS]
+    assert sum(len(listed.get("shipped", [])) for listed in lists) <= 8
+
+
+def test_every_list_of_mutants_is_of_a_notebook():
+    stems = [path.stem for path in NOTEBOOKS]
+    assert [path for path in mutants.MUTATIONS.glob("*.toml") if path.stem not in stems] == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_a_notebook_runs_at_full_size(name):
-    execute(ROOT / "notebooks" / f"{name}.ipynb")
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    if error := mutants.execute(nbformat.read(path, as_version=4), path.parent).error:
+        raise error
 
 
 @every_notebook
@@ -76,7 +132,8 @@ def test_a_notebook_is_of_a_readable_size(path):
     lengths = [len(cell.source.splitlines()) for cell in cells(notebook, "code")]
     assert max(lengths) <= 25 and sum(lengths) <= 250
     assert 25 <= len(notebook.cells) <= 45
-    assert len(text.split()) <= 1_800
+    unfolded = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert len(unfolded.split()) <= 1_800
 
     # what JupyterLab shows whole at 1,280 pixels
     lines = [line for cell in cells(notebook, "code") for line in cell.source.splitlines()]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FileByFile
+from conftest import LONGEST, FileByFile
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -205,8 +205,17 @@ def test_a_file_s_tests_share_a_worker_and_notebooks_do_not():
     assert split("tests/test_notebooks.py::test_a_notebook_runs[04]") != split(
         "tests/test_notebooks.py::test_a_notebook_runs[05]"
     )
+    # but one notebook's tests do, for it runs once
+    assert split("tests/test_notebooks.py::test_a_notebook_runs[04]") == split(
+        "tests/test_notebooks.py::test_every_solution_of_a_notebook_runs[04]"
+    )
     # these options ask for conftest's scheduler
     assert "--dist loadscope --no-loadscope-reorder" in (ROOT / "Makefile").read_text()
+
+
+def test_what_takes_longest_is_there():
+    notebooks = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert [name for name in LONGEST if name not in notebooks and not (ROOT / name).exists()] == []
 
 
 def test_the_gpu_benchmark_is_given_the_pinned_versions():

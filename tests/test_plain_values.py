@@ -22,6 +22,7 @@ from dpo_lab.losses import (
     bradley_terry_nll,
     clipped_value_loss,
     dpo_loss,
+    plackett_luce_loss,
     ppo_clip_loss,
     unlikelihood_loss,
 )
@@ -30,7 +31,7 @@ from dpo_lab.preferences import Preferences, from_rankings, from_rows, from_scor
 from dpo_lab.rlhf.ppo import PPOConfig, adapted_kl_coefficient, gae, train_ppo
 from dpo_lab.sampling import texts_of
 from dpo_lab.sentiment import results as contenders
-from dpo_lab.theory import bandit
+from dpo_lab.theory import bandit, log_linear
 from dpo_lab.theory.bradley_terry import fit_bradley_terry
 from dpo_lab.theory.frontier import best_of_n, frontier_band, optimal_frontier
 from dpo_lab.theory.objective import (
@@ -317,6 +318,7 @@ NUMBERS = {
 }
 LOGPS = torch.tensor([-1.0, -2.0, -3.0])
 CHOSEN, REJECTED = torch.tensor([0, 1]), torch.tensor([1, 2])
+PROMPTS = log_linear.draw_prompts(torch.ones(1, 2), 3, 4, torch.Generator().manual_seed(0))
 P, Q, R = (
     torch.tensor(row, dtype=torch.float64)
     for row in ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [1.0, 0.0, -1.0])
@@ -328,6 +330,9 @@ SETTINGS = {
     ),
     "robust label_smoothing": lambda x: dpo_loss(
         LOGPS, LOGPS, CHOSEN, REJECTED, 0.1, loss_type="robust", label_smoothing=x
+    ),
+    "plackett_luce_loss beta": lambda x: plackett_luce_loss(
+        LOGPS, LOGPS - 1, torch.stack([CHOSEN, REJECTED], 1), x
     ),
     "unlikelihood_loss alpha": lambda x: unlikelihood_loss(LOGPS, CHOSEN, REJECTED, x),
     "ppo_clip_loss clip": lambda x: ppo_clip_loss(LOGPS, LOGPS - 1, LOGPS, x),
@@ -341,6 +346,9 @@ SETTINGS = {
     "penalized_rewards beta": lambda x: bandit.penalized_rewards(P, Q, R, x),
     "descend learning_rate": lambda x: bandit.gradient_descent(
         lambda logps: -logps[0], Q, steps=2, learning_rate=x
+    ),
+    "log_linear_descent learning_rate": lambda x: log_linear.log_linear_descent(
+        lambda logps: -logps[..., 0], PROMPTS, steps=2, learning_rate=x
     ),
     "policy_gradient learning_rate": lambda x: bandit.policy_gradient(
         Q,
@@ -406,6 +414,18 @@ INTEGERS = {
     ],
     "descend steps": lambda n: bandit.gradient_descent(
         lambda logps: -logps[0], Q, steps=n, learning_rate=0.5
+    ).tolist(),
+    "log_linear_descent steps": lambda n: log_linear.log_linear_descent(
+        lambda logps: -logps[..., 0], PROMPTS, steps=n, learning_rate=0.5
+    ).tolist(),
+    "draw_prompts prompts": lambda n: log_linear.draw_prompts(
+        torch.ones(1, 2), n, 3, torch.Generator().manual_seed(0)
+    ).first.tolist(),
+    "draw_prompts completions": lambda n: log_linear.draw_prompts(
+        torch.ones(1, 2), 4, n, torch.Generator().manual_seed(0)
+    ).first.tolist(),
+    "label_pairs labels": lambda n: log_linear.label_pairs(
+        PROMPTS, n, torch.Generator().manual_seed(0)
     ).tolist(),
     "minimize iterations": lambda n: bandit.minimize(
         lambda logps: (logps**2).sum(), Q, iterations=n

@@ -1,11 +1,18 @@
 """Figures hold the numbers they were given."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from dpo_lab.plots import (
+    ABOVE,
+    BELOW,
+    CHOSEN,
+    REJECTED,
     plot_band,
     plot_beta_path,
     plot_betas,
@@ -21,6 +28,7 @@ from dpo_lab.plots import (
     plot_race,
     plot_rewards,
     plot_simplex,
+    plot_token_logps,
     root_scale,
     token_html,
 )
@@ -75,7 +83,9 @@ def test_the_frontier_is_drawn_only_where_the_estimate_holds():
         np.array([0.5, 0.7, 0.9]), np.array([0.0, 1.0, 3.0]), np.array([64.0, 20.0, 2.0])
     )
     axes = plot_frontier({"DPO": points, "PPO": points[:1]}, frontier).axes[0]
-    assert list(axes.get_lines()[0].get_xdata()) == [0.0, 1.0]
+    line, cross = axes.get_lines()[:2]
+    assert list(line.get_xdata()) == [0.0, 1.0]
+    assert cross.get_marker() == "x" and cross.get_xydata().tolist() == [[1.0, 0.7]]
     assert "KL" in axes.get_xlabel() and "nats" in axes.get_xlabel()
     plot_frontier({"DPO": points})
 
@@ -210,7 +220,65 @@ def test_pairs_are_counted_on_the_side_where_they_stand():
 def test_tokens_are_colored_by_sign_and_escaped():
     html = token_html(["<b>", " joy"], [-1.0, 0.5], limit=2.0)
     assert "&lt;b&gt;" in html and "<b>" not in html and 'title="+0.50"' in html
-    assert "rgba(192,57,43,0.50)" in html and "rgba(27,127,92,0.25)" in html
-    assert token_html([], []).endswith("</div>")
+    assert "rgba(230,159,0,0.50)" in html and "rgba(44,95,158,0.25)" in html
+    assert token_html([], []).endswith("</div>") and "<small>" not in html
     titled = token_html(["a"], [1.0], title="reward <1>")
     assert "<b>reward &lt;1&gt;</b>" in titled and titled.count("<b>") == 1
+
+
+def test_the_legend_of_tokens_goes_from_end_to_end_of_the_colors():
+    html = token_html(["a"], [0.5], limit=3.0, legend="log pi - <log pi_ref>, $nats$")
+    legend = html.split("<small>")[1]
+    assert re.findall(r'title="(.*?)"', legend) == ["-3.00", "-1.50", "+0.00", "+1.50", "+3.00"]
+    assert "rgba(230,159,0,1.00);color:black" in legend
+    assert "rgba(44,95,158,1.00);color:white" in legend
+    assert "&lt;log pi_ref&gt;" in legend and "$" not in legend
+
+
+# linear RGB as it is seen without the cones for long or for medium wavelengths
+# (Machado et al. 2009, severity 1)
+PROTANOPIA = [
+    [0.152286, 1.052583, -0.204868],
+    [0.114503, 0.786281, 0.099216],
+    [-0.003882, -0.048116, 1.051998],
+]
+DEUTERANOPIA = [
+    [0.367322, 0.860646, -0.227968],
+    [0.280085, 0.672501, 0.047413],
+    [-0.011820, 0.042940, 0.968881],
+]
+
+
+def linear(color):
+    rgb = np.array(to_rgb(color))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize("seen", [PROTANOPIA, DEUTERANOPIA])
+def test_the_colors_of_tokens_are_told_apart_without_red_or_green(seen):
+    """Green and red, the colors of chosen and rejected, would be a third as far apart."""
+
+    def distance(one, other):
+        return np.linalg.norm(np.array(seen) @ (linear(one) - linear(other)))
+
+    assert distance(ABOVE, BELOW) > 3 * distance(CHOSEN, REJECTED)
+
+
+def test_text_on_the_colors_of_tokens_has_the_contrast_that_reading_needs():
+    """At least 4.5, which WCAG 2 asks for."""
+    above, below = (linear(color) @ (0.2126, 0.7152, 0.0722) for color in (ABOVE, BELOW))
+    white, black = 1.05 / (above + 0.05), (below + 0.05) / 0.05
+    assert white > 4.5 and black > 4.5
+
+
+def test_the_sum_of_log_probs_ends_at_that_of_the_completion():
+    figure = plot_token_logps(["$a$", "_b", "c"], np.log([0.5, 0.25, 1.0]))
+    top, bottom = figure.axes
+    assert [bar.get_height() for bar in top.patches] == pytest.approx([0.5, 0.25, 1.0])
+    ends = [bar.get_y() + bar.get_height() for bar in bottom.patches]
+    assert ends == pytest.approx(np.log([0.5, 0.125, 0.125]))
+    assert [bar.get_y() for bar in bottom.patches] == pytest.approx([0.0, *ends[:-1]])
+    figure.draw_without_rendering()
+    assert [tick.get_text() for tick in bottom.get_xticklabels()][0] == r"\$a\$"
+    with pytest.raises(ValueError, match="labels has 1 entries.* there are 2 log-probs"):
+        plot_token_logps(["a"], [-1.0, -2.0])

@@ -31,6 +31,7 @@ from dpo_lab.widgets import (
     bradley_terry_explorer,
     frontier_explorer,
     gradient_weight_explorer,
+    landscape_explorer,
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html, slider_values
@@ -55,6 +56,7 @@ def explorers(tmp_path_factory):
         "bandit_explorer": bandit_explorer(labels=LABELS),
         "gradient_weight_explorer": gradient_weight_explorer(),
         "bradley_terry_explorer": bradley_terry_explorer(labels=LABELS[:3]),
+        "landscape_explorer": landscape_explorer(labels=LABELS[:3]),
         "training_explorer": training_explorer(run),
         "betas_explorer": betas_explorer({0.1: run, 5.0: run}, OPTIMAL),
         "frontier_explorer": frontier_explorer(),

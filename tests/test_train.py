@@ -417,32 +417,40 @@ def slow(run, line):
     append(run, line)
     time.sleep(0.2)
 loop.append_metrics = slow
-print("ready", flush=True)
-try:
-    preferences, run = make_preferences(sys.argv[2]), Path(sys.argv[3])
-    train.train_dpo(load_model(sys.argv[2]), preferences, CONFIG, run=run, progress=None)
-except loop.Interrupted as error:
-    print(error, flush=True)
-    sys.exit(130)
+preferences = make_preferences(sys.argv[2])
+for run in map(Path, sys.argv[3:]):
+    try:
+        train.train_dpo(load_model(sys.argv[2]), preferences, CONFIG, run=run, progress=None)
+    except loop.Interrupted as error:
+        print(error, flush=True)
 """
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)  # the last one ends the process
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
-)
-def test_a_killed_process_resumes_to_the_same_bytes(tiny, preferences, tmp_path, number, code):
-    run = tmp_path / "run"
-    run.mkdir()
-    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(tiny), str(run)]
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory):
+    """A process's run for each signal, which it got after three steps, and what it said."""
+    runs = {number: tmp_path_factory.mktemp(number.name) for number in SIGNALS}
+    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), tiny, *runs.values()]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    while len(read_metrics(run)) < 3 and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == code, output
-    if code == 130:
-        assert "--resume" in output
+    for number, run in runs.items():
+        while len(read_metrics(run)) < 3 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+    said = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == -signal.SIGKILL, said
+    return runs, said
+
+
+def test_a_signal_that_can_be_caught_says_how_to_go_on(killed):
+    _, said = killed
+    assert len(said) == 2 and all("--resume" in line for line in said)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_killed_process_resumes_to_the_same_bytes(tiny, preferences, killed, number):
+    run = killed[0][number]
     resumed, whole = load_model(str(tiny)), load_model(str(tiny))
     metrics = train_dpo(resumed, preferences, CONFIG, run=run, resume=True, progress=None)
     expected = train_dpo(whole, preferences, CONFIG, progress=None)

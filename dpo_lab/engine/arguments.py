@@ -80,10 +80,10 @@ def folder(name: str, value: Any) -> Path:
 # sequences
 
 
-def integers(name: str, values: Any) -> np.ndarray:
-    """`values`, a sequence, array or tensor of N integers, as int64 (N,)."""
+def integers(name: str, values: Any, *, any_shape: bool = False) -> np.ndarray:
+    """`values`, a sequence, array or tensor of N integers, as int64 (N,), or of `any_shape`."""
     found = _array(name, values, "iu", "integers")
-    if found.ndim != 1:
+    if found.ndim != 1 and not any_shape:
         raise ValueError(f"{name} has shape {found.shape}; it must be (N,), a sequence of integers")
     return found.astype(np.int64, copy=False)
 

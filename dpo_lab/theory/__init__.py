@@ -14,8 +14,21 @@ from dpo_lab.theory.bandit import (
     reinforce_gradients,
     sample_pairs,
 )
-from dpo_lab.theory.bradley_terry import BradleyTerryFit, fit_bradley_terry
+from dpo_lab.theory.bradley_terry import (
+    BradleyTerryFit,
+    fit_bradley_terry,
+    fit_plackett_luce,
+)
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
+from dpo_lab.theory.landscape import METHODS, Landscape, method_paths
+from dpo_lab.theory.log_linear import (
+    Prompts,
+    draw_prompts,
+    label_pairs,
+    labeled_loss,
+    log_linear_descent,
+    log_linear_policy,
+)
 from dpo_lab.theory.objective import (
     implicit_reward,
     kl,
@@ -27,16 +40,26 @@ from dpo_lab.theory.objective import (
 
 __all__ = [
     "BradleyTerryFit",
+    "Landscape",
+    "METHODS",
     "OptimalFrontier",
+    "Prompts",
     "all_pairs",
     "best_of_n",
+    "draw_prompts",
     "exact_gradient",
     "fit_bradley_terry",
+    "fit_plackett_luce",
     "frontier_band",
     "gradient_descent",
     "implicit_reward",
     "kl",
+    "label_pairs",
+    "labeled_loss",
+    "log_linear_descent",
+    "log_linear_policy",
     "log_partition",
+    "method_paths",
     "minimize",
     "objective_value",
     "optimal_frontier",

@@ -12,7 +12,7 @@ from dpo_lab.engine.arguments import integer, number
 from dpo_lab.losses import ppo_clip_loss
 from dpo_lab.theory.objective import objective_value
 
-# a loss maps log-probs (n,) to a number
+# a loss maps log-probs (n,), or (..., n) of several policies at once, to a number
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -45,17 +45,33 @@ def sample_pairs(
     return chosen[drawn], rejected[drawn]
 
 
-def gradient_descent(loss: Loss, reference: Tensor, *, steps: int, learning_rate: float) -> Tensor:
-    """Gradient descent on logits, starting at the reference.
+def gradient_descent(
+    loss: Loss,
+    reference: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+) -> Tensor:
+    """Gradient descent on logits, starting at the reference or at any other policies.
 
-    Returns the policies along the way, (steps + 1, n).
+    Returns the policies along the way, (steps + 1, ..., n).
+
+    Args:
+        loss: maps log-probs (..., n) to a number.
+        reference: (..., n) probabilities; several rows are several descents at once.
+        steps: how many.
+        learning_rate: of the optimizer.
+        optimizer: a class of `torch.optim`. SGD is plain gradient descent, since the loss is exact;
+            with Adam the size of a step does not depend on that of the gradient.
     """
     steps, learning_rate = integer("steps", steps), number("learning_rate", learning_rate)
     logits = reference.log().clone().requires_grad_()
+    descent = optimizer([logits], lr=learning_rate)
     path = [reference.detach()]
     for _ in range(steps):
-        (gradient,) = torch.autograd.grad(loss(torch.log_softmax(logits, -1)), logits)
-        logits = (logits - learning_rate * gradient).detach().requires_grad_()
+        (logits.grad,) = torch.autograd.grad(loss(torch.log_softmax(logits, -1)), logits)
+        descent.step()
         path.append(torch.softmax(logits, -1).detach())
     return torch.stack(path)
 
@@ -107,7 +123,7 @@ def penalized_rewards(logits: Tensor, reference: Tensor, reward: Tensor, beta: f
 def reinforce_gradients(
     logits: Tensor, actions: Tensor, returns: Tensor, baseline: float | Tensor = 0.0
 ) -> Tensor:
-    """One estimate of the gradient of the mean return per action, (N, n) (Williams 1992).
+    """One estimate of the gradient of the mean return per action, (..., N, n) (Williams 1992).
 
     Each is (R - b) grad log pi(a), by the log-derivative trick: grad E[R] = sum grad pi(a) R(a) =
     E[R grad log pi(a)]. On a table of logits grad log pi(a) is onehot(a) - pi. The derivative of
@@ -115,13 +131,14 @@ def reinforce_gradients(
     every baseline b: it lowers the variance and leaves the mean.
 
     Args:
-        logits: (n,) of the policy.
-        actions: (N,) completions drawn from softmax(`logits`).
-        returns: (N,) their returns.
-        baseline: b, a number or (N,).
+        logits: (..., n) of the policy.
+        actions: (..., N) completions drawn from softmax(`logits`).
+        returns: (..., N) their returns.
+        baseline: b, a number or (..., N).
     """
-    score = torch.nn.functional.one_hot(actions, len(logits)) - torch.softmax(logits, -1)  # (N, n)
-    return (returns - baseline)[:, None] * score
+    policy = torch.softmax(logits, -1)[..., None, :]
+    score = torch.nn.functional.one_hot(actions, logits.shape[-1]) - policy  # (..., N, n)
+    return (returns - baseline)[..., None] * score
 
 
 def policy_gradient(
@@ -136,14 +153,15 @@ def policy_gradient(
     baseline: bool = True,
     epochs: int = 1,
     clip: float | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
-    """Policy gradient on logits, starting at the reference: REINFORCE, or PPO with `clip`.
+    """Policy gradient on logits: REINFORCE, or PPO with `clip`.
 
-    Returns the policies along the way, (steps + 1, n).
+    Returns the policies along the way, (steps + 1, ..., n).
 
     Args:
         reference: (n,) probabilities.
-        reward: (n,) rewards.
+        reward: (n,) rewards, or (..., n): other rewards for each run.
         beta: strength of the KL penalty.
         steps: updates of the policy that draws the samples.
         samples: completions drawn, and rewards asked for, per step.
@@ -153,27 +171,29 @@ def policy_gradient(
         epochs: passes over the samples of a step; only with `clip`.
         clip: PPO's clip range: the policy is held near the one that drew the samples by
             `ppo_clip_loss`. None is REINFORCE.
+        start: (..., n) where the runs start, all at once; None is one run from the reference.
     """
     steps, samples = integer("steps", steps), integer("samples", samples)
     epochs, learning_rate = integer("epochs", epochs), number("learning_rate", learning_rate)
-    logits, path = reference.log().clone(), [reference.detach()]
+    start = reference if start is None else start
+    logits, path = start.log().clone(), [start.detach()]
     for _ in range(steps):
-        # draw completions and score them
+        # draw completions and score them, (..., N)
         policy = torch.softmax(logits, -1)
-        actions = torch.multinomial(policy, samples, replacement=True, generator=generator)  # (N,)
-        returns = penalized_rewards(logits, reference, reward, beta)[actions]
-        advantages = returns - returns.mean() if baseline else returns
+        actions = torch.multinomial(policy, samples, replacement=True, generator=generator)
+        returns = penalized_rewards(logits, reference, reward, beta).gather(-1, actions)
+        advantages = returns - returns.mean(-1, keepdim=True) if baseline else returns
 
         # one step of REINFORCE, or several of PPO on the same samples
         if clip is None:
-            gradient = reinforce_gradients(logits, actions, advantages).mean(0)
+            gradient = reinforce_gradients(logits, actions, advantages).mean(-2)
             logits = logits + learning_rate * gradient
         else:
-            old_logps = policy.log()[actions]
+            old_logps = policy.log().gather(-1, actions)
             for _ in range(epochs):
                 logits.requires_grad_()
-                logps = torch.log_softmax(logits, -1)[actions]
-                loss = ppo_clip_loss(logps, old_logps, advantages, clip).mean()
+                logps = torch.log_softmax(logits, -1).gather(-1, actions)
+                loss = ppo_clip_loss(logps, old_logps, advantages, clip).mean(-1).sum()
                 logits = (logits - learning_rate * torch.autograd.grad(loss, logits)[0]).detach()
 
         path.append(torch.softmax(logits, -1))

@@ -1,4 +1,4 @@
-"""The Bradley-Terry model: rewards fitted to comparisons, with confidence intervals."""
+"""Rewards fitted to choices, with intervals: Bradley-Terry of pairs, Plackett-Luce of rankings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dpo_lab.engine.arguments import integer, integers
-from dpo_lab.losses import check_pairs
+from dpo_lab.losses import check_pairs, check_rankings
 
 # Newton's method squares the error: after a step of this size the next would be of size 1e-14
 LAST_STEP = 1e-7
@@ -15,14 +15,14 @@ LAST_STEP = 1e-7
 
 @dataclass(frozen=True)
 class BradleyTerryFit:
-    """Rewards fitted to comparisons by maximum likelihood."""
+    """Rewards fitted to comparisons, or to rankings, by maximum likelihood."""
 
     rewards: np.ndarray
     """(n,) nats, with mean 0, since comparisons say nothing about a common shift"""
     covariance: np.ndarray
     """(n, n) of the rewards: the pseudo-inverse of the Fisher information"""
     nll: float
-    """nats per comparison, at the fit"""
+    """nats per comparison or ranking, at the fit"""
 
     def interval(self, a: int, b: int, level: float = 0.95) -> tuple[float, float]:
         """Confidence interval of rewards[a] - rewards[b], by the normal approximation."""
@@ -51,47 +51,81 @@ def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) ->
             others (or were never compared with them): then no finite rewards maximize the
             likelihood (Ford 1957).
     """
-    from scipy.special import expit, log_expit
-
     chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     n = integer("n", n)
-    _check_connected(chosen, rejected, n)
+    check_pairs(torch.from_numpy(chosen), torch.from_numpy(rejected), n)
+    return _fit(np.stack([chosen, rejected], 1), n)
 
-    # each row picks reward of chosen minus reward of rejected
-    rows, design = np.arange(len(chosen)), np.zeros((len(chosen), n))
-    design[rows, chosen] = 1
-    design[rows, rejected] -= 1
 
-    rewards, nll = np.zeros(n), np.log(2)
+def fit_plackett_luce(rankings: Sequence[Sequence[int]], n: int) -> BradleyTerryFit:
+    """Maximum-likelihood rewards of `n` items from R rankings, by Newton's method.
+
+    Eq. 18 of Rafailov et al. 2023: the first is chosen among all K items of a ranking, the second
+    among those that remain, and so on. K = 2 is `fit_bradley_terry`.
+
+    Args:
+        rankings: (R, K) items, best first; a ranking may hold any K >= 2 of the `n`.
+        n: number of items.
+
+    Raises:
+        ValueError, TypeError: `rankings` is not of this shape, holds an item twice in a row or an
+            index that is wrong, or has no finite estimate (see `fit_bradley_terry`).
+    """
+    rankings, n = integers("rankings", rankings, any_shape=True), integer("n", n)
+    check_rankings(torch.from_numpy(rankings), n)
+    return _fit(rankings, n)
+
+
+def _fit(rankings: np.ndarray, n: int) -> BradleyTerryFit:
+    """The fit of rankings (R, K) that have been checked."""
+    from scipy.special import log_softmax
+
+    _check_connected(rankings, n)
+
+    # every place but the last is a choice among the items that remain, (C, n)
+    placed = np.eye(n)[rankings]  # (R, K, n)
+    remain = placed[:, ::-1].cumsum(1)[:, -1:0:-1].reshape(-1, n)
+    winner = placed[:, :-1].reshape(-1, n)
+
+    def log_p(rewards: np.ndarray) -> np.ndarray:
+        """(C, n) log-probability that each item is chosen."""
+        return log_softmax(np.where(remain, rewards, -np.inf), axis=1)
+
+    def nll_of(rewards: np.ndarray) -> float:
+        return -log_p(rewards)[winner > 0].sum() / len(rankings)
+
+    rewards = np.zeros(n)
+    nll = nll_of(rewards)
     while True:
         # Newton's step; adding 1 / n to the information keeps the mean reward at 0
-        surprise = expit(-design @ rewards)  # the model's probability of the opposite label
-        information = design.T @ (design * (surprise * (1 - surprise))[:, None])
-        step = np.linalg.solve(information + 1 / n, design.T @ surprise)
+        p = np.exp(log_p(rewards))
+        information = np.diag(p.sum(0)) - p.T @ p
+        step = np.linalg.solve(information + 1 / n, (winner - p).sum(0))
 
         if np.abs(step).max() < LAST_STEP:
             rewards = rewards + step
-            nll = -log_expit(design @ rewards).mean()
-            covariance = np.linalg.pinv(information, hermitian=True)
-            return BradleyTerryFit(rewards, covariance, float(nll))
+            covariance = np.linalg.inv(information + 1 / n) - 1 / n  # the pseudo-inverse
+            return BradleyTerryFit(rewards, covariance, float(nll_of(rewards)))
 
         # halve the step until the likelihood does not fall
-        while (lower := -log_expit(design @ (rewards + step)).mean()) > nll:
+        while (lower := nll_of(rewards + step)) > nll:
             step /= 2
         rewards, nll = rewards + step, lower
 
 
-def _check_connected(chosen: np.ndarray, rejected: np.ndarray, n: int) -> None:
+def _check_connected(rankings: np.ndarray, n: int) -> None:
     """Raise ValueError unless every item lost to every other, directly or by way of others."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    if not len(chosen):
+    if not len(rankings):
         raise ValueError(
             "there are no comparisons; give at least one pair of indices for every two groups "
             "of items"
         )
-    check_pairs(torch.from_numpy(chosen), torch.from_numpy(rejected), n)
+
+    # an item lost to the one that is placed before it, and so to all before
+    chosen, rejected = rankings[:, :-1].ravel(), rankings[:, 1:].ravel()
     losses_to = coo_array((np.ones(len(chosen)), (rejected, chosen)), shape=(n, n))
     parts, part_of = connected_components(losses_to, directed=True, connection="strong")
     if parts > 1:

@@ -1,4 +1,4 @@
-"""Sliders: explorers of the loss, the policy and training runs, for JupyterLab."""
+"""Explorers of the loss, the policy and training runs, and written predictions, for JupyterLab."""
 
 from dpo_lab.widgets.explorers import (
     Explorer,
@@ -15,6 +15,8 @@ from dpo_lab.widgets.explorers import (
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html
+from dpo_lab.widgets.landscape import landscape_explorer
+from dpo_lab.widgets.predictions import Prediction, predict
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     FILMS,
@@ -31,6 +33,7 @@ __all__ = [
     "FILMS",
     "LiveCurves",
     "Picture",
+    "Prediction",
     "REJECTED_FILMS",
     "bandit_explorer",
     "bandit_state",
@@ -44,6 +47,8 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "gradient_weight_state",
+    "landscape_explorer",
     "live_curves",
+    "predict",
     "training_explorer",
 ]

@@ -72,11 +72,12 @@ TWO_COLUMNS = 4
 class Picture:
     """A blitted figure as PNG: only the animated artists are redrawn, over a kept background.
 
-    The background is redrawn where the limits of the axes have changed.
+    The background is redrawn where the limits of the axes have changed, or the figure says so.
     """
 
     def __init__(self, blitted: BlittedFigure):
         self.canvas, self.artists = FigureCanvasAgg(blitted.figure), blitted.artists
+        self._figures_own = blitted.background
         for artist in self.artists:
             artist.set_animated(True)
         self._draw_background()
@@ -84,19 +85,21 @@ class Picture:
     def _draw_background(self) -> None:
         self.canvas.draw()
         self.background = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
-        self.limits = self._limits()
+        self.drawn = self._shown()
 
-    def _limits(self) -> list[tuple[float, ...]]:
-        return [(*axes.get_xlim(), *axes.get_ylim()) for axes in self.canvas.figure.axes]
+    def _shown(self) -> tuple[Any, ...]:
+        """What the background depends on."""
+        axes = self.canvas.figure.axes
+        return [(*each.get_xlim(), *each.get_ylim()) for each in axes], self._figures_own()
 
     def png(self) -> bytes:
         """The picture as it is now."""
         # draw the animated artists over the background
-        if self.limits != self._limits():
+        if self.drawn != self._shown():
             self._draw_background()
         self.canvas.restore_region(self.background)
         for artist in sorted(self.artists, key=Artist.get_zorder):
-            artist.axes.draw_artist(artist)
+            self.canvas.figure.draw_artist(artist)
 
         # 256 colors: reducing and encoding takes half the time of encoding all colors
         image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
@@ -147,7 +150,7 @@ def beta_explorer(
         ValueError, TypeError: reference, reward and labels are not of equally many outcomes, or the
             reference is not a distribution.
     """
-    reference, reward = _outcomes(reference, reward, labels)
+    reference, reward = outcomes(reference, reward, labels)
     path = [beta_state(float(beta), reference, reward) for beta in BETAS]
     kls, rewards = ([state[name] for state in path] for name in ("kl", "reward"))
     blitted = optimum_figure(reference, labels, kls, rewards)
@@ -171,7 +174,7 @@ def bandit_explorer(
 
     Arguments and errors are those of `beta_explorer`.
     """
-    reference, reward = _outcomes(reference, reward, labels)
+    reference, reward = outcomes(reference, reward, labels)
     n, blitted = len(reference), bandit_figure(labels)
 
     def show(beta: float, **values: float) -> str:
@@ -183,9 +186,11 @@ def bandit_explorer(
 
     sliders: dict[str, widgets.Widget] = {"beta": beta_slider()}
     for i, label in enumerate(labels):
-        sliders[f"reward_{i}"] = _slider(f"reward of {label}", float(reward[i]), -3, 3, 0.1)
+        sliders[f"reward_{i}"] = slider_of(f"reward of {label}", float(reward[i]), -3, 3, 0.1)
     for i, label in enumerate(labels):
-        sliders[f"weight_{i}"] = _slider(f"reference: {label}", float(reference[i]), 0.01, 1, 0.01)
+        sliders[f"weight_{i}"] = slider_of(
+            f"reference: {label}", float(reference[i]), 0.01, 1, 0.01
+        )
     caption = "Raise every reward by the same amount: what changes, and what does not?"
     return _explorer(show, Picture(blitted), sliders, caption)
 
@@ -258,7 +263,7 @@ def bradley_terry_explorer(
         )
 
     sliders = {
-        f"reward_{i}": _slider(f"reward of {label}", 0.0, -most, most, 0.05)
+        f"reward_{i}": slider_of(f"reward of {label}", 0.0, -most, most, 0.05)
         for i, label in enumerate(labels)
     }
     caption = (
@@ -407,7 +412,7 @@ def live_curves(run: Path | str, steps: int) -> LiveCurves:
     """Curves of the `steps` steps that `train_dpo` will write to the directory `run`."""
     blitted = curves_figure(integer("steps", steps))
     picture = Picture(blitted)
-    return LiveCurves(folder("run", run), picture, blitted.update, _image(picture))
+    return LiveCurves(folder("run", run), picture, blitted.update, image_of(picture))
 
 
 def beta_slider(value: float = 1.0) -> widgets.FloatLogSlider:
@@ -424,7 +429,7 @@ def beta_slider(value: float = 1.0) -> widgets.FloatLogSlider:
     )
 
 
-def _slider(
+def slider_of(
     description: str, value: float, low: float, high: float, step: float
 ) -> widgets.FloatSlider:
     """A slider that can be exactly `value`: its range holds it, and so do its steps."""
@@ -461,8 +466,8 @@ def _selection(
     )
 
 
-def _image(picture: Picture) -> widgets.Image:
-    # in its own size, where the page has room for it
+def image_of(picture: Picture) -> widgets.Image:
+    """The picture in its own size, where the page has room for it."""
     layout = {"max_width": "100%", "align_self": "flex-start"}
     return widgets.Image(value=picture.png(), format="png", layout=layout)
 
@@ -477,7 +482,7 @@ def _explorer(
     """Wire sliders to `show` and to the picture, with a readout and a button that resets them."""
     start = {name: slider.value for name, slider in sliders.items()}
     readout = widgets.Label(show(**start))
-    image = _image(picture)
+    image = image_of(picture)
     image.add_class("dpo-lab-picture")
     reset = widgets.Button(description="reset", tooltip="Put every slider back")
 
@@ -512,7 +517,7 @@ def _arranged(sliders: Mapping[str, widgets.Widget]) -> list[widgets.Widget]:
     return [*above, widgets.HBox(columns, layout={"flex_flow": "row wrap"})]
 
 
-def _outcomes(reference: Any, reward: Any, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
+def outcomes(reference: Any, reward: Any, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Reference and reward as float64 (n,).
 
     Raises ValueError or TypeError unless there are as many of each as labels, and the reference is

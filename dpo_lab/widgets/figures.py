@@ -29,6 +29,8 @@ class BlittedFigure(NamedTuple):
     """the animated artists, drawn over everything else"""
     update: Callable[[Mapping[str, Any]], None]
     """puts the artists where a state says"""
+    background: Callable[[], Any] = lambda: None
+    """tells one background from another, where `update` changes more than the artists"""
 
 
 def optimum_figure(
