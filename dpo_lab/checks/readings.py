@@ -213,15 +213,18 @@ def _rows_like(
 ) -> Iterator[int]:
     """Which of a stack of results are `found` after a change."""
     changed = change.change if change is not None else np.asarray
+    if not found.any():
+        # nothing, or zeros alone, which says nothing
+        return
+    flat = found.ravel()
+    pivot = int(abs(flat).argmax())
     with np.errstate(all="ignore"):
         if changed(stack[:1]).shape[1:] != found.shape:
             return
         values = changed(stack).reshape(len(stack), found.size)
 
-    # the largest number rules out nearly all
-    flat = found.ravel()
-    pivot = int(abs(flat).argmax())
-    alike = abs(values[:, pivot] - flat[pivot]) <= 2 * tolerance * abs(flat[pivot])
+        # the largest number rules out nearly all
+        alike = abs(values[:, pivot] - flat[pivot]) <= 2 * tolerance * abs(flat[pivot])
     for i in np.flatnonzero(alike):
         if _same(flat, values[i], tolerance):
             yield int(i)
@@ -229,8 +232,8 @@ def _rows_like(
 
 def _same(found: Array, value: Array, tolerance: float) -> bool:
     """As `near`, but small numbers are held to a tolerance as small as their largest."""
-    scale = min(1.0, float(abs(found).max()))
-    return near(found / scale, value / scale, tolerance) if scale else False
+    scale = min(1.0, float(abs(found).max(initial=0.0))) or 1.0
+    return near(found / scale, value / scale, tolerance)
 
 
 @functools.lru_cache(maxsize=32)

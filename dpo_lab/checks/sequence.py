@@ -311,22 +311,27 @@ def dpo_step(
 
 
 def _step_inputs(rng: np.random.Generator, p: int) -> Inputs:
-    """Texts of different lengths, all completions closed by token 0."""
+    """Texts of different lengths, all completions closed by token 0; one margin is below 1/2."""
     vocabulary = 2 * p + 3
 
     def texts(low: int, closed: bool) -> list[list[int]]:
         lengths = rng.permutation(np.arange(p) + low)
         return [rng.integers(1, vocabulary, n).tolist() + [0] * closed for n in lengths]
 
-    seeds = rng.integers(0, 2**31, 2)
-    policy, reference = (Toy(vocabulary, 6, int(seed)) for seed in seeds)
-    sides = {"chosen": texts(2, True), "rejected": texts(1, True)}
-    beta = float(rng.choice(BETAS))
-    return (
-        {"policy": policy, "reference": reference, "prompts": texts(1, False)}
-        | sides
-        | {"beta": beta}
-    )
+    while True:
+        policy, reference = (Toy(vocabulary, 6, int(seed)) for seed in rng.integers(0, 2**31, 2))
+        inputs = {
+            "policy": policy,
+            "reference": reference,
+            "chosen": texts(2, True),
+            "rejected": texts(1, True),
+            "prompts": texts(1, False),
+            "beta": float(rng.choice(BETAS)),
+        }
+        minus_margins = dpo_step(**inputs, link="none", reduce="none")
+        assert minus_margins is not None
+        if minus_margins.max() > -0.5:
+            return inputs
 
 
 def _step_case(prompts: list, chosen: list, rejected: list, beta: float) -> Inputs:
