@@ -65,15 +65,18 @@ class Reading(NamedTuple):
             return self.result.change(found[None])[0]
 
 
-# the changes
+# what may go wrong in any exercise
 
 
-# on the whole of an input; the name is filled in
+# with one input; its name is filled in
 ALONE = {
     "0 in place of {a}": ("{a} is taken as 0, or left out of a sum.", np.zeros_like),
     "1 in place of {a}": ("{a} is taken as 1, or left out of a product.", np.ones_like),
     "sign of {a}": ("{a} has the other sign.", np.negative),
-    "1 / {a} in place of {a}": ("It divides by {a}, or multiplies, the wrong way.", np.reciprocal),
+    "1 / {a} in place of {a}": (
+        "It multiplies by {a} where it should divide, or divides where it should multiply.",
+        np.reciprocal,
+    ),
     "log {a} in place of {a}": ("A logarithm is taken of {a} that is not asked for.", np.log),
     "exp {a} in place of {a}": ("An exponential is taken of {a}.", np.exp),
     "{a} squared": ("{a} counts twice in a product.", np.square),
@@ -85,7 +88,7 @@ ALONE = {
 
 
 def input_changes(inputs: Inputs) -> Iterator[InputChange]:
-    """What may be done to inputs of these names and shapes."""
+    """What may go wrong with inputs of these names and kinds."""
     arrays = {name: x for name, x in inputs.items() if isinstance(x, np.ndarray)}
     floats = [
         name
@@ -94,6 +97,7 @@ def input_changes(inputs: Inputs) -> Iterator[InputChange]:
     ]
     whole = [name for name, x in arrays.items() if x.dtype.kind == "i"]
 
+    # one input for another
     for a, b in itertools.permutations(floats, 2):
         yield InputChange(
             f"{b} in place of {a}", f"{b} stands where {a} should.", _put(a, b, np.asarray)
@@ -105,6 +109,8 @@ def input_changes(inputs: Inputs) -> Iterator[InputChange]:
                 f"{a} and {b} stand in each other's place.",
                 functools.partial(_exchanged, a=a, b=b),
             )
+
+    # one input changed
     for a in floats:
         for name, (says, change) in ALONE.items():
             yield InputChange(name.format(a=a), says.format(a=a), _put(a, a, change))

@@ -323,9 +323,9 @@ def _step_inputs(rng: np.random.Generator, p: int) -> Inputs:
         inputs = {
             "policy": policy,
             "reference": reference,
+            "prompts": texts(1, False),
             "chosen": texts(2, True),
             "rejected": texts(1, True),
-            "prompts": texts(1, False),
             "beta": float(rng.choice(BETAS)),
         }
         minus_margins = dpo_step(**inputs, link="none", reduce="none")
