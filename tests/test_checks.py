@@ -326,7 +326,7 @@ def of_one_size(*arguments):
         (lambda *a: my_dpo_loss(*a[:4], 0.123), "beta unused", 0),
         (
             lambda *a: my_dpo_loss(*a) + a[4] ** 2 * a[1][a[2]] - a[4] * a[1][a[2]],
-            "from a reference on",
+            "wrong for a reference",
             0,
         ),
     ],
@@ -506,8 +506,9 @@ def kind_of(exercise, function, code):
         return "does not run"
     if verdict.named:
         return "named"
-    last = verdict.names[0].split()[-1]
-    return {"unused": "an input unused", "on": "first failing input"}.get(last, "form")
+    if verdict.names[0].endswith("unused"):
+        return "an input unused"
+    return "first failing input" if verdict.names[0].startswith("wrong for") else "form"
 
 
 WRONG = ("named", "an input unused", "first failing input", "form")

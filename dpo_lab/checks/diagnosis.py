@@ -293,6 +293,12 @@ class Attempt:
     def _form(self, head: str) -> Wrong | None:
         """A wrong shape, NaN, or a multiple of the right numbers."""
         found, right = self.found, self.right
+        if found[0].shape != right[0].shape and self.exercise.read is not array:
+            unit = self.exercise.unit
+            return self.wrong(
+                f"number of {unit}s",
+                f"{head}You have {len(found[0])} {unit}s; there are {len(right[0])}.",
+            )
         if found[0].shape != right[0].shape:
             return self.wrong(
                 "shape",
@@ -351,10 +357,11 @@ class Attempt:
             if self._is_right(called, right):
                 passed = rung.what
                 continue
-            before = f"It is right for {passed}, and wrong" if passed else "It is wrong already"
+            before = f"It is right for {passed}, and wrong" if passed else "It is already wrong"
             found = called.error if called.error is not None else shown(called.value)
+
             return self.wrong(
-                f"from {rung.what} on",
+                f"wrong for {rung.what}",
                 f"No known mistake gives your numbers. {before} for {rung.what}: look at "
                 f"{rung.look}. The simplest inputs on which it fails are\n{listing(rung.inputs)}\n"
                 f"expected {shown(right)}\nfound    {found}",
@@ -431,20 +438,23 @@ class Attempt:
             return None
         right = self.exercise.compute(extremes, {})
         far = self.call(extremes, dtype=torch.float32, differentiable=name)
-        fine = far.error is None and not far.slow and self._kind(far.value) is None
         assert right is not None
+        fine = far.error is None and not far.slow and self._kind(far.value) is None
         fine = fine and near(self.exercise.read(far.value), right, TOLERANCE[torch.float32])
+        found = far.error if far.error is not None else shown(far.value)
+
+        # the numbers may be right and their gradient NaN
         if fine and name:
             (slope,) = torch.autograd.grad(far.value.sum(), far.given[name])
             fine = bool(torch.isfinite(slope).all())
+            found = f"{found}, whose gradient is not finite"
         if fine:
             return None
-        found = far.error if far.error is not None else shown(far.value)
         return self.wrong(
             self.exercise.extremes_name,
             f"The numbers are right on moderate inputs, but not in float32 on\n"
-            f"{listing(extremes)}\nexpected {shown(right)}\nfound    {found}, or its gradient is "
-            f"NaN\n{self.exercise.extremes_hint}",
+            f"{listing(extremes)}\nexpected {shown(right)}\nfound    {found}\n"
+            f"{self.exercise.extremes_hint}",
             NUMBERS_RIGHT,
         )
 

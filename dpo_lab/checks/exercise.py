@@ -27,7 +27,7 @@ class Slip(NamedTuple):
     hint: str
     """a question or a fact that leads to the place without giving the answer"""
     source: str
-    """where the mistake was seen in public, or """ ""
+    """where the mistake was seen in public; empty where it was not"""
 
 
 class Rung(NamedTuple):

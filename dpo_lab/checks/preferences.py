@@ -59,6 +59,7 @@ def bt_nll(
     sign: str = "",
 ) -> Array:
     """-log p(chosen beats rejected) of each pair, (P,) nats."""
+
     chosen, rejected = indexed(chosen, rejected, len(rewards), index)
     w, l = rewards[chosen], rewards[rejected]  # noqa: E741
     margin = {
@@ -151,6 +152,7 @@ def bt_gradient(
     scale: str = "",
 ) -> Array:
     """d/dr of the sum of -log sigma(r_chosen - r_rejected), (N,)."""
+
     chosen, rejected = indexed(chosen, rejected, len(rewards), index)
     w, l = rewards[chosen], rewards[rejected]  # noqa: E741
     margin = w + l if pair == "added" else w - l
@@ -214,6 +216,7 @@ def plackett_luce_nll(
     reduce: str = "",
 ) -> Array | None:
     """-log p(this ranking), (B,) nats, from the rewards (B, K) of K items, best first."""
+
     r = ranked_rewards[:, ::-1] if order == "reversed" else ranked_rewards
     b, k = r.shape
     if terms in ("pairs", "mean of pairs"):
@@ -233,6 +236,8 @@ def plackett_luce_nll(
             "over prompts": lambda i: np.broadcast_to(e[:, i].sum(), b),
         }[pool]
         choices = np.stack([e[:, i] / pools(i) for i in range(k)], axis=1)  # (B, K)
+
+        # minus their logs
         kept = {"": slice(None), "first": slice(0, 1), "last pair": slice(-2, None)}[terms]
         choices, chosen = choices[:, kept], r[:, kept]
         if link in ("not logged", "summed"):
@@ -248,6 +253,8 @@ def plackett_luce_nll(
                 "reward omitted": lambda: chosen - np.log(choices),
                 "reward added": lambda: 2 * chosen - np.log(choices),
             }[link]()  # (B, K)
+
+            # one number per ranking
             value = {
                 "": lambda: losses.sum(1),
                 "not summed": lambda: losses,
@@ -259,6 +266,27 @@ def plackett_luce_nll(
     return value / {"": 1, "places": k, "choices": k - 1}[scale]
 
 
+# from the simplest inputs up
+PLACKETT_LUCE_NLL_LADDER = (
+    Rung("two items", "the formula", {"ranked_rewards": np.array([[1.2, 0.5]])}),
+    Rung("two items, the worse first", "the sign", {"ranked_rewards": np.array([[0.5, 1.2]])}),
+    Rung(
+        "three items",
+        "who is left to choose from at each place",
+        {"ranked_rewards": np.array([[1.2, 0.5, 0.9]])},
+    ),
+    Rung(
+        "a negative reward",
+        "whether a reward may be negative",
+        {"ranked_rewards": np.array([[1.2, -0.5, 0.9]])},
+    ),
+    Rung(
+        "two rankings",
+        "the dimension of the sum",
+        {"ranked_rewards": np.array([[1.2, -0.5, 0.9], [0.1, 0.7, 2.1]])},
+    ),
+)
+
 PLACKETT_LUCE_NLL = Exercise(
     "plackett_luce_nll",
     plackett_luce_nll,
@@ -268,25 +296,7 @@ PLACKETT_LUCE_NLL = Exercise(
     extremes={"ranked_rewards": np.array([[300.0, 0.0, -300.0], [-300.0, 1.0, 300.0]])},
     extremes_hint="exp overflows there. torch.logcumsumexp sums exponentials from one end without "
     "leaving the logarithm; flip turns it round.",
-    ladder=(
-        Rung("two items", "the formula", {"ranked_rewards": np.array([[1.2, 0.5]])}),
-        Rung("two items, the worse first", "the sign", {"ranked_rewards": np.array([[0.5, 1.2]])}),
-        Rung(
-            "three items",
-            "who is left to choose from at each place",
-            {"ranked_rewards": np.array([[1.2, 0.5, 0.9]])},
-        ),
-        Rung(
-            "a negative reward",
-            "whether a reward may be negative",
-            {"ranked_rewards": np.array([[1.2, -0.5, 0.9]])},
-        ),
-        Rung(
-            "two rankings",
-            "the dimension of the sum",
-            {"ranked_rewards": np.array([[1.2, -0.5, 0.9], [0.1, 0.7, 2.1]])},
-        ),
-    ),
+    ladder=PLACKETT_LUCE_NLL_LADDER,
 )
 
 
@@ -311,6 +321,7 @@ def pairs(
     which: str = "",
 ) -> Array | None:
     """(P, 2) chosen and rejected among B * K completions, sorted: every pair of unequal scores."""
+
     b, k = scores.shape
     flat = scores.ravel()
     found = []
@@ -328,6 +339,7 @@ def pairs(
         if better or tied:
             found.append((i, j))
 
+    # some mistakes take only a part of them
     if which:
         if scope or order in ("both", "as they stand"):
             return None
@@ -389,6 +401,22 @@ def _score_inputs(rng: np.random.Generator, b: int) -> Inputs:
             return {"scores": scores / 2}
 
 
+# from the simplest inputs up
+PAIRS_LADDER = (
+    Rung("one prompt with two completions", "the order", {"scores": np.array([[0.2, 0.9]])}),
+    Rung(
+        "three completions",
+        "which pairs there are",
+        {"scores": np.array([[0.5, 0.2, 0.9]])},
+    ),
+    Rung("a tie", "equal scores", {"scores": np.array([[0.5, 0.2, 0.5]])}),
+    Rung(
+        "two prompts",
+        "the indices of the second prompt's completions",
+        {"scores": np.array([[0.5, 0.2, 0.9], [0.1, 0.7, 0.3]])},
+    ),
+)
+
 PAIRS = Exercise(
     "pairs",
     pairs,
@@ -396,20 +424,7 @@ PAIRS = Exercise(
     unit="pair",
     read=read_pairs,
     returns="two tensors of integers: chosen (P,) and rejected (P,)",
-    ladder=(
-        Rung("one prompt with two completions", "the order", {"scores": np.array([[0.2, 0.9]])}),
-        Rung(
-            "three completions",
-            "which pairs there are",
-            {"scores": np.array([[0.5, 0.2, 0.9]])},
-        ),
-        Rung("a tie", "equal scores", {"scores": np.array([[0.5, 0.2, 0.5]])}),
-        Rung(
-            "two prompts",
-            "the indices of the second prompt's completions",
-            {"scores": np.array([[0.5, 0.2, 0.9], [0.1, 0.7, 0.3]])},
-        ),
-    ),
+    ladder=PAIRS_LADDER,
 )
 
 EXERCISES = (BT_NLL, BT_GRADIENT, PLACKETT_LUCE_NLL, PAIRS)

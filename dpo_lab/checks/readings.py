@@ -128,8 +128,7 @@ def _exchanged(inputs: Inputs, *, a: str, b: str) -> Inputs:
 def result_changes(unit: str) -> tuple[ResultChange, ...]:
     """What may be done to a result: to each of its numbers, or to a vector of one per `unit`."""
     each = f"return one number per {unit}."
-    return (
-        # of a vector
+    of_a_vector = (
         ResultChange(
             f"mean over {unit}s",
             f"They are averaged over the {unit}s; {each}",
@@ -154,7 +153,8 @@ def result_changes(unit: str) -> tuple[ResultChange, ...]:
             lambda x: x.cumsum(1),
             vector=True,
         ),
-        # of each number
+    )
+    of_each_number = (
         ResultChange("sign of the result", "All have the other sign.", np.negative),
         ResultChange("result exponentiated", "An exponential is taken at the end.", np.exp),
         ResultChange("result logged", "A logarithm is taken at the end.", np.log),
@@ -167,6 +167,7 @@ def result_changes(unit: str) -> tuple[ResultChange, ...]:
         ResultChange("1 - result", "They are subtracted from 1.", lambda x: 1 - x),
         ResultChange("absolute value of the result", "Their sign is lost.", np.abs),
     )
+    return of_a_vector + of_each_number
 
 
 # the look-up

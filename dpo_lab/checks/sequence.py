@@ -37,6 +37,7 @@ def sequence_logps(
     sign: str = "",
 ) -> Array:
     """logits (B, L, V), input_ids (B, L), completion_mask (B, L) -> (B,) nats."""
+
     length = input_ids.shape[1]
     table = {
         "": log_softmax(logits),
@@ -115,6 +116,27 @@ def _sequence_case(length: int, mask: list[list[int]], v: int = 3, seed: int = 3
     }
 
 
+# from the simplest inputs up
+SEQUENCE_LOGPS_LADDER = (
+    Rung(
+        "one completion token after one of prompt",
+        "which logits predict which token, and the softmax",
+        _sequence_case(2, [[0, 1]]),
+    ),
+    Rung("a completion of two tokens", "the sum", _sequence_case(3, [[0, 1, 1]])),
+    Rung(
+        "a longer prompt",
+        "what happens to the prompt's tokens",
+        _sequence_case(5, [[0, 0, 0, 1, 1]]),
+    ),
+    Rung("padding", "what happens to the padding", _sequence_case(6, [[0, 0, 1, 1, 0, 0]])),
+    Rung(
+        "two completions of different lengths",
+        "whether one row depends on the other",
+        _sequence_case(6, [[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]]),
+    ),
+)
+
 SEQUENCE_LOGPS = Exercise(
     "sequence_logps",
     sequence_logps,
@@ -128,25 +150,7 @@ SEQUENCE_LOGPS = Exercise(
     },
     extremes_hint="softmax gives 0 there, and its log is minus infinity. Take the log-softmax in "
     "one step.",
-    ladder=(
-        Rung(
-            "one completion token after one of prompt",
-            "which logits predict which token, and the softmax",
-            _sequence_case(2, [[0, 1]]),
-        ),
-        Rung("a completion of two tokens", "the sum", _sequence_case(3, [[0, 1, 1]])),
-        Rung(
-            "a longer prompt",
-            "what happens to the prompt's tokens",
-            _sequence_case(5, [[0, 0, 0, 1, 1]]),
-        ),
-        Rung("padding", "what happens to the padding", _sequence_case(6, [[0, 0, 1, 1, 0, 0]])),
-        Rung(
-            "two completions of different lengths",
-            "whether one row depends on the other",
-            _sequence_case(6, [[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]]),
-        ),
-    ),
+    ladder=SEQUENCE_LOGPS_LADDER,
 )
 
 
@@ -200,16 +204,19 @@ def _logps_case(policy: list[float], reference: list[float]) -> Inputs:
     return {"policy_logps": np.array(policy), "reference_logps": np.array(reference)}
 
 
+# from the simplest inputs up
+SEQUENCE_KL_LADDER = (
+    Rung("one sample", "the log-ratio and its sign", _logps_case([-1.2], [-2.0])),
+    Rung("a negative log-ratio", "what is done to a sign", _logps_case([-2.0], [-1.2])),
+    Rung("three samples", "the mean", _logps_case([-1.2, -2.0, -0.7], [-2.0, -1.2, -3.3])),
+)
+
 SEQUENCE_KL = Exercise(
     "sequence_kl",
     sequence_kl,
     inputs=_sample_inputs,
     unit="set of samples",
-    ladder=(
-        Rung("one sample", "the log-ratio and its sign", _logps_case([-1.2], [-2.0])),
-        Rung("a negative log-ratio", "what is done to a sign", _logps_case([-2.0], [-1.2])),
-        Rung("three samples", "the mean", _logps_case([-1.2, -2.0, -0.7], [-2.0, -1.2, -3.3])),
-    ),
+    ladder=SEQUENCE_KL_LADDER,
 )
 
 
@@ -271,6 +278,7 @@ def dpo_step(
     sign: str = "",
 ) -> Array | None:
     """The mean DPO loss of pairs given as token ids, () nats."""
+
     on_policy, on_reference = dropout in ("on", "on policy"), dropout in ("on", "on reference")
     longest = max(len(x) + len(y) for x, y in zip(prompts * 2, chosen + rejected))
 
@@ -366,35 +374,38 @@ def gradients_of_step(value: Tensor, given: dict[str, Any]) -> tuple[str, str] |
     return None
 
 
+# from the simplest inputs up
+DPO_STEP_LADDER = (
+    Rung(
+        "one pair of completions of one token",
+        "the log-probs of one row",
+        _step_case([[1, 2]], [[3]], [[4]], 1.0),
+    ),
+    Rung(
+        "completions of one length",
+        "the sum over tokens",
+        _step_case([[1, 2]], [[3, 1, 0]], [[4, 4, 0]], 1.0),
+    ),
+    Rung("another beta", "where beta stands", _step_case([[1, 2]], [[3, 0]], [[4, 0]], 0.5)),
+    Rung(
+        "completions of different lengths",
+        "padding and mask",
+        _step_case([[1, 2]], [[3, 1, 0]], [[4, 0]], 0.5),
+    ),
+    Rung(
+        "two prompts of different lengths",
+        "where each completion begins",
+        _step_case([[1, 2], [4, 3, 1]], [[3, 1, 0], [2, 0]], [[4, 0], [1, 1, 0]], 0.5),
+    ),
+)
+
 DPO_STEP = Exercise(
     "dpo_step",
     dpo_step,
     inputs=_step_inputs,
     unit="batch",
     also=gradients_of_step,
-    ladder=(
-        Rung(
-            "one pair of completions of one token",
-            "the log-probs of one row",
-            _step_case([[1, 2]], [[3]], [[4]], 1.0),
-        ),
-        Rung(
-            "completions of one length",
-            "the sum over tokens",
-            _step_case([[1, 2]], [[3, 1, 0]], [[4, 4, 0]], 1.0),
-        ),
-        Rung("another beta", "where beta stands", _step_case([[1, 2]], [[3, 0]], [[4, 0]], 0.5)),
-        Rung(
-            "completions of different lengths",
-            "padding and mask",
-            _step_case([[1, 2]], [[3, 1, 0]], [[4, 0]], 0.5),
-        ),
-        Rung(
-            "two prompts of different lengths",
-            "where each completion begins",
-            _step_case([[1, 2], [4, 3, 1]], [[3, 1, 0], [2, 0]], [[4, 0], [1, 1, 0]], 0.5),
-        ),
-    ),
+    ladder=DPO_STEP_LADDER,
 )
 
 EXERCISES = (SEQUENCE_LOGPS, SEQUENCE_KL, DPO_STEP)
