@@ -386,6 +386,8 @@ def smoothed_loss(
         "bits": (np.logaddexp(0, -m) / np.log(2), np.logaddexp(0, m) / np.log(2)),
         "margins": (-m, m),
     }[link]
+
+    # how the two are mixed
     value = {
         "": lambda: (1 - e) * right + e * flipped,
         "robust": lambda: ((1 - e) * right - e * flipped) / (1 - 2 * e),

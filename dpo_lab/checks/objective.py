@@ -215,6 +215,8 @@ def log_partition(
         "uniform": np.full_like(reference, 1 / reference.shape[-1]),
         "not logged": np.exp(reference),
     }[prior]
+
+    # something else than the log of a sum
     if form == "mean of rewards":
         # by Jensen's inequality below log Z
         found = (weights * tilt).sum(-1)

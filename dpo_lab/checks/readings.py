@@ -125,49 +125,45 @@ def _exchanged(inputs: Inputs, *, a: str, b: str) -> Inputs:
     return {**inputs, a: inputs[b], b: inputs[a]}
 
 
+# with a vector of one number per unit
+OF_A_VECTOR = {
+    "mean over {unit}s": (
+        "They are averaged over the {unit}s; return one number per {unit}.",
+        lambda x: x.mean(1),
+    ),
+    "sum over {unit}s": (
+        "They are summed over the {unit}s; return one number per {unit}.",
+        lambda x: x.sum(1),
+    ),
+    "column": ("The shape is (n, 1); it must be (n,).", lambda x: x[:, :, None]),
+    "row": ("The shape is (1, n); it must be (n,).", lambda x: x[:, None]),
+    "accumulated": ("Each is added to those before it.", lambda x: x.cumsum(1)),
+}
+
+# with each number of a result
+OF_EACH_NUMBER = {
+    "sign of the result": ("All have the other sign.", np.negative),
+    "result exponentiated": ("An exponential is taken at the end.", np.exp),
+    "result logged": ("A logarithm is taken at the end.", np.log),
+    "log(1 + result)": ("1 is added at the end, and a logarithm taken.", np.log1p),
+    "result squared": ("They are squared at the end.", np.square),
+    "result doubled": ("They are multiplied by 2.", lambda x: 2 * x),
+    "result halved": ("They are divided by 2.", lambda x: x / 2),
+    "1 added": ("1 is added to the result.", lambda x: x + 1),
+    "1 subtracted": ("1 is subtracted from the result.", lambda x: x - 1),
+    "1 - result": ("They are subtracted from 1.", lambda x: 1 - x),
+    "absolute value of the result": ("Their sign is lost.", np.abs),
+}
+
+
+@functools.cache
 def result_changes(unit: str) -> tuple[ResultChange, ...]:
-    """What may be done to a result: to each of its numbers, or to a vector of one per `unit`."""
-    each = f"return one number per {unit}."
-    of_a_vector = (
-        ResultChange(
-            f"mean over {unit}s",
-            f"They are averaged over the {unit}s; {each}",
-            lambda x: x.mean(1),
-            vector=True,
-        ),
-        ResultChange(
-            f"sum over {unit}s",
-            f"They are summed over the {unit}s; {each}",
-            lambda x: x.sum(1),
-            vector=True,
-        ),
-        ResultChange(
-            "column", "The shape is (n, 1); it must be (n,).", lambda x: x[:, :, None], vector=True
-        ),
-        ResultChange(
-            "row", "The shape is (1, n); it must be (n,).", lambda x: x[:, None], vector=True
-        ),
-        ResultChange(
-            "accumulated",
-            f"Each is added to those before it; keep the {unit}s apart.",
-            lambda x: x.cumsum(1),
-            vector=True,
-        ),
+    """What may go wrong with a result that has one number per `unit`."""
+    return tuple(
+        ResultChange(name.format(unit=unit), says.format(unit=unit), change, table is OF_A_VECTOR)
+        for table in (OF_A_VECTOR, OF_EACH_NUMBER)
+        for name, (says, change) in table.items()
     )
-    of_each_number = (
-        ResultChange("sign of the result", "All have the other sign.", np.negative),
-        ResultChange("result exponentiated", "An exponential is taken at the end.", np.exp),
-        ResultChange("result logged", "A logarithm is taken at the end.", np.log),
-        ResultChange("log(1 + result)", "1 is added at the end, and a logarithm taken.", np.log1p),
-        ResultChange("result squared", "They are squared at the end.", np.square),
-        ResultChange("result doubled", "They count twice.", lambda x: 2 * x),
-        ResultChange("result halved", "They are divided by 2.", lambda x: x / 2),
-        ResultChange("1 added", "1 is added to the result.", lambda x: x + 1),
-        ResultChange("1 subtracted", "1 is subtracted from the result.", lambda x: x - 1),
-        ResultChange("1 - result", "They are subtracted from 1.", lambda x: 1 - x),
-        ResultChange("absolute value of the result", "Their sign is lost.", np.abs),
-    )
-    return of_a_vector + of_each_number
 
 
 # the look-up
