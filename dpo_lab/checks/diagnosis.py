@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dpo_lab.checks.calling import Call, Inputs, call
-from dpo_lab.checks.exercise import REDUCTIONS, Exercise, Reading, array, near
+from dpo_lab.checks.exercise import Exercise, array, near
+from dpo_lab.checks.readings import CONSTANT, Reading, readings
 
 # relative and absolute, by the dtype of what is returned
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -42,9 +43,19 @@ class Wrong(AssertionError):
     otter-grader show the text alone, without a traceback.
     """
 
-    def __init__(self, exercise: str, names: tuple[str, ...], message: str, credit: float = 0.0):
+    def __init__(
+        self,
+        exercise: str,
+        names: tuple[str, ...],
+        message: str,
+        credit: float = 0.0,
+        *,
+        named: bool = False,
+    ):
         super().__init__(f"{exercise}: {'; '.join(names)}\n{message}")
         self.exercise, self.names, self.message, self.credit = exercise, names, message, credit
+        self.named = named
+        """whether known mistakes give exactly the numbers that were found"""
 
     def _render_traceback_(self) -> list[str]:
         head, *rest = str(self).splitlines()
@@ -252,37 +263,42 @@ class Attempt:
 
     def _constant(self, head: str) -> Wrong | None:
         found = self.found[0]
-        if found.size < 2 or np.ptp(found) > 0:
+        if found.size < 2 or not np.isfinite(found).all() or np.ptp(found) > CONSTANT:
             return None
         return self.wrong("constant", f"{head}All your numbers are the same.")
 
     def _known(self, head: str) -> Wrong | None:
         """The combination of known mistakes that gives these numbers."""
-        readings = self.exercise.readings(self.seed, self.found, self.tolerance)
-        if not readings:
+        known = readings(self.exercise, self.seed, self.found, self.tolerance)
+        if not known:
             return None
-        names, lines = self._in_words(readings[0])
+        names, lines = self._in_words(known[0])
         count = "one mistake" if len(lines) == 1 else f"{len(lines)} mistakes together"
-        others = sorted({"; ".join(self._in_words(other)[0]) for other in readings[1:]})
+        others = sorted({"; ".join(self._in_words(other)[0]) for other in known[1:]})
         others = [other for other in others if other != "; ".join(names)]
         also = f"\nThe same numbers also come of: {' | '.join(others)}." if others else ""
         message = f"{head}Your numbers are those of {count}:\n" + "\n".join(lines) + also
-        return Wrong(self.exercise.name, tuple(names), message)
+        return Wrong(self.exercise.name, tuple(names), message, named=True)
 
     def _in_words(self, reading: Reading) -> tuple[list[str], list[str]]:
         """The names of the mistakes of a reading, and a line about each."""
         slips = [self.exercise.slips[s][setting] for s, setting in reading.settings.items()]
         names = [slip.name for slip in slips]
         lines = [f"- {slip.says} {slip.hint}" for slip in slips]
-        if reading.reduction:
-            reduction, unit = REDUCTIONS[reading.reduction], self.exercise.unit
-            names.append(reduction.name.format(unit=unit))
-            lines.append(f"- {reduction.says.format(unit=unit)}")
+        general = [*reading.inputs, *([reading.result] if reading.result else [])]
+        names += [change.name for change in general]
+        lines += [f"- {change.says}" for change in general]
         return names, lines
 
     def _form(self, head: str) -> Wrong | None:
         """A wrong shape, NaN, or a multiple of the right numbers."""
         found, right = self.found, self.right
+        if found[0].shape != right[0].shape and self.exercise.read is not array:
+            unit = self.exercise.unit
+            return self.wrong(
+                f"number of {unit}s",
+                f"{head}You have {len(found[0])} {unit}s; there are {len(right[0])}.",
+            )
         if found[0].shape != right[0].shape:
             return self.wrong(
                 "shape",
@@ -341,10 +357,11 @@ class Attempt:
             if self._is_right(called, right):
                 passed = rung.what
                 continue
-            before = f"It is right for {passed}, and wrong" if passed else "It is wrong already"
+            before = f"It is right for {passed}, and wrong" if passed else "It is already wrong"
             found = called.error if called.error is not None else shown(called.value)
+
             return self.wrong(
-                f"from {rung.what} on",
+                f"wrong for {rung.what}",
                 f"No known mistake gives your numbers. {before} for {rung.what}: look at "
                 f"{rung.look}. The simplest inputs on which it fails are\n{listing(rung.inputs)}\n"
                 f"expected {shown(right)}\nfound    {found}",
@@ -397,9 +414,15 @@ class Attempt:
                 NUMBERS_RIGHT,
             )
         (slope,) = torch.autograd.grad(value.sum(), self.first.given[name], allow_unused=True)
-        expected = finite_differences(self.exercise, self.cases[0])
-        if slope is not None and near(array(slope), expected, GRADIENT_TOLERANCE):
-            return None
+        main = self.cases[0]
+        if slope is not None:
+            # along one direction that favors no coordinate
+            along = np.random.default_rng(0).normal(size=main[name].shape)
+            expected_along = np.asarray(derivative(self.exercise, main, along))
+            if near((array(slope) * along).sum(), expected_along, GRADIENT_TOLERANCE):
+                return None
+
+        expected = finite_differences(self.exercise, main)
         found = "none" if slope is None else shown(slope)
         return self.wrong(
             "gradient",
@@ -415,20 +438,23 @@ class Attempt:
             return None
         right = self.exercise.compute(extremes, {})
         far = self.call(extremes, dtype=torch.float32, differentiable=name)
-        fine = far.error is None and not far.slow and self._kind(far.value) is None
         assert right is not None
+        fine = far.error is None and not far.slow and self._kind(far.value) is None
         fine = fine and near(self.exercise.read(far.value), right, TOLERANCE[torch.float32])
+        found = far.error if far.error is not None else shown(far.value)
+
+        # the numbers may be right and their gradient NaN
         if fine and name:
             (slope,) = torch.autograd.grad(far.value.sum(), far.given[name])
             fine = bool(torch.isfinite(slope).all())
+            found = f"{found}, whose gradient is not finite"
         if fine:
             return None
-        found = far.error if far.error is not None else shown(far.value)
         return self.wrong(
             self.exercise.extremes_name,
             f"The numbers are right on moderate inputs, but not in float32 on\n"
-            f"{listing(extremes)}\nexpected {shown(right)}\nfound    {found}, or its gradient is "
-            f"NaN\n{self.exercise.extremes_hint}",
+            f"{listing(extremes)}\nexpected {shown(right)}\nfound    {found}\n"
+            f"{self.exercise.extremes_hint}",
             NUMBERS_RIGHT,
         )
 
@@ -447,21 +473,25 @@ class Attempt:
         )
 
 
-def finite_differences(exercise: Exercise, inputs: Inputs, step: float = 1e-5) -> np.ndarray:
+def finite_differences(exercise: Exercise, inputs: Inputs) -> np.ndarray:
     """The gradient of the summed answer with respect to the differentiable input."""
+    shape = inputs[exercise.differentiable].shape
+    units = np.eye(int(np.prod(shape))).reshape(-1, *shape)
+    return np.array([derivative(exercise, inputs, unit) for unit in units]).reshape(shape)
+
+
+def derivative(
+    exercise: Exercise, inputs: Inputs, direction: np.ndarray, step: float = 1e-5
+) -> float:
+    """That of the summed answer as its differentiable input moves along a direction."""
     name = exercise.differentiable
-    x = inputs[name]
-    slope = np.empty_like(x)
-    for place in np.ndindex(x.shape):
-        sides = []
-        for change in (step, -step):
-            moved = x.copy()
-            moved[place] += change
-            value = exercise.compute({**inputs, name: moved}, {})
-            assert value is not None
-            sides.append(value.sum())
-        slope[place] = (sides[0] - sides[1]) / (2 * step)
-    return slope
+    sides = []
+    for change in (step, -step):
+        moved = {**inputs, name: inputs[name] + change * direction}
+        value = exercise.compute(moved, {})
+        assert value is not None
+        sides.append(value.sum())
+    return float(sides[0] - sides[1]) / (2 * step)
 
 
 def shown(value: Any, n: int = 4) -> str:

@@ -32,6 +32,7 @@ def margins_of(
     pair: str,
 ) -> Array | None:
     """The margin of each pair, (P,), or what the mistakes `reference` and `pair` make of it."""
+
     on_policy, on_reference = places
     if reference in ("divided", "probabilities"):
         if on_policy != on_reference:
@@ -74,6 +75,7 @@ def dpo_loss(
     sign: str = "",
 ) -> Array | None:
     """-log sigma(beta (log-ratio of chosen - log-ratio of rejected)), (P,) nats."""
+
     chosen, rejected = indexed(chosen, rejected, len(policy_logps), index)
     *places, outside = PLACES[place](beta)
     m = margins_of(policy_logps, reference_logps, chosen, rejected, places, reference, pair)
@@ -201,6 +203,7 @@ def gradient_weights(
     sign: str = "",
 ) -> Array | None:
     """How much the gradient weighs each pair, (P,)."""
+
     chosen, rejected = indexed(chosen, rejected, len(policy_logps), index)
     *places, outside = PLACES[place](beta)
     m = margins_of(policy_logps, reference_logps, chosen, rejected, places, reference, pair)
@@ -212,6 +215,7 @@ def gradient_weights(
         "logged": lambda: np.logaddexp(0, m),
         "squared": lambda: sigma(-m) ** 2,
         "exp": lambda: np.exp(-m),
+        "tanh": lambda: np.tanh(-m),
         "hinge": lambda: (m < 1).astype(float),
         "none": lambda: -m,
     }[link]()
@@ -240,6 +244,7 @@ def dpo_gradient(
     beta: float,
     *,
     reference: str = "",
+    pair: str = "",
     index: str = "",
     weight: str = "",
     factor: str = "",
@@ -249,11 +254,12 @@ def dpo_gradient(
     scale: str = "",
 ) -> Array | None:
     """d/d policy_logps of the summed DPO loss, (N,)."""
+
     n = len(policy_logps)
     chosen, rejected = indexed(chosen, rejected, n, index)
-    inside = 1.0 if factor == "forgotten" else beta
+    inside = 1.0 if factor in ("forgotten", "not inside") else beta
     places = (inside, inside)
-    m = margins_of(policy_logps, reference_logps, chosen, rejected, places, reference, "")
+    m = margins_of(policy_logps, reference_logps, chosen, rejected, places, reference, pair)
     if m is None:
         return None
     weights = {
@@ -263,8 +269,11 @@ def dpo_gradient(
         "squared": sigma(-m) ** 2,
         "none": np.ones_like(m),
         "loss": np.logaddexp(0, -m),
+        "margin": -m,
+        "exp": np.exp(-m),
+        "tanh": np.tanh(-m),
     }[weight]
-    weights = weights * {"": beta, "not in front": 1.0, "twice": beta**2}.get(factor, 1.0)
+    weights = weights * {"not in front": 1.0, "forgotten": 1.0, "twice": beta**2}.get(factor, beta)
 
     up, down = {
         "": (-weights, weights),
@@ -276,6 +285,9 @@ def dpo_gradient(
     if repeat == "lost":
         gradient[chosen] += up
         gradient[rejected] += down
+    elif repeat == "overwritten":
+        gradient[chosen] = up
+        gradient[rejected] = down
     else:
         np.add.at(gradient, chosen, up)
         np.add.at(gradient, rejected, down)
@@ -313,6 +325,7 @@ def ipo_loss(
     sign: str = "",
 ) -> Array | None:
     """(difference of log-ratios - 1 / (2 beta))^2, (P,)."""
+
     chosen, rejected = indexed(chosen, rejected, len(policy_logps), index)
     places = (1.0, 1.0)
     h = margins_of(policy_logps, reference_logps, chosen, rejected, places, reference, pair)
@@ -364,6 +377,7 @@ def smoothed_loss(
     scale: str = "",
 ) -> Array:
     """-(1 - e) log sigma(margin) - e log sigma(-margin), (P,) nats: cDPO."""
+
     m = -margins if pair == "swapped" else margins
     right, flipped = {
         "": (np.logaddexp(0, -m), np.logaddexp(0, m)),
@@ -372,11 +386,17 @@ def smoothed_loss(
         "bits": (np.logaddexp(0, -m) / np.log(2), np.logaddexp(0, m) / np.log(2)),
         "margins": (-m, m),
     }[link]
+
+    # how the two are mixed
     value = {
         "": lambda: (1 - e) * right + e * flipped,
         "robust": lambda: ((1 - e) * right - e * flipped) / (1 - 2 * e),
         "subtracted": lambda: (1 - e) * right - e * flipped,
         "second lost": lambda: (1 - e) * right,
+        "first lost": lambda: e * flipped,
+        "e on both": lambda: e * right + e * flipped,
+        "second not weighted": lambda: (1 - e) * right + flipped,
+        "not weighted": lambda: right + flipped,
         "first not weighted": lambda: right + e * flipped,
         "twice": lambda: (1 - 2 * e * (1 - e)) * right + 2 * e * (1 - e) * flipped,
         "double": lambda: (1 - 2 * e) * right + 2 * e * flipped,
@@ -393,6 +413,14 @@ def _smoothed_case(margins: list[float], e: float) -> Inputs:
     return {"margins": np.array(margins), "e": e}
 
 
+# from the simplest inputs up
+SMOOTHED_LOSS_LADDER = (
+    Rung("labels without error", "the loss of a right label", _smoothed_case([0.8], 0.0)),
+    Rung("a negative margin", "the sign", _smoothed_case([-0.8], 0.0)),
+    Rung("labels with error", "the term of the flipped label", _smoothed_case([0.8], 0.3)),
+    Rung("several pairs", "whether pairs are kept apart", _smoothed_case([0.8, -1.1, 2], 0.3)),
+)
+
 SMOOTHED_LOSS = Exercise(
     "smoothed_loss",
     smoothed_loss,
@@ -407,12 +435,7 @@ SMOOTHED_LOSS = Exercise(
     extremes=_smoothed_case([900.0, -800.0, 3.0], 0.2),
     extremes_hint="exp overflows there, and log meets 0. torch.nn.functional has log sigma as one "
     "stable function.",
-    ladder=(
-        Rung("labels without error", "the loss of a right label", _smoothed_case([0.8], 0.0)),
-        Rung("a negative margin", "the sign", _smoothed_case([-0.8], 0.0)),
-        Rung("labels with error", "the term of the flipped label", _smoothed_case([0.8], 0.3)),
-        Rung("several pairs", "whether pairs are kept apart", _smoothed_case([0.8, -1.1, 2], 0.3)),
-    ),
+    ladder=SMOOTHED_LOSS_LADDER,
 )
 
 EXERCISES = (DPO_LOSS, GRADIENT_WEIGHTS, DPO_GRADIENT, IPO_LOSS, SMOOTHED_LOSS)

@@ -16,12 +16,6 @@ from torch import Tensor
 from dpo_lab.assets import ASSETS
 from dpo_lab.checks.calling import Inputs
 
-# this many mistakes at once are looked for
-DEPTH = 3
-
-# a spread below this is that of a constant, which says nothing
-CONSTANT = 1e-9
-
 
 class Slip(NamedTuple):
     """One mistake."""
@@ -33,7 +27,7 @@ class Slip(NamedTuple):
     hint: str
     """a question or a fact that leads to the place without giving the answer"""
     source: str
-    """where the mistake was seen in public, or """ ""
+    """where the mistake was seen in public; empty where it was not"""
 
 
 class Rung(NamedTuple):
@@ -43,13 +37,6 @@ class Rung(NamedTuple):
     look: str
     """where to look when it is the first to fail"""
     inputs: Inputs
-
-
-class Reading(NamedTuple):
-    """A set of mistakes that gives certain numbers: settings by switch, and a reduction or ""."""
-
-    settings: dict[str, str]
-    reduction: str
 
 
 def array(value: Any) -> np.ndarray:
@@ -100,7 +87,7 @@ class Exercise:
         rng = np.random.default_rng([seed, 1])
         return self.inputs(rng, 4), self.inputs(rng, 3)
 
-    def combinations(self, depth: int = DEPTH) -> Iterator[dict[str, str]]:
+    def combinations(self, depth: int) -> Iterator[dict[str, str]]:
         """Settings of at most `depth` switches, none first, then single ones."""
         for n in range(depth + 1):
             for switches in itertools.combinations(self.slips, n):
@@ -112,63 +99,6 @@ class Exercise:
         with np.errstate(all="ignore"):
             found = self.answer(**inputs, **settings)
         return None if found is None else np.asarray(found, dtype=np.float64)
-
-    def readings(
-        self, seed: int, values: tuple[np.ndarray, ...], tolerance: float
-    ) -> list[Reading]:
-        """The smallest sets of mistakes with these numbers, `values`, on both of `cases(seed)`."""
-        main, second = self.cases(seed)
-        found: list[tuple[int, Reading]] = []
-        for settings, wrong in self._wrong(seed):
-            for reduction in ("", *REDUCTIONS):
-                size = len(settings) + bool(reduction)
-                known = found and size > found[0][0]
-                if not size or known or (reduction and wrong.ndim != 1):
-                    continue
-                change = REDUCTIONS[reduction].change if reduction else np.asarray
-                if not near(values[0], change(wrong), tolerance):
-                    continue
-                if near(values[1], change(self.compute(second, settings)), tolerance):
-                    found.append((size, Reading(settings, reduction)))
-        least = min((size for size, _ in found), default=0)
-        return [reading for size, reading in found if size == least]
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 (exercises are constants)
-    def _wrong(self, seed: int) -> list[tuple[dict[str, str], np.ndarray]]:
-        """Every combination of mistakes with its numbers on the first case; constants left out."""
-        main, _ = self.cases(seed)
-        computed = ((settings, self.compute(main, settings)) for settings in self.combinations())
-        return [
-            (settings, value)
-            for settings, value in computed
-            if value is not None and (value.size < 2 or np.ptp(value) > CONSTANT)
-        ]
-
-
-class Reduction(NamedTuple):
-    """What may be done to a vector of one number per unit, beside the mistakes in the numbers."""
-
-    name: str
-    says: str
-    change: Callable[[np.ndarray], np.ndarray]
-
-
-REDUCTIONS = {
-    "mean": Reduction(
-        "mean over {unit}s",
-        "They are averaged over the {unit}s; return one number per {unit}.",
-        lambda x: np.asarray(x.mean()),
-    ),
-    "sum": Reduction(
-        "sum over {unit}s",
-        "They are summed over the {unit}s; return one number per {unit}.",
-        lambda x: np.asarray(x.sum()),
-    ),
-    "column": Reduction(
-        "column", "The shape is (n, 1); it must be (n,).", lambda x: np.asarray(x)[:, None]
-    ),
-    "row": Reduction("row", "The shape is (1, n); it must be (n,).", lambda x: np.asarray(x)[None]),
-}
 
 
 def near(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:

@@ -30,8 +30,9 @@ def kl(
     base: str = "",
     sign: str = "",
     reduce: str = "",
-) -> Array:
+) -> Array | None:
     """sum p log(p / q) over the last dimension, (..., n) -> (...)."""
+
     if direction == "reversed":
         p, q = q, p
     log_ratio = {
@@ -43,7 +44,15 @@ def kl(
         "q alone": lambda: -np.log(q),
         "logs divided": lambda: np.log(p) / np.log(q),
         "squared": lambda: np.log(p / q) ** 2 / 2,
+        "logs added": lambda: np.log(p * q),
+        "q not logged": lambda: np.log(p) - q,
+        "p not logged": lambda: p - np.log(q),
     }[ratio]()
+    if weight == "each its own":
+        # p log p - q log q
+        if ratio:
+            return None
+        p, q, log_ratio, weight = np.ones_like(p), q, p * np.log(p) - q * np.log(q), ""
     weights = {"": p, "q": q, "none": np.ones_like(p), "mean of both": (p + q) / 2}[weight]
 
     # 0 log 0 is 0
@@ -58,6 +67,28 @@ def kl(
     }[reduce]()
 
 
+# from the simplest inputs up
+KL_LADDER = (
+    Rung(
+        "two outcomes",
+        "the formula",
+        {"p": np.array([0.5, 0.5]), "q": np.array([0.9, 0.1])},
+    ),
+    Rung(
+        "unequal outcomes",
+        "which of the two weights the mean",
+        {"p": np.array([0.3, 0.7]), "q": np.array([0.6, 0.4])},
+    ),
+    Rung(
+        "a batch of distributions",
+        "the dimension of the sum",
+        {
+            "p": np.array([[0.5, 0.4, 0.1], [0.2, 0.1, 0.7]]),
+            "q": np.array([[0.8, 0.1, 0.1], [0.3, 0.3, 0.4]]),
+        },
+    ),
+)
+
 KL = Exercise(
     "kl",
     kl,
@@ -67,26 +98,7 @@ KL = Exercise(
     extremes_name="0 log 0",
     extremes_hint="An outcome that p never gives adds nothing: the limit of p log p at 0 is 0. "
     "torch.xlogy and torch.where know such cases.",
-    ladder=(
-        Rung(
-            "two outcomes",
-            "the formula",
-            {"p": np.array([0.5, 0.5]), "q": np.array([0.9, 0.1])},
-        ),
-        Rung(
-            "unequal outcomes",
-            "which of the two weights the mean",
-            {"p": np.array([0.3, 0.7]), "q": np.array([0.6, 0.4])},
-        ),
-        Rung(
-            "a batch of distributions",
-            "the dimension of the sum",
-            {
-                "p": np.array([[0.5, 0.4, 0.1], [0.2, 0.1, 0.7]]),
-                "q": np.array([[0.8, 0.1, 0.1], [0.3, 0.3, 0.4]]),
-            },
-        ),
-    ),
+    ladder=KL_LADDER,
 )
 
 
@@ -105,6 +117,7 @@ def optimal_policy(
     normal: str = "",
 ) -> Array | None:
     """reference exp(reward / beta) / Z, (n,)."""
+
     tilt = reward * {"": 1 / beta, "times": beta, "forgotten": 1.0, "twice": 1 / beta**2}[scale]
     tilt = -tilt if sign == "negative" else tilt
     if prior == "not logged":
@@ -139,37 +152,41 @@ def _policy_case(reference: list[float], reward: list[float], beta: float) -> In
     return {"reference": np.array(reference), "reward": np.array(reward), "beta": beta}
 
 
+# from the simplest inputs up
+OPTIMAL_POLICY_LADDER = (
+    Rung(
+        "a uniform reference and beta 1",
+        "the exponential and the normalizer",
+        _policy_case([0.5, 0.5], [1.0, 0.3], 1.0),
+    ),
+    Rung("another beta", "where beta stands", _policy_case([0.5, 0.5], [1.0, 0.3], 0.4)),
+    Rung(
+        "an uneven reference",
+        "what you do with the reference",
+        _policy_case([0.8, 0.2], [1.0, 0.3], 0.4),
+    ),
+    Rung(
+        "three completions and a negative reward",
+        "the sign, and the sum in the normalizer",
+        _policy_case([0.5, 0.2, 0.3], [1.0, -0.6, 0.3], 0.4),
+    ),
+)
+
 OPTIMAL_POLICY = Exercise(
     "optimal_policy",
     optimal_policy,
     inputs=lambda rng, n: {
         "reference": distribution(rng, n + 1),
         "reward": rng.uniform(0.2, 2.0, n + 1).round(3),
-        "beta": float(rng.choice(BETAS)),
+        # a smaller beta makes a softmax of the weights an argmax
+        "beta": float(rng.choice(BETAS[2:])),
     },
     unit="completion",
     differentiable="reward",
     extremes=_policy_case([0.5, 0.3, 0.2], [2.0, 1.5, -3.0], 0.01),
     extremes_hint="exp(200) is infinite in float32. What may be subtracted from every exponent "
     "without changing the policy? torch.softmax does it.",
-    ladder=(
-        Rung(
-            "a uniform reference and beta 1",
-            "the exponential and the normalizer",
-            _policy_case([0.5, 0.5], [1.0, 0.3], 1.0),
-        ),
-        Rung("another beta", "where beta stands", _policy_case([0.5, 0.5], [1.0, 0.3], 0.4)),
-        Rung(
-            "an uneven reference",
-            "what you do with the reference",
-            _policy_case([0.8, 0.2], [1.0, 0.3], 0.4),
-        ),
-        Rung(
-            "three completions and a negative reward",
-            "the sign, and the sum in the normalizer",
-            _policy_case([0.5, 0.2, 0.3], [1.0, -0.6, 0.3], 0.4),
-        ),
-    ),
+    ladder=OPTIMAL_POLICY_LADDER,
 )
 
 
@@ -189,22 +206,34 @@ def log_partition(
     reduce: str = "",
 ) -> Array | None:
     """log sum reference exp(reward / beta) over the last dimension, (B, n) -> (B,) nats."""
+
     tilt = reward * {"": 1 / beta, "times": beta, "forgotten": 1.0, "twice": 1 / beta**2}[scale]
     tilt = -tilt if sign == "in the exponent" else tilt
     weights = {
         "": reference,
         "omitted": np.ones_like(reference),
         "uniform": np.full_like(reference, 1 / reference.shape[-1]),
+        "not logged": np.exp(reference),
     }[prior]
+
+    # something else than the log of a sum
     if form == "mean of rewards":
         # by Jensen's inequality below log Z
         found = (weights * tilt).sum(-1)
     elif form == "largest":
         found = tilt.max(-1)
+    elif form == "largest term":
+        found = (np.log(weights) + tilt).max(-1)
     elif form == "log inside":
         found = np.log(weights * np.exp(tilt)).sum(-1)
     else:
-        z = (weights * np.exp(tilt)).sum({"": -1, "first dimension": 0}[reduce])
+        terms = weights * np.exp(tilt)
+        z = {
+            "": lambda: terms.sum(-1),
+            "mean": lambda: terms.mean(-1),
+            "not summed": lambda: terms,
+            "first dimension": lambda: terms.sum(0),
+        }[reduce]()
         found = z if form == "no log" else np.log(z)
     if form and reduce:
         return None
@@ -214,6 +243,26 @@ def log_partition(
 def _partition_case(reference: list, reward: list, beta: float) -> Inputs:
     return {"reference": np.array(reference), "reward": np.array(reward), "beta": beta}
 
+
+# from the simplest inputs up
+LOG_PARTITION_LADDER = (
+    Rung(
+        "a uniform reference and beta 1",
+        "the sum and the logarithm",
+        _partition_case([[0.5, 0.5]], [[1.0, 0.3]], 1.0),
+    ),
+    Rung("another beta", "where beta stands", _partition_case([[0.5, 0.5]], [[1.0, 0.3]], 0.4)),
+    Rung(
+        "an uneven reference",
+        "what you do with the reference",
+        _partition_case([[0.8, 0.2]], [[1.0, 0.3]], 0.4),
+    ),
+    Rung(
+        "two prompts",
+        "the dimension of the sum",
+        _partition_case([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]], [[1, 0.2, 0.3], [0, 2, 1.1]], 0.4),
+    ),
+)
 
 LOG_PARTITION = Exercise(
     "log_partition",
@@ -228,24 +277,7 @@ LOG_PARTITION = Exercise(
     extremes=_partition_case([[0.5, 0.3, 0.2]], [[2.0, 1.5, -3.0]], 0.01),
     extremes_hint="exp(200) is infinite in float32. torch.logsumexp takes the largest exponent "
     "out of the sum first; log(reference) can stand in the exponent.",
-    ladder=(
-        Rung(
-            "a uniform reference and beta 1",
-            "the sum and the logarithm",
-            _partition_case([[0.5, 0.5]], [[1.0, 0.3]], 1.0),
-        ),
-        Rung("another beta", "where beta stands", _partition_case([[0.5, 0.5]], [[1.0, 0.3]], 0.4)),
-        Rung(
-            "an uneven reference",
-            "what you do with the reference",
-            _partition_case([[0.8, 0.2]], [[1.0, 0.3]], 0.4),
-        ),
-        Rung(
-            "two prompts",
-            "the dimension of the sum",
-            _partition_case([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]], [[1, 0.2, 0.3], [0, 2, 1.1]], 0.4),
-        ),
-    ),
+    ladder=LOG_PARTITION_LADDER,
 )
 
 
@@ -263,6 +295,7 @@ def implicit_reward(
     shift: str = "",
 ) -> Array:
     """beta log(policy / reference), (n,) in units of the reward."""
+
     log_ratio = {
         "": lambda: np.log(policy / reference),
         "upside down": lambda: np.log(reference / policy),
@@ -290,6 +323,26 @@ def _reward_case(policy: list[float], reference: list[float], beta: float) -> In
     return {"policy": np.array(policy), "reference": np.array(reference), "beta": beta}
 
 
+# from the simplest inputs up
+IMPLICIT_REWARD_LADDER = (
+    Rung(
+        "a uniform reference and beta 1",
+        "the logarithm of the ratio",
+        _reward_case([0.7, 0.3], [0.5, 0.5], 1.0),
+    ),
+    Rung("another beta", "where beta stands", _reward_case([0.7, 0.3], [0.5, 0.5], 0.4)),
+    Rung(
+        "an uneven reference",
+        "what you do with the reference",
+        _reward_case([0.7, 0.3], [0.2, 0.8], 0.4),
+    ),
+    Rung(
+        "three completions",
+        "whether one completion changes the others",
+        _reward_case([0.5, 0.3, 0.2], [0.2, 0.7, 0.1], 0.4),
+    ),
+)
+
 IMPLICIT_REWARD = Exercise(
     "implicit_reward",
     implicit_reward,
@@ -300,24 +353,7 @@ IMPLICIT_REWARD = Exercise(
     },
     unit="completion",
     differentiable="policy",
-    ladder=(
-        Rung(
-            "a uniform reference and beta 1",
-            "the logarithm of the ratio",
-            _reward_case([0.7, 0.3], [0.5, 0.5], 1.0),
-        ),
-        Rung("another beta", "where beta stands", _reward_case([0.7, 0.3], [0.5, 0.5], 0.4)),
-        Rung(
-            "an uneven reference",
-            "what you do with the reference",
-            _reward_case([0.7, 0.3], [0.2, 0.8], 0.4),
-        ),
-        Rung(
-            "three completions",
-            "whether one completion changes the others",
-            _reward_case([0.5, 0.3, 0.2], [0.2, 0.7, 0.1], 0.4),
-        ),
-    ),
+    ladder=IMPLICIT_REWARD_LADDER,
 )
 
 EXERCISES = (KL, OPTIMAL_POLICY, LOG_PARTITION, IMPLICIT_REWARD)

@@ -23,6 +23,7 @@ def reinforce_gradient(
     reduce: str = "",
 ) -> Array:
     """The mean of (return - baseline) d log pi(action) / d logits over samples, (n,)."""
+
     n, samples = len(logits), len(actions)
     pi = np.exp(logits - logits.max())
     pi = pi / pi.sum()
@@ -36,6 +37,8 @@ def reinforce_gradient(
         "own mean": returns - returns.mean(),
         "absolute": abs(returns - baseline),
     }[subtract]
+
+    # the derivative of log pi(action)
     terms = {
         "": taken - pi,
         "minus pi lost": taken,
@@ -44,7 +47,12 @@ def reinforce_gradient(
         "uniform": taken - 1 / n,
         "over pi": taken / pi,
         "log pi": taken * np.log(pi),
+        "plus pi": taken + pi,
+        "logits for pi": taken - logits,
+        "log pi for pi": taken - np.log(pi),
     }[score]
+
+    # the mean over samples
     products = gain[:, None] * terms
     products = -products if sign == "negative" else products
     return {
@@ -53,6 +61,7 @@ def reinforce_gradient(
         "one short": lambda: products.sum(0) / (samples - 1),
         "per action": lambda: products.sum(0) / np.maximum(taken.sum(0), 1),
         "over actions": lambda: products.sum(0) / n,
+        "none": lambda: products,
     }[reduce]()
 
 
@@ -78,6 +87,23 @@ def _samples(
     }
 
 
+# from the simplest inputs up
+REINFORCE_GRADIENT_LADDER = (
+    Rung(
+        "one sample of two equal actions, without a baseline",
+        "the derivative of log pi",
+        _samples([0.0, 0.0], [0], [1.0], 0.0),
+    ),
+    Rung("unequal logits", "the softmax", _samples([0.7, -0.4], [0], [1.0], 0.0)),
+    Rung("a return of 2", "where the return stands", _samples([0.7, -0.4], [0], [2.0], 0.0)),
+    Rung("a baseline", "what you do with it", _samples([0.7, -0.4], [0], [2.0], 0.5)),
+    Rung(
+        "three samples",
+        "the mean over samples",
+        _samples([0.7, -0.4, 0.1], [0, 2, 0], [2.0, 0.4, 1.1], 0.5),
+    ),
+)
+
 REINFORCE_GRADIENT = Exercise(
     "reinforce_gradient",
     reinforce_gradient,
@@ -85,21 +111,7 @@ REINFORCE_GRADIENT = Exercise(
     unit="logit",
     extremes=_samples([900.0, 0.0, -800.0], [0, 1], [1.0, 2.0], 0.5),
     extremes_hint="exp(900) is infinite. torch.softmax subtracts the largest logit first.",
-    ladder=(
-        Rung(
-            "one sample of two equal actions, without a baseline",
-            "the derivative of log pi",
-            _samples([0.0, 0.0], [0], [1.0], 0.0),
-        ),
-        Rung("unequal logits", "the softmax", _samples([0.7, -0.4], [0], [1.0], 0.0)),
-        Rung("a return of 2", "where the return stands", _samples([0.7, -0.4], [0], [2.0], 0.0)),
-        Rung("a baseline", "what you do with it", _samples([0.7, -0.4], [0], [2.0], 0.5)),
-        Rung(
-            "three samples",
-            "the mean over samples",
-            _samples([0.7, -0.4, 0.1], [0, 2, 0], [2.0, 0.4, 1.1], 0.5),
-        ),
-    ),
+    ladder=REINFORCE_GRADIENT_LADDER,
 )
 
 
@@ -122,6 +134,7 @@ def gae(
     sign: str = "",
 ) -> Array:
     """A_t = d_t + gamma lam A_(t+1), d_t = r_t + gamma V_(t+1) - V_t; zero outside, (N, L)."""
+
     n, length = rewards.shape
     inside = np.ones_like(mask) if padding == "counted" else mask
     g = {"": gamma, "forgotten": 1.0, "squared": gamma**2}[discount]
@@ -132,6 +145,7 @@ def gae(
         "none": 0.0,
         "gamma squared": g**2 * lam,
         "lam squared": g * lam**2,
+        "added": g + lam,
     }[trace]
 
     # V after each token: zero after a row's last
@@ -146,7 +160,15 @@ def gae(
         after = np.where(ends, values, after)
     elif bootstrap == "none":
         after = np.zeros_like(values)
-    base = np.zeros_like(values) if bootstrap == "value not subtracted" else values
+    elif bootstrap == "not discounted":
+        after = after / g
+    elif bootstrap == "previous value":
+        after = np.pad(values, ((0, 0), (1, 0)))[:, :-1]
+    elif bootstrap == "reward for value":
+        after[:, :-1] = np.where(inside[:, 1:], rewards[:, 1:], 0.0)
+
+    # the surprises
+    base = {"value not subtracted": 0 * values, "value added": -values}.get(bootstrap, values)
     if bootstrap == "swapped":
         after, base = -after, -values
     deltas = rewards + g * after - base
@@ -194,50 +216,53 @@ def _row_case(
     }
 
 
+# from the simplest inputs up
+GAE_LADDER = (
+    Rung("one token", "the surprise r - V", _row_case([[1.0]], [[0.3]], [[1]], 1.0, 1.0)),
+    Rung(
+        "two tokens, gamma = lambda = 1",
+        "the value of the next token",
+        _row_case([[0.2, 1.0]], [[0.3, 0.8]], [[1, 1]], 1.0, 1.0),
+    ),
+    Rung(
+        "a gamma",
+        "where gamma stands",
+        _row_case([[0.2, 1.0]], [[0.3, 0.8]], [[1, 1]], 0.8, 1.0),
+    ),
+    Rung(
+        "a lambda",
+        "where lambda stands",
+        _row_case([[0.2, 1.0]], [[0.3, 0.8]], [[1, 1]], 0.8, 0.5),
+    ),
+    Rung(
+        "three tokens",
+        "the direction of the sum",
+        _row_case([[0.2, 0.5, 1.0]], [[0.3, 0.8, 0.6]], [[1, 1, 1]], 0.8, 0.5),
+    ),
+    Rung(
+        "padding",
+        "what lies behind a row's last token",
+        _row_case([[0.2, 1.0, 3.0]], [[0.3, 0.8, 2.0]], [[1, 1, 0]], 0.8, 0.5),
+    ),
+    Rung(
+        "two rows of different lengths",
+        "whether rows are kept apart",
+        _row_case(
+            [[0.2, 1.0, 3.0], [0.4, -0.3, 0.9]],
+            [[0.3, 0.8, 2.0], [1.2, 0.4, 0.5]],
+            [[1, 1, 0], [1, 1, 1]],
+            0.8,
+            0.5,
+        ),
+    ),
+)
+
 GAE = Exercise(
     "gae",
     gae,
     inputs=_rows,
     unit="token",
-    ladder=(
-        Rung("one token", "the surprise r - V", _row_case([[1.0]], [[0.3]], [[1]], 1.0, 1.0)),
-        Rung(
-            "two tokens, gamma = lambda = 1",
-            "the value of the next token",
-            _row_case([[0.2, 1.0]], [[0.3, 0.8]], [[1, 1]], 1.0, 1.0),
-        ),
-        Rung(
-            "a gamma",
-            "where gamma stands",
-            _row_case([[0.2, 1.0]], [[0.3, 0.8]], [[1, 1]], 0.8, 1.0),
-        ),
-        Rung(
-            "a lambda",
-            "where lambda stands",
-            _row_case([[0.2, 1.0]], [[0.3, 0.8]], [[1, 1]], 0.8, 0.5),
-        ),
-        Rung(
-            "three tokens",
-            "the direction of the sum",
-            _row_case([[0.2, 0.5, 1.0]], [[0.3, 0.8, 0.6]], [[1, 1, 1]], 0.8, 0.5),
-        ),
-        Rung(
-            "padding",
-            "what lies behind a row's last token",
-            _row_case([[0.2, 1.0, 3.0]], [[0.3, 0.8, 2.0]], [[1, 1, 0]], 0.8, 0.5),
-        ),
-        Rung(
-            "two rows of different lengths",
-            "whether rows are kept apart",
-            _row_case(
-                [[0.2, 1.0, 3.0], [0.4, -0.3, 0.9]],
-                [[0.3, 0.8, 2.0], [1.2, 0.4, 0.5]],
-                [[1, 1, 0], [1, 1, 1]],
-                0.8,
-                0.5,
-            ),
-        ),
-    ),
+    ladder=GAE_LADDER,
 )
 
 
@@ -257,6 +282,7 @@ def ppo_clip(
     gain: str = "",
 ) -> Array:
     """max(-A w, -A clip(w, 1 - c, 1 + c)) with w = pi / pi_old, per action, (N,)."""
+
     a = {
         "": advantages,
         "absolute": abs(advantages),
@@ -264,14 +290,19 @@ def ppo_clip(
         "centered": advantages - advantages.mean(),
         "whitened": (advantages - advantages.mean()) / advantages.std(),
     }[gain]
+
+    # pi / pi_old
     w = {
         "": np.exp(logps - old_logps),
         "upside down": np.exp(old_logps - logps),
         "of logs": logps / old_logps,
         "not exponentiated": logps - old_logps,
         "shifted": 1 + logps - old_logps,
+        "less one": np.expm1(logps - old_logps),
         "policy alone": np.exp(logps),
     }[ratio]
+
+    # both terms, and which of them counts
     clipped = {
         "": lambda: w.clip(1 - clip, 1 + clip),
         "above alone": lambda: np.minimum(w, 1 + clip),
@@ -289,6 +320,8 @@ def ppo_clip(
         "max for min": lambda: np.minimum(-a * w, -a * clipped),
         "added": lambda: -a * w - a * clipped,
         "mean of both": lambda: (-a * w - a * clipped) / 2,
+        "sign of the clipped": lambda: np.maximum(-a * w, a * clipped),
+        "sign of the other": lambda: np.maximum(a * w, -a * clipped),
     }[choice]()
     return -value if sign == "negative" else value
 
@@ -319,35 +352,38 @@ def _action_case(logps: list, old_logps: list, advantages: list, clip: float) ->
     }
 
 
+# from the simplest inputs up
+PPO_CLIP_LADDER = (
+    Rung(
+        "a policy that has not moved",
+        "the sign, and the ratio at 1",
+        _action_case([-1.3], [-1.3], [0.8], 0.2),
+    ),
+    Rung("a small step", "the ratio", _action_case([-1.2], [-1.3], [0.8], 0.2)),
+    Rung(
+        "a step too far with a positive advantage",
+        "the upper end of the clip",
+        _action_case([-0.6], [-1.3], [0.8], 0.2),
+    ),
+    Rung(
+        "a step too far the wrong way",
+        "which of the two terms is taken",
+        _action_case([-2.0], [-1.3], [0.8], 0.2),
+    ),
+    Rung(
+        "a negative advantage",
+        "which of the two terms is taken when the advantage is negative",
+        _action_case([-2.0, -0.6], [-1.3, -1.3], [-0.8, -0.8], 0.2),
+    ),
+)
+
 PPO_CLIP = Exercise(
     "ppo_clip",
     ppo_clip,
     inputs=_actions,
     unit="action",
     differentiable="logps",
-    ladder=(
-        Rung(
-            "a policy that has not moved",
-            "the sign, and the ratio at 1",
-            _action_case([-1.3], [-1.3], [0.8], 0.2),
-        ),
-        Rung("a small step", "the ratio", _action_case([-1.2], [-1.3], [0.8], 0.2)),
-        Rung(
-            "a step too far with a positive advantage",
-            "the upper end of the clip",
-            _action_case([-0.6], [-1.3], [0.8], 0.2),
-        ),
-        Rung(
-            "a step too far the wrong way",
-            "which of the two terms is taken",
-            _action_case([-2.0], [-1.3], [0.8], 0.2),
-        ),
-        Rung(
-            "a negative advantage",
-            "which of the two terms is taken when the advantage is negative",
-            _action_case([-2.0, -0.6], [-1.3, -1.3], [-0.8, -0.8], 0.2),
-        ),
-    ),
+    ladder=PPO_CLIP_LADDER,
 )
 
 EXERCISES = (REINFORCE_GRADIENT, GAE, PPO_CLIP)

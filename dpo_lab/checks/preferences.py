@@ -14,14 +14,18 @@ Array = np.ndarray
 
 
 def pairs_of(rng: np.random.Generator, n: int, p: int) -> Array:
-    """(P, 2) chosen and rejected of `n` items; one item is in two pairs, once on each side."""
+    """(P, 2) chosen and rejected of `n` items.
+
+    One item is in two pairs, once on each side; one is in two on the same side; one is only chosen.
+    """
     while True:
         pairs = np.array([rng.permutation(n)[:2] for _ in range(p)])
         pairs[1, 0] = pairs[0, 1]
         chosen, rejected = pairs.T
         ordered = (np.diff(chosen) > 0).all()
         twice = max(len(chosen) - len(set(chosen)), len(rejected) - len(set(rejected)))
-        if (chosen != rejected).all() and not ordered and twice:
+        only_chosen = set(chosen) - set(rejected)
+        if (chosen != rejected).all() and not ordered and twice and only_chosen:
             return pairs
 
 
@@ -55,6 +59,7 @@ def bt_nll(
     sign: str = "",
 ) -> Array:
     """-log p(chosen beats rejected) of each pair, (P,) nats."""
+
     chosen, rejected = indexed(chosen, rejected, len(rewards), index)
     w, l = rewards[chosen], rewards[rejected]  # noqa: E741
     margin = {
@@ -75,6 +80,7 @@ def bt_nll(
         "exp": lambda: np.exp(-margin),
         "hinge": lambda: np.maximum(0, 1 - margin),
         "squared": lambda: (1 - sigma(margin)) ** 2,
+        "one minus": lambda: sigma(-margin),
         "bits": lambda: np.logaddexp(0, -margin) / np.log(2),
         "sigmoid twice": lambda: np.logaddexp(0, -sigma(margin)),
     }[link]()
@@ -138,6 +144,7 @@ def bt_gradient(
     rejected: Array,
     *,
     index: str = "",
+    pair: str = "",
     weight: str = "",
     side: str = "",
     repeat: str = "",
@@ -145,8 +152,11 @@ def bt_gradient(
     scale: str = "",
 ) -> Array:
     """d/dr of the sum of -log sigma(r_chosen - r_rejected), (N,)."""
+
     chosen, rejected = indexed(chosen, rejected, len(rewards), index)
-    s = sigma(rewards[rejected] - rewards[chosen])
+    w, l = rewards[chosen], rewards[rejected]  # noqa: E741
+    margin = w + l if pair == "added" else w - l
+    s = sigma(-margin)
     weights = {
         "": s,
         "other": 1 - s,
@@ -154,6 +164,9 @@ def bt_gradient(
         "squared": s**2,
         "none": np.ones_like(s),
         "logged": -np.log(s),
+        "margin": -margin,
+        "exp": np.exp(-margin),
+        "tanh": np.tanh(-margin),
     }[weight]
     on_chosen, on_rejected = {
         "": (-weights, weights),
@@ -167,6 +180,9 @@ def bt_gradient(
         # the last pair of an item overwrites the others
         gradient[chosen] += on_chosen
         gradient[rejected] += on_rejected
+    elif repeat == "overwritten":
+        gradient[chosen] = on_chosen
+        gradient[rejected] = on_rejected
     else:
         np.add.at(gradient, chosen, on_chosen)
         np.add.at(gradient, rejected, on_rejected)
@@ -197,13 +213,15 @@ def plackett_luce_nll(
     link: str = "",
     sign: str = "",
     scale: str = "",
+    reduce: str = "",
 ) -> Array | None:
     """-log p(this ranking), (B,) nats, from the rewards (B, K) of K items, best first."""
+
     r = ranked_rewards[:, ::-1] if order == "reversed" else ranked_rewards
     b, k = r.shape
     if terms in ("pairs", "mean of pairs"):
         # Bradley-Terry of all pairs
-        if pool or link:
+        if pool or link or reduce:
             return None
         better, worse = np.triu_indices(k, 1)
         losses = np.logaddexp(0, r[:, worse] - r[:, better])
@@ -218,17 +236,56 @@ def plackett_luce_nll(
             "over prompts": lambda i: np.broadcast_to(e[:, i].sum(), b),
         }[pool]
         choices = np.stack([e[:, i] / pools(i) for i in range(k)], axis=1)  # (B, K)
-        choices = {"": choices, "first": choices[:, :1], "last pair": choices[:, -2:]}[terms]
-        value = {
-            "": lambda: -np.log(choices).sum(1),
-            "no exp": lambda: -np.log(choices).sum(1),
-            "not logged": lambda: -choices.prod(1),
-            "summed": lambda: -np.log(choices.sum(1)),
-            "bits": lambda: -np.log2(choices).sum(1),
-        }[link]()
+
+        # minus their logs
+        kept = {"": slice(None), "first": slice(0, 1), "last pair": slice(-2, None)}[terms]
+        choices, chosen = choices[:, kept], r[:, kept]
+        if link in ("not logged", "summed"):
+            if reduce:
+                return None
+            value = -choices.prod(1) if link == "not logged" else -np.log(choices.sum(1))
+        else:
+            losses = {
+                "": lambda: -np.log(choices),
+                "no exp": lambda: -np.log(choices),
+                "bits": lambda: -np.log2(choices),
+                "sum of rewards": lambda: r[:, ::-1].cumsum(1)[:, ::-1][:, kept] - chosen,
+                "reward omitted": lambda: chosen - np.log(choices),
+                "reward added": lambda: 2 * chosen - np.log(choices),
+            }[link]()  # (B, K)
+
+            # one number per ranking
+            value = {
+                "": lambda: losses.sum(1),
+                "not summed": lambda: losses,
+                "over rankings": lambda: losses.sum(0),
+            }[reduce]()
+        if link == "sum of rewards" and pool:
+            return None
     value = -value if sign == "negative" else value
     return value / {"": 1, "places": k, "choices": k - 1}[scale]
 
+
+# from the simplest inputs up
+PLACKETT_LUCE_NLL_LADDER = (
+    Rung("two items", "the formula", {"ranked_rewards": np.array([[1.2, 0.5]])}),
+    Rung("two items, the worse first", "the sign", {"ranked_rewards": np.array([[0.5, 1.2]])}),
+    Rung(
+        "three items",
+        "who is left to choose from at each place",
+        {"ranked_rewards": np.array([[1.2, 0.5, 0.9]])},
+    ),
+    Rung(
+        "a negative reward",
+        "whether a reward may be negative",
+        {"ranked_rewards": np.array([[1.2, -0.5, 0.9]])},
+    ),
+    Rung(
+        "two rankings",
+        "the dimension of the sum",
+        {"ranked_rewards": np.array([[1.2, -0.5, 0.9], [0.1, 0.7, 2.1]])},
+    ),
+)
 
 PLACKETT_LUCE_NLL = Exercise(
     "plackett_luce_nll",
@@ -239,29 +296,19 @@ PLACKETT_LUCE_NLL = Exercise(
     extremes={"ranked_rewards": np.array([[300.0, 0.0, -300.0], [-300.0, 1.0, 300.0]])},
     extremes_hint="exp overflows there. torch.logcumsumexp sums exponentials from one end without "
     "leaving the logarithm; flip turns it round.",
-    ladder=(
-        Rung("two items", "the formula", {"ranked_rewards": np.array([[1.2, 0.5]])}),
-        Rung("two items, the worse first", "the sign", {"ranked_rewards": np.array([[0.5, 1.2]])}),
-        Rung(
-            "three items",
-            "who is left to choose from at each place",
-            {"ranked_rewards": np.array([[1.2, 0.5, 0.9]])},
-        ),
-        Rung(
-            "a negative reward",
-            "whether a reward may be negative",
-            {"ranked_rewards": np.array([[1.2, -0.5, 0.9]])},
-        ),
-        Rung(
-            "two rankings",
-            "the dimension of the sum",
-            {"ranked_rewards": np.array([[1.2, -0.5, 0.9], [0.1, 0.7, 2.1]])},
-        ),
-    ),
+    ladder=PLACKETT_LUCE_NLL_LADDER,
 )
 
 
 # all pairs of scored completions
+
+# where the completions of a prompt begin, of B prompts with K each
+OFFSETS = {
+    "from one": lambda prompt, b, k: prompt * k + 1,
+    "steps of B": lambda prompt, b, k: prompt * b,
+    "steps of one": lambda prompt, b, k: prompt,
+    "one prompt late": lambda prompt, b, k: (prompt + 1) * k,
+}
 
 
 def pairs(
@@ -274,6 +321,7 @@ def pairs(
     which: str = "",
 ) -> Array | None:
     """(P, 2) chosen and rejected among B * K completions, sorted: every pair of unequal scores."""
+
     b, k = scores.shape
     flat = scores.ravel()
     found = []
@@ -283,7 +331,7 @@ def pairs(
             continue
         gap = flat[i] - flat[j]
         better = gap < 0 if order == "lower is better" else gap > 0
-        tied = gap == 0 and (ties == "kept" and i < j or ties == "both ways")
+        tied = gap == 0 and (ties == "kept" and i < j or ties in ("both ways", "greater or equal"))
         if order == "both":
             better = gap != 0
         if order == "as they stand":
@@ -291,11 +339,12 @@ def pairs(
         if better or tied:
             found.append((i, j))
 
+    # some mistakes take only a part of them
     if which:
         if scope or order in ("both", "as they stand"):
             return None
         found = [pair for pair in found if _kept(scores, pair, which)]
-    if ties == "with itself":
+    if ties in ("with itself", "greater or equal"):
         found += [(i, i) for i in range(b * k)]
     chosen, rejected = np.array(sorted(found), dtype=float).reshape(-1, 2).T
     if index == "within the prompt":
@@ -303,8 +352,13 @@ def pairs(
     elif index == "prompt first":
         # as if completions of different prompts alternated
         chosen, rejected = (x % k * b + x // k for x in (chosen, rejected))
-    elif index == "from one":
-        chosen, rejected = chosen + 1, rejected + 1
+    elif index in OFFSETS:
+        offset = OFFSETS[index]
+        chosen, rejected = (x % k + offset(x // k, b, k) for x in (chosen, rejected))
+    elif index == "chosen within":
+        chosen = chosen % k
+    elif index == "rejected within":
+        rejected = rejected % k
     return _sorted(np.stack([chosen, rejected], axis=1))
 
 
@@ -347,6 +401,22 @@ def _score_inputs(rng: np.random.Generator, b: int) -> Inputs:
             return {"scores": scores / 2}
 
 
+# from the simplest inputs up
+PAIRS_LADDER = (
+    Rung("one prompt with two completions", "the order", {"scores": np.array([[0.2, 0.9]])}),
+    Rung(
+        "three completions",
+        "which pairs there are",
+        {"scores": np.array([[0.5, 0.2, 0.9]])},
+    ),
+    Rung("a tie", "equal scores", {"scores": np.array([[0.5, 0.2, 0.5]])}),
+    Rung(
+        "two prompts",
+        "the indices of the second prompt's completions",
+        {"scores": np.array([[0.5, 0.2, 0.9], [0.1, 0.7, 0.3]])},
+    ),
+)
+
 PAIRS = Exercise(
     "pairs",
     pairs,
@@ -354,20 +424,7 @@ PAIRS = Exercise(
     unit="pair",
     read=read_pairs,
     returns="two tensors of integers: chosen (P,) and rejected (P,)",
-    ladder=(
-        Rung("one prompt with two completions", "the order", {"scores": np.array([[0.2, 0.9]])}),
-        Rung(
-            "three completions",
-            "which pairs there are",
-            {"scores": np.array([[0.5, 0.2, 0.9]])},
-        ),
-        Rung("a tie", "equal scores", {"scores": np.array([[0.5, 0.2, 0.5]])}),
-        Rung(
-            "two prompts",
-            "the indices of the second prompt's completions",
-            {"scores": np.array([[0.5, 0.2, 0.9], [0.1, 0.7, 0.3]])},
-        ),
-    ),
+    ladder=PAIRS_LADDER,
 )
 
 EXERCISES = (BT_NLL, BT_GRADIENT, PLACKETT_LUCE_NLL, PAIRS)

@@ -37,12 +37,14 @@ def sequence_logps(
     sign: str = "",
 ) -> Array:
     """logits (B, L, V), input_ids (B, L), completion_mask (B, L) -> (B,) nats."""
+
     length = input_ids.shape[1]
     table = {
         "": log_softmax(logits),
         "raw": logits,
         "probabilities": np.exp(log_softmax(logits)),
         "over positions": log_softmax(logits, 1),
+        "over positions kept": np.pad(log_softmax(logits[:, :-1], 1), ((0, 0), (0, 1), (0, 0))),
         "sigmoid": -np.logaddexp(0, -logits),
         "bits": log_softmax(logits) / np.log(2),
     }[normal]
@@ -114,6 +116,27 @@ def _sequence_case(length: int, mask: list[list[int]], v: int = 3, seed: int = 3
     }
 
 
+# from the simplest inputs up
+SEQUENCE_LOGPS_LADDER = (
+    Rung(
+        "one completion token after one of prompt",
+        "which logits predict which token, and the softmax",
+        _sequence_case(2, [[0, 1]]),
+    ),
+    Rung("a completion of two tokens", "the sum", _sequence_case(3, [[0, 1, 1]])),
+    Rung(
+        "a longer prompt",
+        "what happens to the prompt's tokens",
+        _sequence_case(5, [[0, 0, 0, 1, 1]]),
+    ),
+    Rung("padding", "what happens to the padding", _sequence_case(6, [[0, 0, 1, 1, 0, 0]])),
+    Rung(
+        "two completions of different lengths",
+        "whether one row depends on the other",
+        _sequence_case(6, [[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]]),
+    ),
+)
+
 SEQUENCE_LOGPS = Exercise(
     "sequence_logps",
     sequence_logps,
@@ -127,25 +150,7 @@ SEQUENCE_LOGPS = Exercise(
     },
     extremes_hint="softmax gives 0 there, and its log is minus infinity. Take the log-softmax in "
     "one step.",
-    ladder=(
-        Rung(
-            "one completion token after one of prompt",
-            "which logits predict which token, and the softmax",
-            _sequence_case(2, [[0, 1]]),
-        ),
-        Rung("a completion of two tokens", "the sum", _sequence_case(3, [[0, 1, 1]])),
-        Rung(
-            "a longer prompt",
-            "what happens to the prompt's tokens",
-            _sequence_case(5, [[0, 0, 0, 1, 1]]),
-        ),
-        Rung("padding", "what happens to the padding", _sequence_case(6, [[0, 0, 1, 1, 0, 0]])),
-        Rung(
-            "two completions of different lengths",
-            "whether one row depends on the other",
-            _sequence_case(6, [[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]]),
-        ),
-    ),
+    ladder=SEQUENCE_LOGPS_LADDER,
 )
 
 
@@ -173,6 +178,7 @@ def sequence_kl(
         "log of mean": lambda: np.log(np.exp(x).mean()),
         "weighted again": lambda: (weights * x).sum() / weights.sum(),
         "probability weight": lambda: (np.exp(policy_logps) * x).sum(),
+        "F.kl_div": lambda: (np.exp(reference_logps) * -x).mean(),
         "policy alone": lambda: policy_logps.mean(),
         "reference alone": lambda: -reference_logps.mean(),
         "median": lambda: np.median(x),
@@ -180,6 +186,7 @@ def sequence_kl(
             np.exp(policy_logps) - np.exp(reference_logps)
         ).mean(),
         "logs divided": lambda: (policy_logps / reference_logps).mean(),
+        "not averaged": lambda: x,
     }[form]()
     n = len(x)
     found = found * {"": 1, "sum": n, "one short": n / max(1, n - 1), "bits": 1 / np.log(2)}[scale]
@@ -197,16 +204,19 @@ def _logps_case(policy: list[float], reference: list[float]) -> Inputs:
     return {"policy_logps": np.array(policy), "reference_logps": np.array(reference)}
 
 
+# from the simplest inputs up
+SEQUENCE_KL_LADDER = (
+    Rung("one sample", "the log-ratio and its sign", _logps_case([-1.2], [-2.0])),
+    Rung("a negative log-ratio", "what is done to a sign", _logps_case([-2.0], [-1.2])),
+    Rung("three samples", "the mean", _logps_case([-1.2, -2.0, -0.7], [-2.0, -1.2, -3.3])),
+)
+
 SEQUENCE_KL = Exercise(
     "sequence_kl",
     sequence_kl,
     inputs=_sample_inputs,
     unit="set of samples",
-    ladder=(
-        Rung("one sample", "the log-ratio and its sign", _logps_case([-1.2], [-2.0])),
-        Rung("a negative log-ratio", "what is done to a sign", _logps_case([-2.0], [-1.2])),
-        Rung("three samples", "the mean", _logps_case([-1.2, -2.0, -0.7], [-2.0, -1.2, -3.3])),
-    ),
+    ladder=SEQUENCE_KL_LADDER,
 )
 
 
@@ -238,10 +248,14 @@ class Toy(nn.Module):
 
     @functools.cache  # noqa: B019 (as few as there are seeds)
     @torch.no_grad()
-    def token_logps(self, ids: tuple[int, ...], dropout: bool) -> Array:
+    def token_logps(self, ids: tuple[int, ...], dropout: bool, table: str = "") -> Array:
         """The log-prob of each token but the first given those before it, (L - 1,)."""
         found = copy.deepcopy(self).train(dropout)(torch.tensor([ids]))[0].numpy()
-        return np.take_along_axis(log_softmax(found[:-1]), np.array(ids)[1:, None], 1)[:, 0]
+        if table != "raw":
+            found = log_softmax(found)
+        if table == "probabilities":
+            found = np.exp(found)
+        return np.take_along_axis(found[:-1], np.array(ids)[1:, None], 1)[:, 0]
 
 
 def dpo_step(
@@ -255,6 +269,7 @@ def dpo_step(
     dropout: str = "",
     scorer: str = "",
     count: str = "",
+    table: str = "",
     normal: str = "",
     place: str = "",
     pair: str = "",
@@ -263,6 +278,7 @@ def dpo_step(
     sign: str = "",
 ) -> Array | None:
     """The mean DPO loss of pairs given as token ids, () nats."""
+
     on_policy, on_reference = dropout in ("on", "on policy"), dropout in ("on", "on reference")
     longest = max(len(x) + len(y) for x, y in zip(prompts * 2, chosen + rejected))
 
@@ -270,12 +286,15 @@ def dpo_step(
         n = len(x)
         padded = {"padding counted": longest, "padding of its side": longest_of_side}
         ids = x + y + [0] * (padded.get(count, 0) - len(x + y))
-        logps = model.token_logps(tuple(ids), on)[n - 1 :]
+        logps = model.token_logps(tuple(ids), on, table)[n - 1 :]
         kept = {"EOS dropped": slice(0, -1), "first dropped": slice(1, None)}
         logps = logps[kept.get(count, slice(None))]
-        return {"": logps.sum, "mean": logps.mean, "root": lambda: logps.sum() / len(logps) ** 0.5}[
-            normal
-        ]()
+        return {
+            "": lambda: logps.sum(),
+            "mean": lambda: logps.mean(),
+            "mean over length": lambda: logps.sum() / (longest - 1),
+            "root": lambda: logps.sum() / len(logps) ** 0.5,
+        }[normal]()
 
     def scores(model: Toy, on: bool, side: list[list[int]]) -> Array:
         longest_of_side = max(len(x) + len(y) for x, y in zip(prompts, side))
@@ -285,8 +304,13 @@ def dpo_step(
     other = policy if scorer == "policy" else reference
     theirs = np.concatenate([scores(other, on_reference, side) for side in (chosen, rejected)])
     first, second = np.arange(len(prompts)), np.arange(len(prompts)) + len(prompts)
-    omitted = "omitted" if pair == "reference omitted" else ""
-    names = {"pair": "" if omitted else pair, "reference": omitted, "place": place, "link": link}
+    of_reference = {
+        "reference omitted": "omitted",
+        "reference added": "added",
+        "policy omitted": "only",
+    }.get(pair, "")
+    names = {"reference": of_reference, "pair": "" if of_reference else pair}
+    names |= {"place": place, "link": link}
     losses = dpo_loss(ours, theirs, first, second, beta, **names)
     if losses is None:
         return None
@@ -295,22 +319,27 @@ def dpo_step(
 
 
 def _step_inputs(rng: np.random.Generator, p: int) -> Inputs:
-    """Texts of different lengths, all completions closed by token 0."""
+    """Texts of different lengths, all completions closed by token 0; one margin is below 1/2."""
     vocabulary = 2 * p + 3
 
     def texts(low: int, closed: bool) -> list[list[int]]:
         lengths = rng.permutation(np.arange(p) + low)
         return [rng.integers(1, vocabulary, n).tolist() + [0] * closed for n in lengths]
 
-    seeds = rng.integers(0, 2**31, 2)
-    policy, reference = (Toy(vocabulary, 6, int(seed)) for seed in seeds)
-    sides = {"chosen": texts(2, True), "rejected": texts(1, True)}
-    beta = float(rng.choice(BETAS))
-    return (
-        {"policy": policy, "reference": reference, "prompts": texts(1, False)}
-        | sides
-        | {"beta": beta}
-    )
+    while True:
+        policy, reference = (Toy(vocabulary, 6, int(seed)) for seed in rng.integers(0, 2**31, 2))
+        inputs = {
+            "policy": policy,
+            "reference": reference,
+            "prompts": texts(1, False),
+            "chosen": texts(2, True),
+            "rejected": texts(1, True),
+            "beta": float(rng.choice(BETAS)),
+        }
+        minus_margins = dpo_step(**inputs, link="none", reduce="none")
+        assert minus_margins is not None
+        if minus_margins.max() > -0.5:
+            return inputs
 
 
 def _step_case(prompts: list, chosen: list, rejected: list, beta: float) -> Inputs:
@@ -345,35 +374,38 @@ def gradients_of_step(value: Tensor, given: dict[str, Any]) -> tuple[str, str] |
     return None
 
 
+# from the simplest inputs up
+DPO_STEP_LADDER = (
+    Rung(
+        "one pair of completions of one token",
+        "the log-probs of one row",
+        _step_case([[1, 2]], [[3]], [[4]], 1.0),
+    ),
+    Rung(
+        "completions of one length",
+        "the sum over tokens",
+        _step_case([[1, 2]], [[3, 1, 0]], [[4, 4, 0]], 1.0),
+    ),
+    Rung("another beta", "where beta stands", _step_case([[1, 2]], [[3, 0]], [[4, 0]], 0.5)),
+    Rung(
+        "completions of different lengths",
+        "padding and mask",
+        _step_case([[1, 2]], [[3, 1, 0]], [[4, 0]], 0.5),
+    ),
+    Rung(
+        "two prompts of different lengths",
+        "where each completion begins",
+        _step_case([[1, 2], [4, 3, 1]], [[3, 1, 0], [2, 0]], [[4, 0], [1, 1, 0]], 0.5),
+    ),
+)
+
 DPO_STEP = Exercise(
     "dpo_step",
     dpo_step,
     inputs=_step_inputs,
     unit="batch",
     also=gradients_of_step,
-    ladder=(
-        Rung(
-            "one pair of completions of one token",
-            "the log-probs of one row",
-            _step_case([[1, 2]], [[3]], [[4]], 1.0),
-        ),
-        Rung(
-            "completions of one length",
-            "the sum over tokens",
-            _step_case([[1, 2]], [[3, 1, 0]], [[4, 4, 0]], 1.0),
-        ),
-        Rung("another beta", "where beta stands", _step_case([[1, 2]], [[3, 0]], [[4, 0]], 0.5)),
-        Rung(
-            "completions of different lengths",
-            "padding and mask",
-            _step_case([[1, 2]], [[3, 1, 0]], [[4, 0]], 0.5),
-        ),
-        Rung(
-            "two prompts of different lengths",
-            "where each completion begins",
-            _step_case([[1, 2], [4, 3, 1]], [[3, 1, 0], [2, 0]], [[4, 0], [1, 1, 0]], 0.5),
-        ),
-    ),
+    ladder=DPO_STEP_LADDER,
 )
 
 EXERCISES = (SEQUENCE_LOGPS, SEQUENCE_KL, DPO_STEP)
