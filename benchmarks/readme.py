@@ -19,6 +19,7 @@ from pathlib import Path
 from scale import table
 
 import dpo_lab
+from dpo_lab.checks import mistakes as table_of_mistakes
 from dpo_lab.plots import plot_sweep
 from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
 from dpo_lab.theory.symbolic import equation_index
@@ -659,6 +660,68 @@ def equations() -> str:
     return _table("equation | here | proved by `symbolic.` | shown in | computed by | test", rows)
 
 
+# Homework
+
+
+def exercises() -> str:
+    """What each exercise measures, from the first cell of its notebook."""
+    header = "notebook | exercise | what it measures | difficulty | minutes | points"
+    rows = []
+    for path in sorted((ROOT / "notebooks" / "exercises").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        graded = (cell["metadata"].get("nbgrader", {}) for cell in cells)
+        points = {meta["grade_id"]: meta["points"] for meta in graded if meta.get("grade")}
+        link = f"[{path.stem[:4]}](../notebooks/exercises/{path.name})"
+        for line in re.findall(r"^\| `.*$", "".join(cells[0]["source"]), re.MULTILINE):
+            name, *rest = (part.strip() for part in line.strip("|").split(" | "))
+            rows.append((link, name, *rest, points["check_" + name.strip("`")[len("my_") :]]))
+    return _table(header, rows)
+
+
+def mistakes() -> str:
+    """What each mistake of `my_dpo_loss` does, by `benchmarks/mistakes.py`."""
+    result, slips = _result("mistakes"), table_of_mistakes()["dpo_loss"]
+    header = (
+        "mistake | bandit: KL to $\\pi^*$ | reward | KL to the reference "
+        "| log-ratio of chosen | of rejected | seen in"
+    )
+    twice = Counter(row["name"] for row in result["rows"])
+    rows = []
+    for row in result["rows"]:
+        ((switch, setting),) = row["settings"].items() or [("", "")]
+        name = f"{row['name']} ({setting})" if twice[row["name"]] > 1 else row["name"]
+        source = _specimen(slips[switch][setting].source) if switch else ""
+        far = "NaN" if row["bandit_kl"] is None else f"{row['bandit_kl']:.3f}"
+        moved = [f"{row[key]:.1f}" if key in row else "" for key in ("kl", "chosen", "rejected")]
+        reward = f"{row['reward']:.2f}" if "reward" in row else "NaN at the first step"
+        rows.append((name, far, reward, *moved, source))
+    return _table(header, rows) + _origin(result["provenance"])
+
+
+def slips() -> str:
+    """Every mistake that the checks name, by exercise."""
+    parts = []
+    for exercise, switches in table_of_mistakes().items():
+        found = {slip.name: slip for some in switches.values() for slip in some.values()}
+        rows = (
+            (name, slip.says.replace("|", "\\|"), _specimen(slip.source))
+            for name, slip in found.items()
+        )
+        table = _table("mistake | what the numbers show | seen in", rows)
+        parts.append(f"### `my_{exercise}`\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _specimen(source: str) -> str:
+    """A link to where a mistake was seen in public: an address, and words in parentheses."""
+    if not source:
+        return ""
+    address, _, words = source.partition(" ")
+    short = re.sub(r"^https?://(github\.com/|arxiv\.org/abs/)?", "", address)
+    short = short.replace("/issues/", "#").replace("/pull/", "#")
+    return f"[{short}]({address})" + (f", {words.strip('()')}" if words else "")
+
+
 BLOCKS = {
     "main job": main_job,
     "main job origin": main_job_origin,
@@ -682,6 +745,9 @@ BLOCKS = {
     "scale": table,
     "front door": front_door,
     "equations": equations,
+    "exercises": exercises,
+    "mistakes": mistakes,
+    "slips": slips,
 }
 
 

@@ -16,6 +16,7 @@ ROOM_OF = {"losses": "core", "batching": "core", "widgets": "top", "cli": "top",
 MAY_IMPORT = {
     "assets": set(),
     "engine": {"engine"},
+    "checks": {"assets", "engine", "checks"},
     "core": {"engine", "core"},
     "theory": {"engine", "core", "theory"},
     "root": {"assets", "engine", "core", "theory", "root"},
@@ -155,6 +156,7 @@ HEAVY = ["transformers", "accelerate", "datasets", "pyarrow", "sklearn", "scipy"
     ("code", "heavy"),
     [
         ("from dpo_lab import dpo_loss, DPOLoss", HEAVY),
+        ("from dpo_lab.checks import check_dpo_loss", HEAVY),
         ("import dpo_lab.engine.runs, dpo_lab.engine.records, dpo_lab.engine.cpu", HEAVY),
         ("import dpo_lab.widgets", [name for name in HEAVY if name != "matplotlib"]),
     ],

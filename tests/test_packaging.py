@@ -222,3 +222,13 @@ def test_the_gpu_benchmark_is_given_the_pinned_versions():
     lines = (ROOT / "benchmarks" / "gpu-requirements.txt").read_text().splitlines()
     asked = [line for line in lines if not line.startswith("#")]
     assert asked and [line for line in asked if line not in PIN_LINES] == []
+
+
+def test_every_file_of_data_goes_into_the_wheel():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    package = ROOT / "dpo_lab"
+    files = (path for path in package.rglob("*") if path.is_file())
+    data = {path for path in files if path.suffix not in (".py", ".pyc")}
+    packed = {path for glob in table["package-data"]["dpo_lab"] for path in package.glob(glob)}
+    assert data - packed == set()
+    assert package / "assets" / "mistakes.csv" in packed

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo_lab.checks import mistakes
 from dpo_lab.sentiment.run import CONFIGS
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,14 @@ def test_the_default_beta_has_the_most_reward_within_4_nats():
     config = CONFIGS["laptop"].dpo
     assert len({row["beta"] for row in rows}) > 1
     assert (best["beta"], best["learning_rate"]) == (config.beta, config.loop.learning_rate)
+
+
+def test_every_mistake_in_the_loss_was_trained_with():
+    found = json.loads((ROOT / "benchmarks" / "results" / "mistakes.json").read_text())["rows"]
+    trained = [(row["name"], row["settings"]) for row in found]
+    switches = mistakes()["dpo_loss"].items()
+    known = [(slip.name, {s: one}) for s, some in switches for one, slip in some.items()]
+    assert trained == [("right", {}), *known]
 
 
 def test_every_equation_names_a_test_that_exists(figures):
