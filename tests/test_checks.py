@@ -237,7 +237,7 @@ def accumulated(policy_logps, reference_logps, chosen, rejected, beta):
 )
 def test_a_mistake_of_any_exercise_is_named(function, names):
     wrong = diagnose(EXERCISES["dpo_loss"], function)
-    assert wrong.named and wrong.names == (names)
+    assert wrong.named and wrong.names == names
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "column", "row"])
@@ -278,6 +278,14 @@ def half_detached(policy_logps, reference_logps, chosen, rejected, beta):
     return -F.logsigmoid(rewards[chosen] - rewards.detach()[rejected])
 
 
+def overwriting(*arguments):
+    rewards = arguments[4] * (arguments[0] - arguments[1])
+    odds = torch.exp(rewards[arguments[3]] - rewards[arguments[2]])
+    losses = torch.log1p(odds)
+    odds += 1
+    return losses
+
+
 def overflowing(policy_logps, reference_logps, chosen, rejected, beta):
     rewards = beta * (policy_logps - reference_logps)
     return -torch.log(torch.sigmoid(rewards[chosen] - rewards[rejected]))
@@ -309,6 +317,7 @@ def of_one_size(*arguments):
         (in_place, "changes its inputs", 0.5),
         (detached, "no gradient", 0.5),
         (half_detached, "gradient", 0.5),
+        (overwriting, "gradient", 0.5),
         (overflowing, "overflow", 0.5),
         (widened, "dtype", 0.5),
         (drifting, "changes from call to call", 0.5),
@@ -406,6 +415,25 @@ def test_a_function_that_swallows_the_limit_still_ends():
     assert diagnose(EXERCISES["kl"], swallowing, seconds=0.3).names == ("returns nothing",)
 
 
+def state():
+    """Of the random generators."""
+    of_torch = torch.random.get_rng_state().tolist()
+    return of_torch, random.getstate(), np.random.get_state()[1].tolist()
+
+
+@every_exercise
+def test_a_verdict_is_the_same_under_no_grad_and_leaves_nothing_behind(name, capfd):
+    exercise, solution = EXERCISES[name], getattr(solutions, f"my_{name}")
+    switch, one = singles(exercise)[0]
+    before = state()
+    with torch.no_grad():
+        assert diagnose(exercise, solution) is None
+        wrong = diagnose(exercise, mistaken(exercise, {switch: one}))
+        assert not torch.is_grad_enabled()
+    assert wrong.names == (exercise.slips[switch][one].name,)
+    assert state() == before and capfd.readouterr() == ("", "")
+
+
 def test_nothing_is_printed_and_the_process_is_as_before(capfd):
     def noisy(p, q):
         print("out")
@@ -417,10 +445,6 @@ def test_nothing_is_printed_and_the_process_is_as_before(capfd):
         torch.set_grad_enabled(False)
         torch.set_default_dtype(torch.float16)
         return solutions.my_kl(p, q)
-
-    def state():
-        torch_state = torch.random.get_rng_state().tolist()
-        return torch_state, random.getstate(), np.random.get_state()[1].tolist()
 
     before = state()
     with torch.no_grad():

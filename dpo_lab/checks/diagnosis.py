@@ -102,14 +102,15 @@ def diagnose(
 ) -> Wrong | None:
     """What is wrong with `function`, or None; the first of these that speaks."""
     attempt = Attempt(exercise, function, seed, seconds)
-    return (
-        attempt.contract()
-        or attempt.numbers()
-        or attempt.purity()
-        or attempt.gradient()
-        or attempt.range()
-        or attempt.dtype()
-    )
+    with torch.enable_grad():
+        return (
+            attempt.contract()
+            or attempt.numbers()
+            or attempt.purity()
+            or attempt.gradient()
+            or attempt.range()
+            or attempt.dtype()
+        )
 
 
 @dataclass
@@ -413,7 +414,7 @@ class Attempt:
                 ".detach(), torch.tensor(...) or no_grad().",
                 NUMBERS_RIGHT,
             )
-        (slope,) = torch.autograd.grad(value.sum(), self.first.given[name], allow_unused=True)
+        slope = gradient_of(value, self.first.given[name])
         main = self.cases[0]
         if slope is not None:
             # along one direction that favors no coordinate
@@ -445,8 +446,8 @@ class Attempt:
 
         # the numbers may be right and their gradient NaN
         if fine and name:
-            (slope,) = torch.autograd.grad(far.value.sum(), far.given[name])
-            fine = bool(torch.isfinite(slope).all())
+            slope = gradient_of(far.value, far.given[name])
+            fine = slope is not None and bool(torch.isfinite(slope).all())
             found = f"{found}, whose gradient is not finite"
         if fine:
             return None
@@ -471,6 +472,15 @@ class Attempt:
             f"float32 goes in and {single.dtype} comes out. Keep the dtype of the inputs.",
             NUMBERS_RIGHT,
         )
+
+
+def gradient_of(value: Tensor, x: Tensor) -> Tensor | None:
+    """The gradient of the summed value with respect to `x`; None where torch finds none."""
+    try:
+        return torch.autograd.grad(value.sum(), x, allow_unused=True)[0]
+    except RuntimeError:
+        # what the gradient needs was overwritten, or no graph leads back
+        return None
 
 
 def finite_differences(exercise: Exercise, inputs: Inputs) -> np.ndarray:
