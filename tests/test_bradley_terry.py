@@ -1,5 +1,6 @@
 """Rewards fitted to comparisons and rankings, against logistic regression, autograd, simulation."""
 
+import math
 from itertools import permutations
 
 import numpy as np
@@ -152,3 +153,15 @@ def test_what_cannot_be_fitted_is_named(chosen, rejected, n, words):
 def test_rankings_that_cannot_be_fitted_are_named(rankings, error, words):
     with pytest.raises(error, match=words):
         fit_plackett_luce(rankings, 4)
+
+
+@pytest.mark.parametrize("wins", [1, 3, 10, 30, 100, 299, 300, 301, 1000, 3000])
+@pytest.mark.parametrize("items", [2, 3, 4])
+def test_the_fit_ends_where_rounding_hides_the_last_steps(wins, items):
+    """A chain of lopsided pairs; each of its differences is log(wins) exactly."""
+    chosen, rejected = [], []
+    for i in range(items - 1):
+        chosen += [i] * wins + [i + 1]
+        rejected += [i + 1] * wins + [i]
+    rewards = fit_bradley_terry(chosen, rejected, items).rewards
+    np.testing.assert_allclose(-np.diff(rewards), math.log(wins), atol=1e-9)

@@ -12,6 +12,10 @@ from dpo_lab.losses import check_pairs, check_rankings
 # Newton's method squares the error: after a step of this size the next would be of size 1e-14
 LAST_STEP = 1e-7
 
+# nats by which the mean log-likelihood of two rewards may differ through rounding alone; near the
+# maximum a step of 1e-6 changes it by less
+ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class BradleyTerryFit:
@@ -107,8 +111,8 @@ def _fit(rankings: np.ndarray, n: int) -> BradleyTerryFit:
             covariance = np.linalg.inv(information + 1 / n) - 1 / n  # the pseudo-inverse
             return BradleyTerryFit(rewards, covariance, float(nll_of(rewards)))
 
-        # halve the step until the likelihood does not fall
-        while (lower := nll_of(rewards + step)) > nll:
+        # halve the step until the likelihood does not fall, by more than rounding makes it
+        while (lower := nll_of(rewards + step)) > nll + ROUNDING:
             step /= 2
         rewards, nll = rewards + step, lower
 
