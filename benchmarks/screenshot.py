@@ -1,8 +1,9 @@
-"""Pictures of the beta slider in JupyterLab for the README: python benchmarks/screenshot.py
+"""Pictures of the beta slider and of homework in JupyterLab: python benchmarks/screenshot.py
 
 Opens notebook 00 in headless Chromium at 1,280 x 800, runs its first cell and moves the slider.
 Saves docs/pictures/beta_slider.png, a still, and beta_slider.gif, in which beta falls and rises
-again. Needs Chromium.
+again. Then types a wrong and a right answer to an exercise: homework_wrong.png, homework_right.png.
+Needs Chromium.
 """
 
 import io
@@ -16,12 +17,28 @@ from playwright.sync_api import Locator, Page
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from browser import chromium, jupyterlab, open_notebook, run_first_cell  # noqa: E402
+from browser import (  # noqa: E402
+    answer,
+    chromium,
+    jupyterlab,
+    open_notebook,
+    run_first_cell,
+    write_exercise,
+)
 from pictures import PICTURES, shrunk  # noqa: E402
 
 # presses of the left arrow between two pictures, and pictures on the way down; beta starts at 1
 PRESSES, FRAMES = 2, 12
 MILLISECONDS = 120
+
+# answers to the exercise `my_dpo_loss`, and what the check says of them
+CODE = """def my_dpo_loss(policy_logps, reference_logps, chosen, rejected, beta):
+    log_ratios = {}policy_logps - reference_logps{}
+    return -F.logsigmoid(log_ratios[chosen] - log_ratios[rejected])"""
+ANSWERS = {
+    "wrong": (CODE.format("", ""), "dpo_loss: beta forgotten"),
+    "right": (CODE.format("beta * (", ")"), "✓ dpo_loss is right"),
+}
 
 
 def main() -> None:
@@ -35,6 +52,23 @@ def main() -> None:
             cell = run_first_cell(page)
             shots = moved(page, cell)
     save(shots)
+    homework()
+
+
+def homework() -> None:
+    """A wrong answer with its diagnosis, and a right one."""
+    with tempfile.TemporaryDirectory() as name:
+        with jupyterlab(Path(name)) as address, chromium(Path(name)) as browser:
+            write_exercise(Path(name), "homework", "dpo_loss")
+            with open_notebook(browser, address, "homework") as (page, _):
+                run_first_cell(page)
+                for kind, (code, verdict) in ANSWERS.items():
+                    answer(page, code, verdict)
+                    cells = page.locator(".jp-CodeCell")
+                    top, end = cells.nth(1).bounding_box(), cells.nth(2).bounding_box()
+                    height = end["y"] + end["height"] - top["y"]
+                    shot = page.screenshot(clip={**top, "height": height})
+                    (PICTURES / f"homework_{kind}.png").write_bytes(shrunk(shot, max_width=1280))
 
 
 def moved(page: Page, cell: Locator) -> list[bytes]:

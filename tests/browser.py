@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent
@@ -157,3 +158,25 @@ def too_wide(page: Page) -> list[str]:
                 .map(box => box.innerText.replace(/\\s+/g, " ").slice(0, 80));
         }"""
     )
+
+
+def write_exercise(folder: Path, name: str, exercise: str) -> None:
+    """A notebook with the stub and the check of one exercise, as they stand in the exercises."""
+    for path in sorted((ROOT / "notebooks" / "exercises").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        cells = [cell for cell in notebook.cells if cell.id in (exercise, f"check-{exercise}")]
+        if cells:
+            first = nbformat.v4.new_code_cell("import torch\nimport torch.nn.functional as F")
+            notebook.cells = [first, *cells]
+            nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+
+
+def answer(page: Page, code: str, verdict: str) -> None:
+    """Type an answer into the second cell, run it and its check, and wait for the verdict."""
+    page.locator(".jp-CodeCell").nth(1).locator(".cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(code)
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.press("Shift+Enter")
+    check = page.locator(".jp-CodeCell").nth(2)
+    check.locator(".jp-OutputArea-output", has_text=verdict).wait_for(timeout=60_000)

@@ -15,12 +15,14 @@ import pytest
 import torch
 from browser import (
     CHROMIUM,
+    answer,
     chromium,
     jupyterlab,
     open_notebook,
     run_all_cells,
     run_first_cell,
     too_wide,
+    write_exercise,
 )
 from ipywidgets import HTML, SelectionSlider
 from recording import record_run
@@ -231,6 +233,27 @@ def test_a_written_guess_is_kept_and_stands_beside_the_result(lab, browser, fold
         assert table.all_inner_texts() == [guess, "12.5"]
         page.screenshot(path=SCREENSHOTS / "guess.png")
         assert not page.locator(FAILED).count() and errors == []
+
+
+WRONG = """def my_dpo_loss(policy_logps, reference_logps, chosen, rejected, beta):
+    log_ratios = policy_logps - reference_logps
+    return -F.logsigmoid(log_ratios[chosen] - log_ratios[rejected])"""
+
+
+def test_a_wrong_answer_comes_back_with_its_mistake_and_a_right_one_with_a_line(
+    lab, browser, folder
+):
+    write_exercise(folder, "homework", "dpo_loss")
+    with open_notebook(browser, lab, "homework") as (page, errors):
+        run_first_cell(page)
+        answer(page, WRONG, "dpo_loss: beta forgotten")
+        page.screenshot(path=SCREENSHOTS / "homework-wrong.png")
+        answer(page, WRONG.replace("-F", "-beta * F"), "dpo_loss: beta outside")
+        difference = "policy_logps - reference_logps"
+        right = WRONG.replace(difference, f"beta * ({difference})")
+        answer(page, right, "✓ dpo_loss is right")
+        page.screenshot(path=SCREENSHOTS / "homework-right.png")
+        assert errors == []
 
 
 RECORDED = {
