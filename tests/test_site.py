@@ -30,6 +30,7 @@ from dpo_lab.widgets import (
     betas_explorer,
     bradley_terry_explorer,
     frontier_explorer,
+    gae_explorer,
     gradient_weight_explorer,
     landscape_explorer,
     training_explorer,
@@ -60,6 +61,7 @@ def explorers(tmp_path_factory):
         "training_explorer": training_explorer(run),
         "betas_explorer": betas_explorer({0.1: run, 5.0: run}, OPTIMAL),
         "frontier_explorer": frontier_explorer(),
+        "gae_explorer": gae_explorer(LABELS, [-0.1, 0.2, -0.3, 1.5], [0.4, 0.5, 0.3, 0.9]),
     }
 
 
@@ -232,11 +234,13 @@ def test_pictures_weigh_at_most_a_megabyte_and_a_half():
     assert sum(path.stat().st_size for path in PICTURES.iterdir()) <= 1_500_000
 
 
-def test_every_picture_is_that_of_a_notebook_or_of_the_slider():
+def test_every_picture_is_that_of_a_notebook_of_the_slider_or_of_homework():
     names = {f"{path.stem}.png" for path in NOTEBOOKS}
     assert {path.name for path in PICTURES.iterdir()} <= names | {
         "beta_slider.png",
         "beta_slider.gif",
+        "homework_right.png",
+        "homework_wrong.png",
     }
 
 
