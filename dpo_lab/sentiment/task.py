@@ -53,7 +53,7 @@ LONGEST_PREFIX = 8
 # rows per step of SFT, and the forward passes that a step is done in
 SFT_ROWS, SFT_ACCUMULATE = 64, 8
 
-# what the optimal frontier is estimated from: held-out prefixes, at most, and completions of each
+# what the optimal frontier is estimated from: held-out prefixes, and completions of each
 FRONTIER_PREFIXES, FRONTIER_COMPLETIONS = 32, 64
 
 # pairs whose log-ratios are kept at every evaluation of a run
@@ -474,11 +474,8 @@ class Task:
 
     @cached_property
     def frontier(self) -> OptimalFrontier:
-        """The optimal reward-KL frontier, from reference completions of some held-out prefixes.
-
-        An eighth of them, at most `FRONTIER_PREFIXES`.
-        """
-        some = self.held_out[: min(FRONTIER_PREFIXES, max(1, len(self.held_out) // 8))]
+        """The optimal reward-KL frontier, from reference completions of some held-out prefixes."""
+        some = self.held_out[:FRONTIER_PREFIXES]
         scores, _ = self.score_reference(some, FRONTIER_COMPLETIONS, progress="optimal frontier")
         return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
 
