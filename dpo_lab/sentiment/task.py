@@ -138,12 +138,14 @@ def located(config: TaskConfig) -> TaskConfig:
     Its record is read from other working directories.
     """
 
-    def place(name: str, own: str) -> str:
+    def place(name: str, *own: str) -> str:
         path = Path(name).expanduser()
-        return str(path.absolute()) if name != own and path.exists() else name
+        return str(path.absolute()) if name not in own and path.exists() else name
 
     return replace(
-        config, model=place(config.model, "embedded"), reward=place(config.reward, "tfidf")
+        config,
+        model=place(config.model, "embedded", "smollm2"),
+        reward=place(config.reward, "tfidf"),
     )
 
 
