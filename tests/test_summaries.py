@@ -1,7 +1,11 @@
 """Summaries of reviews by a chat model: what is asked, the reward, and the whole run, offline."""
 
+import importlib
 import json
 import math
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from dpo_lab.cli import main
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.sentiment.reward import SentimentReward
+from dpo_lab.sentiment.run import CONFIGS, ExperimentConfig
 from dpo_lab.sentiment.summaries import (
     SummaryReward,
     brevity,
     chat_prompt,
     dialogue_prompts,
     replies,
+    summary_judge,
     summary_requests,
 )
 from dpo_lab.sentiment.task import Task, task_config
@@ -57,7 +63,8 @@ def test_a_request_is_a_short_review_in_the_template_with_its_label():
     for prompt, review in zip(found.prompts, found.reviews):
         assert tokenizer.decode(prompt) == (
             "<|im_start|>system\nYou summarize movie reviews in one short sentence.<|im_end|>\n"
-            f"<|im_start|>user\n{review}\n\nSummarize this movie review in one sentence.<|im_end|>\n"
+            f"<|im_start|>user\n{review}\n\n"
+            "Summarize this movie review in one sentence.<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
 
@@ -136,30 +143,52 @@ def test_the_whole_run_offline_resumed_and_planned(
 
 
 @pytest.mark.parametrize(
-    "command, words",
+    "given, words",
     [
-        (["train", "--model", "embedded"], "no chat template"),
-        (["train", "--sft-epochs", "1"], "sft_epochs is 1 with prompt='summary'"),
-        (["train", "--eval-prefixes", "61"], "60 short held-out"),
-        (["train", "--max-new-tokens", "510"], "with a request of .* context of 512"),
-        (["frontier"], "prompt is 'summary'; the sweep"),
+        ("train --model embedded", "no chat template"),
+        ("train --sft-epochs 1 --model {}", "sft_epochs is 1 with prompt='summary'"),
+        ("train --eval-prefixes 61 --model {}", "60 short held-out"),
+        ("train --max-new-tokens 510 --model {}", "with a request of .* context of 512"),
+        ("frontier --task.model {}", "prompt is 'summary'; the sweep"),
     ],
 )
 def test_what_a_chat_run_cannot_do_is_named(
-    chatty, made_up_reviews, tmp_path, capsys, command, words
+    chatty, made_up_reviews, tmp_path, capsys, given, words
 ):
-    name, *options = command
-    where = ["--out", str(tmp_path / "run")]
-    given = ["--model", str(chatty)] if "--model" not in options else []
-    small = SMALL if name == "train" else SMALL[:2]
-    taken = [option for option in small if option not in options]
-    if name == "train" and len(taken) < len(small):
-        i = small.index(options[0])
-        taken = small[:i] + small[i + 2 :]
-    assert main([name, *taken, *given, *options, *where]) == 2
-    import re
-
+    command = f"{given} --config chat --out {tmp_path}/run".format(chatty)
+    assert main(command.split()) == 2
     assert re.search(words, capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+def test_the_judge_prefers_the_higher_reward_and_knows_only_its_reviews():
+    requests = summary_requests(reviews(["a fine film", "a bore"], [1, 0]), byte_level())
+    judge = summary_judge(requests, SummaryReward(KNOWN))
+    found = judge([*requests.reviews, "a bore"], ["g", "g", "b"], ["b", "b", "b"])
+    assert found.winner.tolist() == [1, -1, 0]
+    with pytest.raises(ValueError, match="not among the requests"):
+        judge(["another"], ["g"], ["b"])
+
+
+def test_the_benchmark_records_what_a_seed_gives(chatty, made_up_reviews, monkeypatch):
+    monkeypatch.setattr(SentimentReward, "tfidf", lambda texts, labels: KNOWN)
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    chat = importlib.import_module("chat")
+    task = task_config(
+        "chat",
+        model=str(chatty),
+        prefixes=4,
+        eval_prefixes=8,
+        max_new_tokens=6,
+        precision="float32",
+    )
+    dpo = replace(CONFIGS["chat"].dpo, batch_pairs=6)
+    found = json.loads(json.dumps(chat.measured(ExperimentConfig(task, dpo))))
+    rates, sample = found["win_rates"], found["samples"][0]
+    assert {*found["seconds"]} == {"load", "sample", "label", "train", "evaluate"}
+    assert sum(rates["reward"]["counts"]) == sum(rates["label"]["counts"]) == 8
+    expected = SummaryReward(KNOWN)([sample["after"]], [sample["label"]])[0]
+    assert sample["reward_after"] == pytest.approx(expected)
+    assert found["label_after"] >= found["after"]["reward"]
 
 
 def test_replies_are_texts_without_what_the_template_wrote(chatty):

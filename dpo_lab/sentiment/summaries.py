@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.arguments import integer, integers
+from dpo_lab.judges.verdicts import Judge, Verdicts
 from dpo_lab.models import end_tokens
 from dpo_lab.sampling import sample_completions
 from dpo_lab.sentiment.reward import SentimentReward
@@ -121,6 +122,27 @@ class SummaryReward:
             )
         agrees = np.where(labels == 1, positive, 1 - positive)
         return agrees * np.array([brevity(text) for text in summaries])
+
+
+def summary_judge(requests: SummaryRequests, reward: SummaryReward) -> Judge:
+    """A judge for whom the summary with the higher reward wins; its prompts are the reviews.
+
+    Raises:
+        ValueError: when asked about a review that is not among the requests.
+    """
+    label_of = dict(zip(requests.reviews, requests.labels.tolist()))
+
+    def judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Verdicts:
+        unknown = [review for review in prompts if review not in label_of]
+        if unknown:
+            raise ValueError(
+                f"prompts has the review {unknown[0]!r}, which is not among the requests; the "
+                "judge knows the labels of those alone"
+            )
+        labels = [label_of[review] for review in prompts]
+        return Verdicts(np.sign(reward(a, labels) - reward(b, labels)))
+
+    return judge
 
 
 # answers to look at
