@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from dpo_lab.assets import ASSETS
@@ -144,12 +145,13 @@ def lengths(texts: list[str]) -> dict[str, float]:
 
 def recorded(found: WinRate) -> dict[str, Any]:
     """A win rate as it is kept: the rate and its interval, at equal lengths too, and the counts."""
-    controlled = found.length_controlled
+    ends = found.length_controlled
+    controlled = [ends.value, ends.low, ends.high]
     return {
         "rate": found.rate,
         "low": found.low,
         "high": found.high,
-        "length_controlled": [controlled.value, controlled.low, controlled.high],
+        "length_controlled": None if np.isnan(controlled).any() else controlled,
         "counts": [found.wins, found.ties, found.losses],
     }
 

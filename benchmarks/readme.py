@@ -271,7 +271,7 @@ def chat() -> str:
                 f"{before['words']:.0f}, {after['words']:.0f}",
                 _kl(after),
                 *(_interval(rates[name]["rate"], rates[name]) for name in ("reward", "label")),
-                _ends(*rates["label"]["length_controlled"]),
+                _ends(*(rates["label"]["length_controlled"] or [math.nan] * 3)),
             )
         )
 
