@@ -8,13 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 # for editors and type checkers, which do not run `__getattr__`
 if TYPE_CHECKING:
-    from dpo_lab.data.public import DATASETS, DataSet, Loaded, LoadReport, load_preferences
+    from dpo_lab.data.catalog import DATASETS, DataSet, find_dataset
+    from dpo_lab.data.public import Loaded, LoadReport, load_preferences
 
-__all__ = ["DATASETS", "DataSet", "LoadReport", "Loaded", "load_preferences"]
+__all__ = [
+    "DATASETS",
+    "DataSet",
+    "LoadReport",
+    "Loaded",
+    "find_dataset",
+    "load_preferences",
+]
 
 # where each name lives
 _NAMES = {
-    "public": ("DATASETS", "DataSet", "LoadReport", "Loaded", "load_preferences"),
+    "catalog": ("DATASETS", "DataSet", "find_dataset"),
+    "public": ("LoadReport", "Loaded", "load_preferences"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
