@@ -9,8 +9,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
+from hub_copies import into_cache, write_copy
 
 from dpo_lab.checks import mistakes
 from dpo_lab.sentiment.run import CONFIGS
@@ -117,6 +119,10 @@ def test_a_snippet_has_no_undefined_name_and_imports_from_the_front(code):
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_a_snippet_runs_as_pasted(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "load_preferences(" in code:
+        # a made-up copy of HH, in the cache of the hub
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        into_cache(tmp_path, "Anthropic/hh-rlhf", write_copy(tmp_path / "hh", "hh"))
     exec(code, {})
 
 
