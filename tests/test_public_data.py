@@ -21,7 +21,7 @@ from hub_copies import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lab.data import DATASETS, find_dataset, load_preferences
+from dpo_lab.data import DATASETS, find_dataset, hub, load_preferences
 from dpo_lab.data.hygiene import is_test, name_of
 from dpo_lab.data.schemas import Unusable, read_hh, read_shp, read_webgpt, transcript
 from dpo_lab.preferences import from_rows
@@ -285,8 +285,8 @@ def test_files_of_something_else_are_refused(tmp_path, copies):
 
 
 def test_a_cache_of_the_hub_is_read_offline_and_what_is_not_there_is_named(tmp_path, monkeypatch):
-    hub = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name, command in (
         ("hh", "hf download --repo-type dataset Anthropic/hh-rlhf`"),
@@ -295,15 +295,40 @@ def test_a_cache_of_the_hub_is_read_offline_and_what_is_not_there_is_named(tmp_p
         with pytest.raises(FileNotFoundError, match=f"HF_HUB_OFFLINE is set.*{command}"):
             load_preferences(name)
         dataset, n = DATASETS[name], PAIRS[name]["train"]
-        into_cache(hub, dataset.hub, write_copy(tmp_path / name, name), dataset.revision)
+        into_cache(cache, dataset.hub, write_copy(tmp_path / name, name), dataset.revision)
         assert load_preferences(name).report.pairs == n
 
     # a copy of which a file is missing
-    for file in hub.glob("datasets--Anthropic--hh-rlhf/snapshots/*/harmless-base/test.jsonl.gz"):
+    for file in cache.glob("datasets--Anthropic--hh-rlhf/snapshots/*/harmless-base/test.jsonl.gz"):
         file.unlink()
     assert len(load_preferences("hh:helpful-base")) == 24
     with pytest.raises(FileNotFoundError, match="neither in the Hugging Face cache"):
         load_preferences("hh")
+
+
+def test_without_a_copy_the_hub_is_asked_for_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    class NoNetwork(Exception):
+        """An error of no kind that Python has."""
+
+    def refuse(kind, *, data_files, split):
+        asked.extend([kind, *data_files])
+        raise NoNetwork("no name server")
+
+    monkeypatch.setattr(hub, "load_dataset", refuse)
+    for name in ("tldr", "hc3:prefer-human"):
+        with pytest.raises(FileNotFoundError, match="neither in .* the hub .no name server."):
+            load_preferences(name)
+    assert asked == [
+        "parquet",
+        "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet"
+        "/comparisons/train/*.parquet",
+        "json",
+        "hf://datasets/Hello-SimpleAI/HC3@main/all.jsonl",
+    ]
 
 
 # splits
