@@ -69,6 +69,55 @@ def test_every_data_set_gives_the_pairs_of_its_copy(copies, tokenizer, name):
         assert from_rows(loaded, tokenizer, context=512).report.pairs == len(loaded)
 
 
+def asked(text):
+    return f"\n\nHuman: {text}\n\nAssistant:"
+
+
+def parted(row):
+    """Prompt and answers of two transcripts, at the last "Assistant:"."""
+    (prompt, chosen), (_, rejected) = (
+        row[side].rsplit("Assistant:", 1) for side in ("chosen", "rejected")
+    )
+    return [(f"{prompt}Assistant:", chosen, rejected)]
+
+
+# prompt, chosen and rejected of a row of each copy, by hand
+BY_HAND = {
+    "tldr-trl": lambda row: [(row["prompt"], row["chosen"], row["rejected"])],
+    "hh": parted,
+    "webgpt": lambda row: [(
+        asked(row["question"]["full_text"]),
+        *(f" {row[f'answer_{k}']}" for k in ((0, 1) if row["score_0"] > 0 else (1, 0))),
+    )],
+    "shp": lambda row: [(
+        asked(row["history"]),
+        *(f" {row[f'human_ref_{side}']}" for side in ("BA", "AB")[row["labels"]]),
+    )],
+    "hc3": lambda row: [
+        (asked(row["question"]), f" {human}", f" {row['chatgpt_answers'][0]}")
+        for human in row["human_answers"]
+    ],
+    "ultrafeedback": lambda row: [(
+        asked(row["prompt"]),
+        *(f" {row[side][1]['content']}" for side in ("chosen", "rejected")),
+    )],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_row_comes_back_to_the_letter(copies, name):
+    part = {"hc3": "hc3:prefer-human", "hh": "hh:helpful-base", "shp": "shp:explainlikeimfive"}
+    train, test = (
+        load_preferences(part.get(name, name), split, folder=copies[name])
+        for split in ("train", "test")
+    )
+    found = [(row["prompt"], row["chosen"], row["rejected"]) for row in train]
+    n = 240 if name in ("webgpt", "hc3") else 24
+    expected = [pair for i in range(n) for pair in BY_HAND[name](GOOD[name](i))]
+    held_out = {row["prompt"] for row in test} if n == 240 else set()
+    assert found == [pair for pair in expected if pair[0] not in held_out] and found
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_messages_say_the_same_as_text(copies, tokenizer, name):
     folder = copies[name.split(":")[0]]
@@ -269,8 +318,9 @@ def test_a_bad_row_is_counted_or_an_error(tmp_path, name, kind, row, why):
 
 
 def _held_out(short, row):
-    asked = row["question"] if short in ("webgpt", "hc3") else ""
-    return is_test((("user", asked["full_text"] if isinstance(asked, dict) else asked),))
+    question = row["question"] if short in ("webgpt", "hc3") else ""
+    text = question["full_text"] if isinstance(question, dict) else question
+    return is_test((("user", text),))
 
 
 def test_files_of_something_else_are_refused(tmp_path, copies):
@@ -388,10 +438,9 @@ def test_a_data_set_without_a_split_is_split_by_prompt(copies, name):
     train, test = (
         load_preferences(name, split, folder=copies[short]) for split in ("train", "test")
     )
-    asked = {row["prompt"] for row in train}, {row["prompt"] for row in test}
-    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 240
-    assert 3 <= len(asked[1]) <= 25
-    assert (train.report.filtered, test.report.filtered) == (len(asked[1]), len(asked[0]))
+    here, there = ({row["prompt"] for row in rows} for rows in (train, test))
+    assert not here & there and len(here | there) == 240 and 3 <= len(there) <= 25
+    assert (train.report.filtered, test.report.filtered) == (len(there), len(here))
 
 
 @settings(max_examples=60)
