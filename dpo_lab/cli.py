@@ -265,13 +265,19 @@ def _renamed(argument: str) -> str:
 def named_data(arguments: list[str]) -> str | None:
     """The public data set that --data of `train` names; None where it is a folder.
 
+    Where there is a folder of this name, --folder says that the data set is meant.
+
     Raises:
         ValueError: a single word that is neither, or a data set for `plan`.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data")
-    data = parser.parse_known_args(arguments)[0].data
-    if not data or arguments[0] not in ("plan", "train") or Path(data).expanduser().exists():
+    parser.add_argument("--folder")
+    given = parser.parse_known_args(arguments)[0]
+    data = given.data
+    if not data or arguments[0] not in ("plan", "train"):
+        return None
+    if Path(data).expanduser().exists() and not given.folder:
         return None
 
     short = data.partition(":")[0]

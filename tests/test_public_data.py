@@ -21,7 +21,7 @@ from hub_copies import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lab.data import DATASETS, find_dataset, load_preferences
+from dpo_lab.data import DATASETS, find_dataset, hub, load_preferences
 from dpo_lab.data.hygiene import is_test, name_of
 from dpo_lab.data.schemas import Unusable, read_hh, read_shp, read_webgpt, transcript
 from dpo_lab.preferences import from_rows
@@ -67,6 +67,55 @@ def test_every_data_set_gives_the_pairs_of_its_copy(copies, tokenizer, name):
             assert row["prompt"].endswith("\n\nAssistant:" if dataset.dialogue else "\n\nTL;DR:")
             assert row.get("score_chosen", 1) - row.get("score_rejected", 0) == row.get("margin", 1)
         assert from_rows(loaded, tokenizer, context=512).report.pairs == len(loaded)
+
+
+def asked(text):
+    return f"\n\nHuman: {text}\n\nAssistant:"
+
+
+def parted(row):
+    """Prompt and answers of two transcripts, at the last "Assistant:"."""
+    (prompt, chosen), (_, rejected) = (
+        row[side].rsplit("Assistant:", 1) for side in ("chosen", "rejected")
+    )
+    return [(f"{prompt}Assistant:", chosen, rejected)]
+
+
+# prompt, chosen and rejected of a row of each copy, by hand
+BY_HAND = {
+    "tldr-trl": lambda row: [(row["prompt"], row["chosen"], row["rejected"])],
+    "hh": parted,
+    "webgpt": lambda row: [(
+        asked(row["question"]["full_text"]),
+        *(f" {row[f'answer_{k}']}" for k in ((0, 1) if row["score_0"] > 0 else (1, 0))),
+    )],
+    "shp": lambda row: [(
+        asked(row["history"]),
+        *(f" {row[f'human_ref_{side}']}" for side in ("BA", "AB")[row["labels"]]),
+    )],
+    "hc3": lambda row: [
+        (asked(row["question"]), f" {human}", f" {row['chatgpt_answers'][0]}")
+        for human in row["human_answers"]
+    ],
+    "ultrafeedback": lambda row: [(
+        asked(row["prompt"]),
+        *(f" {row[side][1]['content']}" for side in ("chosen", "rejected")),
+    )],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_row_comes_back_to_the_letter(copies, name):
+    part = {"hc3": "hc3:prefer-human", "hh": "hh:helpful-base", "shp": "shp:explainlikeimfive"}
+    train, test = (
+        load_preferences(part.get(name, name), split, folder=copies[name])
+        for split in ("train", "test")
+    )
+    found = [(row["prompt"], row["chosen"], row["rejected"]) for row in train]
+    n = 240 if name in ("webgpt", "hc3") else 24
+    expected = [pair for i in range(n) for pair in BY_HAND[name](GOOD[name](i))]
+    held_out = {row["prompt"] for row in test} if n == 240 else set()
+    assert found == [pair for pair in expected if pair[0] not in held_out] and found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,6 +286,10 @@ BAD = [
     ("shp", "ties", shp_row(0) | {"score_A": 20}, "the score 20"),
     ("hc3:prefer-human", "empty", hc3_row(0) | {"human_answers": []}, "no answer"),
     ("hc3:prefer-human", "empty", hc3_row(0) | {"chatgpt_answers": [" "]}, "answer is empty"),
+    ("shp", "odd", shp_row(0) | {"history": " "}, "its prompt is empty"),
+    ("webgpt", "odd", webgpt_row(0) | {"question": {"dataset": "eli5", "id": "0"}}, "other shape"),
+    ("tldr", "odd", tldr_row(0) | {"summaries": 2 * [{"text": None, "policy": ""}]}, "other shape"),
+    ("ultrafeedback", "odd", uf([("user", None), SAY], [("user", None), NO]), "before the answer"),
 ]  # fmt: skip
 
 GOOD = {
@@ -269,8 +322,9 @@ def test_a_bad_row_is_counted_or_an_error(tmp_path, name, kind, row, why):
 
 
 def _held_out(short, row):
-    asked = row["question"] if short in ("webgpt", "hc3") else ""
-    return is_test((("user", asked["full_text"] if isinstance(asked, dict) else asked),))
+    question = row["question"] if short in ("webgpt", "hc3") else ""
+    text = question["full_text"] if isinstance(question, dict) else question
+    return is_test((("user", text),))
 
 
 def test_files_of_something_else_are_refused(tmp_path, copies):
@@ -285,8 +339,8 @@ def test_files_of_something_else_are_refused(tmp_path, copies):
 
 
 def test_a_cache_of_the_hub_is_read_offline_and_what_is_not_there_is_named(tmp_path, monkeypatch):
-    hub = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name, command in (
         ("hh", "hf download --repo-type dataset Anthropic/hh-rlhf`"),
@@ -295,15 +349,40 @@ def test_a_cache_of_the_hub_is_read_offline_and_what_is_not_there_is_named(tmp_p
         with pytest.raises(FileNotFoundError, match=f"HF_HUB_OFFLINE is set.*{command}"):
             load_preferences(name)
         dataset, n = DATASETS[name], PAIRS[name]["train"]
-        into_cache(hub, dataset.hub, write_copy(tmp_path / name, name), dataset.revision)
+        into_cache(cache, dataset.hub, write_copy(tmp_path / name, name), dataset.revision)
         assert load_preferences(name).report.pairs == n
 
     # a copy of which a file is missing
-    for file in hub.glob("datasets--Anthropic--hh-rlhf/snapshots/*/harmless-base/test.jsonl.gz"):
+    for file in cache.glob("datasets--Anthropic--hh-rlhf/snapshots/*/harmless-base/test.jsonl.gz"):
         file.unlink()
     assert len(load_preferences("hh:helpful-base")) == 24
     with pytest.raises(FileNotFoundError, match="neither in the Hugging Face cache"):
         load_preferences("hh")
+
+
+def test_without_a_copy_the_hub_is_asked_for_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    class NoNetwork(Exception):
+        """An error of no kind that Python has."""
+
+    def refuse(kind, *, data_files, split):
+        asked.extend([kind, *data_files])
+        raise NoNetwork("no name server")
+
+    monkeypatch.setattr(hub, "load_dataset", refuse)
+    for name in ("tldr", "hc3:prefer-human"):
+        with pytest.raises(FileNotFoundError, match="neither in .* the hub .no name server."):
+            load_preferences(name)
+    assert asked == [
+        "parquet",
+        "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet"
+        "/comparisons/train/*.parquet",
+        "json",
+        "hf://datasets/Hello-SimpleAI/HC3@main/all.jsonl",
+    ]
 
 
 # splits
@@ -349,10 +428,16 @@ def test_no_prompt_is_in_two_splits(tmp_path_factory, seed):
     for m, split in enumerate(("train", "validation", "test")):
         rows = [shp_row((seed * 7 + i * (m + 1)) % 9, 0, f"askvet_{split}") for i in range(5)]
         write(folder, f"askvet/{split}.json", rows)
-    prompts = [
-        {row["prompt"] for row in load_preferences("shp:askvet", split, folder=folder)}
-        for split in ("train", "validation", "test")
-    ]
+    prompts = []
+    for split in ("train", "validation", "test"):
+        try:
+            loaded = load_preferences("shp:askvet", split, folder=folder)
+        except ValueError as error:
+            assert re.search(
+                "no pair is left of shp:askvet .*: rows 5, pairs 0, leaked 5", str(error)
+            )
+            loaded = []
+        prompts.append({row["prompt"] for row in loaded})
     assert sum(map(len, prompts)) == len(set.union(*prompts))
     assert len(prompts[2]) == len({(seed * 7 + i * 3) % 9 for i in range(5)})
 
@@ -363,10 +448,9 @@ def test_a_data_set_without_a_split_is_split_by_prompt(copies, name):
     train, test = (
         load_preferences(name, split, folder=copies[short]) for split in ("train", "test")
     )
-    asked = {row["prompt"] for row in train}, {row["prompt"] for row in test}
-    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 240
-    assert 3 <= len(asked[1]) <= 25
-    assert (train.report.filtered, test.report.filtered) == (len(asked[1]), len(asked[0]))
+    here, there = ({row["prompt"] for row in rows} for rows in (train, test))
+    assert not here & there and len(here | there) == 240 and 3 <= len(there) <= 25
+    assert (train.report.filtered, test.report.filtered) == (len(test), len(train))
 
 
 @settings(max_examples=60)
@@ -390,7 +474,7 @@ def test_about_one_prompt_in_twenty_is_held_out():
 
 @pytest.mark.parametrize("dataset", DATASETS.values(), ids=list(DATASETS))
 def test_the_page_says_what_the_catalog_does(dataset):
-    (line,) = re.findall(rf"^\| `{dataset.name}` \| \[{dataset.hub}\].*$", PAGE, re.MULTILINE)
-    for said in (dataset.prompts, dataset.answers, dataset.judges, dataset.license,
-                 dataset.size):  # fmt: skip
-        assert said in line, said
+    cells = [dataset.prompts, dataset.answers, dataset.judges]
+    assert f"| `{dataset.name}` | {' | '.join(cells)} |\n" in PAGE
+    link = f"[{dataset.hub}](https://huggingface.co/datasets/{dataset.hub})"
+    assert f"| {link} (`{dataset.name}`) | {dataset.size} | {dataset.license} |\n" in PAGE

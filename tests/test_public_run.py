@@ -8,7 +8,7 @@ import pytest
 from hub_copies import write_copy
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, set_seed
 
-from dpo_lab.cli import main, public_config
+from dpo_lab.cli import main, named_data, public_config
 from dpo_lab.data import run as public_run
 from dpo_lab.data.run import PublicRunConfig, train_public
 from dpo_lab.engine.runs import read_metrics
@@ -187,6 +187,20 @@ def test_a_command_that_cannot_be_says_why_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert main(words.split()) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_that_name_is_a_folder_unless_the_data_set_s_own_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert named_data(["train", "--data", "hh"]) == "hh"
+    (tmp_path / "hh").mkdir()
+    assert named_data(["train", "--data", "hh"]) is None
+    assert named_data(["train", "--data", "hh", "--folder", "hh"]) == "hh"
+    assert named_data(["train", "--data=hh:helpful-base"]) == "hh:helpful-base"
+    for words in ("train --data new/folder", "train --seed 1", "sample --data hhh", "doctor"):
+        assert named_data(words.split()) is None
+    assert named_data([]) is None
 
 
 def test_the_settings_are_the_paper_s():

@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_lab.data.catalog import DATASETS, DataSet, find_dataset
     from dpo_lab.data.public import Loaded, LoadReport, load_preferences
+    from dpo_lab.data.run import PublicRunConfig, train_public
 
 __all__ = [
     "DATASETS",
     "DataSet",
     "LoadReport",
     "Loaded",
+    "PublicRunConfig",
     "find_dataset",
     "load_preferences",
+    "train_public",
 ]
 
 # where each name lives
 _NAMES = {
     "catalog": ("DATASETS", "DataSet", "find_dataset"),
     "public": ("LoadReport", "Loaded", "load_preferences"),
+    "run": ("PublicRunConfig", "train_public"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
