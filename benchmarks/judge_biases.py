@@ -2,8 +2,8 @@
 
     python benchmarks/judge_biases.py
 
-Each seed has prompts, two answers to each with random lengths and true rewards, and a `biased_judge`
-who sees them in both orders. Writes benchmarks/results/judge_biases.json.
+Each seed has prompts, two answers to each with random lengths and true rewards, and a
+`biased_judge` who sees them in both orders. Writes benchmarks/results/judge_biases.json.
 """
 
 import json
