@@ -237,7 +237,8 @@ def endpoint_judge(
         temperature: 0 by default; None leaves it to the endpoint.
         max_tokens: of a reply.
         seed: is sent if given; some endpoints sample by it.
-        parameters: further ones of the request, as the endpoint names them.
+        parameters: further ones of the request, as the endpoint names them; None leaves one out
+            ({"max_tokens": None, "max_completion_tokens": 256} for models that want the latter).
         timeout: seconds without a byte before a call is given up. The endpoint may charge for it
             nevertheless, so keep it long.
         retries: further attempts after a failure.
@@ -268,6 +269,7 @@ def endpoint_judge(
     if seed is not None:
         sent["seed"] = integer("seed", seed)
     sent |= dict(parameters or {})
+    sent = {name: value for name, value in sent.items() if value is not None}
     if reserved := {"model", "messages", "stream", "n"} & set(sent):
         raise ValueError(f"parameters has {sorted(reserved)}, which the judge itself decides")
 
@@ -316,8 +318,8 @@ def _key(url: str, name: str | None) -> str:
     found = os.environ.get(name, "").strip()
     if not found:
         raise ValueError(
-            f"the environment variable {name} is not set; it must hold the API key of {url}. Set it "
-            "before Python starts, and write it into no notebook"
+            f"the environment variable {name} is not set; it must hold the API key of {url}. Set "
+            "it before Python starts, and write it into no notebook"
         )
     return found
 

@@ -58,8 +58,8 @@ class Ledger:
         found = {}
         with self._lock:
             for key in dict.fromkeys(keys):
-                rows = self._file.execute("SELECT body FROM answers WHERE key = ?", (key,))
-                found |= {key: body for (body,) in rows}
+                rows = self._file.execute("SELECT key, body FROM answers WHERE key = ?", (key,))
+                found.update(rows)
         return found
 
     def __len__(self) -> int:
