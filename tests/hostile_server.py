@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
             server.most_active = max(server.active, server.most_active)
             server.attempts[question] += 1
             attempt = server.attempts[question]
-            server.headers.append(dict(self.headers))
+            server.headers.append(self.headers)
         self.counted = True
         try:
             time.sleep(server.delay * (1 + hash(question) % 3))

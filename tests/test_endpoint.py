@@ -180,7 +180,7 @@ def test_another_endpoint_is_sent_no_key_of_openai(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with HostileServer(fate=lambda _: (None, "A")) as server:
         judge_of(server, tmp_path)(["p"], ["a"], ["b"])
-    assert KEY not in str(server.headers)
+    assert KEY not in "".join(map(str, server.headers)) and len(server.headers) == 1
 
 
 def test_without_a_key_the_error_names_the_variable(tmp_path, monkeypatch):
@@ -219,6 +219,7 @@ def test_an_unreachable_server_is_a_clear_error(tmp_path):
     with HostileServer(fate=lambda _: (None, "A")) as server:
         judge = judge_of(server, tmp_path, retries=0)
         judge(*items(2))
+    judge = judge_of(server, tmp_path, retries=0)  # without the first one's open connections
     with pytest.raises(EndpointError, match=r"no connection.*check base_url.*2 answers are kept"):
         judge(*items(40))
     assert said(judge(*items(2))) == ["A", "A"]
@@ -324,7 +325,7 @@ def test_how_a_reply_is_read(reply, found):
 parts = st.sampled_from(["Preferred", ":", " ", "A", "B", '"', "\n", "x", "<", "\u2028"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.one_of(st.text(), st.lists(parts, max_size=12).map("".join)))
 def test_no_text_without_the_exact_line_is_a_verdict(reply):
     letter, reason = SIMPLE.read(reply)
@@ -341,7 +342,7 @@ def test_no_text_without_the_exact_line_is_a_verdict(reply):
         assert len(named) == 1 and exact[named[0]] == letter
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(
         st.none() | st.integers() | st.text(max_size=5),

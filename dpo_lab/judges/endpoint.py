@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -143,23 +144,35 @@ class EndpointJudge:
 
         An interrupt waits for the calls under way, so that what they cost is kept.
         """
-        failed, answered, in_a_row, stop = 0, 0, 0, None
+        failed, in_a_row, stop, halted = 0, 0, None, threading.Event()
+
+        def ask(key: str, body: dict[str, Any]) -> tuple[str, bool]:
+            if halted.is_set():
+                return "not asked", False
+            problem, for_good = self._ask(key, body)
+            if for_good:
+                halted.set()
+            return problem, for_good
+
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
         bar = tqdm(total=len(asked), desc=self.model, unit="call", disable=not self.progress)
         try:
             calls: dict[Future, str] = {
-                pool.submit(self._ask, key, body): key for key, body in asked.items()
+                pool.submit(ask, key, body): key for key, body in asked.items()
             }
             for call in as_completed(calls):
-                problem, final = call.result()
+                problem, for_good = call.result()
                 bar.update()
-                answered, failed = answered + (not problem), failed + bool(problem)
+                if halted.is_set() and not for_good:
+                    continue
+                failed += bool(problem)
                 in_a_row = in_a_row + 1 if problem else 0
                 hopeless = in_a_row >= max(self.concurrency, 8)
-                if problem and (final or hopeless or failed == len(asked)):
+                if problem and (for_good or hopeless or failed == len(asked)):
                     stop = f"item {places[calls[call]]}: {problem}"
                     break
         finally:
+            halted.set()
             pool.shutdown(wait=True, cancel_futures=True)
             bar.close()
         if stop:
