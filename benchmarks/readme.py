@@ -20,6 +20,7 @@ from scale import table
 
 import dpo_lab
 from dpo_lab.checks import mistakes as table_of_mistakes
+from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
 from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
 from dpo_lab.theory.symbolic import equation_index
@@ -394,6 +395,49 @@ def latency() -> str:
     )
 
 
+# Judges
+
+
+def judge_biases() -> str:
+    """Planted biases and what was measured of them."""
+    result = _result("judge_biases")
+    header = "planted | in their intervals together | mean estimate | 95% intervals that hold it"
+    names = {"accuracy": "accuracy", "position_bias": "position", "length_bias": "length"}
+    rows = [
+        (
+            ", ".join(f"{names[name]} {value:g}" for name, value in row["planted"].items()),
+            f"{row['held']} of {row['seeds']} seeds",
+            ", ".join(f"{row['mean'][name]:.3f}" for name in names),
+            ", ".join(f"{row['coverage'][name]:.1%}" for name in names),
+        )
+        for row in result["rows"]
+    ]
+    first, config = result["rows"][0], result["config"]
+    error = math.sqrt(0.95 * 0.05 / first["more_seeds"])
+    text = (
+        f"\n\n{config['prompts']} pairs per seed, in both orders. The second column is at "
+        f"{first['level']:.3%} per interval, so that all {3 * first['seeds']} of a row hold "
+        f"together with probability 95% (Bonferroni). The last two are over {first['more_seeds']:,} "
+        f"further seeds; a coverage of 95% has a standard error of {error:.1%} there."
+    )
+    return _table(header, rows) + text + _origin(result["provenance"])
+
+
+def prompts_and_power() -> str:
+    """What a number of prompts can say about a win rate."""
+    header = "prompts | half-width at 50% | chance to tell 55% from 50% | chance to tell 60%"
+    rows = [
+        (
+            f"{n:,}",
+            f"± {100 * half_width(n):.1f} points",
+            f"{power(n, 0.55):.0%}",
+            f"{power(n, 0.6):.0%}",
+        )
+        for n in (50, 100, 200, 400, 800, 2_000)
+    ]
+    return _table(header, rows)
+
+
 # On a GPU
 
 
@@ -738,6 +782,8 @@ BLOCKS = {
     "savings": savings,
     "sampling": sampling,
     "latency": latency,
+    "judge biases": judge_biases,
+    "prompts and power": prompts_and_power,
     "gpu": gpu_summary,
     "gpu exactness": gpu_exactness,
     "gpu dpo": gpu_dpo,
