@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from driven import DRIVES, measured
 from trained import TrainingConfig, train_all
 
 from dpo_lab import tune_cpu
@@ -35,6 +36,8 @@ class MistakesConfig:
 def main(config: MistakesConfig) -> None:
     """Measure, print a line for each mistake, and write what was found."""
     tune_cpu()
+    if config.part != "model":
+        _keep("exact", exactly())
     if config.part != "exact":
         _keep("model", with_model(config.training))
 
@@ -44,6 +47,17 @@ def _keep(part: str, found: dict[str, Any]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     kept = {name: results[name] for name in ("exact", "model") if name in results}
     write_json(RESULTS, kept | {part: found})
+
+
+def exactly() -> dict[str, Any]:
+    """What each function drives, and where it ends with each mistake."""
+    found = {}
+    for exercise, drive in DRIVES.items():
+        rows = measured(exercise)
+        found[exercise] = {"what": drive.what, "rows": rows}
+        for row in rows:
+            print(f"{exercise}: {_line(row['name'], row['numbers'])}", flush=True)
+    return {"provenance": provenance(), "exercises": found}
 
 
 def with_model(config: TrainingConfig) -> dict[str, Any]:

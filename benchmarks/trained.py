@@ -191,12 +191,14 @@ def train_all(
 ) -> None:
     """Train with every mistake: `record(exercise, name, seed, what came of it)`.
 
-    All of DPO's loss come first, so that they have the most seeds where time runs out.
+    After the first seed all of DPO's loss come first, so that they have the most seeds where time
+    runs out.
     """
     end = time.monotonic() + 60 * config.minutes
     experiments = functools.cache(functools.partial(Experiment, config))
-    for exercise, cases in CASES.items():
-        for seed, (name, settings) in itertools.product(range(config.seeds), cases):
+    parts = sorted(itertools.product(CASES, range(config.seeds)), key=lambda part: part[1] > 0)
+    for exercise, seed in parts:
+        for name, settings in CASES[exercise]:
             if time.monotonic() > end:
                 return
             experiment = experiments(seed)
