@@ -299,19 +299,25 @@ def drive_dpo_gradient(settings: Settings) -> Numbers:
     return {"KL to the best policy": distance(policy_of(logits), best)}
 
 
+# one for which 1 / (2 beta) is not 2 beta
+IPO_BETA = 0.4
+
+
 def drive_ipo_loss(settings: Settings) -> Numbers:
     """What the loss ends at, beside the right one's end; and for two completions, the better of
     which always wins, the difference of log-ratios at its end, 1 / (2 beta)."""
 
     def end(made: Settings) -> Tensor:
         return end_of(
-            lambda logps: WEIGHTS @ tensors("ipo_loss", made, logps, REFERENCE.log(), *PAIRS, BETA)
+            lambda logps: (
+                WEIGHTS @ tensors("ipo_loss", made, logps, REFERENCE.log(), *PAIRS, IPO_BETA)
+            )
         )
 
     half = torch.full((2,), 0.5, dtype=torch.float64)
     pair = torch.tensor([0]), torch.tensor([1])
     found = minimize(
-        lambda logps: tensors("ipo_loss", settings, logps, half.log(), *pair, BETA).sum(), half
+        lambda logps: tensors("ipo_loss", settings, logps, half.log(), *pair, IPO_BETA).sum(), half
     )
     gap = float(found.log()[0] - found.log()[1])
     return {
