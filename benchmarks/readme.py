@@ -308,14 +308,14 @@ def chat_samples(n: int = 5) -> str:
     """The first recorded summaries of the first seed, as text."""
     rows = [
         (
-            for_markdown(row["review"]),
+            row["review"],
             "positive" if row["label"] else "negative",
             f"{for_markdown(row['before'])} ({row['reward_before']:.2f})",
             f"{for_markdown(row['after'])} ({row['reward_after']:.2f})",
         )
         for row in _chat()["rows"][0]["samples"][:n]
     ]
-    return _table("review | label | before (reward) | after (reward)", rows)
+    return _table("held-out review | label | before (reward) | after (reward)", rows)
 
 
 def gguf() -> str:

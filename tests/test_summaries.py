@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from dpo_lab.cli import main
 from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.sentiment.results import load_chat
+from dpo_lab.sentiment.reviews import HELD_OUT
 from dpo_lab.sentiment.reward import SentimentReward
 from dpo_lab.sentiment.run import CONFIGS, ExperimentConfig
 from dpo_lab.sentiment.summaries import (
@@ -214,6 +216,19 @@ def test_ranked_summaries_stand_by_their_reward(chatty):
 
 def test_there_are_thirty_different_questions():
     assert len({*dialogue_prompts()}) == len(dialogue_prompts()) == 30
+
+
+def test_the_shipped_record_is_of_the_config_and_holds_whole_samples():
+    found = load_chat()
+    config = json.loads(json.dumps(asdict(CONFIGS["chat"])))
+    config["task"]["precision"] = "float32"
+    assert found["config"] == config
+    for row in found["rows"]:
+        assert row["before"]["kl"] == 0 < row["after"]["kl"]
+        assert sum(row["win_rates"]["reward"]["counts"]) == config["task"]["eval_prefixes"]
+        for sample in row["samples"]:
+            assert 0 <= sample["review"] < HELD_OUT and sample["label"] in (0, 1)
+            assert sample["reward_after"] <= brevity(sample["after"])
 
 
 @pytest.mark.long

@@ -296,7 +296,7 @@ def load_chat() -> dict[str, Any]:
     `rows` holds one row per seed: evaluations `before` and `after`, the mean probability of the
     review's label `label_before` and `label_after`, `win_rates` of DPO against the model before, by
     the `reward` and by that probability (`label`), the `metrics` of training, the first `samples`
-    with their reviews, and `seconds` by phase. The texts are a model's: escape them before they are
-    shown as HTML.
+    (the review i is `load_imdb()["test"]["text"][i]`), and `seconds` by phase. The texts are a
+    model's: escape them before they are shown as HTML.
     """
     return json.loads((ASSETS / "chat.json").read_text(encoding="utf-8"))
