@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dpo_lab.data.public import Loaded, LoadReport, load_preferences
     from dpo_lab.data.rated_pairs import RatedPairs, choices_of, scores_of, to_pairs, to_rows
     from dpo_lab.data.ratings import Item, Rating, RatingStore, as_items
+    from dpo_lab.data.run import PublicRunConfig, train_public
 
 __all__ = [
     "Agreement",
@@ -52,6 +53,7 @@ __all__ = [
     "MadePreferences",
     "Measured",
     "PositionBias",
+    "PublicRunConfig",
     "RatedPairs",
     "Rating",
     "RatingStore",
@@ -77,6 +79,7 @@ __all__ = [
     "template_prompts",
     "to_pairs",
     "to_rows",
+    "train_public",
 ]
 
 # where each name lives
@@ -130,6 +133,7 @@ _NAMES = {
         "RatingStore",
         "as_items",
     ),
+    "run": ("PublicRunConfig", "train_public"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
