@@ -6,36 +6,51 @@ For each seed: DPO and PPO from the same pairs, then answers of every method at 
 beginnings of IMDb reviews and, out of distribution, of sentences from Rotten Tomatoes. The baseline
 is how the review itself went on, truncated at the same length. Two judges decide: the classifier
 that labeled the pairs, and a second one, which was fitted to other texts through other features.
-Writes dpo_lab/assets/win_rates.json, which notebook 07 draws. Answers that are in `--config.out`
-are kept. About 25 minutes of one core.
+A third judge is the classifier with planted errors and biases. Writes
+dpo_lab/assets/win_rates.json, which notebook 07 draws. Answers that are in `--config.out` are kept.
+About 25 minutes of one core.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
+from goodhart import second_judge, words_of
 from transformers import PreTrainedModel
 
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.runs import open_run, provenance, write_json
+from dpo_lab.judges.rates import WinRate, win_rate_difference, win_rates
+from dpo_lab.judges.simple import biased_judge, reward_judge
+from dpo_lab.judges.verdicts import Judge
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import ScalarModel, end_tokens
 from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
 from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
 from dpo_lab.sampling import sample_completions
-from dpo_lab.sentiment.reviews import load_rotten_tomatoes, sample_continuations
+from dpo_lab.sentiment.reviews import (
+    HELD_OUT_SENTENCES,
+    load_rotten_tomatoes,
+    sample_continuations,
+)
 from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig, train_dpo
 
 RESULTS = ASSETS / "win_rates.json"
 
 METHODS = ("sft", "dpo", "ppo", "best-of-n")
+SOURCES = ("imdb", "rotten_tomatoes")
 
-Answers = list[list[list[int]]]
-"""token ids of the answers of each prompt"""
+# planted into the third judge
+BIASES = {"accuracy": 0.75, "position_bias": 0.1, "length_bias": 0.1}
+
+# prompts of the first seed whose answers are kept
+KEPT_TEXTS = 3
 
 
 @dataclass(frozen=True)
@@ -81,11 +96,26 @@ def main(config: WinRatesConfig, results: Path = RESULTS) -> None:
     recorded = {name: value for name, value in asdict(config).items() if name != "out"}
     decides = {name: value for name, value in recorded.items() if name != "seeds"}
     open_run(config.out, decides, resume=True)
-    write_json(config.out / "provenance.json", origin)
 
     # what is not there yet
     for seed in config.seeds:
         collect(config, seed)
+
+    # ask the judges
+    answers = Answers(config)
+    judges, accuracy = judges_of(Seed(config, config.seeds[0]).task)
+    found = {
+        "second_judge": {"held_out": HELD_OUT_SENTENCES, "accuracy": accuracy},
+        "biased_judge": BIASES,
+        "evaluations": answers.evaluations(),
+        "rows": [row for source in SOURCES for row in answers.rows(source, judges)],
+        "differences": [row for source in SOURCES for row in answers.differences(source, judges)],
+        "texts": [text for source in SOURCES for text in answers.kept(source)],
+    }
+    write_json(results, {**origin, "config": recorded, **found})
+
+
+# answers
 
 
 def collect(config: WinRatesConfig, seed: int) -> None:
@@ -203,6 +233,142 @@ class Seed:
             precision=task.precision,
             seed=self.seed,
         )
+
+
+# judging
+
+
+class Answers:
+    """The answers of all seeds as text, those of one seed after those of another."""
+
+    def __init__(self, config: WinRatesConfig):
+        def read(name: str) -> list[dict[str, Any]]:
+            files = [config.out / f"{name}-seed{seed}.json" for seed in config.seeds]
+            return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+        self.seeds = config.seeds
+        self.texts, self.found = read("prompts"), {method: read(method) for method in METHODS}
+
+    def asked(self, source: str) -> tuple[list[str], list[str]]:
+        """The prompts of a source, and how the texts themselves went on."""
+        prompts, baseline = (
+            [text for one in self.texts for text in one[source][name]]
+            for name in ("prompts", "baseline")
+        )
+        return prompts, baseline
+
+    def sweeps(self, source: str) -> dict[tuple[str, str], list[str]]:
+        """By method and temperature: its answers to a source."""
+        return {
+            (method, temperature): [t for one in seeds for t in one["answers"][source][temperature]]
+            for method, seeds in self.found.items()
+            for temperature in seeds[0]["answers"].get(source, {})
+        }
+
+    def rows(self, source: str, judges: dict[str, Judge]) -> Iterator[dict[str, Any]]:
+        """The win rates of every method and temperature by each judge."""
+        prompts, baseline = self.asked(source)
+        for (method, temperature), answers in self.sweeps(source).items():
+            where = {"source": source, "method": method, "temperature": float(temperature)}
+            told = {"characters": np.mean([len(t) for t in answers]), "distinct": distinct(answers)}
+            for name, judge in judges.items():
+                found = win_rates(judge, prompts, answers, baseline)
+                yield {**where, "judge": name, **told, **self.summary(found)}
+
+    def summary(self, found: WinRate) -> dict[str, Any]:
+        """A win rate with its interval over all prompts, and the rate of each seed."""
+        controlled = found.length_controlled
+        return {
+            "rate": found.rate,
+            "low": found.low,
+            "high": found.high,
+            "seeds": self.by_seed(found.points),
+            "length_controlled": [controlled.value, controlled.low, controlled.high],
+        }
+
+    def by_seed(self, points: np.ndarray) -> list[float]:
+        """The mean of each seed's prompts; all seeds have as many."""
+        return points.reshape(len(self.seeds), -1).mean(1).tolist()
+
+    def differences(self, source: str, judges: dict[str, Judge]) -> Iterator[dict[str, Any]]:
+        """The win rate of DPO minus that of PPO on the same prompts."""
+        prompts, baseline = self.asked(source)
+        sweeps = self.sweeps(source)
+        for method, temperature in sweeps:
+            for name, judge in judges.items() if method == "dpo" else ():
+                dpo, ppo = (
+                    win_rates(judge, prompts, sweeps[one, temperature], baseline, resamples=1)
+                    for one in ("dpo", "ppo")
+                )
+                found = win_rate_difference(dpo, ppo)
+                where = {"source": source, "judge": name, "temperature": float(temperature)}
+                ends = {"difference": found.value, "low": found.low, "high": found.high}
+                yield {**where, **ends, "seeds": self.by_seed(dpo.points - ppo.points)}
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Reward and KL of every policy at temperature 1, on held-out prefixes."""
+        return [
+            {"method": method, "seed": seed, **one["evaluation"]}
+            for method, seeds in self.found.items()
+            for seed, one in zip(self.seeds, seeds)
+        ]
+
+    def kept(self, source: str) -> list[dict[str, Any]]:
+        """The first prompts of a source, and what every method answered at each temperature."""
+        prompts, baseline = self.asked(source)
+        sweeps = self.sweeps(source)
+        return [
+            {
+                "source": source,
+                "prompt": prompts[i],
+                "baseline": baseline[i],
+                "answers": [
+                    {"method": method, "temperature": float(temperature), "text": answers[i]}
+                    for (method, temperature), answers in sweeps.items()
+                ],
+            }
+            for i in range(KEPT_TEXTS)
+        ]
+
+
+def distinct(texts: list[str]) -> float:
+    """Mean over texts of the fraction of three words in a row that occur in it only once or first.
+
+    Texts of fewer than three words are left out.
+    """
+    found = []
+    for text in texts:
+        words = words_of(text)
+        grams = list(zip(words, words[1:], words[2:]))
+        if grams:
+            found.append(len(set(grams)) / len(grams))
+    return float(np.mean(found))
+
+
+def judges_of(task: Task) -> tuple[dict[str, Judge], float]:
+    """The three judges, and the accuracy of the second on sentences it was not fitted to."""
+    second, accuracy = second_judge()
+    classifier = remembered(task.reward)
+    other = remembered(lambda texts: second.predict_proba(texts)[:, 1])
+    judges = {
+        "classifier": reward_judge(classifier),
+        "second": reward_judge(other),
+        "biased": biased_judge(classifier, **BIASES),
+    }
+    return judges, accuracy
+
+
+def remembered(reward: Callable[[list[str]], np.ndarray]) -> Callable[[Sequence[str]], np.ndarray]:
+    """A reward that scores each text once."""
+    known: dict[str, float] = {}
+
+    def score(texts: Sequence[str]) -> np.ndarray:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, reward(new)))
+        return np.array([known[text] for text in texts])
+
+    return score
 
 
 if __name__ == "__main__":

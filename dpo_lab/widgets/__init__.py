@@ -28,6 +28,7 @@ from dpo_lab.widgets.states import (
     gae_state,
     gradient_weight_state,
 )
+from dpo_lab.widgets.win_rates import prompts_explorer, prompts_state
 
 __all__ = [
     "CHOSEN_FILMS",
@@ -54,5 +55,7 @@ __all__ = [
     "landscape_explorer",
     "live_curves",
     "predict",
+    "prompts_explorer",
+    "prompts_state",
     "training_explorer",
 ]
