@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from dpo_lab.judges.biases import JudgeBiases, judge_biases
     from dpo_lab.judges.intervals import Estimate, half_width, power, prompts_needed, wilson
     from dpo_lab.judges.leaderboard import ModelRatings, fit_ratings, ratings_of_models
+    from dpo_lab.judges.length_control import length_controlled_rate
     from dpo_lab.judges.lm import lm_judge
-    from dpo_lab.judges.rates import WinRate, length_controlled_rate, win_rate_difference, win_rates
+    from dpo_lab.judges.rates import WinRate, win_rate_difference, win_rates
     from dpo_lab.judges.simple import biased_judge, learned_reward_judge, reward_judge
     from dpo_lab.judges.sweep import TemperatureSweep, policy_answers, temperature_sweep
     from dpo_lab.judges.verdicts import BothOrders, Judge, Verdicts, ask, ask_both_orders
@@ -68,7 +69,7 @@ _HOME = {
     "judge_agreement": "judges.agreement",
     "judge_biases": "judges.biases",
     "learned_reward_judge": "judges.simple",
-    "length_controlled_rate": "judges.rates",
+    "length_controlled_rate": "judges.length_control",
     "lm_judge": "judges.lm",
     "policy_answers": "judges.sweep",
     "power": "judges.intervals",

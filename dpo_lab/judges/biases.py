@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_lab.judges.intervals import LEVEL, NOTHING, Estimate, normal_quantile, score_interval
+from dpo_lab.judges.intervals import (
+    LEVEL,
+    NOTHING,
+    Estimate,
+    constant,
+    normal_quantile,
+    score_interval,
+)
 from dpo_lab.judges.verdicts import BothOrders, Verdicts, as_verdicts
 
 
@@ -119,12 +126,14 @@ def judge_biases(
 
 
 def _fraction(value: float, error: float, n: int, quantile: float) -> Estimate:
-    """Wilson's interval of an estimated fraction, for the number of verdicts that its standard
-    error is worth: the `n` prompts where it is 0, as for a judge that is always right."""
-    inside = min(max(value, 0.0), 1.0)
+    """Wilson's interval of an estimated fraction, for the number of independent verdicts that its
+    standard error is worth; that of `constant` where there is no error, as for a judge that is
+    always right."""
+    inside = min(max(float(value), 0.0), 1.0)
+    if error < 1e-9:
+        return constant(inside, n, quantile)
     spread = inside * (1 - inside) or (n + 1) / (n + 2) ** 2
-    worth = spread / error**2 if error > 1e-9 else n
-    interval = score_interval(inside, worth, quantile)
+    interval = score_interval(inside, spread / error**2, quantile)
     return Estimate(float(value), interval.low, interval.high)
 
 

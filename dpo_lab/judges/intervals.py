@@ -50,6 +50,16 @@ def score_interval(fraction: float, n: float, z: float) -> Estimate:
     return Estimate(fraction, float(max(center - half, 0.0)), float(min(center + half, 1.0)))
 
 
+def constant(value: float, n: int, z: float, lowest: float = 0.0) -> Estimate:
+    """The interval of a mean where all `n` numbers, which lie in [lowest, 1], are the same.
+
+    A fraction of them could have been others, up to the upper end of Wilson's interval for 0 of
+    `n`; the ends are where those had been the lowest, or 1. For 0 and 1 that is Wilson's interval.
+    """
+    other = score_interval(0.0, n, z).high
+    return Estimate(value, value - other * (value - lowest), value + other * (1 - value))
+
+
 def normal_quantile(level: float) -> float:
     """The z of a two-sided interval at this level.
 
@@ -158,6 +168,8 @@ def bootstrap(
     defined = drawn[~np.isnan(drawn)]
     if np.isnan(value) or not len(defined):
         return NOTHING
+    if n == 1:
+        return Estimate(value, math.nan, math.nan)
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
 
@@ -165,13 +177,12 @@ def bootstrap(
 def mean_by_prompt(points: np.ndarray, resamples: int, seed: int) -> Estimate:
     """The mean of a number per prompt, (M,), with its bootstrap interval.
 
-    Resampling says nothing where all prompts have the same number: then that number, as a fraction,
-    gets Wilson's interval.
+    Where all prompts have the same number, resampling says nothing: see `constant`.
     """
     if not len(points):
         return NOTHING
     if np.ptp(points) == 0:
-        return wilson(float(points[0]), len(points))
+        return constant(float(points[0]), len(points), normal_quantile(LEVEL))
     return bootstrap(lambda w: w @ points / w.sum(1), len(points), resamples, seed)
 
 
@@ -179,4 +190,13 @@ def difference_by_prompt(gaps: np.ndarray, resamples: int, seed: int) -> Estimat
     """The mean of a difference per prompt, (M,), with its bootstrap interval."""
     if not len(gaps):
         return NOTHING
+    if np.ptp(gaps) == 0:
+        return constant(float(gaps[0]), len(gaps), normal_quantile(LEVEL), lowest=-1.0)
     return bootstrap(lambda w: w @ gaps / w.sum(1), len(gaps), resamples, seed)
+
+
+def means_of(values: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:
+    """(n,) mean of the values that each of n has; NaN where one has none."""
+    count = np.bincount(owner, minlength=n)
+    total = np.bincount(owner, values, n)
+    return np.divide(total, count, out=np.full(n, np.nan), where=count > 0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from dpo_lab.engine.arguments import checked, number
 from dpo_lab.engine.tokenizing import TokenCollector
-from dpo_lab.judges.simple import sigmoid
+from dpo_lab.judges.simple import NO_LIMIT, sigmoid
 from dpo_lab.judges.verdicts import Judge, Verdicts
 from dpo_lab.logprobs import Precision, score_completions
 
@@ -21,9 +21,6 @@ TEMPLATE = (
 """What `lm_judge` asks by default"""
 
 FIELDS = ("prompt", "a", "b")
-
-# longer texts than any model takes; the model's own check names them
-NO_LIMIT = 2**40
 
 
 @checked
@@ -125,21 +122,6 @@ def filled(template: str, prompt: str, a: str, b: str) -> str:
     """The template with its fields filled in; braces in the texts stay as they are."""
     texts = {"prompt": prompt, "a": a, "b": b}
     return re.sub(r"\{(prompt|a|b)\}", lambda field: texts[field[1]], template)
-
-
-def token_pairs(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of N prompts and of the answer to each, as preferences have them: BOS before a
-    prompt where the tokenizer adds it, EOS behind an answer."""
-    collector = TokenCollector(tokenizer, NO_LIMIT, None)
-    pairs = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        p = collector.prompt(prompt, where=f"prompt {i}")
-        pairs.append((p, collector.completion(p, answer, where=f"answer {i}")))
-
-    asked, said = list(collector.prompts), [ids for _, ids in collector.completions]
-    return [list(asked[p]) for p, _ in pairs], [list(said[c]) for _, c in pairs]
 
 
 def _asked(tokenizer: Any, question: str, lead: str) -> str:

@@ -11,6 +11,9 @@ from dpo_lab.judges.verdicts import Judge, Verdicts
 Reward = Callable[[Sequence[str]], Sequence[float]]
 """Gives the rewards (N,) of N texts, prompt and answer together"""
 
+# tokens of a text: as many as there are, since the model's own check names one that is too long
+NO_LIMIT = 2**40
+
 
 def reward_judge(reward: Reward, *, tie_within: float = 0.0) -> Judge:
     """A judge for whom the answer with the higher reward wins. It states no confidence.
@@ -52,8 +55,6 @@ def learned_reward_judge(
     tie_within = _checked_tie(tie_within)
 
     def judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Verdicts:
-        from dpo_lab.judges.lm import token_pairs
-
         ids, completions = token_pairs(tokenizer, [*prompts, *prompts], [*a, *b])
         rewards = _checked_rewards(reward(ids, completions), len(ids))
         gaps = rewards[: len(a)] - rewards[len(a) :]
@@ -123,6 +124,23 @@ def content_uniform(seed: int, *texts: str) -> float:
     told = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     drawn = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big")
     return (drawn >> 11) / 2**53
+
+
+def token_pairs(
+    tokenizer: object, prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of N prompts and of the answer to each, as preferences have them: BOS before a
+    prompt where the tokenizer adds it, EOS behind an answer."""
+    from dpo_lab.engine.tokenizing import TokenCollector  # loads transformers
+
+    collector = TokenCollector(tokenizer, NO_LIMIT, None)
+    pairs = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        p = collector.prompt(prompt, where=f"prompt {i}")
+        pairs.append((p, collector.completion(p, answer, where=f"answer {i}")))
+
+    asked, said = list(collector.prompts), [ids for _, ids in collector.completions]
+    return [list(asked[p]) for p, _ in pairs], [list(said[c]) for _, c in pairs]
 
 
 def _reward_gaps(
