@@ -332,16 +332,15 @@ class Answers:
 
 
 def distinct(texts: list[str]) -> float:
-    """Mean over texts of the fraction of three words in a row that occur in it only once or first.
+    """Mean over texts of the fraction of three words in a row that did not occur before in it.
 
-    Texts of fewer than three words are left out.
+    Texts of fewer than three words have nothing that could be repeated, and count as 1.
     """
     found = []
     for text in texts:
         words = words_of(text)
         grams = list(zip(words, words[1:], words[2:]))
-        if grams:
-            found.append(len(set(grams)) / len(grams))
+        found.append(len(set(grams)) / len(grams) if grams else 1.0)
     return float(np.mean(found))
 
 

@@ -34,7 +34,7 @@ ROWS = [
 def sentences(tmp_path, monkeypatch):
     """Made-up sentences in the place of Rotten Tomatoes."""
     table = tmp_path / "reviews.csv"
-    line = "rotten_tomatoes,{},{} and then the film goes on and on and on , number {}"
+    line = "rotten_tomatoes,{},{} of number {} and then the film goes on and on and on"
     lines = [line.format(i % 2, ["a bore", "a joy"][i % 2], i) for i in range(80)]
     table.write_text("\n".join(["source,label,text", "imdb,1,not asked", *lines]))
     monkeypatch.setattr(reviews, "reviews_csv", lambda: table)
@@ -133,7 +133,8 @@ def test_a_small_run_has_every_method_temperature_and_judge(tiny, tmp_path, sent
 def test_repeated_words_are_counted():
     assert win_rates.distinct(["a b c d"]) == 1
     assert win_rates.distinct(["a b a b a b"]) == 2 / 4
-    assert win_rates.distinct(["a b c d", "A b, a b a b", "too short"]) == 0.75
+    assert win_rates.distinct(["a b c d", "A b, a b a b"]) == 0.75
+    assert win_rates.distinct(["too short", ""]) == 1
 
 
 # how it is shown
