@@ -374,6 +374,25 @@ def sampling() -> str:
     )
 
 
+def long_prompts() -> str:
+    """Sampling after long prompts, which are read once."""
+    result = _result("sampling")
+    rows = []
+    for one in result["long"]:
+        ours, before, theirs = one["tokens_per_second"].values()
+        rows.append(
+            (
+                one["shape"],
+                f"{one['prompt_tokens'] // 2} to {one['prompt_tokens']}",
+                f"{ours:,.0f}",
+                f"{before:,.0f} ({ours / before:.1f}x)",
+                f"{theirs:,.0f} ({ours / theirs:.1f}x)",
+            )
+        )
+    header = "shape | prompt tokens | `sample_completions` | prompt read K times | `generate`"
+    return _table(header, rows) + _origin(result["long_provenance"])
+
+
 def latency() -> str:
     """From a slider's event, or a move of the landscape's point, to the new picture."""
     result = _result("latency")
@@ -737,6 +756,7 @@ BLOCKS = {
     "speed of the second machine": partial(speed, "cpu-avx2"),
     "savings": savings,
     "sampling": sampling,
+    "long prompts": long_prompts,
     "latency": latency,
     "gpu": gpu_summary,
     "gpu exactness": gpu_exactness,
