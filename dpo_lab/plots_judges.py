@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from dpo_lab.engine.arguments import floats
 from dpo_lab.engine.escaping import for_figure
@@ -53,7 +54,8 @@ def plot_win_rates(
             if mine:
                 _sweep(axes, mine, for_figure(method), look[method], (k - len(methods) / 2) * 0.012)
         axes.set_title(for_figure(title), fontsize=10)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.set_xticks(sorted({row["temperature"] for row in rows}))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     for axes in grid[:, 0]:
@@ -107,10 +109,19 @@ def plot_prompts(
     top.legend(frameon=False, loc="upper right")
     bottom.plot(n, power, color=POLICY)
     bottom.axhline(0.8, color=OPTIMUM, linestyle=":")
-    bottom.set(ylabel="power", ylim=(0, 1), xscale="log", xlabel="prompts, each judged once")
+    bottom.set(ylabel="power", ylim=(0, 1.02), xscale="log", xlabel="prompts, each judged once")
+    count_ticks(bottom.xaxis, n[0], n[-1])
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         if marked:
             axes.axvline(marked, color=OPTIMUM, linewidth=1)
     return figure
+
+
+def count_ticks(axis: Any, least: float, most: float) -> None:
+    """Ticks of a logarithmic axis of counts at 1, 2 and 5 times powers of ten, as numbers."""
+    ticks = [m * 10**power for power in range(7) for m in (1, 2, 5)]
+    axis.set_ticks([tick for tick in ticks if least <= tick <= most])
+    axis.set_major_formatter("{x:,.0f}")
+    axis.set_minor_locator(NullLocator())

@@ -9,6 +9,7 @@ import ipywidgets as widgets
 from dpo_lab.engine.arguments import integers
 from dpo_lab.judges.intervals import power, wilson
 from dpo_lab.plots import OPTIMUM, POLICY
+from dpo_lab.plots_judges import count_ticks
 from dpo_lab.widgets.explorers import Explorer, Picture, explorer_of, slider_of
 from dpo_lab.widgets.figures import BlittedFigure, wide
 
@@ -36,6 +37,7 @@ def prompts_figure(prompts: Sequence[int]) -> BlittedFigure:
     for axes, half in ((left, 0.5), (right, 0.8)):
         axes.set(xscale="log", xlim=(0.9 * prompts[0], 1.1 * prompts[-1]), xlabel="prompts")
         axes.axhline(half, color=OPTIMUM, linestyle=":")
+        count_ticks(axes.xaxis, prompts[0], prompts[-1])
     left.set(ylim=(0.2, 1), ylabel="win rate and its 95% interval")
     right.set(ylim=(-0.03, 1.03), ylabel="power")
 
