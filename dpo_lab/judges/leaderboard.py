@@ -86,6 +86,8 @@ def ratings_of_models(
         ValueError, TypeError: as `win_rates` and `fit_ratings`.
     """
     names = list(answers)
+    if len(names) < 2:
+        raise ValueError(f"there are answers of {len(names)} models; ratings take at least two")
     rates = {
         (one, other): win_rates(
             judge, prompts, answers[one], answers[other], order=order, seed=seed

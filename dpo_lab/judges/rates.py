@@ -97,7 +97,7 @@ def win_rates(
             allowed; the judge does not return one verdict per pair, or gives no pair all its
             verdicts.
     """
-    resamples = integer("resamples", resamples)
+    resamples, seed = integer("resamples", resamples), integer("seed", seed)
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}; it must be at least 1, such as 2,000")
     texts, ours, theirs, owner = _paired(prompts, answers, baseline)
@@ -196,6 +196,8 @@ def _paired(
     texts, ours, theirs, owner = [], [], [], []
     for i, (prompt, some, others) in enumerate(zip(prompts, answers, baseline)):
         some = [some] if isinstance(some, str) else some
+        if not hasattr(some, "__len__"):
+            raise TypeError(f"answers[{i}] is {some!r}; it must be a text, or a list of texts")
         others = [others] * len(some) if isinstance(others, str) else others
         if not len(some):
             raise ValueError(f"answers[{i}] is empty; give at least one answer to each prompt")

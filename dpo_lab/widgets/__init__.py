@@ -1,4 +1,4 @@
-"""Explorers of the loss, the policy and training runs, and written predictions, for JupyterLab."""
+"""Explorers of losses, policies and training runs, written predictions, and a rating form."""
 
 from dpo_lab.widgets.explorers import (
     Explorer,
@@ -18,6 +18,7 @@ from dpo_lab.widgets.explorers import (
 from dpo_lab.widgets.frames import frames_html
 from dpo_lab.widgets.landscape import landscape_explorer
 from dpo_lab.widgets.predictions import Prediction, predict
+from dpo_lab.widgets.rating import RatingForm, rating_widget
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     FILMS,
@@ -38,6 +39,7 @@ __all__ = [
     "Picture",
     "Prediction",
     "REJECTED_FILMS",
+    "RatingForm",
     "bandit_explorer",
     "bandit_state",
     "beta_explorer",
@@ -57,5 +59,6 @@ __all__ = [
     "predict",
     "prompts_explorer",
     "prompts_state",
+    "rating_widget",
     "training_explorer",
 ]
