@@ -441,7 +441,8 @@ def judge_biases() -> str:
         f"\n\n{config['prompts']} pairs per seed, in both orders. The second column is at "
         f"{first['level']:.3%} per interval, so that all {3 * first['seeds']} of a row hold "
         f"together with probability 95% (Bonferroni). The last two are over "
-        f"{first['more_seeds']:,} further seeds; a coverage of 95% has a standard error of {error:.1%} there."
+        f"{first['more_seeds']:,} further seeds; a coverage of 95% has a standard error of "
+        f"{error:.1%} there."
     )
     return _table(header, rows) + text + _origin(result["provenance"])
 
