@@ -515,7 +515,7 @@ def judge_biases() -> str:
         (
             ", ".join(f"{names[name]} {value:g}" for name, value in row["planted"].items()),
             f"{row['held']} of {row['seeds']} seeds",
-            ", ".join(f"{row['mean'][name]:.3f}" for name in names),
+            ", ".join(f"{round(row['mean'][name], 3) + 0:.3f}" for name in names),
             ", ".join(f"{row['coverage'][name]:.1%}" for name in names),
         )
         for row in result["rows"]
@@ -525,8 +525,9 @@ def judge_biases() -> str:
     text = (
         f"\n\n{config['prompts']} pairs per seed, in both orders. The second column is at "
         f"{first['level']:.3%} per interval, so that all {3 * first['seeds']} of a row hold "
-        f"together with probability 95% (Bonferroni). The last two are over "
-        f"{first['more_seeds']:,} further seeds; a coverage of 95% has a standard error of {error:.1%} there."
+        "together with probability 95% (Bonferroni). The last two are over "
+        f"{first['more_seeds']:,} further seeds; a coverage of 95% has a standard error of "
+        f"{error:.1%} there."
     )
     return _table(header, rows) + text + _origin(result["provenance"])
 

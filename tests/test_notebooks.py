@@ -28,6 +28,14 @@ SMALL = {
         "beta_prefixes": 48,
         "beta_eval_prefixes": 16,
     },
+    "07_win_rates": {
+        "prefixes": 48,
+        "rollouts": 1,
+        "batch": 16,
+        "questions": 40,
+        "temperatures": (0, 1),
+        "best_of": 2,
+    },
 }
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

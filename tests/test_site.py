@@ -33,6 +33,7 @@ from dpo_lab.widgets import (
     gae_explorer,
     gradient_weight_explorer,
     landscape_explorer,
+    prompts_explorer,
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html, slider_values
@@ -62,6 +63,7 @@ def explorers(tmp_path_factory):
         "betas_explorer": betas_explorer({0.1: run, 5.0: run}, OPTIMAL),
         "frontier_explorer": frontier_explorer(),
         "gae_explorer": gae_explorer(LABELS, [-0.1, 0.2, -0.3, 1.5], [0.4, 0.5, 0.3, 0.9]),
+        "prompts_explorer": prompts_explorer(),
     }
 
 
@@ -234,13 +236,14 @@ def test_pictures_weigh_at_most_a_megabyte_and_a_half():
     assert sum(path.stat().st_size for path in PICTURES.iterdir()) <= 1_500_000
 
 
-def test_every_picture_is_that_of_a_notebook_of_the_slider_or_of_homework():
+def test_every_picture_is_of_a_notebook_the_slider_homework_or_the_rating_form():
     names = {f"{path.stem}.png" for path in NOTEBOOKS}
     assert {path.name for path in PICTURES.iterdir()} <= names | {
         "beta_slider.png",
         "beta_slider.gif",
         "homework_right.png",
         "homework_wrong.png",
+        "rating_widget.png",
     }
 
 

@@ -20,10 +20,16 @@ if TYPE_CHECKING:
         load_goodhart,
         load_hacking,
         load_sweep,
+        load_win_rates,
         paper_runs,
         repeats,
     )
-    from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
+    from dpo_lab.sentiment.reviews import (
+        load_imdb,
+        load_rotten_tomatoes,
+        sample_continuations,
+        sample_prefixes,
+    )
     from dpo_lab.sentiment.reward import SentimentReward, cache_directory
     from dpo_lab.sentiment.run import (
         CONFIGS,
@@ -71,7 +77,9 @@ __all__ = [
     "load_goodhart",
     "load_hacking",
     "load_imdb",
+    "load_rotten_tomatoes",
     "load_sweep",
+    "load_win_rates",
     "measure_precision",
     "paper_runs",
     "plan",
@@ -80,6 +88,7 @@ __all__ = [
     "read_snapshots",
     "repeats",
     "replies",
+    "sample_continuations",
     "sample_prefixes",
     "save_figures",
     "save_policy",
@@ -104,10 +113,11 @@ _NAMES = {
         "load_goodhart",
         "load_hacking",
         "load_sweep",
+        "load_win_rates",
         "paper_runs",
         "repeats",
     ),
-    "reviews": ("load_imdb", "sample_prefixes"),
+    "reviews": ("load_imdb", "load_rotten_tomatoes", "sample_continuations", "sample_prefixes"),
     "reward": ("SentimentReward", "cache_directory"),
     "run": (
         "CONFIGS",

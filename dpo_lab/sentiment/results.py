@@ -300,3 +300,17 @@ def load_chat() -> dict[str, Any]:
     model's: escape them before they are shown as HTML.
     """
     return json.loads((ASSETS / "chat.json").read_text(encoding="utf-8"))
+
+
+def load_win_rates() -> dict[str, Any]:
+    """Win rates over the sampling temperature (benchmarks/win_rates.py), as they come with the
+    package.
+
+    `rows` holds a win rate for each `source` of prompts ("imdb", "rotten_tomatoes"), `method`,
+    `temperature` and `judge`: its `rate` with the ends `low` and `high` of a 95% interval over all
+    prompts, the rates of the `seeds`, the `length_controlled` rate with its interval, the mean
+    number of `characters` of an answer, and the `distinct` fraction of its three-word sequences.
+    `differences` holds DPO's rate minus PPO's on the same prompts, `evaluations` reward and KL of
+    every policy, and `texts` some answers.
+    """
+    return json.loads((ASSETS / "win_rates.json").read_text(encoding="utf-8"))
