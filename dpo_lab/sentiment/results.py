@@ -289,6 +289,19 @@ def load_goodhart() -> dict[str, Any]:
     return json.loads((ASSETS / "goodhart.json").read_text(encoding="utf-8"))
 
 
+def load_chat() -> dict[str, Any]:
+    """What DPO made of a chat model that summarizes reviews (benchmarks/chat.py), as it comes with
+    the package.
+
+    `rows` holds one row per seed: evaluations `before` and `after`, the mean probability of the
+    review's label `label_before` and `label_after`, `win_rates` of DPO against the model before, by
+    the `reward` and by that probability (`label`), the `metrics` of training, the first `samples`
+    (the review i is `load_imdb()["test"]["text"][i]`), and `seconds` by phase. The texts are a
+    model's: escape them before they are shown as HTML.
+    """
+    return json.loads((ASSETS / "chat.json").read_text(encoding="utf-8"))
+
+
 def load_win_rates() -> dict[str, Any]:
     """Win rates over the sampling temperature (benchmarks/win_rates.py), as they come with the
     package.

@@ -97,7 +97,7 @@ def _paper() -> DPOConfig:
 def _chat() -> DPOConfig:
     """DPO of a chat model with adapters, in a few steps; settings by benchmarks/chat.py."""
     loop = LoopConfig(learning_rate=5e-4, warmup_steps=2)
-    return DPOConfig(beta=0.1, batch_pairs=24, lora_rank=8, epochs=2, loop=loop)
+    return DPOConfig(beta=0.1, batch_pairs=24, lora_rank=8, epochs=3, loop=loop)
 
 
 # what `--config` selects

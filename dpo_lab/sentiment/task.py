@@ -105,7 +105,7 @@ TASKS = {
     "gpu": TaskConfig(**LARGE),
     "paper": TaskConfig(**LARGE, imdb="hub", prefixes=25_000, sft_epochs=1),
     "chat": TaskConfig(
-        model="smollm2", prompt="summary", prefixes=48, max_new_tokens=32, eval_prefixes=48
+        model="smollm2", prompt="summary", prefixes=32, max_new_tokens=32, eval_prefixes=48
     ),
 }
 
