@@ -72,7 +72,7 @@ def literals(hint: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def is_config(hint: Any) -> bool:
-    return is_dataclass(hint) and hint.__name__.endswith("Config")
+    return isinstance(hint, type) and is_dataclass(hint) and hint.__name__.endswith("Config")
 
 
 def wrong(hint: Any, path: tuple[str, ...]) -> Any:
