@@ -689,8 +689,8 @@ def mistakes_origin(part: str) -> str:
     if part == "exact":
         return origin
     config = found["config"]
-    prompts = f"{config['prefixes']} prompts with 4 completions each, {config['held_out']} held out."
-    return f"{prompts} {origin}"
+    counts = f"{config['prefixes']} prompts with 4 completions each, {config['held_out']} held out."
+    return f"{counts} {origin}"
 
 
 BLOCKS = {
