@@ -82,6 +82,7 @@ def lm_judge(
     return judge
 
 
+@checked
 def letter_logps(
     model: nn.Module,
     tokenizer: Any,
