@@ -107,6 +107,16 @@ def test_orders_differ_by_what_the_place_does():
     )
 
 
+@pytest.mark.parametrize("order", ["swapped", "random", "given"])
+def test_noise_of_the_same_seed_does_not_follow_the_order(order):
+    """Two answers that are equally good, and a judge who guesses: one half."""
+    n = 4_000
+    prompts = [f"p{i}" for i in range(n)]
+    judge = biased_judge(lambda texts: [0.0] * len(texts), accuracy=0.5, seed=0)
+    found = win_rates(judge, prompts, ["one"] * n, ["two"] * n, order=order, seed=0, resamples=10)
+    assert abs(found.rate - 0.5) < 4 * 0.5 / np.sqrt(n)
+
+
 def test_an_unbiased_judge_gives_the_true_win_rate_in_every_order():
     prompts, answers = [f"p{i}" for i in range(50)], [f"a{i % 7}" for i in range(50)]
     baseline = [f"a{i % 5}" for i in range(50)]

@@ -108,7 +108,8 @@ def win_rates(
     if order == "swapped":
         pair, ours_first = np.tile(pair, 2), np.repeat([True, False], n)
     elif order == "random":
-        drawn = [content_uniform(seed, *three) for three in zip(texts, ours, theirs)]
+        # of its own, so that a judge with noise of the same seed does not follow it
+        drawn = [content_uniform(seed, "order", *three) for three in zip(texts, ours, theirs)]
         ours_first = np.array(drawn) < 0.5
 
     # one call for all verdicts, and what our answers get
