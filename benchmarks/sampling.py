@@ -2,20 +2,35 @@
 
     python benchmarks/sampling.py
 
-Both sample from the embedded GPT-2. Writes benchmarks/results/sampling.json.
+Both sample from the embedded GPT-2 after short prompts, then from two random models after long
+ones: the embedded shape with a longer context, and a Llama of 135 million weights (SmolLM2's shape).
+There a third contender reads each prompt once per completion, as `sample_completions` does for
+short prompts. Writes benchmarks/results/sampling.json; --no-short or --no-long keeps that half.
 """
 
 import json
+import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import tyro
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
+from dpo_lab import sampling, tune_cpu
 from dpo_lab.engine.runs import provenance, write_json
-from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.models import load_model, load_tokenizer, prepare_model
 from dpo_lab.sampling import sample_completions, texts_of
 from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
 from dpo_lab.sentiment.reward import SentimentReward
@@ -23,75 +38,142 @@ from dpo_lab.sentiment.reward import SentimentReward
 RESULTS = Path(__file__).parent / "results" / "sampling.json"
 
 
+# what a model is asked for after a long prompt: (shape, longest prompt, prompts)
+LONG = (("embedded", 128, 64), ("embedded", 512, 64), ("135M", 128, 16), ("135M", 512, 8))
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How much to sample."""
 
-    prefixes: int = 256
+    short: bool = True
     """prompts of 2 to 8 tokens"""
+    long: bool = True
+    """prompts of up to 128 and 512 tokens, the shortest half as long"""
+    prefixes: int = 256
+    """short prompts"""
     completions: int = 4
     """completions per prompt"""
     max_new_tokens: int = 48
     """longest completion"""
     repeats: int = 3
-    """measurements of each"""
+    """measurements of each; one of each after long prompts"""
 
 
-def by_generate(
-    model, tokenizer, prompts: list[list[int]], config: SamplingConfig, seed: int
-) -> int:
-    """Completions from `generate`, left-padded, in batches of as many rows as ours, by length."""
-    torch.manual_seed(seed)
-    tokens, rows = (
-        0,
-        [prompt for prompt in sorted(prompts, key=len) for _ in range(config.completions)],
-    )
-    for start in range(0, len(rows), 512):
-        part = rows[start : start + 512]
-        batch = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
+def by_generate(model, prompts: list[list[int]], config: SamplingConfig, *, rows: int) -> int:
+    """Completions from `generate`, left-padded, in batches of like length; their tokens."""
+    tokens = 0
+    waiting = [prompt for prompt in sorted(prompts, key=len) for _ in range(config.completions)]
+    for begun in range(0, len(waiting), rows):
+        part = waiting[begun : begun + rows]
+        width = max(map(len, part))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in part])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part])
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
         out = model.generate(
-            **batch, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=config.max_new_tokens,
+            **options,
         )
-        new = out[:, batch["input_ids"].shape[1] :]
-        ended = (new == tokenizer.eos_token_id).int()
+        ended = (out[:, width:] == model.config.eos_token_id).int()
         tokens += int(((ended.cumsum(1) - ended) == 0).sum())
     return tokens
 
 
-def main(config: SamplingConfig) -> None:
+def by_dpo_lab(model, prompts: list[list[int]], config: SamplingConfig, seed: int) -> int:
+    """Completions from `sample_completions`; their tokens."""
+    rows = sample_completions(
+        model,
+        prompts,
+        config.completions,
+        eos_token_id=model.config.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        seed=seed,
+    )
+    return sum(len(ids) for row in rows for ids in row)
+
+
+def rate(sample: Callable[[], int]) -> float:
+    """Completion tokens per second."""
+    began = time.perf_counter()
+    tokens = sample()
+    return tokens / (time.perf_counter() - began)
+
+
+def after_short_prompts(config: SamplingConfig) -> dict[str, Any]:
+    """Tokens per second from the embedded model, in turns, and labels per second."""
     model, tokenizer = load_model("embedded"), load_tokenizer("embedded")
-    prompts = sample_prefixes(list(load_imdb()["test"]["text"]), tokenizer, config.prefixes, seed=0)
+    reviews = load_imdb()
+    prompts = sample_prefixes(list(reviews["test"]["text"]), tokenizer, config.prefixes, seed=0)
     speeds: dict[str, list[float]] = {"dpo_lab": [], "generate": []}
     for seed in range(config.repeats + 1):
-        began = time.perf_counter()
-        rows = sample_completions(
-            model,
-            prompts,
-            config.completions,
-            eos_token_id=tokenizer.eos_token_id,
-            max_new_tokens=config.max_new_tokens,
-            seed=seed,
-        )
-        ours = sum(len(ids) for row in rows for ids in row) / (time.perf_counter() - began)
-        began = time.perf_counter()
-        theirs = by_generate(model, tokenizer, prompts, config, seed) / (
-            time.perf_counter() - began
-        )
+        torch.manual_seed(seed)
+        ours = rate(lambda: by_dpo_lab(model, prompts, config, seed))
+        theirs = rate(lambda: by_generate(model, prompts, config, rows=512))
         if seed:  # the first round warms up
             speeds["dpo_lab"].append(ours)
             speeds["generate"].append(theirs)
     median = {name: statistics.median(values) for name, values in speeds.items()}
-    train = load_imdb()["train"]
-    reward = SentimentReward.tfidf(list(train["text"]), list(train["label"]))
+
+    # labels of completions
+    reward = SentimentReward.tfidf(reviews["train"]["text"][:], reviews["train"]["label"][:])
+    options = {"eos_token_id": tokenizer.eos_token_id, "max_new_tokens": config.max_new_tokens}
+    rows = sample_completions(model, prompts, config.completions, **options)
     texts = [text for row in texts_of(tokenizer, prompts, rows) for text in row]
     began = time.perf_counter()
     reward(texts)
-    result = {
+    return {
         "provenance": provenance(),
         "tokens_per_second": speeds,
         "ratio": median["dpo_lab"] / median["generate"],
         "labels_per_second": len(texts) / (time.perf_counter() - began),
     }
+
+
+def random_model(shape: str) -> PreTrainedModel:
+    """A model of this shape with random weights, with room for long prompts."""
+    torch.manual_seed(0)
+    if shape == "embedded":
+        sizes = {
+            "n_embd": 256,
+            "n_head": 2,
+            "n_layer": 4,
+            "vocab_size": 8_192,
+            "n_positions": 1_024,
+        }
+        return prepare_model(GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=0)).eval())
+    sizes = {"hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30}
+    sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, eos_token_id=0)).eval()
+
+
+def after_long_prompts(config: SamplingConfig) -> list[dict[str, Any]]:
+    """Tokens per second after long prompts, by each contender once, after a pass that warms up."""
+    found = []
+    for shape, longest, n in LONG:
+        model, rng = random_model(shape), random.Random(0)
+        prompts = [
+            [rng.randrange(1, 8_000) for _ in range(rng.randint(longest // 2, longest))]
+            for _ in range(n)
+        ]
+        by_dpo_lab(model, prompts[:2], config, seed=1)
+        speeds = {"dpo_lab": rate(lambda: by_dpo_lab(model, prompts, config, seed=0))}
+        with mock.patch.object(sampling, "SHORT_PROMPT", longest):
+            speeds["prompt read K times"] = rate(lambda: by_dpo_lab(model, prompts, config, seed=0))
+        speeds["generate"] = rate(lambda: by_generate(model, prompts, config, rows=256))
+        found.append({"shape": shape, "prompt_tokens": longest, "tokens_per_second": speeds})
+        print(json.dumps(found[-1]))
+    return found
+
+
+def main(config: SamplingConfig) -> None:
+    tune_cpu()
+    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if config.short:
+        result = after_short_prompts(config) | {"long": result.get("long", [])}
+    if config.long:
+        result["long"], result["long_provenance"] = after_long_prompts(config), provenance()
     write_json(RESULTS, result)
     print(json.dumps(result, indent=2))
 

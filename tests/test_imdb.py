@@ -13,7 +13,14 @@ import torch
 from conftest import make_reviews
 
 from dpo_lab.engine.distributed import parallel_map
-from dpo_lab.sampling import draw, first_above, sample_completions, sample_with_logps, texts_of
+from dpo_lab.sampling import (
+    Drawing,
+    draw,
+    first_above,
+    sample_completions,
+    sample_with_logps,
+    texts_of,
+)
 from dpo_lab.sentiment import reviews as imdb
 from dpo_lab.sentiment.reviews import clean, load_imdb, reviews_csv, sample_prefixes
 
@@ -110,7 +117,9 @@ def test_draws_come_as_often_as_their_probabilities_and_never_without_one(n):
     probabilities /= probabilities.sum()
     drawn, chances = (
         x[:, 0]
-        for x in draw(probabilities.log().expand(30_000, n), 1.0, torch.Generator().manual_seed(0))
+        for x in draw(
+            probabilities.log().expand(30_000, n), Drawing(), torch.Generator().manual_seed(0)
+        )
     )
     torch.testing.assert_close(chances, probabilities[drawn])
     counts = torch.bincount(drawn, minlength=n)

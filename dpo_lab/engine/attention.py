@@ -72,6 +72,7 @@ def packed_attention(
     spread=None,
     pack=None,
     pieces=None,
+    shared=None,
     **options,
 ) -> tuple[Tensor, None]:
     """sdpa, with the signature that transformers' `AttentionInterface` asks for.
@@ -80,7 +81,11 @@ def packed_attention(
     says (`CompletionBatch`). On a GPU in half precision both go through flash attention, as
     `pieces`. bfloat16 on a CPU is computed in float32, whose backward pass is faster.
     `may_switch_backend` says that no other thread is computing, so that matmuls may go to MKL.
+    `shared` prompts (`SharedPrompts`) are what sampled tokens look back at beside their own keys.
     """
+    if shared is not None:
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return shared.attention(module.layer_idx, query, key, value, options["scaling"]), None
     if pieces is not None:
         return attention_of_pieces(query, key, value, pieces, options["scaling"]), None
     if attention_mask is not None and attention_mask.numel() == NO_MASK.numel():

@@ -42,7 +42,7 @@ from dpo_lab.loop import (
     warn_of_warmup,
 )
 from dpo_lab.models import lora
-from dpo_lab.sampling import rows_on, sample_completions
+from dpo_lab.sampling import reads_once, rows_on, sample_completions
 from dpo_lab.sentiment.task import (
     FRONTIER_COMPLETIONS,
     FRONTIER_PREFIXES,
@@ -282,7 +282,9 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
 
     # FLOPs per completion: sampled, scored, trained on
     mean_prompt = sum(map(len, job.prompts)) / len(job.prompts)
-    to_draw = sampling_flops(model, mean_prompt, job.max_new_tokens)
+    once = job.completions if reads_once(model, job.prompts) else 1
+    to_draw = sampling_flops(model, mean_prompt, job.max_new_tokens, once)
+    to_evaluate = sampling_flops(model, mean_prompt, job.max_new_tokens)
     to_score = forward_flops(model, job.micro_batch) / job.micro_batch.n
     again = job.config.loop.gradient_checkpointing
     step = training_flops(model, job.micro_batch, job.precision, again=again, rank=rank)
@@ -296,13 +298,13 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
     flops = {
         "sample": counts.drawn * to_draw,
         "train": trained * to_train,
-        "evaluate": sampled * to_draw + scored * to_score,
+        "evaluate": sampled * to_evaluate + scored * to_score,
     }
     seconds = {
         "sample": flops["sample"] / speed.sampling + counts.drawn * speed.labeling,
         "train": flops["train"] / speed.training,
-        "evaluate": counts.sampled * to_draw / speed.sampling
-        + counts.sampled_during * to_draw / speed.sampling_during
+        "evaluate": counts.sampled * to_evaluate / speed.sampling
+        + counts.sampled_during * to_evaluate / speed.sampling_during
         + counts.scored * to_score / speed.scoring
         + counts.scored_during * to_score / speed.scoring_during
         + sampled * speed.labeling,
@@ -461,12 +463,16 @@ def training_flops(
     return total
 
 
-def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int) -> float:
-    """FLOPs of a completion of `new_tokens` after a prompt, with a key-value cache."""
+def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int, k: int = 1) -> float:
+    """FLOPs of a completion of `new_tokens` after a prompt, with a key-value cache.
+
+    The prompt but for its last token is read once for `k` completions, which share the cost.
+    """
     read = prompt_tokens + new_tokens - 1
-    blocks = 2 * block_weights(model) * read
+    shared = (prompt_tokens - 1) * (1 - 1 / k)
+    blocks = 2 * block_weights(model) * (read - shared)
     head = 2 * model.get_output_embeddings().weight.numel() * new_tokens
-    attention = 4 * _attention_width(model) * read * (read + 1) / 2
+    attention = 4 * _attention_width(model) * (read * (read + 1) - shared * prompt_tokens) / 2
     return blocks + head + attention
 
 
