@@ -9,21 +9,37 @@ from typing import TYPE_CHECKING, Any
 # for editors and type checkers, which do not run `__getattr__`
 if TYPE_CHECKING:
     from dpo_lab.data.catalog import DATASETS, DataSet, find_dataset
+    from dpo_lab.data.labeling import Labeling
     from dpo_lab.data.public import Loaded, LoadReport, load_preferences
+    from dpo_lab.data.rated_pairs import RatedPairs, choices_of, scores_of, to_pairs, to_rows
+    from dpo_lab.data.ratings import Item, Rating, RatingStore, as_items
 
 __all__ = [
     "DATASETS",
     "DataSet",
+    "Item",
+    "Labeling",
     "LoadReport",
     "Loaded",
+    "RatedPairs",
+    "Rating",
+    "RatingStore",
+    "as_items",
+    "choices_of",
     "find_dataset",
     "load_preferences",
+    "scores_of",
+    "to_pairs",
+    "to_rows",
 ]
 
 # where each name lives
 _NAMES = {
     "catalog": ("DATASETS", "DataSet", "find_dataset"),
+    "labeling": ("Labeling",),
     "public": ("LoadReport", "Loaded", "load_preferences"),
+    "rated_pairs": ("RatedPairs", "choices_of", "scores_of", "to_pairs", "to_rows"),
+    "ratings": ("Item", "Rating", "RatingStore", "as_items"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
