@@ -38,6 +38,33 @@ def test_the_fit_is_that_of_logistic_regression_on_differences(seed):
     assert abs(fit.rewards.mean()) < 1e-12
 
 
+def test_a_comparison_counts_by_its_weight():
+    """As often as it is repeated; not at all with weight 0; a tie is one half each way."""
+    chosen, rejected = simulate(TRUTH, 200, 1)
+    times = np.random.default_rng(0).integers(4, size=200)
+    weighted = fit_bradley_terry(chosen, rejected, 5, weights=times)
+    repeated = fit_bradley_terry(np.repeat(chosen, times), np.repeat(rejected, times), 5)
+    np.testing.assert_allclose(weighted.rewards, repeated.rewards, atol=1e-12)
+    np.testing.assert_allclose(weighted.covariance, repeated.covariance, atol=1e-12)
+    assert weighted.nll == pytest.approx(repeated.nll, abs=1e-12)
+
+    tie = fit_bradley_terry([0, 0, 1], [1, 1, 0], 2, weights=[1, 0.5, 0.5])
+    assert tie.rewards[0] - tie.rewards[1] == pytest.approx(np.log(1.5 / 0.5))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [1.0, np.nan], [1.0, np.inf]])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="weights have the shape .* for each of 2 comparisons"):
+        fit_bradley_terry([0, 1], [1, 0], 2, weights=weights)
+
+
+def test_what_has_no_weight_connects_nothing():
+    with pytest.raises(ValueError, match="fall into 2 groups"):
+        fit_bradley_terry([0, 1], [1, 0], 2, weights=[1, 0])
+    with pytest.raises(ValueError, match="no comparisons"):
+        fit_bradley_terry([0, 1], [1, 0], 2, weights=[0, 0])
+
+
 def rankings(n, seed, kept=5):
     """The best `kept` of five items by reward with Gumbel noise, best first."""
     noise = np.random.default_rng(seed).gumbel(size=(n, 5))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpo_lab.engine.arguments import integer, integers
+from dpo_lab.engine.arguments import floats, integer, integers
 from dpo_lab.losses import check_pairs, check_rankings
 
 # Newton's method squares the error: after a step of this size the next would be of size 1e-14
@@ -40,7 +40,13 @@ class BradleyTerryFit:
         return float(center - half), float(center + half)
 
 
-def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) -> BradleyTerryFit:
+def fit_bradley_terry(
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    n: int,
+    *,
+    weights: Sequence[float] | None = None,
+) -> BradleyTerryFit:
     """Maximum-likelihood rewards of `n` items from P comparisons, by Newton's method.
 
     Eq. 1 and 2 of Rafailov et al. 2023.
@@ -49,16 +55,30 @@ def fit_bradley_terry(chosen: Sequence[int], rejected: Sequence[int], n: int) ->
         chosen: (P,) the item preferred in each comparison.
         rejected: (P,) the other item.
         n: number of items.
+        weights: (P,) how much each comparison counts, 0 or more; by default 1. A tie is one half of
+            a comparison each way.
 
     Raises:
-        ValueError: there is no comparison, an index is wrong, or some items never lost to the
-            others (or were never compared with them): then no finite rewards maximize the
+        ValueError: there is no comparison, an index or a weight is wrong, or some items never lost
+            to the others (or were never compared with them): then no finite rewards maximize the
             likelihood (Ford 1957).
     """
     chosen, rejected = integers("chosen", chosen), integers("rejected", rejected)
     n = integer("n", n)
     check_pairs(torch.from_numpy(chosen), torch.from_numpy(rejected), n)
-    return _fit(np.stack([chosen, rejected], 1), n)
+    pairs = np.stack([chosen, rejected], 1)
+    if weights is None:
+        return _fit(pairs, n, np.ones(len(pairs)))
+
+    # a comparison that does not count connects nothing
+    weights = floats("weights", weights)
+    if weights.shape != (len(pairs),) or not ((weights >= 0) & np.isfinite(weights)).all():
+        raise ValueError(
+            f"weights have the shape {weights.shape} and the smallest is "
+            f"{weights.min(initial=0)}; give one finite number, 0 or more, for each of "
+            f"{len(pairs)} comparisons"
+        )
+    return _fit(pairs[weights > 0], n, weights[weights > 0])
 
 
 def fit_plackett_luce(rankings: Sequence[Sequence[int]], n: int) -> BradleyTerryFit:
@@ -77,11 +97,11 @@ def fit_plackett_luce(rankings: Sequence[Sequence[int]], n: int) -> BradleyTerry
     """
     rankings, n = integers("rankings", rankings, any_shape=True), integer("n", n)
     check_rankings(torch.from_numpy(rankings), n)
-    return _fit(rankings, n)
+    return _fit(rankings, n, np.ones(len(rankings)))
 
 
-def _fit(rankings: np.ndarray, n: int) -> BradleyTerryFit:
-    """The fit of rankings (R, K) that have been checked."""
+def _fit(rankings: np.ndarray, n: int, weights: np.ndarray) -> BradleyTerryFit:
+    """The fit of rankings (R, K) that have been checked, and count by `weights` (R,)."""
     from scipy.special import log_softmax
 
     _check_connected(rankings, n)
@@ -90,21 +110,22 @@ def _fit(rankings: np.ndarray, n: int) -> BradleyTerryFit:
     placed = np.eye(n)[rankings]  # (R, K, n)
     remain = placed[:, ::-1].cumsum(1)[:, -1:0:-1].reshape(-1, n)
     winner = placed[:, :-1].reshape(-1, n)
+    counts = np.repeat(weights, rankings.shape[1] - 1)  # (C,)
 
     def log_p(rewards: np.ndarray) -> np.ndarray:
         """(C, n) log-probability that each item is chosen."""
         return log_softmax(np.where(remain, rewards, -np.inf), axis=1)
 
     def nll_of(rewards: np.ndarray) -> float:
-        return -log_p(rewards)[winner > 0].sum() / len(rankings)
+        return -(counts @ log_p(rewards)[winner > 0]) / weights.sum()
 
     rewards = np.zeros(n)
     nll = nll_of(rewards)
     while True:
         # Newton's step; adding 1 / n to the information keeps the mean reward at 0
         p = np.exp(log_p(rewards))
-        information = np.diag(p.sum(0)) - p.T @ p
-        step = np.linalg.solve(information + 1 / n, (winner - p).sum(0))
+        information = np.diag(counts @ p) - (counts[:, None] * p).T @ p
+        step = np.linalg.solve(information + 1 / n, counts @ (winner - p))
 
         if np.abs(step).max() < LAST_STEP:
             rewards = rewards + step
