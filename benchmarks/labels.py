@@ -2,11 +2,11 @@
 
     python benchmarks/labels.py
 
-Writes the items of dpo_lab/assets/labels.json, and leaves the recorded labels there as they are, as
-long as they are of the same texts. A minute on one core.
+Writes dpo_lab/assets/labels.json. The recorded labels of these items lie beside it, in
+labels.jsonl, and name each item by a hash of its texts; so while they are there, no other items are
+drawn. A minute on one core.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,10 @@ class ItemsConfig:
 
 
 def main(config: ItemsConfig = ItemsConfig(), path: Path = LABELS) -> None:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if path.with_suffix(".jsonl").exists():
+        raise SystemExit(f"{path} has labels, which other items would lose; move both files away")
     items = draw_items(config)
-    if found.get("ratings") and found["items"] != items:
-        raise SystemExit(f"{path} has labels of other texts; move it away to begin anew")
-    made = {"config": asdict(config), "items": items, "made": provenance()}
-    write_json(path, found | made)
+    write_json(path, {"items": items, "config": asdict(config), "made": provenance()})
     rated = sum(len(row["completions"]) for row in items["rated"])
     print(f"{path}: {len(items['pairs'])} pairs, {rated} completions to rate")
 
