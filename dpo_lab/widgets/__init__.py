@@ -1,4 +1,4 @@
-"""Explorers of the loss, the policy and training runs, and written predictions, for JupyterLab."""
+"""Explorers of losses, policies and training runs, written predictions, and a rating form."""
 
 from dpo_lab.widgets.explorers import (
     Explorer,
@@ -18,6 +18,7 @@ from dpo_lab.widgets.explorers import (
 from dpo_lab.widgets.frames import frames_html
 from dpo_lab.widgets.landscape import landscape_explorer
 from dpo_lab.widgets.predictions import Prediction, predict
+from dpo_lab.widgets.rating import RatingForm, rating_widget
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     FILMS,
@@ -37,6 +38,7 @@ __all__ = [
     "Picture",
     "Prediction",
     "REJECTED_FILMS",
+    "RatingForm",
     "bandit_explorer",
     "bandit_state",
     "beta_explorer",
@@ -54,5 +56,6 @@ __all__ = [
     "landscape_explorer",
     "live_curves",
     "predict",
+    "rating_widget",
     "training_explorer",
 ]
