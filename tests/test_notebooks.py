@@ -28,6 +28,15 @@ SMALL = {
         "beta_prefixes": 48,
         "beta_eval_prefixes": 16,
     },
+    "06_preference_data": {
+        "prefixes": 24,
+        "eval_prefixes": 24,
+        "sets": 1,
+        "epochs": 2,
+        "long": 2,
+        "learning_rate": 1e-4,
+        "frontier_completions": 4,
+    },
 }
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
