@@ -16,10 +16,12 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import mistake_tables
 from scale import table
 
 import dpo_lab
 from dpo_lab.checks import mistakes as table_of_mistakes
+from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
 from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
 from dpo_lab.theory.symbolic import equation_index
@@ -32,6 +34,9 @@ WORKLOADS = {
     "long": "pairs, prompts of 64-192 tokens",
     "embedded": "the paper's protocol, a model of the embedded one's size",
 }
+
+# the exercises whose mistakes reach a training run
+MISTAKES_TRAINED_WITH = ("dpo_loss", "sequence_logps", "ipo_loss", "sequence_kl")
 
 # Which test holds a proof in sympy equal to the function that computes it.
 OBJECTIVE_TEST = "test_the_proved_objective_is_the_one_computed"
@@ -374,6 +379,25 @@ def sampling() -> str:
     )
 
 
+def long_prompts() -> str:
+    """Sampling after long prompts, which are read once."""
+    result = _result("sampling")
+    rows = []
+    for one in result["long"]:
+        ours, before, theirs = one["tokens_per_second"].values()
+        rows.append(
+            (
+                one["shape"],
+                f"{one['prompt_tokens'] // 2} to {one['prompt_tokens']}",
+                f"{ours:,.0f}",
+                f"{before:,.0f} ({ours / before:.1f}x)",
+                f"{theirs:,.0f} ({ours / theirs:.1f}x)",
+            )
+        )
+    header = "shape | prompt tokens | `sample_completions` | prompt read K times | `generate`"
+    return _table(header, rows) + _origin(result["long_provenance"])
+
+
 def latency() -> str:
     """From a slider's event, or a move of the landscape's point, to the new picture."""
     result = _result("latency")
@@ -392,6 +416,49 @@ def latency() -> str:
         f"move follows as soon as the last picture is there, the two are {row['median']:.0f} and "
         f"{row['p95']:.0f} ms." + point + _origin(result["provenance"])
     )
+
+
+# Judges
+
+
+def judge_biases() -> str:
+    """Planted biases and what was measured of them."""
+    result = _result("judge_biases")
+    header = "planted | in their intervals together | mean estimate | 95% intervals that hold it"
+    names = {"accuracy": "accuracy", "position_bias": "position", "length_bias": "length"}
+    rows = [
+        (
+            ", ".join(f"{names[name]} {value:g}" for name, value in row["planted"].items()),
+            f"{row['held']} of {row['seeds']} seeds",
+            ", ".join(f"{row['mean'][name]:.3f}" for name in names),
+            ", ".join(f"{row['coverage'][name]:.1%}" for name in names),
+        )
+        for row in result["rows"]
+    ]
+    first, config = result["rows"][0], result["config"]
+    error = math.sqrt(0.95 * 0.05 / first["more_seeds"])
+    text = (
+        f"\n\n{config['prompts']} pairs per seed, in both orders. The second column is at "
+        f"{first['level']:.3%} per interval, so that all {3 * first['seeds']} of a row hold "
+        f"together with probability 95% (Bonferroni). The last two are over "
+        f"{first['more_seeds']:,} further seeds; a coverage of 95% has a standard error of {error:.1%} there."
+    )
+    return _table(header, rows) + text + _origin(result["provenance"])
+
+
+def prompts_and_power() -> str:
+    """What a number of prompts can say about a win rate."""
+    header = "prompts | half-width at 50% | chance to tell 55% from 50% | chance to tell 60%"
+    rows = [
+        (
+            f"{n:,}",
+            f"± {100 * half_width(n):.1f} points",
+            f"{power(n, 0.55):.0%}",
+            f"{power(n, 0.6):.0%}",
+        )
+        for n in (50, 100, 200, 400, 800, 2_000)
+    ]
+    return _table(header, rows)
 
 
 # On a GPU
@@ -678,48 +745,9 @@ def exercises() -> str:
     return _table(header, rows)
 
 
-def mistakes() -> str:
-    """What each mistake of `my_dpo_loss` does, by `benchmarks/mistakes.py`."""
-    result, slips = _result("mistakes"), table_of_mistakes()["dpo_loss"]
-    header = (
-        "mistake | bandit: KL to $\\pi^*$ | reward | KL to the reference "
-        "| log-ratio of chosen | of rejected | seen in"
-    )
-    twice = Counter(row["name"] for row in result["rows"])
-    rows = []
-    for row in result["rows"]:
-        ((switch, setting),) = row["settings"].items() or [("", "")]
-        name = f"{row['name']} ({setting})" if twice[row["name"]] > 1 else row["name"]
-        source = _specimen(slips[switch][setting].source) if switch else ""
-        far = "NaN" if row["bandit_kl"] is None else f"{row['bandit_kl']:.3f}"
-        moved = [f"{row[key]:.1f}" if key in row else "" for key in ("kl", "chosen", "rejected")]
-        reward = f"{row['reward']:.2f}" if "reward" in row else "NaN at the first step"
-        rows.append((name, far, reward, *moved, source))
-    return _table(header, rows) + _origin(result["provenance"])
-
-
-def slips() -> str:
-    """Every mistake that the checks name, by exercise."""
-    parts = []
-    for exercise, switches in table_of_mistakes().items():
-        found = {slip.name: slip for some in switches.values() for slip in some.values()}
-        rows = (
-            (name, slip.says.replace("|", "\\|"), _specimen(slip.source))
-            for name, slip in found.items()
-        )
-        table = _table("mistake | what the numbers show | seen in", rows)
-        parts.append(f"### `my_{exercise}`\n\n{table}")
-    return "\n\n".join(parts)
-
-
-def _specimen(source: str) -> str:
-    """A link to where a mistake was seen in public: an address, and words in parentheses."""
-    if not source:
-        return ""
-    address, _, words = source.partition(" ")
-    short = re.sub(r"^https?://(github\.com/|arxiv\.org/abs/)?", "", address)
-    short = short.replace("/issues/", "#").replace("/pull/", "#")
-    return f"[{short}]({address})" + (f", {words.strip('()')}" if words else "")
+def mistakes_origin(part: str) -> str:
+    """Where one part of `benchmarks/mistakes.py` was measured."""
+    return _origin(mistake_tables.results()[part]["provenance"]).lstrip()
 
 
 BLOCKS = {
@@ -737,7 +765,10 @@ BLOCKS = {
     "speed of the second machine": partial(speed, "cpu-avx2"),
     "savings": savings,
     "sampling": sampling,
+    "long prompts": long_prompts,
     "latency": latency,
+    "judge biases": judge_biases,
+    "prompts and power": prompts_and_power,
     "gpu": gpu_summary,
     "gpu exactness": gpu_exactness,
     "gpu dpo": gpu_dpo,
@@ -746,8 +777,16 @@ BLOCKS = {
     "front door": front_door,
     "equations": equations,
     "exercises": exercises,
-    "mistakes": mistakes,
-    "slips": slips,
+    "origin of mistakes": partial(mistakes_origin, "exact"),
+    "origin of trained mistakes": partial(mistakes_origin, "model"),
+    **{
+        f"{verb} {exercise.replace('_', ' ')}": partial(tables, exercise)
+        for verb, tables, exercises in (
+            ("driven", mistake_tables.driven, table_of_mistakes()),
+            ("trained", mistake_tables.trained, MISTAKES_TRAINED_WITH),
+        )
+        for exercise in exercises
+    },
 }
 
 

@@ -3,9 +3,9 @@
     python benchmarks/sampling.py
 
 Both sample from the embedded GPT-2 after short prompts, then from two random models after long
-ones: the embedded shape with a longer context, and a Llama of 135 million weights (SmolLM2's shape).
-There a third contender reads each prompt once per completion, as `sample_completions` does for
-short prompts. Writes benchmarks/results/sampling.json; --no-short or --no-long keeps that half.
+ones: the embedded shape with a longer context, and a Llama of SmolLM2's shape (135M weights). There
+a third contender reads each prompt once per completion, as `sample_completions` does for short
+prompts. Writes benchmarks/results/sampling.json; --no-short or --no-long keeps that half.
 """
 
 import json
@@ -94,10 +94,10 @@ def by_dpo_lab(model, prompts: list[list[int]], config: SamplingConfig, seed: in
     return sum(len(ids) for row in rows for ids in row)
 
 
-def rate(sample: Callable[[], int]) -> float:
-    """Completion tokens per second."""
+def rate(sample: Callable[..., int], *arguments: Any, **options: Any) -> float:
+    """Completion tokens per second of a call."""
     began = time.perf_counter()
-    tokens = sample()
+    tokens = sample(*arguments, **options)
     return tokens / (time.perf_counter() - began)
 
 
@@ -109,8 +109,8 @@ def after_short_prompts(config: SamplingConfig) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"dpo_lab": [], "generate": []}
     for seed in range(config.repeats + 1):
         torch.manual_seed(seed)
-        ours = rate(lambda: by_dpo_lab(model, prompts, config, seed))
-        theirs = rate(lambda: by_generate(model, prompts, config, rows=512))
+        ours = rate(by_dpo_lab, model, prompts, config, seed=seed)
+        theirs = rate(by_generate, model, prompts, config, rows=512)
         if seed:  # the first round warms up
             speeds["dpo_lab"].append(ours)
             speeds["generate"].append(theirs)
@@ -158,10 +158,10 @@ def after_long_prompts(config: SamplingConfig) -> list[dict[str, Any]]:
             for _ in range(n)
         ]
         by_dpo_lab(model, prompts[:2], config, seed=1)
-        speeds = {"dpo_lab": rate(lambda: by_dpo_lab(model, prompts, config, seed=0))}
+        speeds = {"dpo_lab": rate(by_dpo_lab, model, prompts, config, seed=0)}
         with mock.patch.object(sampling, "SHORT_PROMPT", longest):
-            speeds["prompt read K times"] = rate(lambda: by_dpo_lab(model, prompts, config, seed=0))
-        speeds["generate"] = rate(lambda: by_generate(model, prompts, config, rows=256))
+            speeds["prompt read K times"] = rate(by_dpo_lab, model, prompts, config, seed=0)
+        speeds["generate"] = rate(by_generate, model, prompts, config, rows=256)
         found.append({"shape": shape, "prompt_tokens": longest, "tokens_per_second": speeds})
         print(json.dumps(found[-1]))
     return found

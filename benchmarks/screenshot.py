@@ -1,9 +1,9 @@
-"""Pictures of the beta slider and of homework in JupyterLab: python benchmarks/screenshot.py
+"""Pictures of what one sees in JupyterLab: python benchmarks/screenshot.py
 
 Opens notebook 00 in headless Chromium at 1,280 x 800, runs its first cell and moves the slider.
 Saves docs/pictures/beta_slider.png, a still, and beta_slider.gif, in which beta falls and rises
 again. Then types a wrong and a right answer to an exercise: homework_wrong.png, homework_right.png.
-Needs Chromium.
+Last it rates a few answers in the rating form: rating_widget.png. Needs Chromium.
 """
 
 import io
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
 from PIL import Image
 from playwright.sync_api import Locator, Page
 
@@ -40,6 +41,21 @@ ANSWERS = {
     "right": (CODE.format("beta * (", ")"), "✓ dpo_loss is right"),
 }
 
+# pairs for the rating form, and what is pressed for all but the last
+FORM = """from dpo_lab.widgets import rating_widget
+pairs = [
+    ("It is a rare film that", " wastes so many good actors in so little time.",
+     " makes you forget the clock, and this one does it twice, with hardly a word spoken."),
+    ("The story of the two brothers", " is told with care, and its end stays with you for days.",
+     " begins well. Then the music takes over, and it is the kind of music that tells you when to "
+     "cry. I did not."),
+    ("I had not expected", " much, and got less.", " to laugh at all, and laughed to the end."),
+]
+rating_widget(pairs, "ratings.jsonl", rater="ada", shuffle=False, guidelines=(
+    "Prefer the answer that is kinder to the film.\\n"
+    "If both are, prefer the one that continues the prompt better."))"""
+RATED = ("ArrowRight", "4")
+
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -53,6 +69,7 @@ def main() -> None:
             shots = moved(page, cell)
     save(shots)
     homework()
+    rating()
 
 
 def homework() -> None:
@@ -69,6 +86,29 @@ def homework() -> None:
                     height = end["y"] + end["height"] - top["y"]
                     shot = page.screenshot(clip={**top, "height": height})
                     (PICTURES / f"homework_{kind}.png").write_bytes(shrunk(shot, max_width=1280))
+
+
+def rating() -> None:
+    """The rating form with one pair rated, and the left answer of the next."""
+    with tempfile.TemporaryDirectory() as name:
+        with jupyterlab(Path(name)) as address, chromium(Path(name)) as browser:
+            cells = [nbformat.v4.new_code_cell(FORM)]
+            kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+            notebook = nbformat.v4.new_notebook(metadata=kernel, cells=cells)
+            nbformat.write(notebook, Path(name) / "notebooks" / "rating.ipynb")
+            with open_notebook(browser, address, "rating") as (page, _):
+                run_first_cell(page)
+                form = page.locator(".dpo-rate-form")
+                form.focus()
+                for key in RATED:
+                    page.keyboard.press(key)
+                    page.wait_for_timeout(1_000)
+                form.locator("summary").click()
+                form.focus()
+                page.mouse.move(0, 0)
+                page.wait_for_timeout(500)
+                shot = form.screenshot()
+    (PICTURES / "rating_widget.png").write_bytes(shrunk(shot, max_width=1280))
 
 
 def moved(page: Page, cell: Locator) -> list[bytes]:

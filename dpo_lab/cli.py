@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from dpo_lab.data.catalog import DATASETS, find_dataset
+from dpo_lab.data.run import PublicRunConfig, train_public
 from dpo_lab.doctor import doctor
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.cpu import tune_cpu
@@ -108,7 +110,8 @@ def _run_commands(default: ExperimentConfig) -> dict[str, Command]:
 
         Args:
             out: run directory; it must be new, or hold this config.
-            data: folder of `dpo-lab sample` and `label`; by default inside the run directory.
+            data: folder of `dpo-lab sample` and `label`; by default inside the run directory. Or a
+                public preference data set, such as hh: `dpo-lab train --data hh --help`.
             resume: continue an interrupted run.
             minutes: take only as many prefixes as fit into this time, unless --prefixes is given.
         """
@@ -125,6 +128,40 @@ def _run_commands(default: ExperimentConfig) -> dict[str, Command]:
         )
 
     return {"plan": plan_command, "train": train_command}
+
+
+def _public_commands(default: PublicRunConfig) -> dict[str, Command]:
+    """The command `train` on a public data set, whose options change this config."""
+
+    @checked
+    def train_command(
+        config: Flat[PublicRunConfig] = default, out: Path | None = None, resume: bool = False
+    ) -> None:
+        """DPO on a public preference data set: SFT on the chosen answers, DPO, evaluation.
+
+        --config laptop, gpu or paper sets the defaults of all options.
+
+        Args:
+            out: run directory; it must be new, or hold this config. By default runs/ and the name.
+            resume: continue an interrupted run.
+        """
+        out = out or Path("runs") / re.sub(r"\W+", "-", config.data)
+        summary = train_public(config, out, resume=resume)
+        for name in ("before", "after"):
+            s = summary[name]
+            print0(
+                f"{name:<7} accuracy {s['accuracy']:.3f} ({s['accuracy_low']:.3f} to "
+                f"{s['accuracy_high']:.3f})   margin {s['margin']:.3f} ± {s['margin_se']:.3f}"
+            )
+        kl, kl_se = summary["after"]["kl"], summary["after"]["kl_se"]
+        print0(
+            f"sequence KL {kl:.2f} ± {kl_se:.2f} nats, {summary['pairs']:,} pairs, "
+            f"{summary['steps']} steps, {summary['seconds']:.0f} s, "
+            f"{summary['peak_memory_mb']:,} MB peak"
+        )
+        print0(f"policy in {out / 'policy'}, samples in {out / 'samples.md'}, all of it in {out}")
+
+    return {"train": train_command}
 
 
 def _frontier_commands(default: FrontierConfig) -> dict[str, Command]:
@@ -158,9 +195,31 @@ def frontier_config(name: str) -> FrontierConfig:
     return replace(default, task=replace(task, eval_prefixes=default.task.eval_prefixes))
 
 
-def commands(name: str = "laptop") -> dict[str, Command]:
-    """Every command, with the defaults of the config of this name."""
-    return {
+# pairs and held-out pairs of a public data set, and the longest answer, in tokens
+PUBLIC = {"laptop": (2_000, 512, 96), "gpu": (20_000, 2_000, 256), "paper": (0, 2_000, 256)}
+
+
+def public_config(name: str, data: str) -> PublicRunConfig:
+    """The run on a public data set with a config's model and training, and the paper's beta."""
+    task, dpo = CONFIGS[name].task, CONFIGS[name].dpo
+    pairs, held_out, longest = PUBLIC[name]
+    return PublicRunConfig(
+        data=data,
+        device=task.device,
+        model=task.model,
+        pairs=pairs,
+        held_out=held_out,
+        max_completion_tokens=longest,
+        dpo=replace(dpo, beta=find_dataset(data)[0].beta),
+    )
+
+
+def commands(name: str = "laptop", data: str | None = None) -> dict[str, Command]:
+    """Every command, with the defaults of the config of this name.
+
+    With `data`, the name of a public data set, `train` is on that.
+    """
+    found = {
         "doctor": doctor_command,
         **_run_commands(CONFIGS[name]),
         **_task_commands(CONFIGS[name].task),
@@ -168,6 +227,7 @@ def commands(name: str = "laptop") -> dict[str, Command]:
         **_frontier_commands(frontier_config(name)),
         "pretrain": pretrain_command,
     }
+    return found | (_public_commands(public_config(name, data)) if data else {})
 
 
 COMMANDS = commands()
@@ -200,6 +260,42 @@ def _renamed(argument: str) -> str:
     return re.sub(
         r"^(--(?:[\w-]+\.)*)accumulate(?==|$)", r"\1gradient-accumulation-steps", argument
     )
+
+
+def named_data(arguments: list[str]) -> str | None:
+    """The public data set that --data of `train` names; None where it is a folder.
+
+    Where there is a folder of this name, --folder says that the data set is meant.
+
+    Raises:
+        ValueError: a single word that is neither, or a data set for `plan`.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data")
+    parser.add_argument("--folder")
+    given = parser.parse_known_args(arguments)[0]
+    data = given.data
+    if not data or arguments[0] not in ("plan", "train"):
+        return None
+    if Path(data).expanduser().exists() and not given.folder:
+        return None
+
+    short = data.partition(":")[0]
+    if short in {*DATASETS, *(dataset.hub for dataset in DATASETS.values())}:
+        find_dataset(data)
+        if arguments[0] == "plan":
+            raise ValueError(
+                f"--data is {data!r}, a public data set; dpo-lab plan knows the sentiment "
+                "experiment alone. dpo-lab train prints its pairs and steps before it starts"
+            )
+        return data
+    if not re.search(r"[/\\]", data):
+        raise ValueError(
+            f"--data is {data!r}, which is no folder here and no data set. Data sets are "
+            f"{', '.join(DATASETS)}; a folder is one of `dpo-lab sample` and `label`, and a new "
+            f"one in this directory is written ./{data}"
+        )
+    return None
 
 
 def without_minutes(arguments: list[str]) -> list[str]:
@@ -237,7 +333,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         name, given = named_config(sys.argv[1:] if arguments is None else arguments)
         status = tyro.extras.subcommand_cli_from_dict(
-            commands(name), prog="dpo-lab", args=without_minutes(given), description=__doc__
+            commands(name, named_data(given)),
+            prog="dpo-lab",
+            args=without_minutes(given),
+            description=__doc__,
         )
         cleanup()
         return status or 0

@@ -1,8 +1,8 @@
-"""How good a policy is: mean reward and sequence KL to the reference, over sampled completions."""
+"""How good a policy is: reward and sequence KL over sampled completions, and accuracy on pairs."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.stats import norm
@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lab.engine.arguments import checked, floats, integer, token_lists
 from dpo_lab.engine.cpu import return_freed_memory
 from dpo_lab.logprobs import Precision, score_completions
+from dpo_lab.losses import check_beta
 from dpo_lab.models import check_same_vocabulary, end_tokens
+from dpo_lab.preferences import Preferences
 from dpo_lab.sampling import sample_completions, texts_of
 
 
@@ -114,6 +116,95 @@ def evaluate_policy(
         texts=tuple(texts),
         rewards=tuple(float(r) for r in rewards),
         completions=tuple(map(tuple, flat)),
+    )
+
+
+@dataclass(frozen=True)
+class PairEvaluation:
+    """How a policy's implicit reward orders pairs whose order is known."""
+
+    pairs: int
+    """how many"""
+    accuracy: float
+    """fraction of pairs whose chosen answer has the higher implicit reward, ties counting half"""
+    accuracy_low: float
+    """lower end of its Wilson interval at 95 %"""
+    accuracy_high: float
+    """upper end"""
+    margin: float
+    """mean difference of the implicit rewards, in units of beta x nats"""
+    margin_se: float
+    """standard error of the mean margin"""
+    logps_chosen: float
+    """mean log-prob of the chosen answers, nats per answer"""
+    logps_rejected: float
+    """mean log-prob of the rejected answers, nats per answer"""
+    log_ratio_chosen: float
+    """mean log-ratio to the reference of the chosen answers, in nats; below 0 it has lost
+    probability"""
+    log_ratio_rejected: float
+    """mean log-ratio of the rejected answers, in nats"""
+
+    def summary(self) -> dict[str, float]:
+        """The fields, as they are recorded."""
+        return asdict(self)
+
+
+@checked
+def evaluate_pairs(
+    policy: nn.Module | None,
+    preferences: Preferences,
+    beta: float,
+    *,
+    progress: str | None = None,
+) -> PairEvaluation:
+    """Accuracy and margin of the implicit reward beta log(pi/pi_ref) on pairs, held-out ones.
+
+    Pairs that share a prompt count as independent in the interval.
+
+    Args:
+        policy: a causal LM, computed in the precision of the reference log-probs; None for the
+            reference itself, whose margins are 0.
+        preferences: P pairs, at least two, with stored `reference_logps`.
+        beta: strength of the KL constraint.
+        progress: a name for a progress bar; without it there is none.
+
+    Raises:
+        ValueError: no reference log-probs, fewer than two pairs, or a beta that is not positive.
+    """
+    p, beta = preferences, check_beta(beta)
+    if p.reference_logps is None:
+        raise ValueError(
+            "preferences has no reference_logps; call preferences.with_reference(model) with the "
+            "reference model"
+        )
+    if len(p.chosen) < 2:
+        raise ValueError(f"preferences has {len(p.chosen)} pair; an error bar needs at least 2")
+
+    # the completions of the pairs, each scored once
+    used, chosen, rejected = p.completions_of(range(len(p.chosen)))
+    reference = p.reference_logps[used]
+    logps = reference
+    if policy is not None:
+        completions = [p.completions[i] for i in used]
+        options = {"precision": p.reference_precision, "progress": progress}
+        logps = score_completions(policy, p.prompts, completions, p.prompt_of[used], **options)
+        logps = logps.double().cpu().numpy()
+
+    ratios = logps - reference
+    margins = beta * (ratios[chosen] - ratios[rejected])
+    accuracy, low, high = win_rate(margins, np.zeros(len(margins)))
+    return PairEvaluation(
+        pairs=len(margins),
+        accuracy=accuracy,
+        accuracy_low=low,
+        accuracy_high=high,
+        margin=float(margins.mean()),
+        margin_se=float(margins.std(ddof=1) / np.sqrt(len(margins))),
+        logps_chosen=float(logps[chosen].mean()),
+        logps_rejected=float(logps[rejected].mean()),
+        log_ratio_chosen=float(ratios[chosen].mean()),
+        log_ratio_rejected=float(ratios[rejected].mean()),
     )
 
 

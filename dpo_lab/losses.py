@@ -82,7 +82,20 @@ def dpo_loss(
         *(policy_logps, reference_logps, chosen, rejected),
         *(beta, loss_type, label_smoothing, check_values),
     )
+    arguments = (policy_logps, reference_logps, chosen, rejected, beta)
+    return dpo_terms(*arguments, loss_type, label_smoothing)
 
+
+def dpo_terms(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+) -> DPOLoss:
+    """The mathematics of `dpo_loss`, for arguments that have been checked: Eq. 7 of the paper."""
     rewards = beta * (policy_logps - reference_logps)  # (N,)
     margins = rewards[chosen] - rewards[rejected]  # (P,)
     losses, weights = MARGIN_LOSSES[loss_type](margins, beta, label_smoothing)
@@ -187,7 +200,7 @@ def bradley_terry_nll(rewards: Tensor, chosen: Tensor, rejected: Tensor) -> Tens
     """
     _check_logps("rewards", rewards)
     check_pairs(chosen, rejected, len(rewards))
-    _check_finite("rewards", rewards, {"chosen": chosen, "rejected": rejected})
+    check_finite("rewards", rewards, {"chosen": chosen, "rejected": rejected})
     return -F.logsigmoid(rewards[chosen] - rewards[rejected])
 
 
@@ -222,8 +235,8 @@ def plackett_luce_loss(
     if check_values:
         check_rankings(rankings, len(policy_logps))
         places = {f"place {k}": column for k, column in enumerate(rankings.T)}
-        _check_finite("policy_logps", policy_logps, places, "ranking")
-        _check_finite("reference_logps", reference_logps, places, "ranking")
+        check_finite("policy_logps", policy_logps, places, "ranking")
+        check_finite("reference_logps", reference_logps, places, "ranking")
 
     ranked = beta * (policy_logps - reference_logps)[rankings]  # (R, K) rewards, best first
     rest = torch.logcumsumexp(ranked.flip(1), 1).flip(1)[:, 1:]  # (R, K-1)
@@ -255,7 +268,7 @@ def unlikelihood_loss(
     alpha = check_alpha(alpha)
     _check_logps("policy_logps", policy_logps)
     check_pairs(chosen, rejected, len(policy_logps))
-    _check_finite("policy_logps", policy_logps, {"chosen": chosen, "rejected": rejected})
+    check_finite("policy_logps", policy_logps, {"chosen": chosen, "rejected": rejected})
     return -policy_logps[chosen] + alpha * policy_logps[rejected]
 
 
@@ -416,8 +429,8 @@ def _check_dpo(
     if check_values:
         check_pairs(chosen, rejected, len(policy_logps))
         sides = {"chosen": chosen, "rejected": rejected}
-        _check_finite("policy_logps", policy_logps, sides)
-        _check_finite("reference_logps", reference_logps, sides)
+        check_finite("policy_logps", policy_logps, sides)
+        check_finite("reference_logps", reference_logps, sides)
     return beta, label_smoothing
 
 
@@ -507,7 +520,7 @@ def _check_logps(name: str, values: Tensor, shape: str = "(N,)", per: str = "com
         )
 
 
-def _check_finite(name: str, values: Tensor, uses: dict[str, Tensor], of: str = "pair") -> None:
+def check_finite(name: str, values: Tensor, uses: dict[str, Tensor], of: str = "pair") -> None:
     """Raise ValueError where a value is not finite, with the pairs or rankings that use it."""
     if torch.isfinite(values).all():
         return

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,8 +33,9 @@ from transformers.utils import is_gguf_available
 
 from dpo_lab.assets import EMBEDDED
 from dpo_lab.batching import CompletionBatch
+from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.cpu import matmuls_by_onednn
-from dpo_lab.engine.runs import quiet_bars
+from dpo_lab.engine.runs import atomic_write, quiet_bars
 from dpo_lab.engine.structure import (
     after_head,
     beside_modules,
@@ -427,3 +429,29 @@ class ScalarModel(nn.Module):
         states = completion_states(self.model, batch)
         with matmuls_by_onednn(states.device.type):
             return self.head(states)[:, 0].float()
+
+
+@checked
+@quiet_bars()
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Save model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or
+    not at all.
+
+    A generation config is written as it is: transformers reads what it refuses to write, such as a
+    temperature without sampling.
+    """
+    own = getattr(policy, "generation_config", None)
+    with atomic_write(path, directory=True) as temporary:
+        # the model without its generation config
+        if own is not None:
+            policy.generation_config = GenerationConfig()
+        try:
+            policy.save_pretrained(temporary)
+        finally:
+            if own is not None:
+                policy.generation_config = own
+
+        # and that beside it
+        if own is not None:
+            own.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
+        tokenizer.save_pretrained(temporary)

@@ -126,13 +126,13 @@ def sample_with_logps(
     """
     model, prompts = unwrapped(model), token_lists("prompts", prompts)
     device = next(model.parameters()).device
-    rows = rows_on(device) if rows is None else rows
+    shared = reads_once(model, prompts)
+    rows = rows_on(device, shared) if rows is None else rows
     k, max_new_tokens, rows = _checked(model, prompts, k, max_new_tokens, rows)
     drawing = Drawing(temperature, top_k, top_p)
     use_packed_attention(model)
 
     # each batch has a seed of its own, whoever takes it
-    shared = reads_once(model, prompts)
     batches = _batches_by_prompt(prompts, k, rows) if shared else _batches(prompts, k, rows)
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(batches)))]
     mine = local_shard(list(zip(batches, seeds)))
@@ -174,9 +174,14 @@ def reads_once(model: nn.Module, prompts: list[list[int]]) -> bool:
     return max(map(len, prompts), default=0) > SHORT_PROMPT and can_compact(model)
 
 
-def rows_on(device: torch.device) -> int:
-    """Completions that are sampled at a time unless another number is asked for."""
-    return 1_024 if device.type == "cuda" else 256
+def rows_on(device: torch.device, shared: bool = False) -> int:
+    """Completions that are sampled at a time unless another number is asked for.
+
+    Fewer on a CPU after `shared` prompts, of which there are fewer: each thread takes a batch.
+    """
+    if device.type == "cuda":
+        return 1_024
+    return 64 if shared else 256
 
 
 @dataclass(frozen=True)

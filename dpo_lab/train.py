@@ -20,8 +20,9 @@ from dpo_lab.losses import (
     LossType,
     check_alpha,
     check_beta,
+    check_finite,
     check_loss_type,
-    dpo_loss,
+    dpo_terms,
     unlikelihood_loss,
 )
 from dpo_lab.models import check_adaptable, check_lora, lora
@@ -218,7 +219,7 @@ class PairObjective:
         parts = np.array_split(np.array(groups), min(n * world_size(), len(groups)))
         return [
             self.preferences.batch(
-                [pair for g in part for pair in self.groups[g]], compact=self.compact
+                np.concatenate([self.groups[g] for g in part]), compact=self.compact
             )
             for part in local_shard(parts)
         ]
@@ -243,16 +244,29 @@ class DPOObjective(PairObjective):
         super().__init__(policy, preferences, config.epochs, config.batch_pairs, seed)
         self.config, self.own = config, own
 
+        # pairs are checked when preferences are made, log-probs of the reference here
+        sides = {"chosen": preferences.chosen, "rejected": preferences.rejected}
+        used = np.unique(np.concatenate(list(sides.values())))
+        reference = np.zeros(len(preferences.completions))
+        reference[used] = preferences.reference_logps[used]
+        check_finite(
+            "reference_logps",
+            torch.from_numpy(reference),
+            {name: torch.from_numpy(index) for name, index in sides.items()},
+        )
+
     def loss(self, score: Score, micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss of the pairs, and sums of what is logged."""
         logps, config = score(micro.completions), self.config
         data = (logps, micro.reference_logps, micro.chosen, micro.rejected, config.beta)
-        if self.own is None:
-            # a look at the values would wait for a GPU, where the loop looks at the gradient alone
-            names = {"loss_type": config.loss_type, "label_smoothing": config.label_smoothing}
-            result = dpo_loss(*data, **names, check_values=logps.device.type == "cpu")
-        else:
+        if self.own is not None:
             result = as_dpo_loss(self.own, self.own(*data), *data)
+        else:
+            # a look at the values would wait for a GPU, where the loop looks at the gradient alone
+            if logps.device.type == "cpu":
+                sides = {"chosen": micro.chosen, "rejected": micro.rejected}
+                check_finite("policy_logps", logps, sides)
+            result = dpo_terms(*data, config.loss_type, config.label_smoothing)
 
         wins = (torch.sign(result.margins) + 1) / 2
         per_pair = {

@@ -1,6 +1,7 @@
 """Small made-up copies of the public preference data sets, laid out as they are on the hub."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -165,3 +166,14 @@ def write_copy(folder, name, n=24, held_out=8):
             rows = [{column: row[column] for column in kept} for row in made]
             write(folder, f"data/{split}-00000-of-00001.parquet", rows)
     return folder
+
+
+def into_cache(hub, name, folder, revision="main"):
+    """Lay `folder` into the cache of the hub as `hf download` does: a snapshot of a revision."""
+    repository = Path(hub) / f"datasets--{name.replace('/', '--')}"
+    commit = hashlib.sha1(name.encode()).hexdigest()
+    ref = repository / "refs" / revision
+    ref.parent.mkdir(parents=True)
+    ref.write_text(commit)
+    (repository / "snapshots").mkdir()
+    Path(folder).rename(repository / "snapshots" / commit)

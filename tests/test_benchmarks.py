@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -20,11 +19,9 @@ sys.path.insert(0, str(BENCHMARKS))
 import contender  # noqa: E402
 import goodhart  # noqa: E402
 import hacking  # noqa: E402
-import mistakes  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
 
-from dpo_lab import dpo_loss  # noqa: E402
 from dpo_lab.loop import LoopConfig  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
@@ -267,17 +264,3 @@ def test_what_the_pages_say_of_the_true_reward_is_in_the_shipped_rows():
     assert mean("kl", 0.05) > 5 * mean("kl", 0.3)
     for name, close in (("reference_logp", 0.1), ("known", 0.01)):
         assert abs(mean(name, 1.0) - mean(name, 1.0, last=False)) < close
-
-
-def test_a_mistaken_loss_has_the_gradient_of_its_numbers_and_ends_elsewhere():
-    logps = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
-    pairs = torch.tensor([0, 2]), torch.tensor([1, 0])
-    data = (torch.zeros(3, dtype=torch.float64), *pairs, 0.3)
-    ours, exact = (
-        torch.autograd.grad(loss(logps, *data).sum(), logps)[0]
-        for loss in (mistakes.mistaken_loss({}), lambda *given: dpo_loss(*given).losses)
-    )
-    assert torch.allclose(ours, exact, atol=1e-8)
-    assert mistakes.on_bandit(mistakes.mistaken_loss({})) < 1e-9
-    assert mistakes.on_bandit(mistakes.mistaken_loss({"place": "forgotten"})) > 0.05
-    assert mistakes.on_bandit(mistakes.mistaken_loss({"pair": "divided"})) is None

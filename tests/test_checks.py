@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from dpo_lab import checks
 from dpo_lab.checks import EXERCISES, Wrong, check, diagnose, mistakes
 from dpo_lab.checks.calling import call
+from dpo_lab.checks.changes import input_changes, result_changes
 from dpo_lab.checks.exercise import near
-from dpo_lab.checks.readings import Reading, input_changes, readings, result_changes
+from dpo_lab.checks.readings import Reading, readings
 from tests.right_answers import RIGHT_ANSWERS
 from tests.syntax_mutants import mutants, mutants_of_mutants
 from tests.wrong_answers import WRONG_ANSWERS
@@ -188,6 +189,32 @@ def changes_of(name):
         yield Reading({}, (change,))
     for change in result_changes(EXERCISES[name].unit):
         yield Reading({}, (), change)
+
+
+@every_exercise
+def test_every_reading_has_a_hint_and_a_general_one_asks_a_question(name):
+    exercise = EXERCISES[name]
+    for reading in changes_of(name):
+        change = (*reading.inputs, reading.result)[0]
+        texts = change.name, change.says, change.hint
+        assert not any("{" in text for text in texts)
+        assert change.says.endswith(".") and change.hint.endswith("?"), change
+
+    # what a student reads of a mistake in an input
+    wrong = diagnose(exercise, lambda **given: halved(exercise, given))
+    assert not wrong.named or all(line.endswith((".", "?")) for line in bullets(wrong))
+
+
+def halved(exercise, given):
+    """The right numbers, divided by two."""
+    value = mistaken(exercise, {})(**given)
+    return value / 2 if isinstance(value, torch.Tensor) else (value[0] // 2, value[1])
+
+
+def bullets(wrong):
+    found = [line for line in wrong.message.splitlines() if line.startswith("- ")]
+    assert len(found) == len(wrong.names)
+    return found
 
 
 def test_a_mistake_in_an_input_or_the_result_has_one_name():

@@ -19,6 +19,8 @@ import torch
 import dpo_lab
 from dpo_lab import loop
 from dpo_lab.batching import completion_batch
+from dpo_lab.data import run as public_run
+from dpo_lab.data.run import PublicRunConfig, train_public
 from dpo_lab.engine.arguments import checked, settled
 from dpo_lab.loop import LoopConfig, make_optimizers
 from dpo_lab.models import load_model
@@ -231,6 +233,7 @@ def test_rates_of_numpy_and_torch_train_as_pythons_do(tiny, tmp_path, tokenizer,
 
 
 CONFIGS = {
+    train_public: PublicRunConfig,
     experiment.train: ExperimentConfig,
     experiment.plan_run: ExperimentConfig,
     frontier.frontier: FrontierConfig,
@@ -278,6 +281,8 @@ def test_a_number_that_cannot_be_is_refused_before_anything_is_loaded_or_written
         (task, "load_model"),
         (task, "load_imdb"),
         (pretrain, "load_imdb"),
+        (public_run, "load_model"),
+        (public_run, "load_preferences"),
     ):
         monkeypatch.setattr(module, name, Untouched())
     arguments, hints = {}, get_type_hints(door)

@@ -1,14 +1,16 @@
 """Reward, sequence KL and the optimal frontier against enumeration."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
 
-from dpo_lab.evaluate import distinct_n, evaluate_policy, win_rate
+from dpo_lab.evaluate import distinct_n, evaluate_pairs, evaluate_policy, win_rate
 from dpo_lab.models import load_model
+from dpo_lab.preferences import from_rows
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
 from dpo_lab.theory.objective import kl as exact_kl
 from dpo_lab.theory.objective import optimal_policy
@@ -180,3 +182,57 @@ def test_distinct_n_grams_are_counted_within_completions():
     assert distinct_n([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4 and distinct_n([[1, 1, 1]], 1) == 1 / 3
     with pytest.raises(ValueError, match="no completion has 4 tokens"):
         distinct_n([[1, 2, 3]], 4)
+
+
+def test_pairs_are_evaluated_as_one_by_one(tiny, model, tokenizer):
+    words = ["joy", "bore", "plot", "film"]
+    rows = [
+        {"prompt": f"The {a}", first: f" is a {b}.", second: f" was the {c} of it."}
+        for a, (first, second) in zip(words, 2 * [("chosen", "rejected"), ("rejected", "chosen")])
+        for b, c in zip(words, words[1:])
+    ]
+    preferences = from_rows(rows, tokenizer, context=64).with_reference(model)
+    with torch.no_grad():
+        policy = load_model(str(tiny))
+        for parameter in policy.parameters():
+            parameter += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            )
+    found = evaluate_pairs(policy, preferences, 0.3)
+
+    # each completion alone, in float64
+    p, logps = preferences, []
+    for net in (policy.double(), model.double()):
+        values = []
+        for owner, completion in zip(p.prompt_of, p.completions):
+            ids = torch.tensor([p.prompts[owner] + completion])
+            with torch.no_grad():
+                steps = net(ids).logits.log_softmax(-1)[0, :-1]
+            taken = steps.gather(1, ids[0, 1:, None])[:, 0]
+            values.append(float(taken[-len(completion) :].sum()))
+        logps.append(np.array(values))
+    ratios = logps[0] - logps[1]
+    margins = 0.3 * (ratios[p.chosen] - ratios[p.rejected])
+    assert found.pairs == 12 and 0 < np.mean(margins > 0) < 1
+    assert found.accuracy == np.mean(margins > 0)
+    assert (found.accuracy_low, found.accuracy_high) == win_rate(margins, np.zeros(12))[1:]
+    for value, expected in (
+        (found.margin, margins.mean()),
+        (found.margin_se, margins.std(ddof=1) / 12**0.5),
+        (found.logps_chosen, logps[0][p.chosen].mean()),
+        (found.logps_rejected, logps[0][p.rejected].mean()),
+        (found.log_ratio_chosen, ratios[p.chosen].mean()),
+        (found.log_ratio_rejected, ratios[p.rejected].mean()),
+    ):
+        assert value == pytest.approx(expected, abs=1e-4)
+
+    # the reference itself: every pair is a tie
+    same = evaluate_pairs(None, preferences, 0.3)
+    assert (same.accuracy, same.margin, same.log_ratio_chosen) == (0.5, 0, 0)
+    for pairs, beta, said in (
+        (replace(preferences, reference_logps=None), 0.3, "has no reference_logps"),
+        (preferences.select([0]), 0.3, "has 1 pair; an error bar needs at least 2"),
+        (preferences, 0.0, "beta is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate_pairs(policy, pairs, beta)

@@ -4,6 +4,7 @@ Their cells are run in this process: the tests of the graders run whole notebook
 """
 
 import inspect
+import sys
 from pathlib import Path
 
 import nbformat
@@ -11,13 +12,18 @@ import pytest
 import torch
 from test_train import CONFIG, make_preferences, same, state, timeless
 
-from benchmarks.mistakes import DPO_LOSS, mistaken_loss, on_bandit
 from dpo_lab.checks import EXERCISES, Wrong, diagnosis
 from dpo_lab.models import load_model
 from dpo_lab.train import train_dpo
 from tests.test_checks import solutions
 
-FOLDER = Path(__file__).parent.parent / "notebooks" / "exercises"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from driven import on_bandit  # noqa: E402
+from mistaken import mistaken, singles  # noqa: E402
+
+FOLDER = ROOT / "notebooks" / "exercises"
 NOTEBOOKS = sorted(FOLDER.glob("ex*.ipynb"))
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -116,12 +122,9 @@ def test_the_solution_ends_at_the_optimal_policy():
     assert on_bandit(solutions.my_dpo_loss) <= 1e-9
 
 
-@pytest.mark.parametrize(
-    "switch, one, name",
-    [(s, one, slip.name) for s, some in DPO_LOSS.slips.items() for one, slip in some.items()],
-)
-def test_a_mistake_ends_elsewhere_unless_it_shares_the_optimum(switch, one, name):
-    distance = on_bandit(mistaken_loss({switch: one}))
+@pytest.mark.parametrize("name, settings", singles(EXERCISES["dpo_loss"])[1:])
+def test_a_mistake_ends_elsewhere_unless_it_shares_the_optimum(name, settings):
+    distance = on_bandit(mistaken("dpo_loss", settings))
     if name in SAME_OPTIMUM:
         assert distance <= 1e-9
     else:

@@ -319,9 +319,21 @@ def test_nbgrader_gives_the_commonest_submissions_their_points_and_diagnosis(tmp
 
 
 @needs_otter
-def test_otter_gives_a_right_and_a_wrong_submission_their_points_and_diagnosis(tmp_path):
-    rows = graded_by_otter(tmp_path / "course", ["right", "wrong"], 1)
-    assert rows == expected_rows("otter", ["right", "wrong"])
+def test_otter_gives_a_submission_that_is_half_right_its_points_and_diagnosis(tmp_path):
+    rows = graded_by_otter(tmp_path / "course", ["wrong"], 1)
+    assert rows == expected_rows("otter", ["wrong"])
+
+
+@needs_otter
+def test_otter_s_tests_give_the_commonest_submissions_their_points_and_diagnosis(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DPO_LAB_CHECK_SECONDS", str(made_up.SECONDS))
+    paths = course_of(tmp_path / "course", made_up.COMMON)
+    otter = tmp_path / "course" / "otter" / made_up.NOTEBOOK
+    made_up.grade_in_process(otter, paths)
+    main(["otter", str(otter / "results"), "--to", str(tmp_path / "diagnoses.csv")])
+    assert rows_in(tmp_path / "diagnoses.csv") == expected_rows("otter", made_up.COMMON)
 
 
 @pytest.mark.long

@@ -14,9 +14,8 @@ from test_families import COMMON, FAMILIES, GROUPED, OLD
 from transformers import AutoModelForCausalLM, set_seed
 
 from dpo_lab.loop import Interrupted, LoopConfig
-from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.models import load_model, load_tokenizer, save_policy
 from dpo_lab.preferences import Preferences
-from dpo_lab.sentiment.task import save_policy
 from dpo_lab.train import DPOConfig, train_dpo
 
 MOE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

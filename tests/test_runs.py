@@ -32,10 +32,9 @@ from dpo_lab.engine.runs import (
     require_space,
     write_json,
 )
-from dpo_lab.models import load_model, load_tokenizer
+from dpo_lab.models import load_model, load_tokenizer, save_policy
 from dpo_lab.preferences import Preferences, from_rows
 from dpo_lab.sentiment.reviews import load_imdb
-from dpo_lab.sentiment.task import save_policy
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -234,13 +234,14 @@ def test_pictures_weigh_at_most_a_megabyte_and_a_half():
     assert sum(path.stat().st_size for path in PICTURES.iterdir()) <= 1_500_000
 
 
-def test_every_picture_is_that_of_a_notebook_of_the_slider_or_of_homework():
+def test_every_picture_is_of_a_notebook_the_slider_homework_or_the_rating_form():
     names = {f"{path.stem}.png" for path in NOTEBOOKS}
     assert {path.name for path in PICTURES.iterdir()} <= names | {
         "beta_slider.png",
         "beta_slider.gif",
         "homework_right.png",
         "homework_wrong.png",
+        "rating_widget.png",
     }
 
 

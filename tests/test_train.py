@@ -1,5 +1,6 @@
 """The loop against a textbook loop written out here; every way to stop it against not stopping."""
 
+import copy
 import json
 import math
 import os
@@ -25,7 +26,6 @@ from dpo_lab.engine import checkpoints
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import Interrupted, LoopConfig
-from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import from_scores
 from dpo_lab.sampling import sample_completions
@@ -772,9 +772,9 @@ def test_a_step_asks_for_no_value_before_its_end(model, preferences, monkeypatch
     # at the first call the model is compared with itself
     completion_logps(model, completion_batch([[0]], [[0]], [0]))
     monkeypatch.setattr(loop, "_backward", watched)
-    unchecked = {"check_values": False}
+    look = train.check_finite
     monkeypatch.setattr(
-        train, "dpo_loss", lambda *data, **named: dpo_loss(*data, **named | unchecked)
+        train, "check_finite", lambda name, *rest: name == "policy_logps" or look(name, *rest)
     )
     if method == "DPO":
         lines = train_dpo(model, preferences, CONFIG, progress=None)
@@ -791,3 +791,26 @@ def test_metrics_are_json_lines(model, preferences, tmp_path):
     train_dpo(model, preferences, CONFIG, run=tmp_path, progress=None)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_reference_log_prob_that_is_not_finite_is_named_if_a_pair_uses_it(
+    model, preferences, used
+):
+    """Before the first step, since the reference does not change."""
+    spoiled = preferences.reference_logps.copy()
+    spoiled[preferences.rejected[1]] = -np.inf
+    found = replace(preferences, reference_logps=spoiled)
+    if not used:
+        kept = [
+            pair
+            for pair, both in enumerate(zip(found.chosen, found.rejected))
+            if preferences.rejected[1] not in both
+        ]
+        found = found.select(kept)
+        assert train_dpo(model, found, CONFIG, progress=None)
+        return
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"reference_logps\[\d+\] .*rejected of pair .* is -inf"):
+        train_dpo(model, found, CONFIG, progress=None)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -7,13 +7,14 @@ line names the mistakes; `seed` draws the inputs, and `seconds` limits each call
 from collections.abc import Callable
 from typing import Any
 
-from dpo_lab.checks import dpo, objective, ppo, preferences, sequence
-from dpo_lab.checks.diagnosis import Wrong, check, diagnose, solved
+from dpo_lab.checks import dpo, objective, other_losses, ppo, preferences, sequence
+from dpo_lab.checks.attempt import Wrong
+from dpo_lab.checks.diagnosis import check, diagnose, solved
 from dpo_lab.checks.exercise import Exercise, Slip, mistakes
 
 EXERCISES: dict[str, Exercise] = {
     exercise.name: exercise
-    for module in (objective, preferences, dpo, ppo, sequence)
+    for module in (objective, preferences, dpo, other_losses, ppo, sequence)
     for exercise in module.EXERCISES
 }
 """By name, without the my_ of the student's function."""

@@ -7,12 +7,13 @@ three at once, are computed once per seed; a look-up compares them with what was
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from dpo_lab.checks.calling import Inputs
+from dpo_lab.checks.changes import InputChange, ResultChange, input_changes, result_changes
 from dpo_lab.checks.exercise import Exercise, near
 
 Array = np.ndarray
@@ -22,25 +23,6 @@ DEPTH = 3
 
 # a spread below this is that of a constant, which says nothing
 CONSTANT = 1e-9
-
-
-class InputChange(NamedTuple):
-    """A mistake in what an input is taken for."""
-
-    name: str
-    says: str
-    change: Callable[[Inputs], Inputs]
-
-
-class ResultChange(NamedTuple):
-    """Something done to the right numbers, or to those of other mistakes."""
-
-    name: str
-    says: str
-    change: Callable[[Array], Array]
-    """of a stack of results: its first dimension counts them"""
-    vector: bool = False
-    """whether it is one only of results with one dimension"""
 
 
 class Reading(NamedTuple):
@@ -63,107 +45,6 @@ class Reading(NamedTuple):
             return found
         with np.errstate(all="ignore"):
             return self.result.change(found[None])[0]
-
-
-# what may go wrong in any exercise
-
-
-# with one input; its name is filled in
-ALONE = {
-    "0 in place of {a}": ("{a} is taken as 0, or left out of a sum.", np.zeros_like),
-    "1 in place of {a}": ("{a} is taken as 1, or left out of a product.", np.ones_like),
-    "sign of {a}": ("{a} has the other sign.", np.negative),
-    "1 / {a} in place of {a}": (
-        "It multiplies by {a} where it should divide, or divides where it should multiply.",
-        np.reciprocal,
-    ),
-    "log {a} in place of {a}": ("A logarithm is taken of {a} that is not asked for.", np.log),
-    "exp {a} in place of {a}": ("An exponential is taken of {a}.", np.exp),
-    "{a} squared": ("{a} counts twice in a product.", np.square),
-    "{a} doubled": ("{a} counts twice in a sum.", lambda x: 2 * x),
-    "{a} halved": ("Half of {a} is taken.", lambda x: x / 2),
-    "{a} + 1 in place of {a}": ("1 is added to {a}.", lambda x: x + 1),
-    "{a} - 1 in place of {a}": ("1 is subtracted from {a}.", lambda x: x - 1),
-}
-
-
-def input_changes(inputs: Inputs) -> Iterator[InputChange]:
-    """What may go wrong with inputs of these names and kinds."""
-    arrays = {name: x for name, x in inputs.items() if isinstance(x, np.ndarray)}
-    floats = [
-        name
-        for name, x in inputs.items()
-        if isinstance(x, float) or name in arrays and x.dtype.kind == "f"
-    ]
-    whole = [name for name, x in arrays.items() if x.dtype.kind == "i"]
-
-    # one input for another
-    for a, b in itertools.permutations(floats, 2):
-        yield InputChange(
-            f"{b} in place of {a}", f"{b} stands where {a} should.", _put(a, b, np.asarray)
-        )
-    for same_kind in (floats, whole):
-        for a, b in itertools.combinations(same_kind, 2):
-            yield InputChange(
-                f"{a} and {b} exchanged",
-                f"{a} and {b} stand in each other's place.",
-                functools.partial(_exchanged, a=a, b=b),
-            )
-
-    # one input changed
-    for a in floats:
-        for name, (says, change) in ALONE.items():
-            yield InputChange(name.format(a=a), says.format(a=a), _put(a, a, change))
-
-
-def _put(a: str, b: str, change: Callable[[Array], Array]) -> Callable[[Inputs], Inputs]:
-    """Inputs with `change` of `b` in the place of `a`."""
-    return lambda inputs: {**inputs, a: change(np.asarray(inputs[b], dtype=float))}
-
-
-def _exchanged(inputs: Inputs, *, a: str, b: str) -> Inputs:
-    return {**inputs, a: inputs[b], b: inputs[a]}
-
-
-# with a vector of one number per unit
-OF_A_VECTOR = {
-    "mean over {unit}s": (
-        "They are averaged over the {unit}s; return one number per {unit}.",
-        lambda x: x.mean(1),
-    ),
-    "sum over {unit}s": (
-        "They are summed over the {unit}s; return one number per {unit}.",
-        lambda x: x.sum(1),
-    ),
-    "column": ("The shape is (n, 1); it must be (n,).", lambda x: x[:, :, None]),
-    "row": ("The shape is (1, n); it must be (n,).", lambda x: x[:, None]),
-    "accumulated": ("Each is added to those before it.", lambda x: x.cumsum(1)),
-}
-
-# with each number of a result
-OF_EACH_NUMBER = {
-    "sign of the result": ("All have the other sign.", np.negative),
-    "result exponentiated": ("An exponential is taken at the end.", np.exp),
-    "result logged": ("A logarithm is taken at the end.", np.log),
-    "log(1 + result)": ("1 is added at the end, and a logarithm taken.", np.log1p),
-    "result squared": ("They are squared at the end.", np.square),
-    "result doubled": ("They are multiplied by 2.", lambda x: 2 * x),
-    "result halved": ("They are divided by 2.", lambda x: x / 2),
-    "1 added": ("1 is added to the result.", lambda x: x + 1),
-    "1 subtracted": ("1 is subtracted from the result.", lambda x: x - 1),
-    "1 - result": ("They are subtracted from 1.", lambda x: 1 - x),
-    "absolute value of the result": ("Their sign is lost.", np.abs),
-}
-
-
-@functools.cache
-def result_changes(unit: str) -> tuple[ResultChange, ...]:
-    """What may go wrong with a result that has one number per `unit`."""
-    return tuple(
-        ResultChange(name.format(unit=unit), says.format(unit=unit), change, table is OF_A_VECTOR)
-        for table in (OF_A_VECTOR, OF_EACH_NUMBER)
-        for name, (says, change) in table.items()
-    )
 
 
 # the look-up

@@ -45,7 +45,10 @@ def read_files(
             raise FileNotFoundError(_how_to_get(hub, revision, "HF_HUB_OFFLINE is set"))
         try:
             return _loaded([f"hf://datasets/{hub}@{revision}/{pattern}" for pattern in patterns])
-        except (OSError, ConnectionError) as error:
+        except ValueError:
+            raise
+        # the libraries on the way to the hub each have errors of their own
+        except Exception as error:
             raise FileNotFoundError(_how_to_get(hub, revision, str(error))) from error
 
     # from this machine

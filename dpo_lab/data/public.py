@@ -29,7 +29,7 @@ class LoadReport:
     pairs: int = 0
     """pairs kept"""
     filtered: int = 0
-    """rows of another split, or that are no dialogue, post or question of this set"""
+    """rows or pairs of another split, and news articles among posts"""
     missing: int = 0
     """rows with nothing in a column that is read"""
     odd: int = 0
@@ -109,8 +109,8 @@ def load_preferences(
             later splits are read for it.
 
     Raises:
-        ValueError: a name, part, split or style that does not exist, a missing column, or with
-            bad="error" a row that is no pair.
+        ValueError: a name, part, split or style that does not exist, a missing column, no pair
+            left, or with bad="error" a row that is no pair.
         FileNotFoundError: the files are not on this machine and the hub did not give them.
     """
     dataset, part = find_dataset(name)
@@ -133,7 +133,12 @@ def load_preferences(
 
     count_repeats(pairs, counts)
     rows = [_row(pair, dataset.dialogue, style) for pair in pairs]
-    return Loaded(dataset, rows, LoadReport(pairs=len(rows), **counts))
+    report = LoadReport(pairs=len(rows), **counts)
+    if not rows:
+        raise ValueError(
+            f"no pair is left of {name} ({split}): {report}. Are these the files of {dataset.hub}?"
+        )
+    return Loaded(dataset, rows, report)
 
 
 def _read_pairs(
@@ -187,22 +192,44 @@ def _pairs_of(
         if nothing := [name for name, value in row.items() if value is None]:
             raise Unusable("missing", f"there is nothing in {nothing[0]!r}")
         for pair in dataset.reader(row, part, split):
-            if dataset.unsplit and is_test(pair.prompt) != (split == "test"):
-                raise Unusable("filtered", "a row of another split")
-            yield _stripped(pair)
+            yield _of_this_split(dataset, split, pair)
     except Unusable as reason:
         yield reason
+    # a reader takes for granted what is inside a column
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        yield Unusable("odd", f"it has another shape than a row of this data set ({error!r})")
 
 
-def _stripped(pair: Pair) -> tuple[Pair, bool] | Unusable:
-    """A pair without space around its answers; or why it is none."""
+def _of_this_split(dataset: DataSet, split: str, pair: Pair) -> tuple[Pair, bool] | Unusable:
+    """A pair, stripped; or why it is none, or another split's where the data set is split here.
+
+    One of several pairs of a row does not speak for the others.
+    """
+    try:
+        pair, trimmed = _stripped(pair)
+    except Unusable as reason:
+        return reason
+    if dataset.unsplit and is_test(pair.prompt) != (split == "test"):
+        return Unusable("filtered", "a row of another split")
+    return pair, trimmed
+
+
+def _stripped(pair: Pair) -> tuple[Pair, bool]:
+    """A pair without space around its texts, and whether the answers had any beyond one in front.
+
+    Raises:
+        Unusable: a prompt or an answer is empty, or both answers are the same.
+    """
+    prompt = tuple((role, said.strip()) for role, said in pair.prompt)
     chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
+    if not prompt[-1][1]:
+        raise Unusable("odd", "its prompt is empty")
     if not chosen or not rejected:
-        return Unusable("empty", f"its {'rejected' if chosen else 'chosen'} answer is empty")
+        raise Unusable("empty", f"its {'rejected' if chosen else 'chosen'} answer is empty")
     if chosen == rejected:
-        return Unusable("identical", f"both answers are {chosen!r}")
+        raise Unusable("identical", f"both answers are {chosen!r}")
     given = pair.chosen.removeprefix(" "), pair.rejected.removeprefix(" ")
-    return pair._replace(chosen=chosen, rejected=rejected), given != (chosen, rejected)
+    return Pair(prompt, chosen, rejected, pair.more), given != (chosen, rejected)
 
 
 def _row(pair: Pair, dialogue: bool, style: Style) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def folder(name: str, value: Any) -> Path:
 
 def integers(name: str, values: Any, *, any_shape: bool = False) -> np.ndarray:
     """`values`, a sequence, array or tensor of N integers, as int64 (N,), or of `any_shape`."""
+    if type(values) is np.ndarray and values.dtype == np.int64 and values.ndim == 1:
+        return values
     found = _array(name, values, "iu", "integers")
     if found.ndim != 1 and not any_shape:
         raise ValueError(f"{name} has shape {found.shape}; it must be (N,), a sequence of integers")

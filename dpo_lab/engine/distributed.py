@@ -63,7 +63,7 @@ def is_main() -> bool:
 
 def local_shard(items: Sequence[T]) -> Sequence[T]:
     """The items of this process: every `world_size()`-th, starting at `rank()`."""
-    return items[rank() :: world_size()]
+    return items if world_size() == 1 else items[rank() :: world_size()]
 
 
 def all_gather(mine: T) -> list[T]:

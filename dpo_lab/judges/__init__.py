@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_lab.judges.agreement import Agreement, judge_agreement
     from dpo_lab.judges.biases import JudgeBiases, judge_biases
+    from dpo_lab.judges.endpoint import EndpointError, EndpointJudge, endpoint_judge
     from dpo_lab.judges.intervals import Estimate, half_width, power, prompts_needed, wilson
     from dpo_lab.judges.leaderboard import ModelRatings, fit_ratings, ratings_of_models
     from dpo_lab.judges.length_control import length_controlled_rate
     from dpo_lab.judges.lm import lm_judge
+    from dpo_lab.judges.prices import Bill
+    from dpo_lab.judges.prompts import CONCISE, DIALOGUE, SIMPLE, JudgePrompt
     from dpo_lab.judges.rates import WinRate, win_rate_difference, win_rates
     from dpo_lab.judges.simple import biased_judge, learned_reward_judge, reward_judge
     from dpo_lab.judges.sweep import TemperatureSweep, policy_answers, temperature_sweep
@@ -21,17 +24,25 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agreement",
+    "Bill",
     "BothOrders",
+    "CONCISE",
+    "DIALOGUE",
+    "EndpointError",
+    "EndpointJudge",
     "Estimate",
     "Judge",
     "JudgeBiases",
+    "JudgePrompt",
     "ModelRatings",
+    "SIMPLE",
     "TemperatureSweep",
     "Verdicts",
     "WinRate",
     "ask",
     "ask_both_orders",
     "biased_judge",
+    "endpoint_judge",
     "fit_ratings",
     "half_width",
     "judge_agreement",
@@ -53,17 +64,25 @@ __all__ = [
 # where each name lives
 _HOME = {
     "Agreement": "judges.agreement",
+    "Bill": "judges.prices",
     "BothOrders": "judges.verdicts",
+    "CONCISE": "judges.prompts",
+    "DIALOGUE": "judges.prompts",
+    "EndpointError": "judges.endpoint",
+    "EndpointJudge": "judges.endpoint",
     "Estimate": "judges.intervals",
     "Judge": "judges.verdicts",
     "JudgeBiases": "judges.biases",
+    "JudgePrompt": "judges.prompts",
     "ModelRatings": "judges.leaderboard",
+    "SIMPLE": "judges.prompts",
     "TemperatureSweep": "judges.sweep",
     "Verdicts": "judges.verdicts",
     "WinRate": "judges.rates",
     "ask": "judges.verdicts",
     "ask_both_orders": "judges.verdicts",
     "biased_judge": "judges.simple",
+    "endpoint_judge": "judges.endpoint",
     "fit_ratings": "judges.leaderboard",
     "half_width": "judges.intervals",
     "judge_agreement": "judges.agreement",

@@ -35,7 +35,7 @@ from dpo_lab.engine.runs import (
 from dpo_lab.evaluate import Evaluation
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import load_model
+from dpo_lab.models import load_model, save_policy
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment.cost import Job, Plan, fitting_prompts, measure_speed, plan_job
@@ -45,7 +45,6 @@ from dpo_lab.sentiment.task import (
     TaskConfig,
     check_task,
     prefixes_during,
-    save_policy,
     task_config,
 )
 from dpo_lab.theory.frontier import OptimalFrontier
@@ -325,7 +324,13 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
         )
 
     # the recorded task, with the number of prefixes that is asked for
-    config = TaskConfig(**read_config(run)["task"])
+    recorded = read_config(run)
+    if "task" not in recorded:
+        raise ValueError(
+            f"{run} is a run on the data set {recorded.get('data')!r}; its summary.json has the "
+            "evaluation on held-out pairs"
+        )
+    config = TaskConfig(**recorded["task"])
     config = settled(replace(config, eval_prefixes=eval_prefixes or config.eval_prefixes))
     require_writable(run)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import DatasetDict
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.batching import CompletionBatch, completion_batch, pack
 from dpo_lab.engine.arguments import checked, finite_positive
@@ -28,7 +28,6 @@ from dpo_lab.engine.runs import (
     atomic_write,
     check_run,
     open_run,
-    quiet_bars,
     read_config,
     require_space,
     require_writable,
@@ -38,7 +37,7 @@ from dpo_lab.engine.tokenizing import begun
 from dpo_lab.evaluate import Evaluation, evaluate_policy
 from dpo_lab.logprobs import Precision
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import check_sampling, end_tokens, load_model, load_tokenizer
+from dpo_lab.models import check_sampling, end_tokens, load_model, load_tokenizer, save_policy
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.sampling import sample_completions, sample_with_logps, texts_of
 from dpo_lab.sentiment.precision import measure_precision
@@ -574,29 +573,3 @@ def _logps_by_tokens(
         for prompt, rows, logps in zip(samples["prompts"], samples["completions"], samples["logps"])
         for ids, logp in zip(rows, logps)
     }
-
-
-@checked
-@quiet_bars()
-def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Save model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` load them, whole or
-    not at all.
-
-    A generation config is written as it is: transformers reads what it refuses to write, such as a
-    temperature without sampling.
-    """
-    own = getattr(policy, "generation_config", None)
-    with atomic_write(path, directory=True) as temporary:
-        # the model without its generation config
-        if own is not None:
-            policy.generation_config = GenerationConfig()
-        try:
-            policy.save_pretrained(temporary)
-        finally:
-            if own is not None:
-                policy.generation_config = own
-
-        # and that beside it
-        if own is not None:
-            own.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
-        tokenizer.save_pretrained(temporary)

@@ -93,6 +93,7 @@ function build(el, press) {
   const end = make("div", "end", root);
   const foot = make("div", "foot", root);
   const hint = make("span", "hint", foot);
+  make("span", "unfocused", foot, "click the form to use the keys");
   const status = make("span", "status", foot);
   status.setAttribute("role", "status");
   return {
