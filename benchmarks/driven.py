@@ -516,10 +516,10 @@ def drive_dpo_step(settings: Settings) -> Numbers:
     if made.pop("scorer", "") == "policy":
         # its log-probs are held fixed, as those of a reference
         inputs["reference"] = inputs["policy"]
+    start = numbers("dpo_step", settings, **{**inputs, "reference": inputs["policy"]})
     slopes = [_slope_of_step(inputs, made), _right_slope_of_step()]
     sizes = [np.linalg.norm(slope) for slope in slopes]
     cosine = float(slopes[0] @ slopes[1] / (sizes[0] * sizes[1])) if sizes[0] > 1e-9 else 0.0
-    start = numbers("dpo_step", dict(settings), **{**inputs, "reference": inputs["policy"]})
     return {
         "degrees from the right gradient": float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))),
         "size beside the right gradient": float(sizes[0] / sizes[1]),

@@ -9,7 +9,6 @@ dpo_lab/assets/goodhart.json, which notebook 05 draws. Runs that are in `--confi
 About 25 minutes of one core.
 """
 
-import csv
 import json
 import re
 from collections import Counter
@@ -17,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -28,14 +26,11 @@ from dpo_lab.assets import ASSETS
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.sentiment.reviews import reviews_csv
+from dpo_lab.sentiment.reviews import HELD_OUT_SENTENCES, load_rotten_tomatoes
 from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig, train_dpo
 
 RESULTS = ASSETS / "goodhart.json"
-
-# sentences that the second judge is not fitted to, and on which its accuracy is measured
-HELD_OUT = 1_500
 
 # reviews that a word must occur in to count as known; texts that are kept of each run
 KNOWN_FROM, KEPT_TEXTS = 5, 3
@@ -86,7 +81,7 @@ def main(config: GoodhartConfig, results: Path = RESULTS) -> None:
         for beta in config.betas
         for evaluation in _first_and_last(_path(config, beta, seed))
     ]
-    found = {"second_judge": {"held_out": HELD_OUT, "accuracy": accuracy}, "rows": rows}
+    found = {"second_judge": {"held_out": HELD_OUT_SENTENCES, "accuracy": accuracy}, "rows": rows}
     write_json(results, {**origin, "config": recorded, **found})
 
 
@@ -136,15 +131,13 @@ def second_judge() -> tuple[Pipeline, float]:
     """A classifier of sentences from Rotten Tomatoes by groups of 3 to 5 letters, and its accuracy
     on sentences that it has not seen.
     """
-    with open(reviews_csv(), newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    texts, labels = [row["text"] for row in rows], [int(row["label"]) for row in rows]
-
+    train, held_out = (
+        (part["text"][:], part["label"][:]) for part in load_rotten_tomatoes().values()
+    )
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), min_df=5, sublinear_tf=True)
     judge = make_pipeline(letters, LogisticRegression(solver="liblinear", random_state=0))
-    judge.fit(texts[HELD_OUT:], labels[HELD_OUT:])
-    return judge, float(judge.score(texts[:HELD_OUT], labels[:HELD_OUT]))
+    judge.fit(*train)
+    return judge, float(judge.score(*held_out))
 
 
 def words_of(text: str) -> list[str]:

@@ -15,6 +15,8 @@ RESULTS = Path(__file__).parent / "results" / "mistakes.json"
 # beyond this a number grows without an end
 ENDLESS = 1000
 
+UNMEASURED = "Not measured yet: `python benchmarks/mistakes.py --part model` fills this in."
+
 TRAINED = {
     "reward": ("reward", 2),
     "kl": ("KL to the reference", 1),
@@ -44,7 +46,9 @@ def driven(exercise: str) -> str:
 
 def trained(exercise: str) -> str:
     """What the language model becomes with each mistake, over the seeds."""
-    rows = results()["model"]["exercises"][exercise]
+    rows = results()["model"]["exercises"].get(exercise)
+    if rows is None:
+        return UNMEASURED
     keys = [key for key in TRAINED if any(key in row for row in rows)]
     lines = []
     for row in [rows[0], *sorted(rows[1:], key=_far_from(rows[0]), reverse=True)]:

@@ -21,6 +21,7 @@ from scale import table
 
 import dpo_lab
 from dpo_lab.checks import mistakes as table_of_mistakes
+from dpo_lab.engine.escaping import for_markdown
 from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
 from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
@@ -248,6 +249,90 @@ def embedded_model() -> str:
     )
 
 
+# The chat model
+
+
+def _chat() -> dict:
+    """What `benchmarks/chat.py` recorded."""
+    return json.loads((ROOT / "dpo_lab" / "assets" / "chat.json").read_text(encoding="utf-8"))
+
+
+def chat() -> str:
+    """Before and after DPO, seed by seed, with what it took."""
+    result, task = _chat(), _chat()["config"]["task"]
+    header = (
+        "seed | reward before | reward after | P(label) before, after | words before, after "
+        "| sequence KL (nats) | win rate by reward | by P(label) | P(label), length-controlled"
+    )
+    rows = []
+    for row in result["rows"]:
+        before, after, rates = row["before"], row["after"], row["win_rates"]
+        rows.append(
+            (
+                row["seed"],
+                _reward(before),
+                _reward(after),
+                f"{row['label_before']:.2f}, {row['label_after']:.2f}",
+                f"{before['words']:.0f}, {after['words']:.0f}",
+                _kl(after),
+                *(_interval(rates[name]["rate"], rates[name]) for name in ("reward", "label")),
+                _ends(*(rates["label"]["length_controlled"] or [math.nan] * 3)),
+            )
+        )
+
+    # what was run, and what it took
+    dpo, one = result["config"]["dpo"], result["rows"][0]
+    took = ", ".join(f"{name} {seconds:.0f}" for name, seconds in one["seconds"].items())
+    asked = (
+        f"\n\n{task['prefixes']} training reviews, {task['completions']} summaries each of at most "
+        f"{task['max_new_tokens']} tokens, {one['pairs']} pairs, {one['steps']} steps of "
+        f"{dpo['batch_pairs']} pairs; beta {dpo['beta']:g}, LoRA rank {dpo['lora_rank']}, learning "
+        f"rate {dpo['loop']['learning_rate']:g}. Evaluated on {task['eval_prefixes']} held-out "
+        "reviews, ± one standard error, win rates against the model before with 95% intervals. "
+        f"Seconds of seed {one['seed']}: {took}; peak memory {one['peak_memory_mb']:,} MB. Other "
+        "work ran on the same cores meanwhile."
+    )
+    return _table(header, rows) + asked + _origin(result["provenance"])
+
+
+def _interval(rate: float, found: dict) -> str:
+    return _ends(rate, found["low"], found["high"])
+
+
+def _ends(value: float, low: float, high: float) -> str:
+    """A fraction with the ends of its interval; empty where it is NaN."""
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if value == value else "none"
+
+
+def chat_samples(n: int = 5) -> str:
+    """The first recorded summaries of the first seed, as text."""
+    rows = [
+        (
+            row["review"],
+            "positive" if row["label"] else "negative",
+            f"{for_markdown(row['before'])} ({row['reward_before']:.2f})",
+            f"{for_markdown(row['after'])} ({row['reward_after']:.2f})",
+        )
+        for row in _chat()["rows"][0]["samples"][:n]
+    ]
+    return _table("held-out review | label | before (reward) | after (reward)", rows)
+
+
+def gguf() -> str:
+    """Seconds in which SmolLM2 and its tokenizer load."""
+    result = _result("gguf")
+    names = {
+        "transformers": "`from_pretrained` of transformers",
+        "first": "`load_model`, `load_tokenizer`, the first time",
+        "again": "the same, afterwards",
+    }
+    rows = [
+        (name, " to ".join(f"{end:.1f}" for end in (min(times), max(times))))
+        for name, times in ((names[key], result["seconds"][key]) for key in names)
+    ]
+    return _table("model and tokenizer by | seconds", rows) + _origin(result["provenance"])
+
+
 # Speed on a CPU
 
 
@@ -430,7 +515,7 @@ def judge_biases() -> str:
         (
             ", ".join(f"{names[name]} {value:g}" for name, value in row["planted"].items()),
             f"{row['held']} of {row['seeds']} seeds",
-            ", ".join(f"{row['mean'][name]:.3f}" for name in names),
+            ", ".join(f"{round(row['mean'][name], 3) + 0:.3f}" for name in names),
             ", ".join(f"{row['coverage'][name]:.1%}" for name in names),
         )
         for row in result["rows"]
@@ -440,8 +525,9 @@ def judge_biases() -> str:
     text = (
         f"\n\n{config['prompts']} pairs per seed, in both orders. The second column is at "
         f"{first['level']:.3%} per interval, so that all {3 * first['seeds']} of a row hold "
-        f"together with probability 95% (Bonferroni). The last two are over "
-        f"{first['more_seeds']:,} further seeds; a coverage of 95% has a standard error of {error:.1%} there."
+        "together with probability 95% (Bonferroni). The last two are over "
+        f"{first['more_seeds']:,} further seeds; a coverage of 95% has a standard error of "
+        f"{error:.1%} there."
     )
     return _table(header, rows) + text + _origin(result["provenance"])
 
@@ -747,7 +833,13 @@ def exercises() -> str:
 
 def mistakes_origin(part: str) -> str:
     """Where one part of `benchmarks/mistakes.py` was measured."""
-    return _origin(mistake_tables.results()[part]["provenance"]).lstrip()
+    found = mistake_tables.results()[part]
+    origin = _origin(found["provenance"]).lstrip()
+    if part == "exact":
+        return origin
+    config = found["config"]
+    counts = f"{config['prefixes']} prompts with 4 completions each, {config['held_out']} held out."
+    return f"{counts} {origin}"
 
 
 BLOCKS = {
@@ -758,6 +850,9 @@ BLOCKS = {
     "spread": spread,
     "goodhart": goodhart,
     "embedded model": embedded_model,
+    "chat": chat,
+    "chat samples": chat_samples,
+    "gguf": gguf,
     "results": results,
     "ratios": ratios,
     "ratios of the second machine": partial(ratios, "cpu-avx2"),

@@ -106,7 +106,8 @@ def _run_commands(default: ExperimentConfig) -> dict[str, Command]:
     ) -> None:
         """The controlled-sentiment experiment: sample, label, train by DPO, evaluate.
 
-        --config laptop, gpu or paper sets the defaults of all options.
+        --config laptop, gpu, paper or chat sets the defaults of all options; chat is summaries of
+        reviews by SmolLM2 (`make chat`).
 
         Args:
             out: run directory; it must be new, or hold this config.

@@ -12,8 +12,8 @@ from huggingface_hub.constants import HF_HOME
 
 from dpo_lab.assets import EMBEDDED
 from dpo_lab.engine.runs import file_hash, require_writable
+from dpo_lab.engine.unpacked import cache_directory
 from dpo_lab.sentiment.reviews import reviews_csv
-from dpo_lab.sentiment.reward import cache_directory
 
 PACKAGES = (
     "torch",

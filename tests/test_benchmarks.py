@@ -25,6 +25,7 @@ import speed  # noqa: E402
 from dpo_lab.loop import LoopConfig  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
+from dpo_lab.sentiment import reviews  # noqa: E402
 from dpo_lab.sentiment.results import load_goodhart  # noqa: E402
 from dpo_lab.sentiment.task import TaskConfig  # noqa: E402
 
@@ -198,8 +199,8 @@ def test_dpo_on_the_true_reward_is_asked_about_by_others(tiny, tmp_path, monkeyp
     table = tmp_path / "reviews.csv"
     lines = [f"rotten_tomatoes,{i % 2},{['a bore', 'a joy'][i % 2]} number {i}" for i in range(80)]
     table.write_text("\n".join(["source,label,text", "imdb,1,not asked", *lines]))
-    monkeypatch.setattr(goodhart, "reviews_csv", lambda: table)
-    monkeypatch.setattr(goodhart, "HELD_OUT", 20)
+    monkeypatch.setattr(reviews, "reviews_csv", lambda: table)
+    monkeypatch.setattr(reviews, "HELD_OUT_SENTENCES", 20)
     task = TaskConfig(
         model=str(tiny), prefixes=12, eval_prefixes=8, max_new_tokens=6, precision="float32"
     )

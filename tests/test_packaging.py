@@ -232,3 +232,4 @@ def test_every_file_of_data_goes_into_the_wheel():
     packed = {path for glob in table["package-data"]["dpo_lab"] for path in package.glob(glob)}
     assert data - packed == set()
     assert package / "assets" / "mistakes.csv" in packed
+    assert package / "assets" / "dialogue.txt" in packed

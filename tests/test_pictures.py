@@ -48,6 +48,7 @@ from dpo_lab.widgets.figures import expanded_limits
 from dpo_lab.widgets.states import (
     bandit_state,
 )
+from dpo_lab.widgets.win_rates import prompts_explorer
 
 LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", "<b>&\n\\$"]
 REFERENCE, REWARD = [0.6, 0.3, 0.099, 0.001], [-5.0, 0.0, 1.0, 8.0]
@@ -125,6 +126,7 @@ EXPLORERS = {
     "betas": lambda runs: betas_explorer({0.1: str(runs[0]), 5.0: runs[1]}, OPTIMAL),
     "frontier": lambda runs: frontier_explorer(far_sweep()),
     "GAE": lambda runs: gae_explorer(LABELS, [-60.0, 0.1, 0.0, 900.0], [-5.0, 300.0, 0.2, 0.1]),
+    "prompts": lambda runs: prompts_explorer(),
 }
 
 

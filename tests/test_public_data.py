@@ -155,6 +155,14 @@ def test_both_forms_of_the_summaries_are_the_same_pairs(tmp_path):
     assert [row["confidence"] for row in ours] == [row["extra"]["confidence"] for row in made]
 
 
+def test_a_pair_of_which_nothing_more_is_known_is_a_pair(tmp_path):
+    rows = [tldr_row(i) | ({"worker": None, "extra": None} if i else {}) for i in range(2)]
+    write(tmp_path, "comparisons/train/0000.parquet", rows)
+    known, unknown = load_preferences("tldr", folder=tmp_path, hygiene=False, bad="error")
+    assert (known["rater"], known["confidence"]) == ("w0", 1)
+    assert (unknown["rater"], unknown["confidence"]) == (None, None)
+
+
 def test_parts_are_read_alone_and_a_part_must_be_named_where_nobody_judged(copies):
     assert len(load_preferences("hh:helpful-base", folder=copies["hh"])) == 24
     assert len(load_preferences("hh:helpful", folder=copies["hh"])) == 72

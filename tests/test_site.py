@@ -33,6 +33,7 @@ from dpo_lab.widgets import (
     gae_explorer,
     gradient_weight_explorer,
     landscape_explorer,
+    prompts_explorer,
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html, slider_values
@@ -62,6 +63,7 @@ def explorers(tmp_path_factory):
         "betas_explorer": betas_explorer({0.1: run, 5.0: run}, OPTIMAL),
         "frontier_explorer": frontier_explorer(),
         "gae_explorer": gae_explorer(LABELS, [-0.1, 0.2, -0.3, 1.5], [0.4, 0.5, 0.3, 0.9]),
+        "prompts_explorer": prompts_explorer(),
     }
 
 

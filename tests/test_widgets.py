@@ -42,6 +42,7 @@ from dpo_lab.widgets.states import (
     gae_state,
     gradient_weight_state,
 )
+from dpo_lab.widgets.win_rates import prompts_explorer
 
 RUN = Path(tempfile.mkdtemp()) / "run"
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
@@ -55,6 +56,7 @@ EXPLORERS = {
     "training": lambda: training_explorer(RUN),
     "betas": lambda: betas_explorer({0.1: RUN, 5.0: RUN}, OPTIMAL),
     "GAE": lambda: gae_explorer(TOKENS, TOKEN_REWARDS, TOKEN_VALUES),
+    "prompts": prompts_explorer,
 }
 
 

@@ -51,13 +51,15 @@ class DataSet:
     drops: str
     """what `load_preferences` leaves out, and why; malformed rows and ties in every set"""
     columns: tuple[str, ...]
-    """columns that are read, of which none may be missing"""
+    """columns that are read, in which a row must have something"""
     reader: Reader = field(repr=False)
     """from a row to its pairs"""
     parts: Mapping[str, Mapping[str, tuple[str, ...]]] = field(repr=False)
     """files by part and split"""
     default: str | None
     """the part of the short name alone, or None where the user must choose"""
+    more: tuple[str, ...] = ()
+    """columns that say what else is known of a pair, in which a row may have nothing"""
     revision: str = "main"
     """branch of its files"""
     dialogue: bool = True
@@ -104,7 +106,8 @@ _ALL = (
         license="none stated; the posts are CC BY 4.0",
         size="92,858 train, 86,086 validation",
         drops="news articles (CNN and Daily Mail)",
-        columns=("info", "summaries", "choice", "worker", "split", "extra"),
+        columns=("info", "summaries", "choice", "split"),
+        more=("worker", "extra"),
         reader=read_comparison,
         parts={
             "": {
@@ -192,9 +195,8 @@ _ALL = (
             "labels",
             "score_A",
             "score_B",
-            "score_ratio",
-            "domain",
         ),
+        more=("score_ratio", "domain"),
         reader=read_shp,
         parts={
             "all": {split: (f"*/{split}.json",) for split in SPLITS},
@@ -212,7 +214,8 @@ _ALL = (
         license="CC BY-SA 4.0, or that of the questions' source where it is stricter",
         size="24,322 questions, no split",
         drops="nothing more",
-        columns=("question", "human_answers", "chatgpt_answers", "source"),
+        columns=("question", "human_answers", "chatgpt_answers"),
+        more=("source",),
         reader=read_hc3,
         parts={
             part: {split: ("all.jsonl",) for split in ("train", "test")}

@@ -104,6 +104,7 @@ def judged_by(answers: Answers, judge: Judge) -> MadePreferences:
     return _made(answers, signs, _name_of(judge), missing=Counter(lost))
 
 
+@checked
 def judged_by_people(
     answers: Answers,
     store: RatingStore | Path | str,

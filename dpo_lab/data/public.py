@@ -152,7 +152,8 @@ def _read_pairs(
     """The pairs of a split, stripped; the rest is counted, or an error."""
     patterns = dataset.parts[part][split]
     table = read_files(dataset.hub, patterns, folder=folder, revision=dataset.revision)
-    missing = [name for name in dataset.columns if name not in table.column_names]
+    columns = (*dataset.columns, *dataset.more)
+    missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise ValueError(
             f"{dataset.hub} has no column {', '.join(map(repr, missing))} in {patterns[0]}, which "
@@ -160,10 +161,10 @@ def _read_pairs(
         )
 
     # rows in batches, for one by one takes long
-    table = table.select_columns(list(dataset.columns))
+    table = table.select_columns(list(columns))
     for batch in table.iter(batch_size=1_000):
-        for values in zip(*(batch[name] for name in dataset.columns)):
-            row = dict(zip(dataset.columns, values))
+        for values in zip(*(batch[name] for name in columns)):
+            row = dict(zip(columns, values))
             counts["rows"] += 1
             for found in _pairs_of(dataset, part, split, row):
                 if isinstance(found, Unusable):
@@ -189,7 +190,7 @@ def _pairs_of(
 ) -> Iterator[tuple[Pair, bool] | Unusable]:
     """The pairs of a row, stripped, and whether that took anything away; or why there is none."""
     try:
-        if nothing := [name for name, value in row.items() if value is None]:
+        if nothing := [name for name in dataset.columns if row[name] is None]:
             raise Unusable("missing", f"there is nothing in {nothing[0]!r}")
         for pair in dataset.reader(row, part, split):
             yield _of_this_split(dataset, split, pair)

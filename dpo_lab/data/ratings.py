@@ -163,7 +163,7 @@ class Rating:
             right = self.choice is None and self.scores is not None
             return "" if right else "of one answer needs a score, and no choice"
         if self.choice not in get_args(Choice):
-            return "has a choice that is neither 'left', 'right' nor 'tie'"
+            return f"is wrong: choice is {self.choice!r}; it must be 'left', 'right' or 'tie'"
         if self.scores is not None and self.choice != preferred(*self.scores):
             return "prefers another answer than its scores"
         return ""

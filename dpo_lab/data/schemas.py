@@ -174,7 +174,7 @@ def read_shp(row: Mapping[str, Any], part: str, split: str) -> Iterator[Pair]:
         raise Unusable("odd", f"labels is {label}, against the scores {scores}")
     answers, best = [row["human_ref_A"], row["human_ref_B"]], 1 - label
     more = _scored(scores[best], scores[1 - best])
-    more |= {"score_ratio": row["score_ratio"], "source": row["domain"].rsplit("_", 1)[0]}
+    more |= {"score_ratio": row["score_ratio"], "source": (row["domain"] or "").rsplit("_", 1)[0]}
     yield Pair((("user", row["history"]),), answers[best], answers[1 - best], more)
 
 

@@ -37,6 +37,9 @@ RENAMED = {
     "retokenised": "retokenized",
 }
 
+# settings that earlier versions did not have, and what they did
+NEW = {"prompt": "prefix"}
+
 # what the two lanes of earlier versions meant
 LANES = {
     "laptop": {"device": "cpu", "model": "embedded", "reward": "tfidf"},
@@ -242,6 +245,7 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         return settings
 
     found, asked = flat(found), flat(asked)
+    found = {name: NEW[leaf] for name in asked if (leaf := name.split(".")[-1]) in NEW} | found
     changed = [name for name in sorted({*found, *asked}) if found.get(name) != asked.get(name)]
     names = [name for name in changed if not _same_place(found.get(name), asked.get(name))]
     return [f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked" for name in names]

@@ -5,6 +5,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class Ledger:
         self._lock = threading.Lock()
         self._file = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         try:
+            # synced at each answer, once where no other process is just opening it
+            self._file.execute("PRAGMA synchronous = FULL")
+            with suppress(sqlite3.OperationalError):
+                self._file.execute("PRAGMA journal_mode = WAL")
             with self._file:
                 self._file.execute(
                     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, body TEXT NOT NULL)"

@@ -44,8 +44,7 @@ from dpo_lab.loop import (
 from dpo_lab.models import lora
 from dpo_lab.sampling import reads_once, rows_on, sample_completions
 from dpo_lab.sentiment.task import (
-    FRONTIER_COMPLETIONS,
-    FRONTIER_PREFIXES,
+    FRONTIER,
     SNAPSHOT_PAIRS,
     prefixes_during,
 )
@@ -143,6 +142,8 @@ class Job:
     """held-out prefixes of the evaluations"""
     precision: str = "float32"
     """of sampling and training"""
+    frontier: tuple[int, int] = FRONTIER["prefix"]
+    """held-out prompts for the optimal frontier, and completions of each"""
     sft: CompletionBatch | None = None
     """a batch of SFT, where there is any"""
     sft_batches: int = 0
@@ -332,7 +333,7 @@ def completions_of(job: Job) -> Counts:
     # policy and reference score what the policy samples; before training they are one
     return Counts(
         drawn=len(job.prompts) * job.completions,
-        sampled=2 * n + min(FRONTIER_PREFIXES, n) * FRONTIER_COMPLETIONS,
+        sampled=2 * n + min(job.frontier[0], n) * job.frontier[1],
         sampled_during=during,
         scored=2 * n + during,
         scored_during=during + snapshots,

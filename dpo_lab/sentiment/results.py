@@ -300,3 +300,30 @@ def load_labels() -> dict[str, Any]:
     """
     found = json.loads((ASSETS / "labels.json").read_text(encoding="utf-8"))
     return found | {"recorded": RatingStore(ASSETS / "labels.jsonl")}
+
+
+def load_chat() -> dict[str, Any]:
+    """What DPO made of a chat model that summarizes reviews (benchmarks/chat.py), as it comes with
+    the package.
+
+    `rows` holds one row per seed: evaluations `before` and `after`, the mean probability of the
+    review's label `label_before` and `label_after`, `win_rates` of DPO against the model before, by
+    the `reward` and by that probability (`label`), the `metrics` of training, the first `samples`
+    (the review i is `load_imdb()["test"]["text"][i]`), and `seconds` by phase. The texts are a
+    model's: escape them before they are shown as HTML.
+    """
+    return json.loads((ASSETS / "chat.json").read_text(encoding="utf-8"))
+
+
+def load_win_rates() -> dict[str, Any]:
+    """Win rates over the sampling temperature (benchmarks/win_rates.py), as they come with the
+    package.
+
+    `rows` holds a win rate for each `source` of prompts ("imdb", "rotten_tomatoes"), `method`,
+    `temperature` and `judge`: its `rate` with the ends `low` and `high` of a 95% interval over all
+    prompts, the rates of the `seeds`, the `length_controlled` rate with its interval, the mean
+    number of `characters` of an answer, and the `distinct` fraction of its three-word sequences.
+    `differences` holds DPO's rate minus PPO's on the same prompts, `evaluations` reward and KL of
+    every policy, and `texts` some answers.
+    """
+    return json.loads((ASSETS / "win_rates.json").read_text(encoding="utf-8"))

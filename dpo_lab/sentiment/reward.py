@@ -1,7 +1,6 @@
 """The reward of the experiment: a sentiment classifier, from TF-IDF or from the hub."""
 
 import hashlib
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,14 +19,10 @@ from dpo_lab.engine.cpu import matmuls_by_onednn
 from dpo_lab.engine.distributed import gather_shards, local_shard
 from dpo_lab.engine.runs import atomic_write
 from dpo_lab.engine.structure import context_of
+from dpo_lab.engine.unpacked import cache_directory
 from dpo_lab.models import check_device, from_pretrained
 
 HUB_CLASSIFIER = "siebert/sentiment-roberta-large-english"
-
-
-def cache_directory() -> Path:
-    """Where fitted classifiers are kept: $DPO_LAB_CACHE, or ~/.cache/dpo-lab."""
-    return Path(os.path.expanduser(os.environ.get("DPO_LAB_CACHE") or "~/.cache/dpo-lab"))
 
 
 class SentimentReward:

@@ -39,7 +39,9 @@ from dpo_lab.models import load_model, save_policy
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment.cost import Job, Plan, fitting_prompts, measure_speed, plan_job
+from dpo_lab.sentiment.summaries import chat_prompt, dialogue_prompts, replies
 from dpo_lab.sentiment.task import (
+    FRONTIER,
     SNAPSHOT_PAIRS,
     Task,
     TaskConfig,
@@ -50,8 +52,14 @@ from dpo_lab.sentiment.task import (
 from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.train import DPOConfig, check_config, train_dpo
 
-# a run that is made to fit into some minutes has at least so many prefixes
-FEWEST_PREFIXES = 100
+# a run that is made to fit into some minutes has at least so many prefixes, or reviews
+FEWEST = {"prefix": 100, "summary": 16}
+
+# what the reward of each kind of prompt is called
+MEASURES = {"prefix": "P(positive)", "summary": "reward"}
+
+# questions off the task that are asked before and after
+DIALOGUES = 8
 
 # about the length of a prefix with its completion
 LABELED_LETTERS = 200
@@ -86,11 +94,18 @@ def _paper() -> DPOConfig:
     return DPOConfig(beta=0.1, batch_pairs=64, loop=loop)
 
 
+def _chat() -> DPOConfig:
+    """DPO of a chat model with adapters, in a few steps; settings by benchmarks/chat.py."""
+    loop = LoopConfig(learning_rate=5e-4, warmup_steps=2)
+    return DPOConfig(beta=0.1, batch_pairs=24, lora_rank=8, epochs=3, loop=loop)
+
+
 # what `--config` selects
 CONFIGS = {
     "laptop": ExperimentConfig(task_config("laptop"), _adapters()),
     "gpu": ExperimentConfig(task_config("gpu"), _adapters()),
     "paper": ExperimentConfig(task_config("paper"), _paper()),
+    "chat": ExperimentConfig(task_config("chat"), _chat()),
 }
 
 
@@ -112,6 +127,7 @@ def _job_of(config: ExperimentConfig, task: Task) -> Job:
         max_new_tokens=task.config.max_new_tokens,
         eval_prefixes=task.config.eval_prefixes,
         precision=task.precision,
+        frontier=FRONTIER[task.config.prompt],
         sft=sft_batch,
         sft_batches=sft_batches,
         reward=task.reward,
@@ -150,7 +166,7 @@ def _planned(
     begun = any((folder / "config.json").exists() for folder in (out, task.folder))
     if minutes is not None and not begun:
         left = 60 * minutes - (time.perf_counter() - began)
-        least = min(FEWEST_PREFIXES, len(job.prompts))
+        least = min(FEWEST[task.asked.prompt], len(job.prompts))
         n = from_main(partial(fitting_prompts, job, speed, left, least=least))
         if n < (full := len(job.prompts)):
             print0(
@@ -265,7 +281,9 @@ def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> d
 
     # what is kept
     save_policy(policy, task.tokenizer, out / "policy")
-    save_samples(out, before, after)
+    save_samples(out, before, after, measure=MEASURES[config.task.prompt])
+    if config.task.prompt == "summary":
+        save_dialogue(out, task, policy)
     save_figures(out, metrics, after, task.frontier)
     return {
         "before": before.summary(),
@@ -354,12 +372,47 @@ def evaluate(run: Path, *, eval_prefixes: int | None = None) -> dict[str, Any]:
 
 
 @checked
-def save_samples(out: Path | str, before: Evaluation, after: Evaluation, n: int = 20) -> None:
-    """Write `samples.md` into `out`: `n` completions before and after, side by side."""
-    rows = ["| before | P(positive) | after | P(positive) |", "|---|---|---|---|"]
+def save_samples(
+    out: Path | str,
+    before: Evaluation,
+    after: Evaluation,
+    n: int = 20,
+    *,
+    measure: str = MEASURES["prefix"],
+) -> None:
+    """Write `samples.md` into `out`: `n` completions before and after, side by side.
+
+    `measure` names the reward.
+    """
+    rows = [f"| before | {measure} | after | {measure} |", "|---|---|---|---|"]
     for b, rb, a, ra in list(zip(before.texts, before.rewards, after.texts, after.rewards))[:n]:
         rows.append(f"| {for_markdown(b)} | {rb:.2f} | {for_markdown(a)} | {ra:.2f} |")
     with atomic_write(out / "samples.md") as temporary:
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+@checked
+def save_dialogue(out: Path, task: Task, policy: torch.nn.Module, n: int = DIALOGUES) -> None:
+    """Write `dialogue.md` into `out`: greedy answers of both models to `n` questions off the task.
+
+    They show what training on summaries has changed elsewhere.
+    """
+    questions = dialogue_prompts()[:n]
+    prompts = [chat_prompt(task.tokenizer, question) for question in questions]
+    answers = [
+        replies(
+            model,
+            task.tokenizer,
+            prompts,
+            temperature=0,
+            max_new_tokens=task.config.max_new_tokens,
+        )
+        for model in (task.reference, policy)
+    ]
+    rows = ["| question | before | after |", "|---|---|---|"]
+    for question, (before,), (after,) in zip(questions, *answers):
+        rows.append("| " + " | ".join(map(for_markdown, (question, before, after))) + " |")
+    with atomic_write(out / "dialogue.md") as temporary:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 

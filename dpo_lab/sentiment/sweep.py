@@ -233,6 +233,11 @@ def check_frontier(config: FrontierConfig, runs: list[Run]) -> None:
             f"samples is {config.samples}; it must be at least {BEST_OF[-1]}, "
             f"for best-of-{BEST_OF[-1]}"
         )
+    if config.task.prompt != "prefix":
+        raise ValueError(
+            f"prompt is {config.task.prompt!r}; the sweep compares methods on prefixes of reviews, "
+            "so it must be 'prefix': give --config laptop, gpu or paper"
+        )
     if config.jobs is not None and config.jobs < 1:
         raise ValueError(f"jobs is {config.jobs}; it must be at least 1, or None")
     for run in runs:

@@ -9,6 +9,7 @@ A `Task` is opened once, in a folder. It loads what it needs on first use, and k
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from dpo_lab.sampling import sample_completions, sample_with_logps, texts_of
 from dpo_lab.sentiment.precision import measure_precision
 from dpo_lab.sentiment.reviews import load_imdb, sample_prefixes
 from dpo_lab.sentiment.reward import HUB_CLASSIFIER, SentimentReward
+from dpo_lab.sentiment.summaries import SummaryReward, short_reviews, summary_requests
 from dpo_lab.theory.frontier import OptimalFrontier, optimal_frontier
 from dpo_lab.train import DPOConfig, plan_prompts, train_sft
 
@@ -52,8 +54,8 @@ LONGEST_PREFIX = 8
 # rows per step of SFT, and the forward passes that a step is done in
 SFT_ROWS, SFT_ACCUMULATE = 64, 8
 
-# what the optimal frontier is estimated from: held-out prefixes, and completions of each
-FRONTIER_PREFIXES, FRONTIER_COMPLETIONS = 32, 64
+# what the optimal frontier is estimated from: held-out prompts, and completions of each
+FRONTIER = {"prefix": (32, 64), "summary": (8, 16)}
 
 # pairs whose log-ratios are kept at every evaluation of a run
 SNAPSHOT_PAIRS = 128
@@ -71,14 +73,17 @@ class TaskConfig:
     """"tfidf", or a sequence classifier: a folder or a hub id"""
     imdb: Literal["package", "hub"] = "package"
     """where the reviews come from"""
+    prompt: Literal["prefix", "summary"] = "prefix"
+    """beginnings of reviews to continue, or requests to a chat model to summarize a review"""
     prefixes: int = 7_500
-    """training reviews whose first 2 to 8 tokens are prompts"""
+    """training reviews whose first 2 to 8 tokens are prompts, or which are to be summarized"""
     completions: int = 4
     """completions sampled per prefix; 4 give 6 pairs"""
     max_new_tokens: int = 48
     """longest completion, in tokens"""
     eval_prefixes: int = 1_024
-    """held-out prefixes of the evaluation before and after; a quarter of them during training"""
+    """held-out prefixes, or reviews, of the evaluation before and after; a quarter of them during
+    training"""
     sft_epochs: int = 0
     """epochs of SFT on the training reviews; the embedded model has had them"""
     sft_learning_rate: float = 1e-5
@@ -99,11 +104,14 @@ TASKS = {
     "laptop": TaskConfig(),
     "gpu": TaskConfig(**LARGE),
     "paper": TaskConfig(**LARGE, imdb="hub", prefixes=25_000, sft_epochs=1),
+    "chat": TaskConfig(
+        model="smollm2", prompt="summary", prefixes=32, max_new_tokens=32, eval_prefixes=48
+    ),
 }
 
 
 def task_config(name: str = "laptop", **changes: Any) -> TaskConfig:
-    """The task of `--config laptop`, `gpu` or `paper`, with some fields changed.
+    """The task of `--config laptop`, `gpu`, `paper` or `chat`, with some fields changed.
 
     Raises:
         ValueError: there is no config of this name.
@@ -128,6 +136,11 @@ def check_task(config: TaskConfig) -> None:
         if (value := getattr(config, name)) < lowest:
             raise ValueError(f"{name} is {value}; it must be at least {lowest}")
     finite_positive("sft_learning_rate", config.sft_learning_rate)
+    if config.prompt == "summary" and config.sft_epochs:
+        raise ValueError(
+            f"sft_epochs is {config.sft_epochs} with prompt='summary'; SFT on reviews would make a "
+            "chat model forget to chat, so it must be 0"
+        )
 
 
 @checked
@@ -137,12 +150,14 @@ def located(config: TaskConfig) -> TaskConfig:
     Its record is read from other working directories.
     """
 
-    def place(name: str, own: str) -> str:
+    def place(name: str, *own: str) -> str:
         path = Path(name).expanduser()
-        return str(path.absolute()) if name != own and path.exists() else name
+        return str(path.absolute()) if name not in own and path.exists() else name
 
     return replace(
-        config, model=place(config.model, "embedded"), reward=place(config.reward, "tfidf")
+        config,
+        model=place(config.model, "embedded", "smollm2"),
+        reward=place(config.reward, "tfidf"),
     )
 
 
@@ -252,11 +267,15 @@ class Task:
         model = load_model(self.asked.model, device=self.asked.device)
         check_sampling(model, self.tokenizer)
 
-        most = context_of(model) - LONGEST_PREFIX - 1
+        longest, what = LONGEST_PREFIX + 1, f"a prefix of {LONGEST_PREFIX} tokens and BOS"
+        if self.asked.prompt == "summary":
+            longest = max(map(len, self.labels))
+            what = f"a request of {longest} tokens"
+        most = context_of(model) - longest
         if self.asked.max_new_tokens > most:
             raise ValueError(
-                f"max_new_tokens is {self.asked.max_new_tokens}; with a prefix of {LONGEST_PREFIX} "
-                f"tokens and BOS the model's context of {context_of(model)} allows at most {most}"
+                f"max_new_tokens is {self.asked.max_new_tokens}; with {what} the model's context "
+                f"of {context_of(model)} allows at most {most}"
             )
         return model
 
@@ -268,16 +287,19 @@ class Task:
             ValueError: fewer are held out than the evaluation asks for.
         """
         reviews = load_imdb(self.asked.imdb)
-        if self.asked.eval_prefixes > (held_out := len(reviews["test"])):
+        held_out, kind = len(reviews["test"]), "held-out"
+        if self.asked.prompt == "summary":
+            held_out, kind = len(short_reviews(reviews["test"])), "short held-out"
+        if self.asked.eval_prefixes > held_out:
             raise ValueError(
-                f"eval_prefixes is {self.asked.eval_prefixes}, and there are {held_out} held-out "
+                f"eval_prefixes is {self.asked.eval_prefixes}, and there are {held_out} {kind} "
                 "reviews; ask for at most as many"
             )
         return reviews
 
     @cached_property
     def reward(self) -> SentimentReward:
-        """P(positive) of a text."""
+        """P(positive) of a text: the reward of a review, and a part of that of a summary."""
         if self.asked.reward != "tfidf":
             return SentimentReward.hub(self.asked.reward, device=self.asked.device)
         reviews = self.reviews["train"]
@@ -340,15 +362,40 @@ class Task:
         return self.training_prefixes(self.asked.prefixes, self.asked.seed)
 
     def training_prefixes(self, n: int, seed: int) -> list[list[int]]:
-        """`n` prefixes of training reviews."""
-        return sample_prefixes(self.reviews["train"]["text"][:], self.tokenizer, n, seed=seed)
+        """`n` prefixes of training reviews, or requests to summarize them."""
+        return self._drawn_prompts("train", n, seed)
 
     @cached_property
     def held_out(self) -> list[list[int]]:
-        """Prefixes of held-out reviews, drawn with the task's seed."""
-        texts = self.reviews["test"]["text"][:]
-        n, seed = self.asked.eval_prefixes, self.asked.seed
-        return sample_prefixes(texts, self.tokenizer, n, seed=seed)
+        """Prefixes of held-out reviews, or requests, drawn with the task's seed."""
+        return self._drawn_prompts("test", self.asked.eval_prefixes, self.asked.seed)
+
+    def _drawn_prompts(self, part: str, n: int, seed: int) -> list[list[int]]:
+        """`n` prompts from the reviews of one side of the split."""
+        if self.asked.prompt == "summary":
+            return summary_requests(self.reviews[part], self.tokenizer, n, seed=seed).prompts
+        return sample_prefixes(self.reviews[part]["text"][:], self.tokenizer, n, seed=seed)
+
+    @cached_property
+    def labels(self) -> dict[tuple[int, ...], int]:
+        """The label of the review that a request asks to summarize, by the request's tokens."""
+        found = [summary_requests(part, self.tokenizer) for part in self.reviews.values()]
+        return {
+            tuple(prompt): int(label)
+            for requests in found
+            for prompt, label in zip(requests.prompts, requests.labels)
+        }
+
+    def rewards(self, prompts: list[list[int]], texts: Sequence[str]) -> np.ndarray:
+        """The rewards (N,) of N texts, each a prompt and its completion.
+
+        Of a review its P(positive), and of a summary `SummaryReward`.
+        """
+        if self.asked.prompt == "prefix":
+            return self.reward(texts)
+        asked = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        summaries = [text[len(request) :].strip() for request, text in zip(asked, texts)]
+        return SummaryReward(self.reward)(summaries, [self.labels[tuple(p)] for p in prompts])
 
     # what is made, and kept in the folder
 
@@ -426,10 +473,11 @@ class Task:
         self.load()
         samples = self.samples
         flat = [text for row in samples["texts"] for text in row]
+        owners = [prompt for prompt in samples["prompts"] for _ in range(self.asked.completions)]
         preferences = from_scores(
             samples["prompts"],
             samples["completions"],
-            self.reward(flat).reshape(len(samples["prompts"]), self.asked.completions),
+            self.rewards(owners, flat).reshape(-1, self.asked.completions),
             self.tokenizer,
             context=context_of(self.reference),
         )
@@ -458,12 +506,13 @@ class Task:
     def evaluate(
         self, policy: nn.Module, n: int | None = None, *, progress: str | None = None
     ) -> Evaluation:
-        """`evaluate_policy` on the first `n` held-out prefixes, or on all of them."""
+        """`evaluate_policy` on the first `n` held-out prompts, or on all of them."""
+        prompts = self.held_out[:n]
         return evaluate_policy(
             policy,
             self.reference,
-            self.held_out[:n],
-            self.reward,
+            prompts,
+            partial(self.rewards, prompts),
             self.tokenizer,
             max_new_tokens=self.asked.max_new_tokens,
             seed=self.asked.seed,
@@ -473,9 +522,9 @@ class Task:
 
     @cached_property
     def frontier(self) -> OptimalFrontier:
-        """The optimal reward-KL frontier, from reference completions of some held-out prefixes."""
-        some = self.held_out[:FRONTIER_PREFIXES]
-        scores, _ = self.score_reference(some, FRONTIER_COMPLETIONS, progress="optimal frontier")
+        """The optimal reward-KL frontier, from reference completions of some held-out prompts."""
+        n, k = FRONTIER[self.asked.prompt]
+        scores, _ = self.score_reference(self.held_out[:n], k, progress="optimal frontier")
         return optimal_frontier(scores, np.geomspace(10, 0.02, 40))
 
     def score_reference(
@@ -493,7 +542,8 @@ class Task:
             progress=progress,
         )
         texts = texts_of(self.tokenizer, prompts, completions)
-        scores = self.reward([text for row in texts for text in row])
+        owners = [prompt for prompt in prompts for _ in range(k)]
+        scores = self.rewards(owners, [text for row in texts for text in row])
         return scores.reshape(len(prompts), k), completions
 
     # the folder, and SFT

@@ -29,6 +29,7 @@ from dpo_lab.widgets.states import (
     gae_state,
     gradient_weight_state,
 )
+from dpo_lab.widgets.win_rates import prompts_explorer, prompts_state
 
 __all__ = [
     "CHOSEN_FILMS",
@@ -56,6 +57,8 @@ __all__ = [
     "landscape_explorer",
     "live_curves",
     "predict",
+    "prompts_explorer",
+    "prompts_state",
     "rating_widget",
     "training_explorer",
 ]

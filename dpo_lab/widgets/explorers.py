@@ -169,7 +169,7 @@ def beta_explorer(
         "Move beta from right to left: what does a smaller beta gain first, and how many nats "
         "does that cost?"
     )
-    return _explorer(show, Picture(blitted), {"beta": beta_slider()}, caption)
+    return explorer_of(show, Picture(blitted), {"beta": beta_slider()}, caption)
 
 
 def bandit_explorer(
@@ -197,7 +197,7 @@ def bandit_explorer(
             f"reference: {label}", float(reference[i]), 0.01, 1, 0.01
         )
     caption = "Raise every reward by the same amount: what changes, and what does not?"
-    return _explorer(show, Picture(blitted), sliders, caption)
+    return explorer_of(show, Picture(blitted), sliders, caption)
 
 
 @checked
@@ -234,7 +234,7 @@ def gradient_weight_explorer(
         "At a small beta every pair has weight one half. Which pairs keep their weight as beta "
         "grows?"
     )
-    return _explorer(show, Picture(blitted), {"beta": beta_slider(0.1)}, caption)
+    return explorer_of(show, Picture(blitted), {"beta": beta_slider(0.1)}, caption)
 
 
 def bradley_terry_explorer(
@@ -274,7 +274,7 @@ def bradley_terry_explorer(
     caption = (
         "Reach the minimum. Then raise every reward by one: why does the likelihood stay the same?"
     )
-    return _explorer(show, Picture(blitted), sliders, caption)
+    return explorer_of(show, Picture(blitted), sliders, caption)
 
 
 @checked
@@ -316,7 +316,7 @@ def training_explorer(run: Path | str) -> Explorer:
         "The margin grows. Does the chosen completion become more likely, or only the rejected "
         "one less likely?"
     )
-    return _explorer(show, Picture(blitted), sliders, caption, samples)
+    return explorer_of(show, Picture(blitted), sliders, caption, samples)
 
 
 def frontier_explorer(sweep: SweepResults | None = None) -> Explorer:
@@ -345,7 +345,7 @@ def frontier_explorer(sweep: SweepResults | None = None) -> Explorer:
 
     sliders = {"run": _selection("run", [(run.label, run) for run in runs], width="520px")}
     caption = "Which setting moves a method along the frontier, and which only away from it?"
-    return _explorer(show, Picture(blitted), sliders, caption, samples)
+    return explorer_of(show, Picture(blitted), sliders, caption, samples)
 
 
 def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -> Explorer:
@@ -388,7 +388,7 @@ def betas_explorer(runs: Mapping[float, Path | str], optimal: OptimalFrontier) -
         "At which betas do the gradient weights of the pairs go to zero, and at which do they "
         "stay? What does that do to the KL?"
     )
-    return _explorer(show, Picture(blitted), sliders, caption, samples)
+    return explorer_of(show, Picture(blitted), sliders, caption, samples)
 
 
 def gae_explorer(
@@ -429,7 +429,7 @@ def gae_explorer(
         lam, min=0, max=1, step=0.05, description="lambda", layout={"width": "420px"}
     )
     caption = "At lambda 0, which tokens are praised or blamed? And at lambda 1, for what?"
-    return _explorer(show, Picture(blitted), {"lam": slider}, caption)
+    return explorer_of(show, Picture(blitted), {"lam": slider}, caption)
 
 
 @dataclass(frozen=True)
@@ -518,7 +518,7 @@ def image_of(picture: Picture) -> widgets.Image:
     return widgets.Image(value=picture.png(), format="png", layout=layout)
 
 
-def _explorer(
+def explorer_of(
     show: Callable[..., str],
     picture: Picture,
     sliders: Mapping[str, widgets.Widget],

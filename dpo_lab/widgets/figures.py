@@ -40,7 +40,7 @@ def optimum_figure(
 
     A state has `policy` (n,), `kl` and `reward`; `kls` and `rewards` are the frontier's.
     """
-    figure, (left, right) = _wide(2)
+    figure, (left, right) = wide(2)
 
     # the two distributions
     shown, places = check_labels(labels, len(reference), "outcomes"), np.arange(len(labels))
@@ -65,7 +65,7 @@ def optimum_figure(
 
 def bandit_figure(labels: Sequence[str]) -> BlittedFigure:
     """Two distributions as bars; a state has `reference` and `policy`, (n,) each."""
-    figure, (axes,) = _wide(1)
+    figure, (axes,) = wide(1)
     places, none = np.arange(len(labels)), np.zeros(len(labels))
     before = axes.bar(places - 0.2, none, 0.4, color=OPTIMUM, label="reference")
     after = axes.bar(places + 0.2, none, 0.4, color=CHOSEN, label="optimum")
@@ -93,7 +93,7 @@ def comparisons_figure(
         observed: fraction won, for every two items that were compared.
         most: rewards reach from -`most` to `most`, in nats.
     """
-    figure, (left, right) = _wide(2)
+    figure, (left, right) = wide(2)
 
     # rewards; the fitted ones are redrawn only to stay in front of the bars
     places = np.arange(len(labels))
@@ -125,7 +125,7 @@ def pairs_figure(usual: Mapping[str, np.ndarray]) -> BlittedFigure:
     A state has `margins`, `losses`, `weights`, (P,) each, and the same of its `curve`. The limits
     are those of the curve `usual` as long as they hold the state.
     """
-    figure, panels = _wide(2)
+    figure, panels = wide(2)
     shown = [_pairs_on_curve(axes, name, usual) for axes, name in zip(panels, PAIRS)]
 
     def update(state: Mapping[str, Any]) -> None:
@@ -142,7 +142,7 @@ def run_figure(
 
     A state has `step`, and `chosen` and `rejected` (P,), log-ratios of at most `furthest` nats.
     """
-    figure, (left, right) = _wide(2)
+    figure, (left, right) = wide(2)
 
     # means over the run
     left.plot(steps, chosen, color=CHOSEN, label="chosen")
@@ -175,7 +175,7 @@ def sweep_figure(
     A state has `kl`, `reward` and `step`, a list each, and `target`: one of the `targets`, a KL in
     nats, or None.
     """
-    figure, (left, right) = _wide(2)
+    figure, (left, right) = wide(2)
     kls = [row["kl"] for row in rows]
 
     # every evaluation of every run, and the path of one
@@ -209,7 +209,7 @@ def betas_figure(
     The points of `paths` have `kl` and `reward`. A state has both, a list each, and what a state of
     `pairs_figure` has; `usual` is as there.
     """
-    figure, (left, right) = _wide(2)
+    figure, (left, right) = wide(2)
 
     # reward against KL
     _draw_optimal(left, optimal)
@@ -233,7 +233,7 @@ def betas_figure(
 
 def curves_figure(steps: int) -> BlittedFigure:
     """Loss and margin of a run during training; a state has `step`, `loss` and `margin`, lists."""
-    figure, (left, right) = _wide(2)
+    figure, (left, right) = wide(2)
     left.axhline(np.log(2), color=OPTIMUM, linestyle="--", label="log 2")
     (loss,) = left.plot([], [], color=POLICY, label="loss per pair (nats)")
     right.axhline(0, color=OPTIMUM, linewidth=0.8)
@@ -304,7 +304,7 @@ def gae_figure(
     return BlittedFigure(figure, [*bars], update)
 
 
-def _wide(panels: int) -> tuple[Figure, list[Any]]:
+def wide(panels: int) -> tuple[Figure, list[Any]]:
     """A figure as wide as a notebook's page, with panels side by side."""
     figure = Figure(figsize=(8.4, 3.4), dpi=90, layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
