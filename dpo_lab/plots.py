@@ -312,15 +312,22 @@ def plot_simplex(
 
 
 def plot_intervals(
-    labels: Sequence[str], low: Sequence[float], center: Sequence[float], high: Sequence[float]
+    labels: Sequence[str],
+    low: Sequence[float],
+    center: Sequence[float],
+    high: Sequence[float],
+    *,
+    title: str = "Estimates with intervals",
+    x_label: str = "reward (nats)",
+    goal: float = 0.0,
 ) -> Figure:
-    """Estimates with their intervals, one line each, the first at the top."""
+    """Estimates with their intervals, one line each, the first at the top; a line at `goal`."""
     low, center, high = floats("low", low), floats("center", center), floats("high", high)
-    figure, axes = _figure("Estimates with intervals", "", x="reward (nats)")
+    figure, axes = _figure(title, "", x=x_label)
     shown, places = check_labels(labels, len(center), "estimates"), np.arange(len(labels))[::-1]
     axes.hlines(places, low, high, color=POLICY)
     axes.plot(center, places, "o", color=POLICY)
-    axes.axvline(0, color=OPTIMUM, linewidth=0.8)
+    axes.axvline(goal, color=OPTIMUM, linewidth=0.8)
     axes.set_yticks(places, shown)
     return figure
 

@@ -137,6 +137,7 @@ def model(tiny):
 LONGEST = (
     "04b_ppo_on_a_language_model",
     "05_dpo_gpt2_imdb",
+    "06_preference_data",
     "07_win_rates",
     "00_start_here",
     "tests/test_browser.py",

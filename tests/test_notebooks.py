@@ -28,6 +28,15 @@ SMALL = {
         "beta_prefixes": 48,
         "beta_eval_prefixes": 16,
     },
+    "06_preference_data": {
+        "prefixes": 24,
+        "eval_prefixes": 24,
+        "sets": 1,
+        "epochs": 2,
+        "long": 2,
+        "learning_rate": 1e-4,
+        "frontier_completions": 4,
+    },
     "07_win_rates": {
         "prefixes": 48,
         "rollouts": 1,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_lab.assets import ASSETS
+from dpo_lab.data.ratings import RatingStore
 from dpo_lab.engine.arguments import checked, integer, number, one_of
 from dpo_lab.theory.frontier import OptimalFrontier
 
@@ -287,6 +288,18 @@ def load_goodhart() -> dict[str, Any]:
     first `texts`.
     """
     return json.loads((ASSETS / "goodhart.json").read_text(encoding="utf-8"))
+
+
+def load_labels() -> dict[str, Any]:
+    """What notebook 06 asks its reader to label (benchmarks/labels.py), and what was recorded in
+    place of a reader, as they come with the package.
+
+    `items` holds `pairs`, each a prompt with two completions of the embedded model, and `rated`,
+    each a prompt with five, all as texts and as token ids. `guidelines` go by number, `recorded` is
+    the `RatingStore` of the recorded labels, and `rater` and `note` say whose they are.
+    """
+    found = json.loads((ASSETS / "labels.json").read_text(encoding="utf-8"))
+    return found | {"recorded": RatingStore(ASSETS / "labels.jsonl")}
 
 
 def load_chat() -> dict[str, Any]:
