@@ -241,7 +241,7 @@ def test_smollm2_loads_from_its_package_and_writes_summaries():
     except PackageNotFoundError:
         pytest.skip("make chat")
     page = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names := {})
+    exec("\n".join(re.findall(r"^>>> (.*)", page, re.MULTILINE)), names := {})
     model, tokenizer = names["model"], names["tokenizer"]
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     requests = summary_requests(

@@ -274,8 +274,8 @@ class Task:
         most = context_of(model) - longest
         if self.asked.max_new_tokens > most:
             raise ValueError(
-                f"max_new_tokens is {self.asked.max_new_tokens}; with {what} the model's context "
-                f"of {context_of(model)} allows at most {most}"
+                f"max_new_tokens is {self.asked.max_new_tokens}; with {what} "
+                f"the model's context of {context_of(model)} allows at most {most}"
             )
         return model
 
