@@ -48,4 +48,4 @@ def test_the_commands_and_errors_of_the_page_are_those_of_the_code():
     for row in rows:
         for part in re.split(r" N\b| 1 |BertForMaskedLM|, ", row):
             assert part.strip() in source, part
-    assert len(rows) == 13
+    assert len(rows) == 15
