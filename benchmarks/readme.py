@@ -833,7 +833,13 @@ def exercises() -> str:
 
 def mistakes_origin(part: str) -> str:
     """Where one part of `benchmarks/mistakes.py` was measured."""
-    return _origin(mistake_tables.results()[part]["provenance"]).lstrip()
+    found = mistake_tables.results()[part]
+    origin = _origin(found["provenance"]).lstrip()
+    if part == "exact":
+        return origin
+    config = found["config"]
+    counts = f"{config['prefixes']} prompts with 4 completions each, {config['held_out']} held out."
+    return f"{counts} {origin}"
 
 
 BLOCKS = {

@@ -5,7 +5,8 @@
 Both sample from the embedded GPT-2 after short prompts, then from two random models after long
 ones: the embedded shape with a longer context, and a Llama of SmolLM2's shape (135M weights). There
 a third contender reads each prompt once per completion, as `sample_completions` does for short
-prompts. Writes benchmarks/results/sampling.json; --no-short or --no-long keeps that half.
+prompts; what counts there is the CPU time of one thread, which does not depend on what else runs.
+Writes benchmarks/results/sampling.json; --no-short or --no-long keeps that half.
 """
 
 import json
@@ -94,11 +95,13 @@ def by_dpo_lab(model, prompts: list[list[int]], config: SamplingConfig, seed: in
     return sum(len(ids) for row in rows for ids in row)
 
 
-def rate(sample: Callable[..., int], *arguments: Any, **options: Any) -> float:
+def rate(
+    sample: Callable[..., int], *arguments: Any, clock=time.perf_counter, **named: Any
+) -> float:
     """Completion tokens per second of a call."""
-    began = time.perf_counter()
-    tokens = sample(*arguments, **options)
-    return tokens / (time.perf_counter() - began)
+    began = clock()
+    tokens = sample(*arguments, **named)
+    return tokens / (clock() - began)
 
 
 def after_short_prompts(config: SamplingConfig) -> dict[str, Any]:
@@ -149,21 +152,25 @@ def random_model(shape: str) -> PreTrainedModel:
 
 
 def after_long_prompts(config: SamplingConfig) -> list[dict[str, Any]]:
-    """Tokens per second after long prompts, by each contender once, after a pass that warms up."""
-    found = []
+    """Tokens per CPU second after long prompts, by each contender, after a pass that warms up."""
+    found, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
     for shape, longest, n in LONG:
         model, rng = random_model(shape), random.Random(0)
         prompts = [
             [rng.randrange(1, 8_000) for _ in range(rng.randint(longest // 2, longest))]
             for _ in range(n)
         ]
+        task, timed = (model, prompts, config), {"clock": time.process_time}
         by_dpo_lab(model, prompts[:2], config, seed=1)
-        speeds = {"dpo_lab": rate(by_dpo_lab, model, prompts, config, seed=0)}
+
+        speeds = {"dpo_lab": rate(by_dpo_lab, *task, seed=0, **timed)}
         with mock.patch.object(sampling, "SHORT_PROMPT", longest):
-            speeds["prompt read K times"] = rate(by_dpo_lab, model, prompts, config, seed=0)
-        speeds["generate"] = rate(by_generate, model, prompts, config, rows=256)
+            speeds["prompt read K times"] = rate(by_dpo_lab, *task, seed=0, **timed)
+        speeds["generate"] = rate(by_generate, *task, rows=256, **timed)
         found.append({"shape": shape, "prompt_tokens": longest, "tokens_per_second": speeds})
         print(json.dumps(found[-1]))
+    torch.set_num_threads(threads)
     return found
 
 

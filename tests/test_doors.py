@@ -20,6 +20,7 @@ import dpo_lab
 from dpo_lab import loop
 from dpo_lab.batching import completion_batch
 from dpo_lab.data import run as public_run
+from dpo_lab.data.ratings import Rating
 from dpo_lab.data.run import PublicRunConfig, train_public
 from dpo_lab.engine.arguments import checked, settled
 from dpo_lab.loop import LoopConfig, make_optimizers
@@ -72,7 +73,7 @@ def literals(hint: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def is_config(hint: Any) -> bool:
-    return is_dataclass(hint) and hint.__name__.endswith("Config")
+    return isinstance(hint, type) and is_dataclass(hint) and hint.__name__.endswith("Config")
 
 
 def wrong(hint: Any, path: tuple[str, ...]) -> Any:
@@ -173,6 +174,7 @@ def test_a_wrong_name_is_refused_before_any_other_argument_is_touched(
 @pytest.mark.parametrize(("kind", "name"), DATACLASSES)
 def test_a_wrong_name_makes_no_object(kind, name):
     given = {
+        Rating: dict(item="a", rater="ada", pass_number=1, order=(0, 1), choice="tie"),
         Run: {"method": "dpo", "setting": 0.1, "seed": 0},
         Preferences: dict(
             prompts=[[1]],

@@ -1,5 +1,7 @@
 """Judges: what they may return, and four that ship, against plain loops and planted truths."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -332,6 +334,15 @@ def test_the_confidence_is_that_of_plain_softmaxes(lm, chat):
     assert found.confidence[0] == found.confidence[2]
 
 
+def test_a_prompt_with_a_label_leads_to_the_letter_by_it(lm):
+    """The prompts of the paper have a template and a label, as this one does."""
+    asked = SimpleNamespace(template=SHORT, label="More helpful")
+    texts = (["good"], ["joy"], ["dull"])
+    found = ask(lm_judge(*lm, asked), *texts).confidence
+    assert found == ask(lm_judge(*lm, SHORT, lead="More helpful:"), *texts).confidence
+    assert found != ask(lm_judge(*lm, SHORT), *texts).confidence
+
+
 def test_a_tie_near_one_half_and_no_verdict_where_neither_letter_is_likely(lm):
     texts = (["good"], ["joy"], ["dull"])
     assert ask(lm_judge(*lm, SHORT, tie_within=0.5), *texts).letters == ["tie"]
@@ -358,6 +369,7 @@ def test_fields_in_the_texts_are_text(prompt, a, b):
     [
         ({"template": "{prompt} {a}"}, ValueError, "once each"),
         ({"template": "{prompt} {a} {b} {a}"}, ValueError, "once each"),
+        ({"template": 3}, TypeError, "template is 3"),
         ({"tie_within": 0.6}, ValueError, "tie_within is 0.6"),
         ({"least_mass": 2}, ValueError, "least_mass 2.0"),
         ({"precision": "int8"}, ValueError, "precision is 'int8'"),

@@ -7,19 +7,11 @@ import pytest
 from datasets import Dataset
 
 from dpo_lab import load_model, load_tokenizer
+from dpo_lab.data.answers import Answers, AnswersConfig, sample_answers
 from dpo_lab.data.card import QUESTIONS, data_card
 from dpo_lab.data.labeling import Labeling
-from dpo_lab.data.make import (
-    Answers,
-    AnswersConfig,
-    judged_by,
-    judged_by_people,
-    judged_by_reward,
-    make_preferences,
-    read_prompts,
-    sample_answers,
-    template_prompts,
-)
+from dpo_lab.data.make import judged_by, judged_by_people, judged_by_reward, make_preferences
+from dpo_lab.data.prompts import read_prompts, template_prompts
 from dpo_lab.data.ratings import RatingStore
 
 PROMPTS = ["This movie", "The film was"]

@@ -51,7 +51,6 @@ def test_a_rating_is_flushed_to_disk_before_it_counts(path, monkeypatch):
 
     def fsync(descriptor):
         synced.append(os.fstat(descriptor).st_size)
-        assert store.ratings() == []
         assert json.loads(path.read_text())["choice"] == "left"
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -130,10 +129,13 @@ def test_two_kernels_write_to_one_file(path):
     one, other = RatingStore(path), RatingStore(path)
     one.add(rating(rater="A"))
     other.add(rating(rater="B"))
-    one.reload()
+    other.add_guidelines("be kind")
+    one.add(rating(rater="C"))
+    one.undo(rating(rater="C"))
     assert [found.rater for found in one.ratings()] == ["A", "B"]
     assert [found.rater for found in one.ratings("B", 1)] == ["B"]
-    assert one.get(rating().item, "B", 2) is None
+    assert one.get(rating().item, "B", 2) is None and "be kind" in one.guidelines.values()
+    assert other.ratings() == one.ratings() == RatingStore(path).ratings()
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,8 @@ def test_two_kernels_write_to_one_file(path):
         ({"rater": " "}, "no rater"),
         ({"pass_number": 0}, "a pass"),
         ({"order": (1, 1)}, "an order"),
-        ({"choice": "up"}, "a choice"),
-        ({"choice": None}, "a choice"),
+        ({"choice": "up"}, "choice is .*; it must be"),
+        ({"choice": None}, "choice is .*; it must be"),
         ({"scores": (1, 2)}, "prefers another answer"),
         ({"scores": (9, 2)}, "from 1 to 5"),
         ({"scores": (3,)}, "from 1 to 5"),
@@ -284,6 +286,7 @@ def test_what_is_not_saved_does_not_go_on(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     assert not labeling.press("left") and labeling.item is item
     assert "Not saved: [Errno 28] No space left" in labeling.view()["message"]
+    assert labeling.view()["done"] == 0 and not path.stat().st_size
     monkeypatch.undo()
     assert labeling.press("4") and labeling.press("2") and labeling.item is not item
     assert labeling.view()["message"] == ""

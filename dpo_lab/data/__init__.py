@@ -20,21 +20,18 @@ if TYPE_CHECKING:
         raw_agreement,
         seconds_per_item,
     )
+    from dpo_lab.data.answers import Answers, AnswersConfig, Origin, sample_answers
     from dpo_lab.data.card import data_card
     from dpo_lab.data.catalog import DATASETS, DataSet, find_dataset
     from dpo_lab.data.labeling import Labeling
     from dpo_lab.data.make import (
-        Answers,
-        AnswersConfig,
         MadePreferences,
         judged_by,
         judged_by_people,
         judged_by_reward,
         make_preferences,
-        read_prompts,
-        sample_answers,
-        template_prompts,
     )
+    from dpo_lab.data.prompts import read_prompts, template_prompts
     from dpo_lab.data.public import Loaded, LoadReport, load_preferences
     from dpo_lab.data.rated_pairs import RatedPairs, choices_of, scores_of, to_pairs, to_rows
     from dpo_lab.data.ratings import Item, Rating, RatingStore, as_items
@@ -52,6 +49,7 @@ __all__ = [
     "Loaded",
     "MadePreferences",
     "Measured",
+    "Origin",
     "PositionBias",
     "PublicRunConfig",
     "RatedPairs",
@@ -96,6 +94,7 @@ _NAMES = {
         "raw_agreement",
         "seconds_per_item",
     ),
+    "answers": ("Answers", "AnswersConfig", "Origin", "sample_answers"),
     "card": ("data_card",),
     "catalog": (
         "DATASETS",
@@ -104,17 +103,13 @@ _NAMES = {
     ),
     "labeling": ("Labeling",),
     "make": (
-        "Answers",
-        "AnswersConfig",
         "MadePreferences",
         "judged_by",
         "judged_by_people",
         "judged_by_reward",
         "make_preferences",
-        "read_prompts",
-        "sample_answers",
-        "template_prompts",
     ),
+    "prompts": ("read_prompts", "template_prompts"),
     "public": (
         "LoadReport",
         "Loaded",

@@ -5,10 +5,12 @@ preferred. Two answers may be rated instead: then the higher rating is preferred
 are a tie. Items are named by a hash of their texts, so no rating passes to a text that was changed.
 """
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -161,7 +163,7 @@ class Rating:
             right = self.choice is None and self.scores is not None
             return "" if right else "of one answer needs a score, and no choice"
         if self.choice not in get_args(Choice):
-            return "has a choice that is neither 'left', 'right' nor 'tie'"
+            return f"is wrong: choice is {self.choice!r}; it must be 'left', 'right' or 'tie'"
         if self.scores is not None and self.choice != preferred(*self.scores):
             return "prefers another answer than its scores"
         return ""
@@ -216,13 +218,14 @@ class RatingStore:
         return f"RatingStore({str(self.path)!r}, {len(self._held)} ratings{skipped})"
 
     def reload(self) -> None:
-        """Read the file again, with what other kernels have added."""
+        """Read the file again; `ratings` and `get` do so when it has grown."""
         self._held: dict[tuple[str, str, int], Rating] = {}
         self.guidelines: dict[str, str] = {}
         """texts of the guidelines by hash, oldest first"""
         self.damaged: tuple[int, ...] = ()
         """numbers of the lines that were skipped, from 1 on"""
         text = self.path.read_bytes() if self.path.exists() else b""
+        self._size = len(text)
         lines, foreign = text.split(b"\n"), []
         for number, line in enumerate(lines, 1):
             if line.strip() and not self._read(line):
@@ -236,6 +239,7 @@ class RatingStore:
 
     def ratings(self, rater: str | None = None, pass_number: int | None = None) -> list[Rating]:
         """The ratings that hold, in the order in which they were given."""
+        self._catch_up()
         return [
             rating
             for rating in self._held.values()
@@ -244,6 +248,7 @@ class RatingStore:
 
     def get(self, item: str, rater: str, pass_number: int) -> Rating | None:
         """What a rater said of the item with this key in this pass, or None."""
+        self._catch_up()
         return self._held.get((item, rater, pass_number))
 
     def add(self, rating: Rating) -> None:
@@ -280,15 +285,30 @@ class RatingStore:
         """Add a line, wait until it is on disk, and take it in."""
         line = json.dumps(event).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
+        # without a buffer, which would write once more when the file is closed
+        with open(self.path, "ab+", buffering=0) as file:
             # a line that was cut off ends here
             if end := file.seek(0, os.SEEK_END):
                 file.seek(end - 1)
                 line = line if file.read(1) == b"\n" else b"\n" + line
-            file.write(line + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._read(line.strip())
+            try:
+                if file.write(line + b"\n") <= len(line):
+                    raise OSError(errno.ENOSPC, f"no space left to write {self.path}")
+                os.fsync(file.fileno())
+            except OSError:
+                # nothing of it counts, not even where only fsync failed
+                with suppress(OSError):
+                    os.truncate(self.path, end)
+                raise
+        if end == self._size:
+            self._read(line.strip())
+            self._size += len(line) + 1
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Read the file again where others have written to it."""
+        if (self.path.stat().st_size if self.path.exists() else 0) != self._size:
+            self.reload()
 
     def _read(self, line: bytes) -> bool:
         """Take in a line; False where it is damaged."""

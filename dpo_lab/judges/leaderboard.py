@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from dpo_lab.engine.arguments import floats, integers, number
+from dpo_lab.engine.arguments import checked, floats, integers, number
 from dpo_lab.judges.intervals import LEVEL, Estimate, normal_quantile
 from dpo_lab.judges.rates import Order, WinRate, win_rates
 from dpo_lab.judges.simple import sigmoid
@@ -60,6 +60,7 @@ class ModelRatings:
         return Estimate(value, value - half, value + half)
 
 
+@checked
 def ratings_of_models(
     judge: Judge,
     prompts: Sequence[str],

@@ -27,9 +27,9 @@ FIELDS = ("prompt", "a", "b")
 def lm_judge(
     model: nn.Module,
     tokenizer: Any,
-    template: str = TEMPLATE,
+    template: Any = TEMPLATE,
     *,
-    lead: str = "Preferred:",
+    lead: str | None = None,
     tie_within: float = 0.0,
     least_mass: float = 0.0,
     precision: Precision = "float32",
@@ -44,17 +44,22 @@ def lm_judge(
     Args:
         model: a Hugging Face causal LM.
         tokenizer: its own.
-        template: the question, with {prompt}, {a} and {b} once each.
-        lead: what the letter follows.
+        template: the question, with {prompt}, {a} and {b} once each: a text, or a prompt of
+            `judges.prompts`, such as the paper's `SIMPLE` and `CONCISE`. No comparison is written
+            first, which those ask for: the letter is scored at once.
+        lead: what the letter follows; by default the label of the prompt and a colon, and
+            "Preferred:" after a text.
         tie_within: a tie where the confidence differs from 1/2 by no more than this.
         least_mass: no verdict ("prose") where P(A) + P(B) is below this, since the model would say
             something else; by default every pair gets one.
         precision: of the computation.
 
     Raises:
-        ValueError, TypeError: a field is missing from the template, or a number is out of range;
-            when asked: a text is longer than the model's context.
+        ValueError, TypeError: a field is missing from the template or stands there twice, or a
+            number is out of range; when asked: a text is longer than the model's context.
     """
+    lead = f"{getattr(template, 'label', 'Preferred')}:" if lead is None else lead
+    template = getattr(template, "template", template)
     _check_template(template)
     tie_within, least_mass = number("tie_within", tie_within), number("least_mass", least_mass)
     if not (0 <= tie_within <= 0.5 and 0 <= least_mass <= 1):
@@ -77,6 +82,7 @@ def lm_judge(
     return judge
 
 
+@checked
 def letter_logps(
     model: nn.Module,
     tokenizer: Any,
@@ -135,6 +141,11 @@ def _asked(tokenizer: Any, question: str, lead: str) -> str:
 
 def _check_template(template: str) -> None:
     """Raise ValueError unless each field stands in the template once."""
+    if not isinstance(template, str):
+        raise TypeError(
+            f"template is {template!r} ({type(template).__name__}); it must be a text or a prompt "
+            "of judges.prompts"
+        )
     found = re.findall(r"\{(prompt|a|b)\}", template)
     if sorted(found) != sorted(FIELDS):
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dpo_lab.engine.arguments import floats, integer, token_lists
+from dpo_lab.engine.arguments import checked, floats, integer, token_lists
 from dpo_lab.judges.rates import Answers, Order, WinRate, win_rates
 from dpo_lab.judges.verdicts import Judge, check_texts
 
@@ -39,6 +39,7 @@ class TemperatureSweep:
         ]
 
 
+@checked
 def temperature_sweep(
     policies: Mapping[str, Sampler],
     prompts: Sequence[str],
