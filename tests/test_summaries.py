@@ -224,8 +224,11 @@ def test_the_shipped_record_is_of_the_config_and_holds_whole_samples():
     config["task"]["precision"] = "float32"
     assert found["config"] == config
     for row in found["rows"]:
+        # as docs/chat.md says
+        rates = row["win_rates"]
+        assert rates["reward"]["low"] > 0.5 > rates["label"]["low"]
         assert row["before"]["kl"] == 0 < row["after"]["kl"]
-        assert sum(row["win_rates"]["reward"]["counts"]) == config["task"]["eval_prefixes"]
+        assert sum(rates["reward"]["counts"]) == config["task"]["eval_prefixes"]
         for sample in row["samples"]:
             assert 0 <= sample["review"] < HELD_OUT and sample["label"] in (0, 1)
             assert sample["reward_after"] <= brevity(sample["after"])
@@ -241,7 +244,7 @@ def test_smollm2_loads_from_its_package_and_writes_summaries():
     except PackageNotFoundError:
         pytest.skip("make chat")
     page = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names := {})
+    exec("\n".join(re.findall(r"^>>> (.*)", page, re.MULTILINE)), names := {})
     model, tokenizer = names["model"], names["tokenizer"]
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     requests = summary_requests(

@@ -144,6 +144,8 @@ class Job:
     """of sampling and training"""
     frontier: tuple[int, int] = FRONTIER["prefix"]
     """held-out prompts for the optimal frontier, and completions of each"""
+    snapshot_pairs: int = SNAPSHOT_PAIRS["prefix"]
+    """pairs whose completions are scored at every evaluation"""
     sft: CompletionBatch | None = None
     """a batch of SFT, where there is any"""
     sft_batches: int = 0
@@ -328,7 +330,7 @@ def completions_of(job: Job) -> Counts:
 
     # snapshots are taken at step 0, too
     pairs = len(job.prompts) * comb(job.completions, 2)
-    snapshots = (evaluations + 1) * 2 * min(SNAPSHOT_PAIRS, pairs)
+    snapshots = (evaluations + 1) * 2 * min(job.snapshot_pairs, pairs)
 
     # policy and reference score what the policy samples; before training they are one
     return Counts(

@@ -128,6 +128,7 @@ def _job_of(config: ExperimentConfig, task: Task) -> Job:
         eval_prefixes=task.config.eval_prefixes,
         precision=task.precision,
         frontier=FRONTIER[task.config.prompt],
+        snapshot_pairs=SNAPSHOT_PAIRS[task.config.prompt],
         sft=sft_batch,
         sft_batches=sft_batches,
         reward=task.reward,
@@ -251,10 +252,11 @@ def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> d
     preferences = task.preferences
     task.check_reference()
     preferences = preferences.with_reference(task.reference, precision=task.precision)
+    pairs = SNAPSHOT_PAIRS[config.task.prompt]
 
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
         result = _evaluation(task, model, prefixes_during(len(task.held_out))) if step else before
-        save_snapshot(out, step, model, preferences, result)
+        save_snapshot(out, step, model, preferences, result, pairs=pairs)
         return_freed_memory()
         return {
             "reward": result.reward,
@@ -424,7 +426,7 @@ def save_snapshot(
     preferences: Preferences,
     result: Evaluation,
     *,
-    pairs: int = SNAPSHOT_PAIRS,
+    pairs: int = SNAPSHOT_PAIRS["prefix"],
     texts: int = 8,
 ) -> None:
     """Add a line to `snapshots.jsonl`, in place of any from this step on: what the explorers of a

@@ -58,7 +58,7 @@ SFT_ROWS, SFT_ACCUMULATE = 64, 8
 FRONTIER = {"prefix": (32, 64), "summary": (8, 16)}
 
 # pairs whose log-ratios are kept at every evaluation of a run
-SNAPSHOT_PAIRS = 128
+SNAPSHOT_PAIRS = {"prefix": 128, "summary": 16}
 
 
 @dataclass(frozen=True)
