@@ -249,11 +249,9 @@ class DPOObjective(PairObjective):
         used = np.unique(np.concatenate(list(sides.values())))
         reference = np.zeros(len(preferences.completions))
         reference[used] = preferences.reference_logps[used]
-        check_finite(
-            "reference_logps",
-            torch.from_numpy(reference),
-            {name: torch.from_numpy(index) for name, index in sides.items()},
-        )
+        if not np.isfinite(reference).all():
+            tensors = {name: torch.from_numpy(index) for name, index in sides.items()}
+            check_finite("reference_logps", torch.from_numpy(reference), tensors)
 
     def loss(self, score: Score, micro: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss of the pairs, and sums of what is logged."""
