@@ -70,7 +70,7 @@ def test_the_table_names_enough_mistakes_and_each_in_full():
     assert set(mistakes()) == set(EXERCISES)
     slips = [slip for some in mistakes().values() for one in some.values() for slip in one.values()]
     assert len(slips) >= 130
-    assert all(slip.name and slip.says.endswith(".") and slip.hint[-1] in ".?" for slip in slips)
+    assert all(slip.name and slip.says.endswith(".") and slip.hint.endswith("?") for slip in slips)
     for name, switches in mistakes().items():
         assert sum(map(len, switches.values())) >= 5, name
 

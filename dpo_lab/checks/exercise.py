@@ -25,7 +25,7 @@ class Slip(NamedTuple):
     says: str
     """what the numbers show"""
     hint: str
-    """a question or a fact that leads to the place without giving the answer"""
+    """a question that leads to the place without giving the answer"""
     source: str
     """where the mistake was seen in public; empty where it was not"""
 
