@@ -61,7 +61,7 @@ class Item:
 
 
 def as_items(items: Iterable[Any]) -> list[Item]:
-    """Items from `Item`s, tuples (prompt, answer) or (prompt, one, other), or mappings.
+    """Items from `Item` objects, tuples (prompt, answer) or (prompt, one, other), or mappings.
 
     A mapping has `prompt`, and `answers` or `completions`, a text or a list of one or two.
 

@@ -96,7 +96,7 @@ def biased_judge(
 
     Raises:
         ValueError, TypeError: the probability would leave [0, 1] for some pair, that is
-            |accuracy - 1/2| + |position_bias| + |length_bias| > 1/2.
+            the distances of accuracy from 1/2 and of both biases from 0 exceed 1/2 together.
     """
     accuracy, position_bias = number("accuracy", accuracy), number("position_bias", position_bias)
     length_bias, seed = number("length_bias", length_bias), integer("seed", seed)

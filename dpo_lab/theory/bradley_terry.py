@@ -24,7 +24,7 @@ class BradleyTerryFit:
     rewards: np.ndarray
     """(n,) nats, with mean 0, since comparisons say nothing about a common shift"""
     covariance: np.ndarray
-    """(n, n) of the rewards: the pseudo-inverse of the Fisher information"""
+    """(n, n) of the rewards, the pseudo-inverse of the Fisher information"""
     nll: float
     """nats per comparison or ranking, at the fit"""
 

@@ -66,7 +66,7 @@ def rating_widget(
     last one stopped. Texts are shown as text, whatever is in them.
 
     Args:
-        items: (prompt, one answer, the other), (prompt, answer), mappings, or `Item`s.
+        items: (prompt, one answer, the other), (prompt, answer), mappings, or `Item` objects.
         store: a `RatingStore`, or the path of its file, such as "ratings.jsonl".
         rater: name or initials of who rates.
         pass_number: 2 to rate the same items again, for the agreement with oneself.
