@@ -171,6 +171,7 @@ OF_EACH_NUMBER = {
         "Which sign should the first of them have?",
         np.negative,
     ),
+    # exponentials and logarithms
     "result exponentiated": (
         "An exponential is taken at the end.",
         "Is a logarithm asked for, or what it is the logarithm of?",
@@ -186,6 +187,7 @@ OF_EACH_NUMBER = {
         "Is there a logarithm around the whole formula?",
         np.log1p,
     ),
+    # powers and factors
     "result squared": (
         "They are squared at the end.",
         "Is there a square in the formula?",
@@ -201,6 +203,7 @@ OF_EACH_NUMBER = {
         "Is there a factor of one half in the formula?",
         lambda x: x / 2,
     ),
+    # something added, or the sign lost
     "1 added": ("1 is added to the result.", "Where does the 1 come from?", lambda x: x + 1),
     "1 subtracted": (
         "1 is subtracted from the result.",

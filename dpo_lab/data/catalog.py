@@ -96,6 +96,7 @@ SUBREDDITS = (
 ).split()
 
 _ALL = (
+    # summaries of Reddit posts
     DataSet(
         name="tldr",
         hub="openai/summarize_from_feedback",
@@ -121,6 +122,7 @@ _ALL = (
         dialogue=False,
         beta=BETA_SUMMARIES,
     ),
+    # the same summaries, as TRL prepared them
     DataSet(
         name="tldr-trl",
         hub="trl-lib/tldr-preference",
@@ -143,6 +145,7 @@ _ALL = (
         dialogue=False,
         beta=BETA_SUMMARIES,
     ),
+    # conversations with an assistant
     DataSet(
         name="hh",
         hub="Anthropic/hh-rlhf",
@@ -162,6 +165,7 @@ _ALL = (
         },
         default="all",
     ),
+    # answers with quotes from the web
     DataSet(
         name="webgpt",
         hub="openai/webgpt_comparisons",
@@ -178,6 +182,7 @@ _ALL = (
         default="",
         revision=PARQUET,
     ),
+    # comments that voters preferred
     DataSet(
         name="shp",
         hub="stanfordnlp/SHP",
@@ -204,6 +209,7 @@ _ALL = (
         },
         default="all",
     ),
+    # answers by people and by ChatGPT
     DataSet(
         name="hc3",
         hub="Hello-SimpleAI/HC3",
@@ -223,6 +229,7 @@ _ALL = (
         },
         default=None,
     ),
+    # answers of many models, judged by GPT-4
     DataSet(
         name="ultrafeedback",
         hub="HuggingFaceH4/ultrafeedback_binarized",
@@ -240,6 +247,7 @@ _ALL = (
         },
         default="",
     ),
+    # the same answers, as TRL prepared them
     DataSet(
         name="ultrafeedback-trl",
         hub="trl-lib/ultrafeedback_binarized",
