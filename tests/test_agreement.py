@@ -90,13 +90,6 @@ def test_kappas_and_raw_agreement_are_those_of_plain_loops_and_scikit_learn(tabl
         assert found.value == pytest.approx((agree - chance) / (1 - chance))
 
 
-def test_kappa_is_that_of_statsmodels():
-    inter_rater = pytest.importorskip("statsmodels.stats.inter_rater")
-    table = np.random.default_rng(0).integers(3, size=(40, 4))
-    counts, _ = inter_rater.aggregate_raters(table)
-    assert fleiss_kappa(table, **FEW).value == pytest.approx(inter_rater.fleiss_kappa(counts))
-
-
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     generator, covered = np.random.default_rng(0), 0
     for seed in range(60):

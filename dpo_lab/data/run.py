@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.data.catalog import find_dataset
 from dpo_lab.data.public import Style, load_preferences
-from dpo_lab.engine.arguments import checked, finite_positive
+from dpo_lab.engine.arguments import at_least, checked, finite_positive
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.cpu import return_freed_memory
 from dpo_lab.engine.distributed import print0, setup
@@ -95,9 +95,7 @@ def check_public_run(config: PublicRunConfig) -> None:
         "sft_epochs": 0,
         "seed": 0,
     }
-    for name, lowest in least.items():
-        if (value := getattr(config, name)) < lowest:
-            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+    at_least(config, least)
     finite_positive("sft_learning_rate", config.sft_learning_rate)
 
 

@@ -49,6 +49,13 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def at_least(config: Any, least: Mapping[str, int]) -> None:
+    """Raise ValueError for a field of `config` that is below its least value."""
+    for name, lowest in least.items():
+        if (value := getattr(config, name)) < lowest:
+            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+
+
 def finite_positive(name: str, value: Any) -> float:
     """`value` as a float that is positive and finite."""
     found = number(name, value)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dpo_lab.batching import CompletionBatch, completion_batch, pack, whole_documents
-from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.arguments import at_least, checked
 from dpo_lab.engine.distributed import setup
 from dpo_lab.engine.records import require_free
 from dpo_lab.engine.runs import (
@@ -164,9 +164,7 @@ def check_pretrain(config: PretrainConfig) -> None:
         "steps": 1,
         "seed": 0,
     }
-    for name, lowest in least.items():
-        if (value := getattr(config, name)) < lowest:
-            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+    at_least(config, least)
     if config.width % config.heads:
         raise ValueError(
             f"width is {config.width} and heads {config.heads}; width must be a multiple of heads, "

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_lab.batching import CompletionBatch, completion_batch, pack
-from dpo_lab.engine.arguments import checked, finite_positive
+from dpo_lab.engine.arguments import at_least, checked, finite_positive
 from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.cpu import return_freed_memory
 from dpo_lab.engine.distributed import from_main, print0, setup
@@ -132,9 +132,7 @@ def check_task(config: TaskConfig) -> None:
         "sft_epochs": 0,
         "seed": 0,
     }
-    for name, lowest in least.items():
-        if (value := getattr(config, name)) < lowest:
-            raise ValueError(f"{name} is {value}; it must be at least {lowest}")
+    at_least(config, least)
     finite_positive("sft_learning_rate", config.sft_learning_rate)
     if config.prompt == "summary" and config.sft_epochs:
         raise ValueError(
