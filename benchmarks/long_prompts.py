@@ -131,9 +131,12 @@ def measure(model: PreTrainedModel, point: Point, completion_tokens: int) -> dic
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for _ in range(1 + point.repeats):
         for name, without in CONTENDERS.items():
-            share = mock.patch.object(batching, "SHARE_FROM", without.get("SHARE_FROM", 0.0))
+            share = without.get("SHARE_FROM", batching.SHARE_FROM)
             long = without.get("LONG_ROW", logprobs.LONG_ROW)
-            with share, mock.patch.object(logprobs, "LONG_ROW", long):
+            with (
+                mock.patch.object(batching, "SHARE_FROM", share),
+                mock.patch.object(logprobs, "LONG_ROW", long),
+            ):
                 turns[name].append(once(model, tokens))
 
     found = {}
@@ -160,7 +163,7 @@ def main(config: LongPromptsConfig) -> None:
         if any(row | asdict(point) == row for row in rows):
             continue
         if shape != point.shape:
-            model, shape = random_model(point.shape), point.shape
+            model, shape = random_model(point.shape, 2_048), point.shape
             for parameter in model.parameters():  # so that no pass is the first to make them
                 parameter.grad = torch.zeros_like(parameter)
         rows.append(measure(model, point, config.completion_tokens))

@@ -1,4 +1,4 @@
-"""Long rows that share a prompt, attention part by part: exact, linear in memory, in every family."""
+"""Attention of long rows that share a prompt: exact in every family, in linear memory."""
 
 import random
 
