@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "sampling.json"
 
 
 # what a model is asked for after a long prompt: (shape, longest prompt, prompts)
-LONG = (("embedded", 128, 64), ("embedded", 512, 64), ("135M", 128, 16), ("135M", 512, 8))
+LONG = (("embedded", 128, 64), ("embedded", 512, 64), ("135M", 128, 8), ("135M", 512, 8))
 
 
 @dataclass(frozen=True)
