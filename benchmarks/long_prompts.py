@@ -7,8 +7,8 @@ sharing it part by part (`dpo_lab/engine/prompt_rows.py`). The three take turns 
 random models: the embedded shape with a longer context, and a Llama of SmolLM2's shape (135M
 weights), once. Time is the CPU time of one thread, which depends little on what else runs; wall
 time is kept beside it. Memory is what is saved for the backward pass, and how much the process
-grows. Writes benchmarks/results/long_prompts.json; points that are there already at this commit
-are kept. About 6 minutes of one core.
+grows. Writes benchmarks/results/long_prompts.json after each point, and keeps those that are there:
+delete the file to measure again. About 7 minutes of one core.
 """
 
 import gc
@@ -153,10 +153,8 @@ def main(config: LongPromptsConfig) -> None:
     torch.set_num_threads(1)
     origin = provenance()
 
-    # what is there from this commit
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    same = kept.get("provenance", {}).get("commit") == origin["commit"]
-    rows = kept["points"] if same else []
+    # what is there already
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["points"] if RESULTS.exists() else []
 
     model, shape = None, ""
     for point in points(config):
@@ -166,7 +164,7 @@ def main(config: LongPromptsConfig) -> None:
             model, shape = random_model(point.shape, 2_048), point.shape
             for parameter in model.parameters():  # so that no pass is the first to make them
                 parameter.grad = torch.zeros_like(parameter)
-        rows.append(measure(model, point, config.completion_tokens))
+        rows.append(measure(model, point, config.completion_tokens) | {"commit": origin["commit"]})
         write_json(RESULTS, {"provenance": origin, **asdict(config), "points": rows})
         print(json.dumps(rows[-1]), flush=True)
 
