@@ -4,8 +4,8 @@ One step of the workload "short" (GPT-2, 124M weights) by dpo_lab, in one thread
 precisions: reference log-probs, a pass forward and backward, and AdamW. torch's profiler counts the
 seconds of each operation; of several steps that take turns the least of each counts, since whatever
 else runs on the machine only adds to it. A second bfloat16 step has its blocks compiled by
-torch.compile, which needs a C++ compiler. Writes benchmarks/results/limit.json. About 3 minutes of
-one core, and a minute or two more to compile.
+torch.compile, which needs a C++ compiler. Writes benchmarks/results/limit.json. About a minute of
+one core, and another to compile.
 """
 
 import json
@@ -46,7 +46,7 @@ KINDS = {
 class LimitConfig:
     """How much to measure."""
 
-    repeats: int = 3
+    repeats: int = 2
     """steps of each kind after the first, which is not counted"""
     compiled: bool = True
     """also with blocks compiled by torch.compile, where there is a C++ compiler"""
@@ -96,14 +96,19 @@ def steps(config: LimitConfig) -> dict[str, Callable[[], float]]:
     return found
 
 
-def seconds_by_kind(step: Callable[[], float]) -> dict[str, float]:
-    """Seconds that the operations of a step take themselves, by what they are for."""
+def measure(step: Callable[[], float]) -> dict[str, Any]:
+    """CPU seconds of a step, and those that its operations take themselves, by what they are for.
+
+    The profiler's clock runs on while other processes have the processor.
+    """
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        step()
-    seconds: dict[str, float] = defaultdict(float)
+        began = time.process_time()
+        loss = step()
+        taken = time.process_time() - began
+    kinds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
-        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
-    return seconds
+        kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    return {"loss": loss, "cpu_seconds": taken, "kinds": kinds}
 
 
 def main(config: LimitConfig) -> None:
@@ -116,12 +121,11 @@ def main(config: LimitConfig) -> None:
         for name, values in rates.items():
             values.append(matmul_rate(getattr(torch, name)))
         for name, step in todo.items():
-            began = time.process_time()
-            loss = step()
-            taken = time.process_time() - began
-            if turn:
-                measured[name].append({"cpu_seconds": taken, "kinds": seconds_by_kind(step)})
-            print(f"{name}: {taken:.2f} s of the CPU, loss {loss:.5f}", flush=True)
+            if turn == 0:
+                step()
+                continue
+            measured[name].append(measure(step))
+            print(name, json.dumps(measured[name][-1]), flush=True)
 
     best, table = {name: max(values) for name, values in rates.items()}, {}
     for name, turns in measured.items():

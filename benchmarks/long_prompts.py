@@ -7,8 +7,8 @@ sharing it part by part (`dpo_lab/engine/prompt_rows.py`). The three take turns 
 random models: the embedded shape with a longer context, and a Llama of SmolLM2's shape (135M
 weights), once. Time is the CPU time of one thread, which depends little on what else runs; wall
 time is kept beside it. Memory is what is saved for the backward pass, and how much the process
-grows. Writes benchmarks/results/long_prompts.json after each point, and keeps those that are there:
-delete the file to measure again. About 7 minutes of one core.
+grows. Writes benchmarks/results/long_prompts.json after each point, and keeps those that are there
+(delete the file to measure again), and docs/long_prompts.png. About 7 minutes of one core.
 """
 
 import gc
@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from sampling import random_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -30,10 +31,11 @@ from transformers import PreTrainedModel
 from dpo_lab import batching, logprobs, tune_cpu
 from dpo_lab.batching import completion_batch
 from dpo_lab.engine.cpu import return_freed_memory
-from dpo_lab.engine.runs import provenance, write_json
+from dpo_lab.engine.runs import atomic_write, provenance, write_json
 from dpo_lab.logprobs import completion_logps
 
 RESULTS = Path(__file__).parent / "results" / "long_prompts.json"
+PICTURE = Path(__file__).parent.parent / "docs" / "long_prompts.png"
 
 # what each contender does without
 CONTENDERS = {
@@ -53,7 +55,7 @@ class Point:
     """of each prompt, K"""
     prompts: int = 1
     repeats: int = 3
-    """turns of each contender after the first, which is not counted"""
+    """turns of each contender; where there are several, the first is not counted"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class LongPromptsConfig:
 def points(config: LongPromptsConfig) -> list[Point]:
     """All points, the cheap ones first."""
     small = [Point("embedded", n, k, 2) for n in config.embedded for k in (2, 4)]
-    return small + [Point("135M", n, k, 1, 1) for n in config.llama for k in (2, 4)]
+    return small + [Point("135M", n, k, 1, 1) for k in (4, 2) for n in config.llama]
 
 
 def peak_growth_begins() -> int:
@@ -129,7 +131,7 @@ def measure(model: PreTrainedModel, point: Point, completion_tokens: int) -> dic
     tokens = prompts, completions, [i // k for i in range(len(completions))]
 
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    for _ in range(1 + point.repeats):
+    for _ in range(point.repeats):
         for name, without in CONTENDERS.items():
             share = without.get("SHARE_FROM", batching.SHARE_FROM)
             long = without.get("LONG_ROW", logprobs.LONG_ROW)
@@ -140,12 +142,32 @@ def measure(model: PreTrainedModel, point: Point, completion_tokens: int) -> dic
                 turns[name].append(once(model, tokens))
 
     found = {}
-    for name, (_, *counted) in turns.items():
+    for name, all_of in turns.items():
+        counted = all_of[1:] or all_of
         found[name] = {field: min(turn[field] for turn in counted) for field in counted[0]}
     losses = [one["loss"] for one in found.values()]
     if max(losses) - min(losses) > 1e-5 * abs(losses[0]):
         raise SystemExit(f"the contenders do not compute the same loss: {losses}")
     return asdict(point) | {"contenders": found}
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """The embedded shape with most completions per prompt: a panel for time, one for memory."""
+    k = max(row["completions"] for row in rows)
+    rows = [row for row in rows if row["shape"] == "embedded" and row["completions"] == k]
+    x = [row["prompt_tokens"] for row in rows]
+    figure = Figure(figsize=(8.4, 3.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for name, style in zip(CONTENDERS, ("o-", "^--", "s-")):
+        runs = [row["contenders"][name] for row in rows]
+        for axes, field, unit in zip(panels, ("train_cpu", "saved_bytes"), (1, 1e6)):
+            axes.plot(x, [run[field] / unit for run in runs], style, label=name)
+    for axes, label in zip(panels, ("CPU seconds, forward and backward", "saved for backward, MB")):
+        axes.set(xlabel=f"prompt tokens, {k} completions per prompt", ylabel=label)
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    return figure
 
 
 def main(config: LongPromptsConfig) -> None:
@@ -167,6 +189,8 @@ def main(config: LongPromptsConfig) -> None:
         rows.append(measure(model, point, config.completion_tokens) | {"commit": origin["commit"]})
         write_json(RESULTS, {"provenance": origin, **asdict(config), "points": rows})
         print(json.dumps(rows[-1]), flush=True)
+    with atomic_write(PICTURE) as temporary:
+        plot(rows).savefig(temporary, format="png")
 
 
 if __name__ == "__main__":

@@ -483,6 +483,58 @@ def long_prompts() -> str:
     return _table(header, rows) + _origin(result["long_provenance"])
 
 
+def shared_prompts() -> str:
+    """Log-probs and training after long prompts, beside one row per completion."""
+    result, rows = _result("long_prompts"), []
+    for point in result["points"]:
+        apart, masked, shared = point["contenders"].values()
+
+        def beside(field: str, unit: float, digits: int, apart=apart, shared=shared) -> str:
+            ratio = apart[field] / shared[field]
+            return f"{shared[field] / unit:,.{digits}f} ({ratio:.1f}x)"
+
+        rows.append(
+            (
+                point["shape"],
+                f"{point['prompt_tokens']:,}",
+                str(point["completions"]),
+                beside("logps_cpu", 1, 2),
+                beside("train_cpu", 1, 2),
+                f"{masked['train_cpu'] / shared['train_cpu']:.2f}x",
+                beside("saved_bytes", 1e6, 0),
+                beside("peak_bytes", 1e6, 0),
+            )
+        )
+    header = (
+        "shape | prompt tokens | K | log-probs, s | forward and backward, s | under a mask | "
+        "saved, MB | peak, MB"
+    )
+    return _table(header, rows) + _origin(result["provenance"])
+
+
+def limit() -> str:
+    """What a step's seconds go to, in both precisions, and the fraction of the limit."""
+    result = _result("limit")
+    steps = result["steps"]
+    kinds = sorted(steps["bfloat16"]["kinds"], key=lambda kind: -steps["bfloat16"]["kinds"][kind])
+    wholes = [sum(step["kinds"].values()) for step in steps.values()]
+    rows = []
+    for kind in kinds:
+        parts = [step["kinds"].get(kind, 0.0) for step in steps.values()]
+        rows.append((kind, *(f"{p:.2f} s, {p / w:.0%}" for p, w in zip(parts, wholes))))
+    for name, field in (("step, CPU time", "seconds"), ("its matmuls alone", "limit_seconds")):
+        rows.append((name, *(f"{step[field]:.2f} s" for step in steps.values())))
+    fractions = (s["limit_seconds"] / s["seconds"] for s in steps.values())
+    rows.append(("fraction of the limit", *(f"{fraction:.0%}" for fraction in fractions)))
+    rates = ", ".join(
+        f"{rate / 1e9:,.0f} GFLOP/s in {name}"
+        for name, rate in result["matmul_flops_per_second"].items()
+    )
+    origin = {**result["provenance"]}
+    origin["machine"] += f" ({rates})"
+    return _table(" | ".join(["of the step", *steps]), rows) + _origin(origin)
+
+
 def latency() -> str:
     """From a slider's event, or a move of the landscape's point, to the new picture."""
     result = _result("latency")
@@ -861,6 +913,8 @@ BLOCKS = {
     "savings": savings,
     "sampling": sampling,
     "long prompts": long_prompts,
+    "shared prompts": shared_prompts,
+    "limit": limit,
     "latency": latency,
     "judge biases": judge_biases,
     "prompts and power": prompts_and_power,

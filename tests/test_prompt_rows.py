@@ -11,6 +11,8 @@ from dpo_lab import logprobs
 from dpo_lab.batching import completion_batch
 from dpo_lab.engine import attention, prompt_rows
 from dpo_lab.logprobs import autocast, can_compact, completion_logps, score_completions
+from dpo_lab.models import ScalarModel
+from dpo_lab.rlhf.reward_model import LearnedReward
 from dpo_lab.sampling import sample_with_logps
 
 RNG = random.Random(0)
@@ -163,6 +165,19 @@ def test_a_sliding_window_is_not_shared(family, more):
     prompts, completions = texts(30), texts(5, 5)
     found = score_completions(model, prompts, completions, [0, 0])
     close(found, loops(model, prompts, completions, [0, 0]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped"])
+def test_a_reward_model_reads_a_repeated_prompt_once(monkeypatch, name):
+    model, seen = ScalarModel(make_model(name, context=200).float()), []
+    torch.nn.init.normal_(model.head.weight)
+    prompts = [PROMPTS[p] for p in PROMPT_OF]
+    reward = LearnedReward(model)
+    alone = [reward([prompt], [ids])[0] for prompt, ids in zip(prompts, COMPLETIONS)]
+    noted = lambda batch: seen.append(batch.input_ids.numel()) or batch  # noqa: E731
+    monkeypatch.setattr(reward, "batch", lambda *of: noted(LearnedReward.batch(reward, *of)))
+    close(torch.from_numpy(reward(prompts, COMPLETIONS)), torch.tensor(alone).double(), atol=1e-4)
+    assert seen[0] < sum(map(len, PROMPTS)) + sum(map(len, COMPLETIONS)) + 32
 
 
 def test_scoring_keeps_together_what_shares_a_prompt():
