@@ -250,7 +250,7 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
         mask, options = torch.ones_like(batch.input_ids), {}
     elif batch.input_ids.is_cuda and takes_pieces(model, batch.input_ids.device):
         options["pieces"] = batch.pieces
-    elif _goes_part_by_part(model, batch):
+    elif goes_part_by_part(model, batch):
         options["prompt_rows"] = prompt_rows(batch.spans, batch.input_ids.shape[1])
     elif batch.rows:
         rows = [(shape, _added(segments, model.dtype)) for shape, segments in batch.rows]
@@ -272,7 +272,7 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     return hidden.index_select(0, batch.sources)
 
 
-def _goes_part_by_part(model: nn.Module, batch: CompletionBatch) -> bool:
+def goes_part_by_part(model: nn.Module, batch: CompletionBatch) -> bool:
     """Whether attention takes shared rows as `prompt_rows`: long ones on a CPU, without dropout."""
     shared = any(len(pieces) > 1 for pieces in batch.spans.rows)
     long = shared and longest_row(batch.spans) >= LONG_ROW

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from test_logprobs import LargestTensor, close, gradients, loops, make_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from dpo_lab import logprobs
@@ -14,6 +15,7 @@ from dpo_lab.logprobs import autocast, can_compact, completion_logps, score_comp
 from dpo_lab.models import ScalarModel
 from dpo_lab.rlhf.reward_model import LearnedReward
 from dpo_lab.sampling import sample_with_logps
+from dpo_lab.sentiment.cost import forward_flops
 
 RNG = random.Random(0)
 
@@ -30,7 +32,7 @@ LONG = PROMPTS, COMPLETIONS, PROMPT_OF
 
 
 def linear(model, batch):
-    return logprobs._goes_part_by_part(model, batch)
+    return logprobs.goes_part_by_part(model, batch)
 
 
 @pytest.mark.parametrize("pack", [-1, 2], ids=["packed", "padded"])
@@ -83,6 +85,14 @@ def test_memory_is_linear_in_the_length_of_a_prompt(monkeypatch):
     monkeypatch.setattr(logprobs, "LONG_ROW", 10_000)
     numel, tokens = largest(800)
     assert numel >= tokens**2
+
+
+def test_the_work_of_attention_is_counted_part_by_part():
+    model, batch = make_model("gpt2", context=200), completion_batch(*LONG, compact=True)
+    assert linear(model, batch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        completion_logps(model, batch)
+    assert forward_flops(model, batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_dropout_of_attention_is_left_to_the_mask():

@@ -54,6 +54,12 @@ def longest_row(spans: Spans) -> int:
     return max(pieces[-1][3] for pieces in spans.rows)
 
 
+def query_key_pairs(rows: list[PromptRow]) -> int:
+    """How many weights attention computes, those that a causal part leaves out included."""
+    parts = [part for row in rows for part in _parts(row)]
+    return sum((q.stop - q.start) * (k.stop - k.start) for q, k, _ in parts)
+
+
 def prompt_attention(
     query: Tensor,
     key: Tensor,
