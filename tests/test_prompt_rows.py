@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from test_logprobs import LargestTensor, close, gradients, loops, make_model
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from dpo_lab import logprobs
@@ -87,12 +86,17 @@ def test_memory_is_linear_in_the_length_of_a_prompt(monkeypatch):
     assert numel >= tokens**2
 
 
-def test_the_work_of_attention_is_counted_part_by_part():
-    model, batch = make_model("gpt2", context=200), completion_batch(*LONG, compact=True)
-    assert linear(model, batch)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        completion_logps(model, batch)
-    assert forward_flops(model, batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
+def test_the_plan_counts_the_work_of_attention_part_by_part(monkeypatch):
+    model, sizes = make_model("gpt2", context=400), [30, 1, 20]
+    batch = completion_batch(texts(200), texts(*sizes), [0] * 3, compact=True)
+    read = [n - 1 for n in sizes]
+    pairs = 200**2 + sum(n**2 for n in read) + 200 * sum(read)
+
+    # a product for the weights and one with the values, in two layers of width 16
+    found = forward_flops(model, batch)
+    monkeypatch.setattr(logprobs, "LONG_ROW", 10_000)
+    length = batch.input_ids.shape[1]
+    assert forward_flops(model, batch) - found == 2 * 2 * 2 * 16 * (length**2 - pairs)
 
 
 def test_dropout_of_attention_is_left_to_the_mask():
