@@ -3,17 +3,16 @@
 One step of the workload "short" (GPT-2, 124M weights) by dpo_lab, in one thread, in both
 precisions: reference log-probs, a pass forward and backward, and AdamW. torch's profiler counts the
 seconds of each operation; of several steps that take turns the least of each counts, since whatever
-else runs on the machine only adds to it. A second bfloat16 step has its blocks compiled by
-torch.compile, which needs a C++ compiler. Writes benchmarks/results/limit.json. About a minute of
-one core, and another to compile.
+else runs on the machine only adds to it. Writes benchmarks/results/limit.json. About a minute of
+one core.
 """
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from speed import least_flops, matmul_rate
 from torch.profiler import ProfilerActivity, profile
 
 from dpo_lab.engine.runs import provenance, write_json
-from dpo_lab.logprobs import autocast, can_compact, completion_logps
+from dpo_lab.logprobs import Precision, autocast, can_compact, completion_logps
 from dpo_lab.losses import dpo_loss
 
 RESULTS = Path(__file__).parent / "results" / "limit.json"
@@ -48,8 +47,6 @@ class LimitConfig:
 
     repeats: int = 2
     """steps of each kind after the first, which is not counted"""
-    compiled: bool = True
-    """also with blocks compiled by torch.compile, where there is a C++ compiler"""
     seed: int = 0
     """of weights and pairs"""
 
@@ -70,11 +67,8 @@ def steps(config: LimitConfig) -> dict[str, Callable[[], float]]:
     policy, reference = tuned(policy, "cpu"), tuned(reference, "cpu")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, fused=True)
     batch = preferences.batch(np.arange(len(preferences.chosen)), compact=can_compact(policy))
-    plain = [model.transformer.h for model in (policy, reference)]
 
-    def step(precision: str, blocks: list[torch.nn.ModuleList]) -> float:
-        for model, some in zip((policy, reference), blocks):
-            model.transformer.h = some
+    def step(precision: Precision) -> float:
         with autocast("cpu", precision):
             with torch.no_grad():
                 known = completion_logps(reference, batch.completions)
@@ -86,14 +80,7 @@ def steps(config: LimitConfig) -> dict[str, Callable[[], float]]:
         optimizer.zero_grad(set_to_none=True)
         return losses.mean().item()
 
-    found = {name: (lambda name=name: step(name, plain)) for name in ("float32", "bfloat16")}
-    if config.compiled and shutil.which("g++"):
-        compiled = [
-            torch.nn.ModuleList([torch.compile(block, dynamic=True) for block in blocks])
-            for blocks in plain
-        ]
-        found["bfloat16, compiled"] = lambda: step("bfloat16", compiled)
-    return found
+    return {name: partial(step, name) for name in ("float32", "bfloat16")}
 
 
 def measure(step: Callable[[], float]) -> dict[str, Any]:
@@ -133,7 +120,7 @@ def main(config: LimitConfig) -> None:
         kinds = {
             kind: min(turn["kinds"].get(kind, 0.0) for turn in turns) for kind in turns[0]["kinds"]
         }
-        limit = flops / best[name.split(",")[0]]
+        limit = flops / best[name]
         table[name] = {"seconds": least, "limit_seconds": limit, "kinds": kinds}
     result = {"provenance": provenance(), "matmul_flops_per_second": best, "steps": table}
     write_json(RESULTS, result)
