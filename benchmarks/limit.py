@@ -1,10 +1,9 @@
 """What keeps a DPO step from the limit that its matmuls alone set: python benchmarks/limit.py
 
 One step of the workload "short" (GPT-2, 124M weights) by dpo_lab, in one thread, in both
-precisions: reference log-probs, a pass forward and backward, and AdamW. torch's profiler counts the
-seconds of each operation; of several steps that take turns the least of each counts, since whatever
-else runs on the machine only adds to it. Writes benchmarks/results/limit.json. About a minute of
-one core.
+precisions: reference log-probs, a pass forward and backward, and AdamW. The clock is the CPU time
+of that thread, which depends little on what else runs; torch's profiler tells what it goes to.
+Writes benchmarks/results/limit.json. About a minute of one core.
 """
 
 import json
@@ -45,7 +44,7 @@ KINDS = {
 class LimitConfig:
     """How much to measure."""
 
-    repeats: int = 2
+    repeats: int = 1
     """steps of each kind after the first, which is not counted"""
     seed: int = 0
     """of weights and pairs"""
@@ -100,13 +99,14 @@ def measure(step: Callable[[], float]) -> dict[str, Any]:
 
 def main(config: LimitConfig) -> None:
     torch.set_num_threads(1)
+    origin = provenance()
     flops = least_flops("dpo", WORKLOADS["short"], config.seed)
     measured: dict[str, list[dict[str, Any]]] = defaultdict(list)
     rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     todo = steps(config)
     for turn in range(1 + config.repeats):
         for name, values in rates.items():
-            values.append(matmul_rate(getattr(torch, name)))
+            values.append(matmul_rate(getattr(torch, name), time.process_time))
         for name, step in todo.items():
             if turn == 0:
                 step()
@@ -122,7 +122,7 @@ def main(config: LimitConfig) -> None:
         }
         limit = flops / best[name]
         table[name] = {"seconds": least, "limit_seconds": limit, "kinds": kinds}
-    result = {"provenance": provenance(), "matmul_flops_per_second": best, "steps": table}
+    result = {"provenance": origin, "matmul_flops_per_second": best, "steps": table}
     write_json(RESULTS, result)
     print(json.dumps(result, indent=2))
 
