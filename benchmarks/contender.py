@@ -2,21 +2,26 @@
 
     python benchmarks/contender.py --contender dpo_lab --precision float32 --workload short
 
-`benchmarks/speed.py` calls it. Every contender trains the same model on the same pairs by its own
-whole loop, with batching, logging and optimizer. The clock is a hook behind `Optimizer.step`, the
-same for all. Before it starts come a short step, which makes the optimizer's state, and the very
-steps that are timed, `untimed` times: memory has then been used before and kernels have been
-chosen, as in the middle of a run.
+`benchmarks/speed.py` and `cost.py` ask for it by `measure`, which forks a process that has imported
+everything: that saves six seconds of the CPU for each of some 60 processes. Every contender trains
+the same model on the same pairs by its own whole loop, with batching, logging and optimizer. The
+clock is a hook behind `Optimizer.step`, the same for all. Before it starts come a short step, which
+makes the optimizer's state, and the very steps that are timed, `untimed` times: memory has then
+been used before and kernels have been chosen, as in the middle of a run.
 """
 
+import copy
 import json
 import math
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +53,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import textbook_dpo  # noqa: E402
 
 BETA, LEARNING_RATE = 0.1, 1e-6
+
+# elsewhere a fork of a process with threads of its own may hang
+FORKS = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,8 @@ def make_models(
     """Policy and reference, near each other but not equal, so that losses differ from log 2."""
     set_seed(seed)
     with torch.device(device):
-        policy, reference = (GPT2LMHeadModel(gpt2_config(workload)).eval() for _ in range(2))
+        policy = GPT2LMHeadModel(gpt2_config(workload)).eval()
+    reference = copy.deepcopy(policy)
     state = policy.state_dict()
     reference.load_state_dict(
         {name: tensor * (1 + 0.5 * torch.randn_like(tensor)) for name, tensor in state.items()}
@@ -521,5 +530,49 @@ def main(config: ContenderConfig) -> None:
     print(json.dumps(found))
 
 
+def measure(*arguments: str) -> dict[str, Any]:
+    """What a contender prints, measured in a process of its own.
+
+    Raises:
+        SystemExit: it failed; its traceback is above.
+    """
+    if not FORKS:
+        command = [sys.executable, __file__, *arguments]
+        return json.loads(subprocess.check_output(command, text=True).strip().splitlines()[-1])
+
+    server = forking_process()
+    server.stdin.write(json.dumps(arguments) + "\n")
+    server.stdin.flush()
+    for line in server.stdout:
+        if line.startswith('{"contender"'):
+            return json.loads(line)
+    raise SystemExit(f"contender.py failed with {' '.join(arguments)}")
+
+
+@cache
+def forking_process() -> subprocess.Popen[str]:
+    """A process in `serve`, one for all measurements."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, __file__, "--serve"], text=True, **pipes)
+
+
+def serve() -> None:
+    """Measure what each line of the input asks for, as a list of arguments, in a fork.
+
+    This process itself never computes, so that a fork is as one that has just imported its modules.
+    """
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            main(tyro.cli(ContenderConfig, args=json.loads(line)))
+            sys.stdout.flush()
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(ContenderConfig))
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        main(tyro.cli(ContenderConfig))

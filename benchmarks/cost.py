@@ -5,13 +5,12 @@ benchmarks/results/cost.json and docs/cost.png.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import contender
 import tyro
 from contender import WORKLOADS
 from matplotlib.figure import Figure
@@ -53,10 +52,7 @@ def run(workload: str, change: str, without: tuple[str, ...]) -> dict[str, Any]:
         f"--change={change}",
         *(["--without", *without] if without else []),
     ]
-    output = subprocess.check_output(
-        [sys.executable, str(Path(__file__).with_name("contender.py")), *arguments], text=True
-    )
-    result = json.loads(output.strip().splitlines()[-1])
+    result = contender.measure(*arguments)
     print(result, flush=True)
     return result
 

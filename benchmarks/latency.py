@@ -43,7 +43,7 @@ LANDSCAPE = "from dpo_lab.widgets import landscape_explorer\nlandscape_explorer(
 class LatencyConfig:
     """How much to measure."""
 
-    drags: int = 200
+    drags: int = 100
     """moves of the pointer to other values, a pause before each; and as many without"""
     pause: float = 0.2
     """seconds"""

@@ -483,6 +483,81 @@ def long_prompts() -> str:
     return _table(header, rows) + _origin(result["long_provenance"])
 
 
+def shared_prompts() -> str:
+    """Log-probs and training after long prompts, beside one row per completion."""
+    result, rows = _result("long_prompts"), []
+    for point in result["points"]:
+        apart, masked, shared = point["contenders"].values()
+
+        def beside(field: str, unit: float, digits: int, apart=apart, shared=shared) -> str:
+            ratio = apart[field] / shared[field]
+            return f"{shared[field] / unit:,.{digits}f} ({ratio:.1f}x)"
+
+        rows.append(
+            (
+                point["shape"],
+                f"{point['prompt_tokens']:,}",
+                str(point["completions"]),
+                beside("logps_cpu", 1, 2),
+                beside("train_cpu", 1, 2),
+                f"{masked['train_cpu'] / shared['train_cpu']:.2f}x",
+                beside("saved_bytes", 1e6, 0),
+                beside("peak_bytes", 1e6, 0),
+            )
+        )
+    header = (
+        "shape | prompt tokens | K | log-probs, s | forward and backward, s | under a mask | "
+        "saved, MB | peak, MB"
+    )
+    return _table(header, rows) + _origin(result["provenance"])
+
+
+def limit() -> str:
+    """What a step's seconds go to, and what that leaves on the processor with matrix units."""
+    result = _result("limit")
+    steps = result["steps"]
+    parts = {
+        name: {kind: s / sum(step["kinds"].values()) for kind, s in step["kinds"].items()}
+        for name, step in steps.items()
+    }
+    kinds = sorted(parts["bfloat16"], key=lambda kind: -parts["bfloat16"][kind])
+    rows = [(kind, *(f"{part.get(kind, 0):.0%}" for part in parts.values())) for kind in kinds]
+    for name, field in (("CPU seconds", "seconds"), ("its matmuls alone, s", "limit_seconds")):
+        rows.append((name, *(f"{step[field]:.1f}" for step in steps.values())))
+    fractions = (s["limit_seconds"] / s["seconds"] for s in steps.values())
+    rows.append(("fraction of the limit", *(f"{fraction:.0%}" for fraction in fractions)))
+    rates = ", ".join(
+        f"{rate / 1e9:,.0f} GFLOP/s in {name}"
+        for name, rate in result["matmul_flops_per_second"].items()
+    )
+    table = _table(" | ".join(["of the step", *steps]), rows)
+    return table + _origin(result["provenance"], f" ({rates})") + "\n\n" + _with_matrix_units()
+
+
+def _with_matrix_units() -> str:
+    """The same step on the processor of cpu.json, if all but its matmuls takes as long there."""
+    step, fast = _result("limit")["steps"]["bfloat16"], _result("cpu")
+    wanted = {"job": "dpo", "workload": "short", "contender": "dpo_lab", "precision": "bfloat16"}
+    (row,) = (row for row in fast["table"] if wanted.items() <= row.items())
+    pairs = next(run["pairs"] for run in fast["runs"] if wanted.items() <= run.items())
+
+    # core-seconds of the step there and at its limit, and those of the rest here
+    cores = 2
+    whole = cores * pairs / row["pairs_per_second"]
+    least = row["share_of_limit"] * whole
+    fraction = {kind: s / sum(step["kinds"].values()) for kind, s in step["kinds"].items()}
+    rest = (1 - fraction["matmuls"]) * step["seconds"]
+    light = ("casts and copies", "activation", "layer norm", "other")
+    elementwise = sum(fraction[kind] for kind in light) * step["seconds"]
+    return (
+        f"With matrix units this step takes {whole:.1f} core-seconds, {least / whole:.0%} of the "
+        f"limit. If all but the matmuls takes as long there as here, {rest:.1f} s, then "
+        f"{whole - rest:.1f} s are left for the matmuls, which so reach "
+        f"{least / (whole - rest):.0%} of their full rate. A block whose elementwise work took no "
+        f"time at all ({elementwise:.1f} s less) would reach {least / (whole - elementwise):.0%}."
+    )
+
+
 def latency() -> str:
     """From a slider's event, or a move of the landscape's point, to the new picture."""
     result = _result("latency")
@@ -861,6 +936,8 @@ BLOCKS = {
     "savings": savings,
     "sampling": sampling,
     "long prompts": long_prompts,
+    "shared prompts": shared_prompts,
+    "limit": limit,
     "latency": latency,
     "judge biases": judge_biases,
     "prompts and power": prompts_and_power,

@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "sampling.json"
 
 
 # what a model is asked for after a long prompt: (shape, longest prompt, prompts)
-LONG = (("embedded", 128, 64), ("embedded", 512, 64), ("135M", 128, 16), ("135M", 512, 8))
+LONG = (("embedded", 128, 64), ("embedded", 512, 64), ("135M", 128, 8), ("135M", 512, 8))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def after_short_prompts(config: SamplingConfig) -> dict[str, Any]:
     }
 
 
-def random_model(shape: str) -> PreTrainedModel:
+def random_model(shape: str, context: int = 1_024) -> PreTrainedModel:
     """A model of this shape with random weights, with room for long prompts."""
     torch.manual_seed(0)
     if shape == "embedded":
@@ -143,7 +143,7 @@ def random_model(shape: str) -> PreTrainedModel:
             "n_head": 2,
             "n_layer": 4,
             "vocab_size": 8_192,
-            "n_positions": 1_024,
+            "n_positions": context,
         }
         return prepare_model(GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=0)).eval())
     sizes = {"hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30}

@@ -8,16 +8,15 @@ benchmarks/results/cpu.json, or a file named for another machine. On a GPU: benc
 
 import json
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from contender import WORKLOADS, Workload, make_preferences
+from contender import WORKLOADS, Workload, make_preferences, measure
 
 from dpo_lab.engine.runs import provenance, write_json
 
@@ -40,14 +39,14 @@ class SpeedConfig:
     """of the file in benchmarks/results; cpu-avx2 for the second machine in README"""
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
+def matmul_rate(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP/s of a matmul of the MLP's shape at 124M: median of 20, or of fewer in five seconds."""
     a, b = (torch.randn(shape, dtype=dtype) for shape in ((1024, 768), (768, 3072)))
     seconds = []
     while len(seconds) < 2 or len(seconds) < 23 and sum(seconds) < 5:
-        began = time.perf_counter()
+        began = clock()
         a @ b
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     return 2 * a.numel() * b.shape[1] / statistics.median(seconds[min(3, len(seconds) - 1) :])
 
 
@@ -62,6 +61,11 @@ def contenders(job: str, fast_bfloat16: bool) -> list[tuple[str, str]]:
     if fast_bfloat16:
         found.append(("dpo_lab", "bfloat16"))
     return found if job == "sft" else [*found, ("textbook", "float32")]
+
+
+def steps_of(name: str, fast_bfloat16: bool) -> int:
+    """Timed steps of a workload: one where a step takes long."""
+    return WORKLOADS[name].steps if fast_bfloat16 else 1
 
 
 def least_flops(job: str, workload: Workload, seed: int) -> float:
@@ -79,8 +83,8 @@ def least_flops(job: str, workload: Workload, seed: int) -> float:
     return {"dpo": 4, "sft": 3}[job] * 2 * (blocks * seen + head * predicted)
 
 
-def measure(
-    job: str, name: str, contender: str, precision: str, untimed: int, config: SpeedConfig
+def run(
+    job: str, name: str, contender: str, precision: str, fast: bool, config: SpeedConfig
 ) -> dict[str, Any]:
     """What `benchmarks/contender.py` prints."""
     arguments = [
@@ -89,10 +93,11 @@ def measure(
         f"--precision={precision}",
         f"--workload={name}",
     ]
-    arguments += [f"--seed={config.seed}", f"--untimed={untimed}"]
-    script = Path(__file__).with_name("contender.py")
-    output = subprocess.check_output([sys.executable, str(script), *arguments], text=True)
-    result = json.loads(output.strip().splitlines()[-1])
+    # a step of TRL's defaults takes two minutes where bfloat16 is slow, of which page faults are
+    # little
+    arguments += [f"--seed={config.seed}", f"--untimed={1 + fast}"]
+    arguments += [f"--change={json.dumps({'steps': steps_of(name, fast)})}"]
+    result = measure(*arguments)
     print(result, flush=True)
     return result
 
@@ -128,6 +133,7 @@ def summary(runs: list[dict[str, Any]], flops: float, rates: dict[str, float]) -
 
 def main(config: SpeedConfig) -> None:
     rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    fast = rates["bfloat16"] > rates["float32"]
     jobs = [*(("dpo", name) for name in config.workloads), ("sft", config.workloads[-1])]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {job: [] for job in jobs}
     began = time.perf_counter()
@@ -135,12 +141,8 @@ def main(config: SpeedConfig) -> None:
         for job, name in jobs:
             if i and time.perf_counter() - began > 60 * config.minutes:
                 break
-            fast = rates["bfloat16"] > rates["float32"]
-            # elsewhere a step of TRL's defaults takes two minutes, of which page faults are little
-            untimed = 1 + fast
             runs[job, name] += [
-                measure(job, name, *contender, untimed, config)
-                for contender in contenders(job, fast)
+                run(job, name, *contender, fast, config) for contender in contenders(job, fast)
             ]
             losses = {
                 r["contender"]: r["loss"] for r in runs[job, name] if r["precision"] == "float32"
@@ -151,7 +153,8 @@ def main(config: SpeedConfig) -> None:
                 )
     table = []
     for (job, name), found in runs.items():
-        flops = least_flops(job, WORKLOADS[name], config.seed)
+        workload = replace(WORKLOADS[name], steps=steps_of(name, fast))
+        flops = least_flops(job, workload, config.seed)
         losses = {r["contender"]: r["loss"] for r in found if r["precision"] == "float32"}
         for contender in dict.fromkeys((r["contender"], r["precision"]) for r in found):
             row = summary(

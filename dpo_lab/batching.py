@@ -130,7 +130,7 @@ def lay_out(
 ) -> CompletionBatch:
     """`completion_batch` of lists of ints that were checked before."""
     # one row per completion, or one per prompt
-    shared = compact and _sharing_pays(prompts, completions, prompt_of)
+    shared = compact and sharing_pays(prompts, completions, prompt_of)
     rows = rows_by_prompt(prompt_of) if shared else [(p, [i]) for i, p in enumerate(prompt_of)]
     flat = _flatten(prompts, completions, rows, shared)
 
@@ -148,7 +148,7 @@ def rows_by_prompt(prompt_of: Sequence[int]) -> list[Row]:
     return list(members.items())
 
 
-def _sharing_pays(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> bool:
+def sharing_pays(prompts: Tokens, completions: Tokens, prompt_of: Sequence[int]) -> bool:
     """Whether writing each prompt once saves the fraction `SHARE_FROM` of the tokens."""
     apart = sum(len(prompts[p]) for p in prompt_of)
     once = sum(len(prompts[p]) for p in set(prompt_of))

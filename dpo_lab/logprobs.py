@@ -9,11 +9,20 @@ completions, and padding not at all, where that saves work.
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dpo_lab.batching import CompletionBatch, Tokens, allowed, check_tokens, completion_batch
+from dpo_lab.batching import (
+    CompletionBatch,
+    Tokens,
+    allowed,
+    check_tokens,
+    completion_batch,
+    rows_by_prompt,
+    sharing_pays,
+)
 from dpo_lab.engine.arguments import checked, finite_positive
 from dpo_lab.engine.attention import (
     NO_MASK,
@@ -25,6 +34,7 @@ from dpo_lab.engine.attention import (
 from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, tune_backward
 from dpo_lab.engine.distributed import gather_shards, is_main, local_shard
 from dpo_lab.engine.lm_head import token_logps
+from dpo_lab.engine.prompt_rows import LONG_ROW, longest_row, prompt_rows
 from dpo_lab.engine.structure import (
     after_head,
     beside_modules,
@@ -240,6 +250,8 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
         mask, options = torch.ones_like(batch.input_ids), {}
     elif batch.input_ids.is_cuda and takes_pieces(model, batch.input_ids.device):
         options["pieces"] = batch.pieces
+    elif goes_part_by_part(model, batch):
+        options["prompt_rows"] = prompt_rows(batch.spans, batch.input_ids.shape[1])
     elif batch.rows:
         rows = [(shape, _added(segments, model.dtype)) for shape, segments in batch.rows]
         options |= {"rows": rows, "spread": batch.spread, "pack": batch.pack}
@@ -258,6 +270,15 @@ def _states(model: nn.Module, batch: CompletionBatch) -> Tensor:
     if hidden.device.type == "cuda":
         return nn.functional.embedding(batch.sources, hidden)
     return hidden.index_select(0, batch.sources)
+
+
+def goes_part_by_part(model: nn.Module, batch: CompletionBatch) -> bool:
+    """Whether attention takes shared rows as `prompt_rows`: long ones on a CPU, without dropout."""
+    shared = any(len(pieces) > 1 for pieces in batch.spans.rows)
+    long = shared and longest_row(batch.spans) >= LONG_ROW
+    names = ("attn_pdrop", "attention_dropout")
+    drops = model.training and any(getattr(model.config, name, 0) for name in names)
+    return long and not drops and batch.input_ids.device.type == "cpu"
 
 
 def _added(segments: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -403,7 +424,7 @@ def score_completions(
     Args:
         model, prompts, completions, prompt_of: as in `completion_logps` and `completion_batch`.
         batch_tokens: about as many tokens per batch; by default 2,048, on a GPU 16,384. Batches go
-            by length, so little is padded.
+            by length, so little is padded, and what shares a prompt stays together.
         precision: of the computation.
         progress: a name for a progress bar; without it there is none.
     """
@@ -411,7 +432,7 @@ def score_completions(
     model = unwrapped(model)
     device, compact = next(model.parameters()).device, can_compact(model)
     batch_tokens = batch_tokens or (16_384 if device.type == "cuda" else 2_048)
-    batches = _batches_by_length(prompts, completions, prompt_of, batch_tokens)
+    batches = _batches_by_length(prompts, completions, prompt_of, batch_tokens, compact)
     mine = local_shard(batches)
 
     # one tensor for all: small ones, kept from batch to batch, would fragment the heap
@@ -434,18 +455,35 @@ def score_completions(
 
 
 def _batches_by_length(
-    prompts: Tokens, completions: Tokens, prompt_of: Sequence[int], batch_tokens: int
+    prompts: Tokens,
+    completions: Sequence[list[int]],
+    prompt_of: Sequence[int],
+    batch_tokens: int,
+    compact: bool,
 ) -> list[list[int]]:
-    """Indices of completions in batches, the longest first; those of one prompt stay together."""
-    # of each prompt, with its longest completion
-    lengths = [len(prompt) for prompt in prompts]
-    for completion, p in zip(completions, prompt_of):
-        lengths[p] = max(lengths[p], len(prompts[p]) + len(completion))
+    """Indices of completions in batches of about `batch_tokens`, the longest rows first.
 
-    order = sorted(range(len(completions)), key=lambda i: (lengths[prompt_of[i]], prompt_of[i]))
+    Completions that share their prompt stay together, and it counts once.
+    """
+    # (longest row, tokens, members) of what stays together
+    together: list[tuple[int, int, list[int]]] = []
+    for p, members in rows_by_prompt(prompt_of):
+        n_prompt, sizes = len(prompts[p]), [len(completions[i]) for i in members]
+        longest, parts = n_prompt + max(sizes), len(members)
+        if compact and sharing_pays(prompts, [completions[i] for i in members], [p] * parts):
+            parts = min(parts, -(-sum(sizes) // max(1, batch_tokens - n_prompt)))
+        for part in np.array_split(members, parts):
+            tokens = n_prompt + sum(len(completions[i]) for i in part)
+            together.append((longest, tokens if compact else longest, part.tolist()))
+
     batches: list[list[int]] = []
-    while order:
-        size = max(1, batch_tokens // lengths[prompt_of[order[-1]]])
-        batches.append(order[-size:])
-        del order[-size:]
+    width = room = 0
+    for longest, tokens, part in sorted(together, key=lambda one: -one[0]):
+        # padded rows are as long as the first of their batch, the longest
+        needed = tokens if compact else max(tokens, width)
+        if not batches or needed > room:
+            batches.append([])
+            width, room, needed = longest, batch_tokens, tokens
+        batches[-1] += part
+        room -= needed
     return batches

@@ -1,8 +1,9 @@
 """The contenders of the speed benchmark train on the same pairs and compute the same loss."""
 
 import gc
+import io
 import json
-import subprocess
+import os
 import sys
 import time
 import weakref
@@ -29,38 +30,40 @@ from dpo_lab.sentiment import reviews  # noqa: E402
 from dpo_lab.sentiment.results import load_goodhart  # noqa: E402
 from dpo_lab.sentiment.task import TaskConfig  # noqa: E402
 
-# each in a fork of one process: what they load takes longer than what they do
-MEASURE = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import contender
-from trl import DPOTrainer, SFTTrainer
-change = {"prompts": 2, "steps": 2, "passes": 2, "most": 24}
-change |= {"layers": 2, "width": 128, "vocabulary": 1024}
-for job, names in contender.RUNS.items():
-    for name in names:
-        config = contender.ContenderConfig(
-            name, job, workload="embedded", untimed=1, change=json.dumps(change)
-        )
-        child = os.fork()
-        if child == 0:
-            contender.main(config)
-            sys.stdout.flush()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0, (job, name)
-"""
+# small: what contenders load takes longer than what they do
+CHANGE = {"prompts": 2, "steps": 2, "passes": 2, "most": 24}
+CHANGE |= {"layers": 2, "width": 128, "vocabulary": 1_024}
 
 
 @pytest.fixture(scope="module")
 def measured():
-    """The results of all contenders, by job."""
-    command = [sys.executable, "-c", MEASURE, str(BENCHMARKS)]
-    output = subprocess.check_output(command, text=True)
-    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"contender"')]
-    by_job = {job: [one for one in found if one["job"] == job] for job in contender.RUNS}
-    for job, results in by_job.items():
-        assert [one["contender"] for one in results] == list(contender.RUNS[job])
-    return by_job
+    """The results of all contenders, by job; each in a process of its own."""
+    options = ("--workload=embedded", "--untimed=1", f"--change={json.dumps(CHANGE)}")
+    yield {
+        job: [contender.measure(f"--job={job}", f"--contender={name}", *options) for name in names]
+        for job, names in contender.RUNS.items()
+    }
+    if contender.FORKS:
+        server = contender.forking_process()
+        contender.forking_process.cache_clear()
+        server.stdin.close()
+        server.stdout.close()
+        assert server.wait(60) == 0
+
+
+def test_a_contender_that_fails_stops_the_benchmark(monkeypatch):
+    """On both sides: of the process that forked it, and of the one that asked for it."""
+    monkeypatch.setattr(sys, "stdin", ['["--workload=nothing"]\n'])
+    monkeypatch.setattr(os, "fork", lambda: 1)
+    monkeypatch.setattr(os, "waitpid", lambda child, options: (child, 256))
+    with pytest.raises(SystemExit, match="1"):
+        contender.serve()
+
+    ended = SimpleNamespace(stdin=io.StringIO(), stdout=["a line of the log\n"])
+    monkeypatch.setattr(contender, "FORKS", True)
+    monkeypatch.setattr(contender, "forking_process", lambda: ended)
+    with pytest.raises(SystemExit, match="failed with --workload=nothing"):
+        contender.measure("--workload=nothing")
 
 
 def test_all_contenders_compute_the_same_loss(measured):

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dpo_lab.engine.cpu import ONEDNN
 from dpo_lab.engine.pieces import Pieces
+from dpo_lab.engine.prompt_rows import prompt_attention
 
 # the name under which transformers knows `packed_attention`
 PACKED = "dpo_lab_packed"
@@ -25,7 +26,21 @@ PACKED = "dpo_lab_packed"
 NO_MASK = torch.empty(1, 1, 1, 1)
 
 # families whose attention sees only position ids and the mask, so that a shared prompt is exact
-SHARES_PROMPTS = ("gpt2", "llama")
+SHARES_PROMPTS = (
+    "gpt2",
+    "llama",
+    "gemma",
+    "gpt_neox",
+    "mistral",
+    "olmo",
+    "olmo2",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+)
 
 # without cuDNN, which makes a plan for each shape, and batches have many shapes
 GPU_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -72,6 +87,7 @@ def packed_attention(
     spread=None,
     pack=None,
     pieces=None,
+    prompt_rows=(),
     shared=None,
     **options,
 ) -> tuple[Tensor, None]:
@@ -79,7 +95,8 @@ def packed_attention(
 
     Takes rows (R, H, L, D), or packed tokens (1, H, S, D), which it arranges in `rows` as the batch
     says (`CompletionBatch`). On a GPU in half precision both go through flash attention, as
-    `pieces`. bfloat16 on a CPU is computed in float32, whose backward pass is faster.
+    `pieces`; on a CPU long rows that share a prompt go part by part, as `prompt_rows`. bfloat16 on
+    a CPU is computed in float32, whose backward pass is faster.
     `may_switch_backend` says that no other thread is computing, so that matmuls may go to MKL.
     `shared` prompts (`SharedPrompts`) are what sampled tokens look back at beside their own keys.
     """
@@ -110,6 +127,13 @@ def packed_attention(
         rows = [(shape, None if mask is None else mask.float()) for shape, mask in rows]
 
     with torch.autocast(device, enabled=False) if widened else nullcontext():
+        # the parts of long rows, (R, L, H, D)
+        if prompt_rows:
+            to_mkl = may_switch_backend and torch.backends.mkldnn.matmul.fp32_precision == ONEDNN
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            out = prompt_attention(query, key, value, prompt_rows, options["scaling"], to_mkl)
+            return out.to(dtype), None
+
         # padded rows at once, (R, L, H, D)
         if not rows:
             out = _sdpa(may_switch_backend, module, query, key, value, attention_mask, **options)

@@ -54,8 +54,13 @@ class LearnedReward:
         device, rewards = self.model.head.weight.device, []
         for i in range(0, len(completions), self.batch_size):
             part = slice(i, i + self.batch_size)
-            some = completions[part]
-            batch = self.batch(prompts[part], some, range(len(some))).to(device)
+
+            # equal prompts are one, which their completions share
+            place = {}
+            prompt_of = [
+                place.setdefault(tuple(map(int, ids)), len(place)) for ids in prompts[part]
+            ]
+            batch = self.batch(list(place), completions[part], prompt_of).to(device)
             rewards.append(self.scorer(batch).cpu().double().numpy())
         return np.concatenate(rewards) if rewards else np.empty(0)
 

@@ -24,6 +24,7 @@ from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, return_freed_memo
 from dpo_lab.engine.distributed import from_main
 from dpo_lab.engine.lm_head import SOFTMAX_ROWS, logits_budget
 from dpo_lab.engine.pieces import ROUND
+from dpo_lab.engine.prompt_rows import prompt_rows, query_key_pairs
 from dpo_lab.engine.runs import peak_memory_mb
 from dpo_lab.logprobs import (
     Precision,
@@ -31,6 +32,7 @@ from dpo_lab.logprobs import (
     can_compact,
     completion_logps,
     completion_states,
+    goes_part_by_part,
     score_completions,
 )
 from dpo_lab.loop import (
@@ -427,10 +429,11 @@ def sampling_threads(device: torch.device) -> int:
 
 def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
     """FLOPs of `completion_logps` without gradients."""
-    # query-key pairs: of the segments of packed rows, of all positions of padded ones
-    squares = sum(r * length**2 for (r, length), _ in batch.rows)
-    if not squares:
-        squares = batch.input_ids.numel() * batch.input_ids.shape[1]
+    # query-key pairs: of the parts of shared rows, of packed rows, of all positions of padded ones
+    width = batch.input_ids.shape[1]
+    squares = sum(r * length**2 for (r, length), _ in batch.rows) or batch.input_ids.numel() * width
+    if goes_part_by_part(model, batch):
+        squares = query_key_pairs(prompt_rows(batch.spans, width))
 
     blocks = 2 * block_weights(model) * batch.input_ids.numel()
     return blocks + _head_flops(model, batch) + 4 * _attention_width(model) * squares
