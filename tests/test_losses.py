@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_in_the_table_is_named_with_those_that_are(monkeypatc
             GOOD | {"loss_type": name},
             dpo_loss,
             ValueError,
-            [f"loss_type is {name!r}", "sigmoid, ipo, hinge, robust, exponential"],
+            [f"loss_type is {name!r}", "sigmoid, ipo, hinge, robust, exo_pair, exponential"],
         )
 
 
