@@ -476,7 +476,7 @@ BAD = [  # what is changed in GOOD, the error, words that its message must hold
         (
             {"label_smoothing": 0.1, "loss_type": kind},
             ValueError,
-            ["label_smoothing is 0.1", f"loss_type='{kind}'", "sigmoid and robust"],
+            ["label_smoothing is 0.1", f"loss_type='{kind}'", "sigmoid, robust and exo_pair"],
         )
         for kind in ("ipo", "hinge")
     ),
