@@ -38,11 +38,13 @@ from dpo_lab.theory.objective import (
     optimal_policy,
     value_gap,
 )
+from dpo_lab.theory.on_policy import OnPolicyRuns, exact_rounds, on_policy_runs, self_play_rounds
 
 __all__ = [
     "BradleyTerryFit",
     "Landscape",
     "METHODS",
+    "OnPolicyRuns",
     "OptimalFrontier",
     "Prompts",
     "all_pairs",
@@ -51,6 +53,7 @@ __all__ = [
     "dpo_runs",
     "draw_prompts",
     "exact_gradient",
+    "exact_rounds",
     "fit_bradley_terry",
     "fit_plackett_luce",
     "frontier_band",
@@ -65,6 +68,7 @@ __all__ = [
     "method_paths",
     "minimize",
     "objective_value",
+    "on_policy_runs",
     "optimal_frontier",
     "optimal_policy",
     "pair_weights",
@@ -73,5 +77,6 @@ __all__ = [
     "policy_gradient_runs",
     "reinforce_gradients",
     "sample_pairs",
+    "self_play_rounds",
     "value_gap",
 ]
