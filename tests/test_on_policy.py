@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from dpo_lab.losses import dpo_loss
 from dpo_lab.theory.bandit import all_pairs, gradient_descent, minimize
-from dpo_lab.theory.objective import kl, optimal_policy
-from dpo_lab.theory.on_policy import exact_rounds, on_policy_runs, self_play_rounds
+from dpo_lab.theory.objective import kl, optimal_policy, value_gap
+from dpo_lab.theory.on_policy import exact_rounds, on_policy_runs, self_play_rounds, tuned_runs
 
 REFERENCE = torch.tensor([0.5, 0.3, 0.19, 0.01], dtype=torch.float64)
 REWARD = torch.tensor([0.0, 0.5, 1.0, 3.0], dtype=torch.float64)
 OPTIONS = {"labels": 24, "rounds": 3, "seeds": 2, "steps": 20}
-FOUR = list(itertools.product((False, True), repeat=2))
+FOUR = list(itertools.product((False, True), ("all", "newest")))
 
 
 def generator(seed=0):
@@ -26,8 +26,8 @@ def close(found, expected, atol=1e-12):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("moved, kept", FOUR)
-def test_a_round_is_gradient_descent_on_the_dpo_loss_of_its_labels(moved, kept):
+@pytest.mark.parametrize("moved, pairs", FOUR)
+def test_a_round_is_gradient_descent_on_the_dpo_loss_of_its_labels(moved, pairs):
     """By autograd, on a list of pairs, for which reference and labels are written out here.
 
     In log-probs the gradient is beta times that in the implicit rewards, and the rewards are beta
@@ -39,21 +39,21 @@ def test_a_round_is_gradient_descent_on_the_dpo_loss_of_its_labels(moved, kept):
         **OPTIONS,
         generator=generator(),
         moved=moved,
-        kept=kept,
+        pairs=pairs,
         learning_rate=rate,
     )
     assert found.policies.shape == (4, 2, 4) and found.labels.shape == (3, 2, 4, 4)
     close(found.policies[0], REFERENCE.repeat(2, 1))
     for t, seed in itertools.product(range(3), range(2)):
-        rounds = range(t + 1) if kept else [t]
-        pairs = [
+        rounds = range(t + 1) if pairs == "all" else [t]
+        listed = [
             (i, j)
             for k in rounds
             for i, j in itertools.product(range(4), repeat=2)
             for _ in range(int(found.labels[k, seed, i, j]))
         ]
-        assert len(pairs) == 8 * len(rounds)
-        chosen, rejected = torch.tensor(pairs).T
+        assert len(listed) == 8 * len(rounds)
+        chosen, rejected = torch.tensor(listed).T
         start = found.policies[t, seed]
         base = start if moved else REFERENCE
 
@@ -89,34 +89,61 @@ def test_the_reward_as_a_judge_makes_no_error_and_tosses_a_coin_between_equals()
     assert (counts[1, 2] - either / 2).abs() < 2.5 * either.sqrt() and either > 100
 
 
-def test_one_round_does_not_know_what_is_kept_or_moved():
+def test_one_round_does_not_know_which_pairs_or_reference_others_take():
     runs = [
         on_policy_runs(
             *(REFERENCE, REWARD, 0.5),
             **OPTIONS | {"rounds": 1},
             generator=generator(3),
             moved=moved,
-            kept=kept,
+            pairs=pairs,
         )
-        for moved, kept in FOUR
+        for moved, pairs in FOUR
     ]
     for found in runs[1:]:
         close(found.policies, runs[0].policies)
         close(found.labels, runs[0].labels)
 
 
+def test_each_run_may_have_a_rate_of_its_own_and_the_best_is_shown_on_other_runs():
+    rates = torch.tensor([0.01, 3.0], dtype=torch.float64)
+    found = on_policy_runs(
+        *(REFERENCE, REWARD, 0.5),
+        **OPTIONS | {"seeds": 8},
+        generator=generator(),
+        learning_rate=rates.repeat_interleave(4),
+    )
+    gaps = value_gap(found.policies[-1], REFERENCE, REWARD, 0.5).view(2, 2, 2)
+    assert gaps[1, 0].mean() < gaps[0, 0].mean()
+    options = OPTIONS | {"seeds": 2, "generator": generator()}
+    tuned = tuned_runs(REFERENCE, REWARD, 0.5, learning_rates=rates, **options)
+    assert tuned.learning_rate == 3
+    close(tuned.gaps, gaps[1, 1])
+    close(tuned.policies, found.policies[:, 6:])
+    close(tuned.labels, found.labels[:, 6:])
+
+
+def test_rounds_with_a_moved_reference_are_tuned_at_rounds_times_beta():
+    options = OPTIONS | {"learning_rates": [2.0], "generator": generator(), "moved": True}
+    tuned = tuned_runs(REFERENCE, REWARD, 0.5, **options)
+    alone = {"seeds": 4, "learning_rate": 2.0, "generator": generator(), "moved": True}
+    found = on_policy_runs(REFERENCE, REWARD, 1.5, **OPTIONS | alone)
+    close(tuned.policies, found.policies[:, 2:])
+    close(tuned.gaps, value_gap(found.policies[-1, 2:], REFERENCE, REWARD, 0.5))
+
+
 def test_many_labels_lead_every_kind_of_round_to_the_same_optimum():
     beta, best = 1.0, optimal_policy(REFERENCE, REWARD, 1.0)
     options = {"labels": 200_000, "rounds": 2, "seeds": 2, "steps": 1_500, "learning_rate": 4.0}
-    for moved, kept in FOUR:
+    for moved, pairs in FOUR:
         found = on_policy_runs(
             *(REFERENCE, REWARD, 2 * beta if moved else beta),
             generator=generator(),
             moved=moved,
-            kept=kept,
+            pairs=pairs,
             **options,
         )
-        assert (kl(found.policies[-1], best.repeat(2, 1)) < 2e-3).all(), (moved, kept)
+        assert (kl(found.policies[-1], best.repeat(2, 1)) < 2e-3).all(), (moved, pairs)
 
 
 @pytest.mark.parametrize("beta", [0.4, 1.0, 3.0])
@@ -168,6 +195,8 @@ def test_self_play_stops_at_the_data_and_only_there():
         ({"seeds": 0}, "seeds is 0; it must be at least 1"),
         ({"rounds": 0}, "rounds is 0"),
         ({"label": "coin"}, "label is 'coin'"),
+        ({"pairs": "old"}, "pairs is 'old'"),
+        ({"learning_rate": torch.ones(3)}, "learning_rate has 3 values for 2 seeds"),
     ],
 )
 def test_a_wrong_argument_is_named(changes, message):

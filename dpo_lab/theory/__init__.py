@@ -38,7 +38,14 @@ from dpo_lab.theory.objective import (
     optimal_policy,
     value_gap,
 )
-from dpo_lab.theory.on_policy import OnPolicyRuns, exact_rounds, on_policy_runs, self_play_rounds
+from dpo_lab.theory.on_policy import (
+    OnPolicyRuns,
+    TunedRuns,
+    exact_rounds,
+    on_policy_runs,
+    self_play_rounds,
+    tuned_runs,
+)
 
 __all__ = [
     "BradleyTerryFit",
@@ -47,6 +54,7 @@ __all__ = [
     "OnPolicyRuns",
     "OptimalFrontier",
     "Prompts",
+    "TunedRuns",
     "all_pairs",
     "at_best_rate",
     "best_of_n",
@@ -78,5 +86,6 @@ __all__ = [
     "reinforce_gradients",
     "sample_pairs",
     "self_play_rounds",
+    "tuned_runs",
     "value_gap",
 ]

@@ -5,14 +5,16 @@ pairs are drawn from the current policy and labeled, and DPO's loss on them is m
 is offline DPO, whose pairs come from the reference.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_lab.engine.arguments import checked, integer, number
+from dpo_lab.engine.arguments import checked, floats, integer, number
 from dpo_lab.losses import check_beta, dpo_loss
 from dpo_lab.theory.bandit import all_pairs, minimize, pair_weights
+from dpo_lab.theory.objective import value_gap
 
 
 class OnPolicyRuns(NamedTuple):
@@ -22,6 +24,19 @@ class OnPolicyRuns(NamedTuple):
     """(rounds + 1, seeds, n) before the first round and after each"""
     labels: Tensor
     """(rounds, seeds, n, n) of each round, how often the first was preferred to the second"""
+
+
+class TunedRuns(NamedTuple):
+    """What `tuned_runs` returns."""
+
+    policies: Tensor
+    """(rounds + 1, seeds, n) before the first round and after each"""
+    labels: Tensor
+    """(rounds, seeds, n, n) of each round, how often the first was preferred to the second"""
+    gaps: Tensor
+    """(seeds,) J(pi*) - J(pi) at the end, in units of the reward"""
+    learning_rate: float
+    """the one that was chosen"""
 
 
 @checked
@@ -35,9 +50,9 @@ def on_policy_runs(
     seeds: int,
     generator: torch.Generator,
     moved: bool = False,
-    kept: bool = True,
+    pairs: Literal["all", "newest"] = "all",
     label: Literal["bradley_terry", "reward"] = "bradley_terry",
-    learning_rate: float = 1.0,
+    learning_rate: float | Tensor = 1.0,
     steps: int = 300,
 ) -> OnPolicyRuns:
     """DPO in rounds of sample, label and train: `seeds` runs with `labels` labels each.
@@ -58,13 +73,13 @@ def on_policy_runs(
         seeds: independent runs.
         generator: draws the pairs and their labels.
         moved: whether the reference of a round is the policy that the round began with.
-        kept: whether a round trains on the labels of all rounds so far, or on its own alone.
+        pairs: whether a round trains on the pairs of all rounds so far, or on its own alone.
         label: "bradley_terry" prefers the first with probability sigma(r - r'), "reward" always the
             one with the higher reward; between equal ones either decides by a fair coin.
-        learning_rate: of gradient descent on the implicit rewards, in units of the reward.
+        learning_rate: of gradient descent on the implicit rewards; or (seeds,), one for each run.
         steps: of it per round, each on all pairs.
     """
-    beta, learning_rate = check_beta(beta), number("learning_rate", learning_rate)
+    beta, rates = check_beta(beta), _rates(learning_rate, seeds)
     sizes = {"labels": labels, "rounds": rounds, "seeds": seeds, "steps": steps}
     per_round = _check_sizes(**sizes)
 
@@ -79,11 +94,46 @@ def on_policy_runs(
         found.append(_label(logps.exp(), prefers, per_round, generator))
 
         # train
-        counts = torch.stack(found).sum(0) if kept else found[-1]
+        counts = torch.stack(found).sum(0) if pairs == "all" else found[-1]
         base = logps if moved else log_reference
-        logps = _descend(logps, base, counts, beta, steps, learning_rate)
+        logps = _descend(logps, base, counts, beta, steps, rates.to(logps))
         path.append(logps.exp())
     return OnPolicyRuns(torch.stack(path), torch.stack(found))
+
+
+def tuned_runs(
+    reference: Tensor,
+    reward: Tensor,
+    beta: float,
+    *,
+    rounds: int,
+    learning_rates: Sequence[float] = (0.25, 1.0, 4.0, 16.0),
+    seeds: int = 20,
+    moved: bool = False,
+    **options: Any,
+) -> TunedRuns:
+    """`on_policy_runs` at its best learning rate, in `seeds` runs that did not choose it.
+
+    The rate with the least mean gap in as many other runs is taken. Rounds with a moved reference
+    are at rounds * beta, so that all comparisons are about the optimum of `beta`. Other options are
+    those of `on_policy_runs`.
+    """
+    rates = torch.tensor(floats("learning_rates", learning_rates)).to(reward)
+    runs = on_policy_runs(
+        *(reference, reward, beta * integer("rounds", rounds) if moved else beta),
+        rounds=rounds,
+        seeds=2 * integer("seeds", seeds) * len(rates),
+        learning_rate=rates.repeat_interleave(2 * seeds),
+        moved=moved,
+        **options,
+    )
+
+    # choose by the first half of the runs of each rate, and show the second
+    gaps = value_gap(runs.policies[-1], reference, reward, beta).view(len(rates), 2, seeds)
+    best = int(gaps[:, 0].mean(1).argmin())
+    shown = slice((2 * best + 1) * seeds, (2 * best + 2) * seeds)
+    policies, labels = runs.policies[:, shown], runs.labels[:, shown]
+    return TunedRuns(policies, labels, gaps[best, 1], float(rates[best]))
 
 
 def exact_rounds(
@@ -159,7 +209,7 @@ def _label(policy: Tensor, prefers: Tensor, n: int, generator: torch.Generator) 
 
 
 def _descend(
-    logps: Tensor, base: Tensor, counts: Tensor, beta: float, steps: int, learning_rate: float
+    logps: Tensor, base: Tensor, counts: Tensor, beta: float, steps: int, rates: Tensor
 ) -> Tensor:
     """Log-probs after gradient descent on the mean DPO loss of each row, (seeds, n).
 
@@ -172,8 +222,20 @@ def _descend(
     for _ in range(steps):
         # (seeds, n, n): chosen, rejected
         pulls = fractions * torch.sigmoid(rewards[:, None] - rewards[:, :, None])
-        rewards = rewards + learning_rate * (pulls.sum(2) - pulls.sum(1))
+        rewards = rewards + rates * (pulls.sum(2) - pulls.sum(1))
     return torch.log_softmax(base + rewards / beta, -1)
+
+
+def _rates(learning_rate: float | Tensor, seeds: int) -> Tensor:
+    """The learning rate of each run, (seeds, 1), or of all of them, (1, 1)."""
+    several = isinstance(learning_rate, Tensor) and learning_rate.ndim
+    values = learning_rate if several else [number("learning_rate", learning_rate)]
+    found = torch.tensor(floats("learning_rate", values)).reshape(-1, 1)
+    if len(found) not in (1, seeds):
+        raise ValueError(
+            f"learning_rate has {len(found)} values for {seeds} seeds; give one, or one for each"
+        )
+    return found
 
 
 def _check_sizes(**sizes: int) -> int:
