@@ -46,6 +46,55 @@ one after the other. It gives N rewards, of which the higher one of a prompt is 
 one of a reward of texts, `judges.judge_label` one of a judge."""
 
 
+def bradley_terry_label(
+    reward: Label, *, k: int, scale: float, votes: int = 1, seed: int = 0
+) -> Label:
+    """A labeler whose votes on every two completions of a prompt are drawn by Bradley-Terry.
+
+    A vote prefers the first completion with probability sigma((r_1 - r_2) / scale). These are the
+    labels that DPO's derivation assumes: its optimum is then that of the objective with the reward
+    r / scale, while labels without error have none for a single pair. Many votes stand for the
+    probability itself.
+
+    Args:
+        reward: gives N rewards.
+        k: completions per prompt, as in `OnlineConfig`.
+        scale: rewards per unit of log-odds, positive.
+        votes: on each pair, at least 1; each becomes a pair.
+        seed: of the votes, with the rewards.
+
+    Raises:
+        ValueError, TypeError: a bad argument; when asked: rewards of another shape.
+
+    Source: Eq. 1 of Rafailov et al. 2023.
+    """
+    scale, k, votes = finite_positive("scale", scale), integer("k", k), integer("votes", votes)
+    for name, value, least in (("k", k, 2), ("votes", votes, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+    def label(prompts: list[list[int]], completions: list[list[int]]) -> np.ndarray:
+        rewards, n = floats("reward", reward(prompts, completions)), len(completions)
+        if rewards.shape != (n,) or n % k:
+            raise ValueError(
+                f"reward gave the shape {rewards.shape} for {n} completions, {k} of each prompt; "
+                "it must be (N,), and k the number that was drawn"
+            )
+        _check_rewards(rewards)
+
+        # every two completions of a prompt, and how many votes the first of them gets
+        i, j = np.triu_indices(k, 1)
+        firsts = k * np.arange(n // k)[:, None]
+        pairs = np.stack([firsts + i, firsts + j], -1).reshape(-1, 2)
+        log_odds = (rewards[pairs[:, 0]] - rewards[pairs[:, 1]]) / scale
+        rng = np.random.default_rng([seed, int(data_hash(rewards), 16)])
+        won = rng.binomial(votes, np.exp(-np.logaddexp(0, -log_odds)))
+        both = np.concatenate([pairs, pairs[:, ::-1]])
+        return np.repeat(both, np.concatenate([won, votes - won]), axis=0)
+
+    return label
+
+
 @dataclass(frozen=True)
 class OnlineConfig:
     """What `train_online_dpo` and `train_spin` sample and train on in each round."""
