@@ -1,13 +1,14 @@
 """Figures of on-policy DPO: each function returns a matplotlib Figure, without pyplot."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from dpo_lab.engine.arguments import floats
 from dpo_lab.engine.escaping import for_figure
-from dpo_lab.plots import CHOSEN, METHODS, OPTIMUM, check_labels, looks
+from dpo_lab.plots import METHODS, OPTIMUM, check_labels, looks
 from dpo_lab.plots_judges import MARKERS, count_ticks
 
 
@@ -73,4 +74,55 @@ def plot_coverage(
     axes.set_ylabel("fraction of the labeled completions")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.02, 1.0))
+    return figure
+
+
+def plot_online(
+    runs: Sequence[Mapping[str, Any]], names: Mapping[str, str], goal: float | None = None
+) -> Figure:
+    """Fraction of the optimal gain against labels and against seconds, mean over seeds.
+
+    Bars are standard errors over seeds, small points the last evaluation of each seed.
+
+    Args:
+        runs: as `sentiment.load_on_policy` gives them: `method`, `seed`, and `rows` with `labels`,
+            `seconds` and `fraction`, whose lower end is drawn.
+        names: what the legend calls each method that is shown, by the method.
+        goal: a fraction to mark.
+
+    Raises:
+        ValueError: a method without runs.
+    """
+    figure = Figure(figsize=(8.8, 4.2), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for (method, name), (color, marker) in zip(names.items(), looks(METHODS, MARKERS)):
+        own = [run["rows"] for run in runs if run["method"] == method]
+        if not own:
+            known = ", ".join(dict.fromkeys(run["method"] for run in runs))
+            raise ValueError(f"names has {method!r}, of which there is no run; there are {known}")
+
+        # (seeds, rows), of the evaluations that all seeds have, and always the last
+        fewest = min(map(len, own))
+        own = [[*rows[: fewest - 1], rows[-1]] for rows in own]
+        fractions = np.array([[row["fraction"][0] for row in rows] for rows in own])
+        errors = fractions.std(0, ddof=1) / len(own) ** 0.5 if len(own) > 1 else None
+        look = {"color": color, "marker": marker, "markersize": 4, "capsize": 2}
+        for axes, key in zip(panels, ("labels", "seconds")):
+            costs = np.array([[row[key] for row in rows] for rows in own])
+            at = costs.mean(0)
+            axes.errorbar(at, fractions.mean(0), errors, label=for_figure(name), **look)
+            axes.plot(
+                costs[:, -1], fractions[:, -1], marker, color=color, markersize=2.5, alpha=0.5
+            )
+
+    for axes, label in zip(panels, ("labeled completions", "seconds of one core, training alone")):
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if goal is not None:
+            axes.axhline(goal, color=OPTIMUM, linestyle=":", linewidth=1)
+    panels[0].set_ylabel("fraction of the optimal gain")
+    handles, shown = panels[0].get_legend_handles_labels()
+    figure.legend(handles, shown, frameon=False, loc="outside upper center", ncols=4)
     return figure

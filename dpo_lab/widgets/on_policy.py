@@ -14,7 +14,7 @@ from dpo_lab.plots import CHOSEN, OPTIMUM, POLICY, REJECTED, check_labels
 from dpo_lab.theory.objective import optimal_policy
 from dpo_lab.theory.on_policy import tuned_runs
 from dpo_lab.widgets.explorers import Explorer, Picture, explorer_of
-from dpo_lab.widgets.figures import ABOVE, BlittedFigure, wide
+from dpo_lab.widgets.figures import BlittedFigure, wide
 
 # eight completions, the better the rarer: the best has 0.3% of the reference, and 60% of the
 # optimum at beta 0.3
@@ -90,19 +90,22 @@ def rounds_figure(
     left.legend(frameon=False, loc="upper left")
 
     # the gaps, and the place of the slider
-    most, points = 0.0, {}
+    least, most, points, at = 0.0, 0.0, {}, floats("rounds", rounds)
     for name, style in zip(REFERENCES, ("o-", "s--")):
         means, errors = floats("gaps", gaps[name]).T
-        most, color = max(most, *(means + errors)), REFERENCES[name]
+        least, most = min(least, *(means - errors)), max(most, *(means + errors))
+        color = REFERENCES[name]
         look = {"color": color, "alpha": 0.6, "capsize": 2, "markersize": 4}
-        right.errorbar(rounds, means, errors, fmt=style, label=name, **look)
+        right.errorbar(at, means, errors, fmt=style, label=name, **look)
         (points[name],) = right.plot([], [], style[0], color=color, markersize=10)
-    right.set(xscale="log", ylim=(0, 1.1 * most), xlabel="rounds, with the same labels in all")
+    right.set(
+        xscale="log", ylim=(1.1 * least, 1.3 * most), xlabel="rounds, with the same labels in all"
+    )
     right.set(ylabel="J(optimum) - J(policy)", xlim=(0.85 * rounds[0], 1.18 * rounds[-1]))
     right.set_xticks(rounds, [str(each) for each in rounds], minor=False)
     right.set_xticks([], minor=True)
     right.axhline(0, color=OPTIMUM, linewidth=0.8)
-    right.legend(frameon=False, **ABOVE)
+    right.legend(frameon=False, loc="upper left", ncols=2, fontsize=9)
 
     def update(state: Mapping[str, Any]) -> None:
         place = list(rounds).index(state["rounds"])
