@@ -2,18 +2,19 @@
 
     python benchmarks/on_policy.py
 
-Every method but self-play has `completions` completions labeled, 4 of each prompt, whatever the
-number of rounds, and so as many pairs but for ties. First each method is tuned: one run for each
-beta of the grid with a seed of its own; the beta whose last policy reaches the largest fraction of
-the optimal gain within 5 nats is kept. Then three seeds. Reward and KL are those of completions
-sampled in float32, on the prompts from which the optimal frontier of the package was estimated.
-Writes dpo_lab/assets/on_policy.json. Runs that are in `--config.out` are kept; `--config.only`
-names the methods to run now. Seconds are those of one core, without the evaluations.
+Every method has as many completions labeled, whatever its rounds; self-play samples as many, which
+nobody labels. First each method is tuned by one run for each of its betas, with a seed of its own:
+the beta is kept whose last policy reaches the largest fraction of the optimal gain within 5 nats.
+Then three seeds. Training is in the precision that is asked for; reward and KL are those of
+completions sampled in float32 on the prompts from which the optimal frontier in the package was
+estimated. Writes dpo_lab/assets/on_policy.json. Runs that are in `--config.out` are kept, and
+`--config.only` names the methods to run now. Seconds are those of one core, without evaluations.
 """
 
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ RESULTS = ASSETS / "on_policy.json"
 # nats of KL within which methods are compared
 WITHIN = 5.0
 
-# of the seed that tunes; the others are 0, 1, 2, ...
+# of the runs that tune; the others have the seeds 0, 1, 2
 TUNING_SEED = 100
 
 # texts of the last policy that are kept
@@ -50,32 +51,40 @@ KEPT_TEXTS = 4
 
 @dataclass(frozen=True)
 class Method:
-    """How a method samples and labels."""
+    """How a method samples, labels and trains."""
 
     rounds: int = 1
     """rounds of sampling, labeling and training"""
+    labels: Literal["rewards", "extremes", "votes", "judge", "human"] = "rewards"
+    """every two completions in the order of the classifier's rewards; the best against the worst of
+    them; votes drawn from the rewards by Bradley-Terry; a judge that is right with probability
+    `accuracy`; or none, since human text is preferred (SPIN)"""
+    k: int = 4
+    """completions per prompt; in SPIN one beside the human text"""
     reference: Literal["fixed", "moved"] = "fixed"
     """of the rounds after the first"""
-    labels: Literal["classifier", "bradley-terry", "judge", "human"] = "classifier"
-    """the order of the classifier's rewards; votes drawn from them by Bradley-Terry; a judge that
-    is right with probability `accuracy`; or none, since human text is preferred (SPIN)"""
-    size: float = 1.0
-    """completions, in multiples of `completions`"""
-    decay: float = 1.0
-    """of the learning rate from round to round"""
+    prompts_per_step: int = 11
+    """whose pairs make a step"""
+    size: int = 1
+    """labeled completions, in multiples of `completions`"""
+    betas: tuple[float, ...] = (0.35, 0.55)
+    """that are tried"""
+    learning_rate: float = 1.5e-4
+    """of AdamW on all weights, in the first round; falls to zero in each"""
 
 
 METHODS = {
     "offline": Method(),
-    "2 rounds": Method(rounds=2),
     "4 rounds": Method(rounds=4),
+    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.55, 1.0)),
+    "offline, best and worst": Method(labels="extremes", k=8, prompts_per_step=16),
+    "4 rounds, best and worst": Method(rounds=4, labels="extremes", k=8, prompts_per_step=16),
+    "2 rounds": Method(rounds=2),
     "8 rounds": Method(rounds=8),
-    "4 rounds, moved": Method(rounds=4, reference="moved"),
-    "offline, votes": Method(labels="bradley-terry"),
-    "4 rounds, votes": Method(rounds=4, labels="bradley-terry"),
-    "offline, judge": Method(labels="judge"),
-    "4 rounds, judge": Method(rounds=4, labels="judge"),
-    "SPIN": Method(rounds=3, reference="moved", labels="human"),
+    "offline, judge": Method(labels="judge", betas=(0.15, 0.35)),
+    "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.35)),
+    "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2, 0.5)),
+    "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.35)),
 }
 
 
@@ -83,38 +92,30 @@ METHODS = {
 class OnPolicyConfig:
     """What is trained, and how it is evaluated."""
 
-    completions: int = 2_048
+    completions: int = 1_024
     """labeled completions of a run"""
-    k: int = 4
-    """completions per prompt"""
-    betas: tuple[float, ...] = (0.2, 0.35)
-    """that are tried with each method"""
-    moved_betas: tuple[float, ...] = (0.5, 1.0)
-    """that are tried where the reference moves, which lets the policy go as far again each round"""
+    decay: float = 0.8
+    """factor on the learning rate from round to round"""
+    warmup_steps: int = 2
+    """of each round"""
     scale: float = 0.15
     """rewards per unit of log-odds of the Bradley-Terry votes"""
     votes: int = 8
     """on each pair"""
     accuracy: float = 0.8
     """of the judge"""
-    prompts_per_step: int = 11
-    """whose pairs make a step: 66 pairs, or as many times the votes; of SPIN's pairs 44"""
-    learning_rate: float = 5e-5
-    """of AdamW on all weights; falls to zero in each round"""
-    warmup_steps: int = 2
-    """in each round"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of the runs that are reported"""
-    points: int = 4
+    points: int = 3
     """evaluations along a run, the last one included"""
-    last_repeats: int = 2
-    """completions per held-out prompt in the last one"""
     task: TaskConfig = field(
-        default_factory=lambda: TaskConfig(prefixes=7_500, eval_prefixes=256, precision="bfloat16")
+        default_factory=lambda: TaskConfig(eval_prefixes=256, precision="bfloat16")
     )
     """the data, and the precision of sampling and training"""
     only: tuple[str, ...] = tuple(METHODS)
     """the methods to run now; finished runs of others are reported too"""
+    minutes: float = 600.0
+    """no run begins after so many"""
     out: Path = Path("runs/on-policy")
     """where every run goes"""
 
@@ -122,19 +123,21 @@ class OnPolicyConfig:
 def main(config: OnPolicyConfig, results: Path = RESULTS) -> None:
     torch.set_num_threads(1)
     tune_cpu()
-    origin = provenance()
-    recorded = {name: value for name, value in asdict(config).items() if name != "out"}
-    grown = ("only", "seeds", "betas", "moved_betas")
-    decides = {name: value for name, value in recorded.items() if name not in grown}
+    began, origin = time.perf_counter(), provenance()
+    now = ("only", "minutes", "out")
+    recorded = {name: value for name, value in asdict(config).items() if name not in now}
+    decides = {name: value for name, value in recorded.items() if name != "seeds"}
     open_run(config.out, decides, resume=True)
     bench = Bench(config)
 
     # tune, then run the seeds
     for name in config.only:
-        for beta in bench.betas(name):
-            bench.finish(name, beta, TUNING_SEED)
-        for seed in config.seeds:
-            bench.finish(name, bench.best_beta(name), seed)
+        tuning = [(name, beta, TUNING_SEED) for beta in METHODS[name].betas]
+        for run in tuning:
+            bench.finish(*run, until=began + 60 * config.minutes)
+        if all(bench.path(*run).exists() for run in tuning):
+            for seed in config.seeds:
+                bench.finish(name, bench.best_beta(name), seed, until=began + 60 * config.minutes)
         write_json(results, {**origin, "config": recorded, **bench.found()})
 
 
@@ -142,48 +145,47 @@ class Bench:
     """The runs of the benchmark, each in a file of its own."""
 
     def __init__(self, config: OnPolicyConfig):
-        self.config = config
-        self.task = Task.open(config.task, config.out / "data")
-        self.sweep = load_sweep()
+        self.config, self.sweep = config, load_sweep()
 
-    def betas(self, name: str) -> tuple[float, ...]:
-        """The grid of a method."""
-        moved = METHODS[name].reference == "moved"
-        return self.config.moved_betas if moved else self.config.betas
+    @cached_property
+    def task(self) -> Task:
+        """What every run shares."""
+        return Task.open(self.config.task, self.config.out / "data")
 
     def path(self, name: str, beta: float, seed: int) -> Path:
         """Where a run is kept."""
         short = name.replace(",", "").replace(" ", "-")
         return self.config.out / f"{short}-beta{beta:g}-seed{seed}.json"
 
-    def finish(self, name: str, beta: float, seed: int) -> None:
-        """Do a run, unless it is there."""
-        path = self.path(name, beta, seed)
-        if not path.exists():
-            began = time.perf_counter()
-            rows = Run(self, METHODS[name], beta, seed).rows()
-            write_json(path, {"method": name, "beta": beta, "seed": seed, "rows": rows})
-            last = rows[-1]
-            print(
-                f"{name}, beta {beta:g}, seed {seed}: reward {last['reward']:.3f} at "
-                f"{last['kl']:.2f} nats, {last['fraction'][0]:.0%}; {last['seconds']:.0f} s of "
-                f"{time.perf_counter() - began:.0f} s",
-                flush=True,
-            )
+    def finish(self, name: str, beta: float, seed: int, *, until: float) -> None:
+        """Do a run, unless it is there or it is too late."""
+        path, began = self.path(name, beta, seed), time.perf_counter()
+        if path.exists() or began > until:
+            return
+        rows = Run(self, METHODS[name], beta, seed).rows()
+        write_json(path, {"method": name, "beta": beta, "seed": seed, "rows": rows})
+        last = rows[-1]
+        print(
+            f"{name}, beta {beta:g}, seed {seed}: reward {last['reward']:.3f} at "
+            f"{last['kl']:.2f} nats, {last['fraction'][0]:.1%}; {last['seconds']:.0f} s of "
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
 
     def best_beta(self, name: str) -> float:
-        """The beta with the largest fraction of the optimal gain within `WITHIN` nats, of the
-        tuning runs; the one that ends nearest where none ends within."""
+        """The beta whose last policy has the largest fraction of the optimal gain within `WITHIN`
+        nats, or is nearest to them where none is within.
+        """
 
         def value(beta: float) -> float:
             path = self.path(name, beta, TUNING_SEED)
             last = json.loads(path.read_text(encoding="utf-8"))["rows"][-1]
             return last["fraction"][0] if last["kl"] <= WITHIN else WITHIN - last["kl"]
 
-        return max(self.betas(name), key=value)
+        return max(METHODS[name].betas, key=value)
 
     def found(self) -> dict[str, Any]:
-        """The finished runs: `tuning` and `runs`, and the settings of each method."""
+        """The finished runs, those that tuned apart, and the settings of each method."""
         files = sorted(self.config.out.glob("*-seed*.json"))
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         order = list(METHODS)
@@ -199,16 +201,23 @@ class Bench:
 class Run:
     """One run: a policy is trained, and evaluated along the way."""
 
-    def __init__(self, bench: "Bench", method: Method, beta: float, seed: int):
+    def __init__(self, bench: Bench, method: Method, beta: float, seed: int):
         self.config, self.task, self.sweep = bench.config, bench.task, bench.sweep
         self.method, self.beta, self.seed = method, beta, seed
-        self.n = round(self.config.completions * method.size) // self.config.k
+        self.task.load()
+
+        # prompts of each round together; SPIN asks all of them again in every round
+        self.completions = self.config.completions * method.size
+        self.prompts = self.completions // method.k
+        self.steps = self.prompts // method.prompts_per_step
+
+        # what was labeled and spent so far
         self.labels = self.sampled = 0
-        self.began, self.spent = time.process_time(), 0.0
+        self.began, self.unpaid = time.process_time(), 0.0
         self.found: list[dict[str, Any]] = []
 
     def rows(self) -> list[dict[str, Any]]:
-        """The evaluations of the run; the last one on more completions, with some texts."""
+        """The evaluations of the run; the last one on all held-out prompts, with some texts."""
         policy, task = self.task.new_policy(), self.task
         options = {
             "eos_token_id": end_tokens(policy, task.tokenizer),
@@ -221,53 +230,54 @@ class Run:
             lines = train_spin(policy, *self.praise(), self.online(), **options)
             self.sampled = max(line.get("tokens", 0) for line in lines)
         else:
-            prompts, label = task.training_prefixes(self.n, self.seed), self.counted(self.label())
+            prompts = task.training_prefixes(self.prompts, self.seed)
+            label = self.counted(self.label())
             lines = train_online_dpo(
                 policy, task.reference, prompts, label, self.online(), **options
             )
-        trained = [line for line in lines if "tokens_per_second" in line]
-        tokens = sum(line["tokens_per_second"] * line["seconds"] for line in trained)
-        last = self.row(policy, trained[-1]["step"], self.config.last_repeats, texts=True)
-        return [*self.found, {**last, "trained_tokens": round(tokens)}]
+
+        # tokens that a forward and a backward pass read
+        steps = [line for line in lines if "tokens_per_second" in line]
+        trained = sum(line["tokens_per_second"] * line["seconds"] for line in steps)
+        last, found = self.row(policy, steps[-1]["step"], len(task.held_out))
+        texts = list(found.texts[:KEPT_TEXTS])
+        return [*self.found, {**last, "trained_tokens": round(trained), "texts": texts}]
 
     def online(self) -> OnlineConfig:
         """The rounds of the method."""
         config, method = self.config, self.method
-        pairs = config.k * (config.k - 1) // 2
-        pairs *= config.votes if method.labels == "bradley-terry" else 1
-        spin = method.labels == "human"
+        pairs = method.k * (method.k - 1) // 2
+        pairs = {"extremes": 1, "human": 1, "votes": pairs * config.votes}.get(method.labels, pairs)
         loop = LoopConfig(
-            learning_rate=config.learning_rate, warmup_steps=config.warmup_steps, eval_every=1
+            learning_rate=method.learning_rate, warmup_steps=config.warmup_steps, eval_every=1
         )
         return OnlineConfig(
             rounds=method.rounds,
-            k=1 if spin else config.k,
+            k=method.k,
             reference=method.reference,
             max_new_tokens=self.task.asked.max_new_tokens,
-            decay=method.decay,
-            dpo=DPOConfig(
-                beta=self.beta,
-                batch_pairs=config.prompts_per_step * (config.k if spin else pairs),
-                loop=loop,
-            ),
+            decay=config.decay,
+            dpo=DPOConfig(self.beta, batch_pairs=method.prompts_per_step * pairs, loop=loop),
         )
 
     # labels
 
     def label(self) -> Label:
         """What says which completions are better."""
-        config, task = self.config, self.task
+        config, task, k = self.config, self.task, self.method.k
         rewards = text_reward(task.reward, task.tokenizer)
-        if self.method.labels == "bradley-terry":
-            options = {"k": config.k, "scale": config.scale, "votes": config.votes}
-            return bradley_terry_label(rewards, seed=self.seed, **options)
+        if self.method.labels == "votes":
+            options = {"scale": config.scale, "votes": config.votes, "seed": self.seed}
+            return bradley_terry_label(rewards, k=k, **options)
         if self.method.labels == "judge":
             judge = biased_judge(task.reward, accuracy=config.accuracy, seed=self.seed)
-            return judge_label(judge, task.tokenizer, k=config.k, seed=self.seed)
+            return judge_label(judge, task.tokenizer, k=k, seed=self.seed)
+        if self.method.labels == "extremes":
+            return lambda prompts, completions: extremes(rewards(prompts, completions), k)
         return rewards
 
     def counted(self, label: Label) -> Label:
-        """`label`, with the completions that it is asked about counted."""
+        """`label`, with what it is asked about counted."""
 
         def asked(prompts: list[list[int]], completions: list[list[int]]) -> np.ndarray:
             self.labels += len(completions)
@@ -277,57 +287,61 @@ class Run:
         return asked
 
     def praise(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Beginnings of positive reviews, and how they go on: what SPIN imitates.
-
-        As many as make the sampled completions of all rounds as many as those of the others.
-        """
+        """Beginnings of positive reviews, and how they go on: what SPIN imitates."""
         reviews = self.task.reviews["train"]
-        texts = [text for text, label in zip(reviews["text"], reviews["label"]) if label == 1]
-        n = self.config.k * self.n // self.method.rounds
-        length = self.task.asked.max_new_tokens
-        tokenizer = self.task.tokenizer
-        return sample_continuations(texts, tokenizer, n, seed=self.seed, max_new_tokens=length)
+        positive = np.flatnonzero(np.array(reviews["label"][:]) == 1)
+        texts, n = reviews["text"][:], self.prompts // self.method.rounds
+        return sample_continuations(
+            [texts[i] for i in positive],
+            self.task.tokenizer,
+            n,
+            seed=self.seed,
+            max_new_tokens=self.task.asked.max_new_tokens,
+        )
 
     # evaluations
 
     def evaluate(self, policy: nn.Module, step: int) -> dict[str, float]:
-        """The callback: a row at some steps."""
-        steps = self.config.k * self.n if self.method.labels == "human" else self.n
-        if self.method.labels == "human":
-            steps //= self.config.k
-        every = max(1, round(steps / self.config.prompts_per_step / self.config.points))
-        if step and step % every == 0 and len(self.found) < self.config.points - 1:
-            self.found.append(self.row(policy, step, 0))
+        """The callback, which is called at every step: a row at some of them, on fewer prompts."""
+        points = self.config.points
+        due = self.steps * (len(self.found) + 1) / points
+        if len(self.found) < points - 1 and step >= due:
+            row, _ = self.row(policy, step, len(self.task.held_out) // 2)
+            self.found.append(row)
         return {}
 
-    def row(
-        self, policy: nn.Module, step: int, repeats: int, *, texts: bool = False
-    ) -> dict[str, Any]:
-        """Reward and KL on the held-out prompts, half of them where `repeats` is 0."""
+    def row(self, policy: nn.Module, step: int, n: int) -> tuple[dict[str, Any], Any]:
+        """A policy on the first `n` held-out prompts, and what it cost so far."""
         began, task = time.process_time(), self.task
-        seconds = began - self.began - self.spent
-        prompts = task.held_out * repeats if repeats else task.held_out[: len(task.held_out) // 2]
+        seconds = began - self.began - self.unpaid
         found = evaluate_policy(
             policy,
             task.reference,
-            prompts,
+            task.held_out[:n],
             task.reward,
             task.tokenizer,
             max_new_tokens=task.asked.max_new_tokens,
             seed=self.seed + 1,
         )
-        self.spent += time.process_time() - began
-        low, high = self.sweep.fraction_bounds(found.reward, found.kl)
-        return {
+        row = {
             "step": step,
             "labels": self.labels,
             "sampled_tokens": self.sampled,
             "seconds": round(seconds, 1),
             **found.summary(),
-            "fraction": [low, high],
-            **({"texts": found.texts[:KEPT_TEXTS]} if texts else {}),
+            "fraction": self.sweep.fraction_bounds(found.reward, found.kl),
         }
+        self.unpaid += time.process_time() - began
+        return row, found
+
+
+def extremes(rewards: np.ndarray, k: int) -> np.ndarray:
+    """The best and the worst of the k completions of each prompt, (P, 2), unless all are equal."""
+    rows = rewards.reshape(-1, k)
+    firsts = k * np.arange(len(rows))
+    pairs = np.stack([firsts + rows.argmax(1), firsts + rows.argmin(1)], 1)
+    return pairs[rows.max(1) > rows.min(1)]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(OnPolicyConfig))
+    tyro.cli(main)
