@@ -1,8 +1,10 @@
 """On-policy DPO on a tiny GPT-2: what a round is, whose log-probs it uses, what it labels."""
 
 import copy
+import re
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -372,10 +374,10 @@ def test_rounds_find_the_optimum_of_the_kl_constrained_objective(bandit):
     rewards = np.linspace(-1, 1, 8)
     label = bradley_terry_label(lambda p, c: rewards[np.array(c)[:, 0]], k=16, scale=1.0, votes=4)
     dpo = DPOConfig(
-        beta=0.5, batch_pairs=2_000, epochs=6, loop=LoopConfig(learning_rate=3e-3, warmup_steps=0)
+        beta=0.5, batch_pairs=2_000, epochs=4, loop=LoopConfig(learning_rate=1e-2, warmup_steps=0)
     )
     config = OnlineConfig(rounds=4, k=16, max_new_tokens=1, decay=0.6, dpo=dpo)
-    policy, _ = trained(bandit, config, label, prompts=[[0]] * 64, eos_token_id=[])
+    policy, _ = trained(bandit, config, label, prompts=[[0]] * 48, eos_token_id=[])
 
     def logps(model):
         return model(torch.tensor([[0]])).logits[0, -1].double().log_softmax(-1).detach().numpy()
@@ -384,3 +386,14 @@ def test_rounds_find_the_optimum_of_the_kl_constrained_objective(bandit):
     best -= np.logaddexp.reduce(best)
     distance = np.exp(best) @ (best - logps(policy))
     assert distance < 0.02 < 10 * 0.02 < np.exp(best) @ (best - logps(bandit))
+
+
+# the page
+
+
+def test_the_python_of_the_page_runs_as_pasted(tiny):
+    page = (Path(__file__).parent.parent / "docs" / "online.md").read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code.replace('name = "embedded"', f"name = {str(tiny)!r}"), names)
+    assert names["metrics"][-1]["round"] == 2
