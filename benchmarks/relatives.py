@@ -55,25 +55,27 @@ class RelativesConfig:
 
     methods: tuple[str, ...] = tuple(KNOBS)
     """which of them to train now; the results hold all that are finished"""
-    rates: tuple[float, ...] = (1e-4, 2e-4)
+    rates: tuple[float, ...] = (3e-5, 6e-5)
     """learning rates that are tried with each value of the knob"""
     tuning_seed: int = 0
     """of pairs and training; no seed of the results"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """of the results, each of pairs, training and sampling of its own"""
     task: TaskConfig = field(
-        default_factory=lambda: TaskConfig(prefixes=256, eval_prefixes=256, precision="float32")
+        default_factory=lambda: TaskConfig(prefixes=128, eval_prefixes=256, precision="float32")
     )
     """the data; its held-out prefixes are those of the shipped frontier, for every seed"""
-    tuning_prefixes: int = 96
+    final_prefixes: int = 128
+    """of the held-out ones, in the results"""
+    tuning_prefixes: int = 64
     """of the held-out ones, while tuning"""
-    batch_pairs: int = 64
+    batch_pairs: int = 32
     """pairs per step; as many completions as these have are a step of KTO"""
-    steps: tuple[int, ...] = (4, 8, 12, 16, 24)
-    """after which a policy is evaluated, if the run has so many"""
+    steps: tuple[int, ...] = (6, 12, 18, 24)
+    """after which a policy is evaluated"""
     kl: float = 5.0
     """nats, at which rewards are compared"""
-    enough: float = 10.0
+    enough: float = 8.0
     """nats, past which a run ends"""
     out: Path = Path("runs/relatives")
     """where pairs and runs go"""
@@ -217,8 +219,8 @@ class Seed:
 
     def evaluate(self, policy: nn.Module, step: int) -> dict[str, Any]:
         """Reward and KL of a policy, and the mean number of tokens of its completions."""
-        tuning = self.seed == self.config.tuning_seed
-        prompts = self.held_out[: self.config.tuning_prefixes if tuning else None]
+        tuning, config = self.seed == self.config.tuning_seed, self.config
+        prompts = self.held_out[: config.tuning_prefixes if tuning else config.final_prefixes]
         found = evaluate_policy(
             policy,
             self.task.reference,
