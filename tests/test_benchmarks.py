@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import contender  # noqa: E402
 import goodhart  # noqa: E402
 import hacking  # noqa: E402
+import on_policy  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
 
@@ -265,3 +266,64 @@ def test_what_the_pages_say_of_the_true_reward_is_in_the_shipped_rows():
     assert mean("kl", 0.05) > 5 * mean("kl", 0.3)
     for name, close in (("reference_logp", 0.1), ("known", 0.01)):
         assert abs(mean(name, 1.0) - mean(name, 1.0, last=False)) < close
+
+
+def test_on_policy_rounds_are_tuned_and_run_and_kept(tiny, tmp_path, monkeypatch, made_up_reviews):
+    few = {
+        "offline": on_policy.Method(betas=(0.1, 10.0)),
+        "2 rounds, judge": on_policy.Method(rounds=2, labels="judge", betas=(0.1,)),
+        "best and worst": on_policy.Method(labels="extremes", betas=(0.1,), size=2),
+        "2 rounds, votes": on_policy.Method(rounds=2, labels="votes", betas=(0.1,)),
+        "SPIN": on_policy.Method(2, "human", 1, "moved", betas=(0.1,)),
+    }
+    monkeypatch.setattr(on_policy, "METHODS", few)
+    task = TaskConfig(model=str(tiny), eval_prefixes=8, max_new_tokens=6, precision="float32")
+    config = on_policy.OnPolicyConfig(
+        completions=48,
+        warmup_steps=1,
+        seeds=(0,),
+        task=task,
+        only=tuple(few),
+        out=tmp_path / "runs",
+    )
+    on_policy.main(config, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+
+    # every method once, with the better of its betas
+    assert [run["method"] for run in found["runs"]] == list(few)
+    assert [(run["method"], run["beta"]) for run in found["tuning"]][:2] == [
+        ("offline", 0.1),
+        ("offline", 10.0),
+    ]
+    for run in found["runs"]:
+        *_, last = run["rows"]
+        human, double = run["method"] == "SPIN", run["method"] == "best and worst"
+        assert last["labels"] == (0 if human else 96 if double else 48)
+        assert 0 < last["sampled_tokens"] and 0 < last["trained_tokens"]
+        assert [row["step"] for row in run["rows"]] == sorted(row["step"] for row in run["rows"])
+    assert "out" not in found["config"] and found["commit"]
+
+    # what is there is kept; nothing begins too late
+    monkeypatch.setattr(on_policy.Run, "rows", None)
+    on_policy.main(config, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["runs"] == found["runs"]
+    late = replace(config, seeds=(0, 1), minutes=0.0)
+    on_policy.main(late, tmp_path / "again.json")
+
+
+def test_the_best_beta_is_the_one_with_most_of_the_gain_within_the_limit(tmp_path):
+    config = on_policy.OnPolicyConfig(out=tmp_path)
+    bench = on_policy.Bench(config)
+    small, large = on_policy.METHODS["offline"].betas
+
+    def ends(beta, kl, fraction):
+        row = {"kl": kl, "fraction": [fraction, 1.0]}
+        path = bench.path("offline", beta, on_policy.TUNING_SEED)
+        path.write_text(json.dumps({"rows": [row]}))
+
+    for (kl_small, kl_large), best in (((6, 3), large), ((4, 3), small), ((6, 8), small)):
+        ends(small, kl_small, 0.9)
+        ends(large, kl_large, 0.8)
+        assert bench.best_beta("offline") == best
+    pairs = on_policy.extremes(np.array([1.0, 3.0, 2.0, 5.0, 5.0, 5.0]), 3)
+    assert pairs.tolist() == [[1, 0]]

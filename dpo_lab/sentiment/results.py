@@ -361,3 +361,18 @@ def reward_at(evaluations: Sequence[Mapping[str, Any]], kl: float) -> float:
         return float(evaluations[0]["reward"])
     near, far = evaluations[above[0] - 1], evaluations[above[0]]
     return float(np.interp(kl, [near["kl"], far["kl"]], [near["reward"], far["reward"]]))
+
+
+def load_on_policy() -> dict[str, Any]:
+    """On-policy DPO in rounds and one offline round at the same number of labels, and self-play
+    (benchmarks/on_policy.py), as they come with the package.
+
+    `methods` holds the settings of each method by its name, `tuning` the runs that chose its beta,
+    and `runs` those of the seeds: `method`, `beta`, `seed` and `rows`, evaluations along training.
+    A row has the `step`, the `labels` so far (labeled completions), the `sampled_tokens`, the
+    `seconds` of one core without evaluations, `reward` and `kl` in nats with their standard errors,
+    and the lowest and highest `fraction` of the optimal gain that they may be. The last row of a
+    run also has the `trained_tokens` and some `texts`, a model's: escape them before they are shown
+    as HTML. Runs are compared `within` that many nats.
+    """
+    return json.loads((ASSETS / "on_policy.json").read_text(encoding="utf-8"))
