@@ -59,7 +59,7 @@ class RelativesConfig:
 
     methods: tuple[str, ...] = tuple(KNOBS)
     """which of them to train now; the results hold all that are finished"""
-    rates: tuple[float, ...] = (3e-5, 6e-5)
+    rates: tuple[float, ...] = (6e-5, 1.2e-4)
     """learning rates that are tried with each value of the knob"""
     tuning_seed: int = 0
     """of pairs and training; no seed of the results"""
@@ -77,12 +77,12 @@ class RelativesConfig:
     """of the held-out ones, while tuning"""
     batch_pairs: int = 32
     """pairs per step; as many completions as these have are a step of KTO"""
-    steps: tuple[int, ...] = (6, 12, 18, 24)
+    steps: tuple[int, ...] = (4, 8, 12, 16, 20, 24)
     """after which a policy is evaluated"""
-    kl: float = 2.5
+    kl: float = 2.0
     """nats, at which rewards are compared"""
-    enough: float = 5.0
-    """nats, past which a run ends"""
+    enough: float = 4.0
+    """nats, past which a run ends; while tuning, it ends at `kl`"""
     out: Path = Path("runs/relatives")
     """where pairs and runs go"""
 
@@ -256,11 +256,13 @@ class Seed:
     def train(self, setting: Setting) -> dict[str, Any]:
         """The evaluations of a run, from its first step until it is over or far enough away."""
         evaluations: list[dict[str, Any]] = []
+        config = self.config
+        enough = config.kl if self.seed == config.tuning_seed else config.enough
 
         def callback(policy: nn.Module, step: int) -> dict[str, float]:
-            if step in self.config.steps:
+            if step in config.steps:
                 evaluations.append(self.evaluate(policy, step))
-                if evaluations[-1]["kl"] > self.config.enough:
+                if evaluations[-1]["kl"] > enough:
                     raise Enough
             return {}
 

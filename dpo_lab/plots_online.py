@@ -171,8 +171,8 @@ def plot_relatives(found: Mapping[str, Any]) -> Figure:
         right.errorbar(k, mean, error, **look)
         right.plot([k + 0.2] * len(at), at, marker, color=color, markersize=2.5, alpha=0.5)
 
-    best = np.interp(kl, *_valid(found["optimal"]), right=np.nan)
-    right.axhline(best, color=OPTIMUM, linestyle="--", linewidth=1)
+    best = _frontier(found["optimal"]).reward_at(kl)
+    right.axhline(float(best), color=OPTIMUM, linestyle="--", linewidth=1)
     left.axvline(kl, color=OPTIMUM, linestyle=":", linewidth=1)
     left.set(xlabel="sequence KL to the reference (nats)", ylabel="mean reward, P(positive)")
     right.set_title(f"where a run has {kl:g} nats", fontsize=10)
@@ -192,16 +192,16 @@ def plot_relatives(found: Mapping[str, Any]) -> Figure:
 
 def _optimum(axes: Any, optimal: Mapping[str, Sequence[float]]) -> None:
     """The optimal frontier where its estimate is valid, with its band."""
-    axes.plot(*_valid(optimal), color=OPTIMUM, linestyle="--", label="optimum")
+    found = _frontier(optimal)
+    kl = np.sort(found.kl[found.valid])
+    axes.plot(kl, found.reward_at(kl), color=OPTIMUM, linestyle="--", label="optimum")
     at, low, high = (np.array(optimal[name], dtype=np.float64) for name in ("at", "low", "high"))
     axes.fill_between(at, low, high, color=OPTIMUM, alpha=0.15, linewidth=0)
 
 
-def _valid(optimal: Mapping[str, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """KL and reward of the optimal frontier, in the order of the KL, where it is valid."""
-    found = OptimalFrontier(*(np.array(optimal[name]) for name in OptimalFrontier._fields))
-    order = np.argsort(found.kl[found.valid])
-    return found.kl[found.valid][order], found.reward[found.valid][order]
+def _frontier(optimal: Mapping[str, Sequence[float]]) -> OptimalFrontier:
+    """The optimal frontier as it was recorded."""
+    return OptimalFrontier(*(np.array(optimal[name]) for name in OptimalFrontier._fields))
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[Any, Any]:

@@ -20,15 +20,18 @@ import contender  # noqa: E402
 import goodhart  # noqa: E402
 import hacking  # noqa: E402
 import on_policy  # noqa: E402
+import relatives  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
 
 from dpo_lab.loop import LoopConfig  # noqa: E402
+from dpo_lab.plots_online import plot_relatives  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
 from dpo_lab.sentiment import reviews  # noqa: E402
-from dpo_lab.sentiment.results import load_goodhart  # noqa: E402
+from dpo_lab.sentiment.results import load_goodhart, reward_at  # noqa: E402
 from dpo_lab.sentiment.task import TaskConfig  # noqa: E402
+from dpo_lab.train import DPOConfig, check_config  # noqa: E402
 
 # each in a fork of one process: what they load takes longer than what they do
 MEASURE = """
@@ -327,3 +330,78 @@ def test_the_best_beta_is_the_one_with_most_of_the_gain_within_the_limit(tmp_pat
         assert bench.best_beta("offline") == best
     pairs = on_policy.extremes(np.array([1.0, 3.0, 2.0, 5.0, 5.0, 5.0]), 3)
     assert pairs.tolist() == [[1, 0]]
+
+
+@pytest.mark.usefixtures("made_up_reviews")
+def test_the_relatives_are_tuned_alike_and_trained_on_other_seeds(tiny, tmp_path, monkeypatch):
+    task = TaskConfig(
+        model=str(tiny), prefixes=8, eval_prefixes=8, max_new_tokens=6, precision="float32"
+    )
+    config = relatives.RelativesConfig(
+        methods=("DPO", "KTO"),
+        rates=(1e-3, 1e-2),
+        seeds=(1, 2),
+        task=task,
+        tuning_prefixes=4,
+        batch_pairs=12,
+        samples=12,
+        steps=(1, 2),
+        kl=0.05,
+        enough=1e6,
+        out=tmp_path / "runs",
+    )
+    relatives.main(config, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["config"]["methods"] == ["DPO", "KTO"] and found["commit"]
+    assert "out" not in found["config"]
+
+    # four settings each, of which the one with the highest reward is trained again
+    for method in ("DPO", "KTO"):
+        tried = [row for row in found["tuning"] if row["method"] == method]
+        settings = {(row["knob"], row["learning_rate"]) for row in tried}
+        assert settings == {(knob, rate) for knob in (0.1, 0.3) for rate in (1e-3, 1e-2)}
+        (best,) = [row for row in tried if row["best"]]
+        assert best["reward_at_kl"] == max(row["reward_at_kl"] for row in tried)
+        runs = [row for row in found["rows"] if row["method"] == method]
+        assert [row["seed"] for row in runs] == [1, 2]
+        for run, before in zip(runs, found["reference"]):
+            assert (run["knob"], run["learning_rate"]) == (best["knob"], best["learning_rate"])
+            assert [row["step"] for row in run["evaluations"]][:2] == [1, 2][
+                : len(run["evaluations"])
+            ]
+            curve = [before, *run["evaluations"]]
+            assert run["reward_at_kl"] == pytest.approx(reward_at(curve, 0.05))
+    assert [row["kl"] for row in found["reference"]] == [0, 0]
+
+    # what is there is kept; the figure says on what task
+    monkeypatch.setattr(relatives.Seed, "train", None)
+    relatives.main(config, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == found["rows"]
+    with pytest.raises(ValueError, match="batch_pairs"):
+        relatives.main(replace(config, batch_pairs=6), tmp_path / "again.json")
+    figure = plot_relatives(found)
+    left, right = figure.axes
+    assert "film reviews" in figure.get_suptitle() and "2 seeds" in figure.get_suptitle()
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["DPO", "KTO"]
+    shown = left.get_legend_handles_labels()[1]
+    assert set(shown) == {"optimum", "reference", "DPO", "KTO"}
+    with pytest.raises(ValueError, match="'rows'.* is empty"):
+        plot_relatives({**found, "rows": []})
+
+
+def test_the_reward_at_a_kl_is_read_off_between_two_evaluations():
+    run = [{"kl": kl, "reward": r} for kl, r in ((0, 0.5), (2, 0.7), (4, 0.8), (3, 0.75), (6, 1))]
+    assert reward_at(run, 3) == pytest.approx(0.75)
+    assert reward_at(run, 5) == pytest.approx(0.75 + 0.25 * 2 / 3)
+    assert reward_at(run, 0) == 0.5 and reward_at(run[:2], 9) == 0.7
+    with pytest.raises(ValueError, match="evaluations is empty"):
+        reward_at([], 1)
+
+
+@pytest.mark.parametrize("method", [name for name in relatives.KNOBS if name != "KTO"])
+def test_the_settings_of_a_relative_are_its_own(method):
+    setting = relatives.Setting(method, relatives.KNOBS[method][1][0], 1e-3)
+    changes, loss = relatives.method(setting)
+    check_config(replace(DPOConfig(), **changes))
+    knob = relatives.KNOBS[method][0]
+    assert changes.get(knob, getattr(loss, knob, None)) == setting.knob
