@@ -67,7 +67,7 @@ class RelativesConfig:
     """of the results, each of pairs, training and sampling of its own"""
     task: TaskConfig = field(
         default_factory=lambda: TaskConfig(
-            prefixes=128, eval_prefixes=128, max_new_tokens=24, precision="float32"
+            prefixes=256, eval_prefixes=128, max_new_tokens=24, precision="float32"
         )
     )
     """the data; all seeds are evaluated on the held-out prefixes of its own seed"""
@@ -75,7 +75,7 @@ class RelativesConfig:
     """of the reference per held-out prefix, for the optimal frontier"""
     tuning_prefixes: int = 64
     """of the held-out ones, while tuning"""
-    batch_pairs: int = 32
+    batch_pairs: int = 64
     """pairs per step; as many completions as these have are a step of KTO"""
     steps: tuple[int, ...] = (4, 8, 12, 16, 20, 24)
     """after which a policy is evaluated"""
