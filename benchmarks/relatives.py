@@ -24,7 +24,8 @@ from torch import nn
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.evaluate import evaluate_policy
-from dpo_lab.kto import BinaryFeedback, KTOConfig, train_kto
+from dpo_lab.feedback import BinaryFeedback
+from dpo_lab.kto import KTOConfig, train_kto
 from dpo_lab.loop import LoopConfig
 from dpo_lab.relatives import AOT, CPO, ORPO, SimPO
 from dpo_lab.sentiment.results import reward_at

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from dpo_lab.engine.cpu import tune_cpu
     from dpo_lab.engine.runs import Stopwatch
     from dpo_lab.evaluate import evaluate_policy, win_rate
-    from dpo_lab.kto import BinaryFeedback, KTOConfig, train_kto
+    from dpo_lab.feedback import BinaryFeedback
+    from dpo_lab.kto import KTOConfig, train_kto
     from dpo_lab.logprobs import can_compact, completion_logps, score_completions
     from dpo_lab.loop import LoopConfig
     from dpo_lab.losses import (
@@ -153,7 +154,8 @@ _NAMES = {
         "orpo_loss",
         "simpo_loss",
     ),
-    "kto": ("BinaryFeedback", "KTOConfig", "train_kto"),
+    "feedback": ("BinaryFeedback",),
+    "kto": ("KTOConfig", "train_kto"),
     "evaluate": ("evaluate_policy", "win_rate"),
     "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),
     "theory.frontier": ("best_of_n", "optimal_frontier"),

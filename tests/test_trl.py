@@ -21,7 +21,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 import dpo_lab
 from dpo_lab.batching import completion_batch
-from dpo_lab.kto import BinaryFeedback, KTOConfig, KTOObjective
+from dpo_lab.feedback import BinaryFeedback
+from dpo_lab.kto import KTOConfig, KTOObjective
 from dpo_lab.logprobs import Scorer, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
