@@ -238,6 +238,8 @@ def goodhart() -> str:
 
 def relatives() -> str:
     """DPO and its relatives where each run has the same KL, and what each was tuned to."""
+    if not (ROOT / "dpo_lab" / "assets" / "relatives.json").exists():
+        return "Not measured yet: `python benchmarks/relatives.py` measures it."
     found = load_relatives()
     config, kl = found["config"], found["config"]["kl"]
     before = statistics.mean(row["reward"] for row in found["reference"])
