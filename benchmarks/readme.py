@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import mistake_tables
+import numpy as np
 from scale import table
 
 import dpo_lab
@@ -24,7 +25,8 @@ from dpo_lab.checks import mistakes as table_of_mistakes
 from dpo_lab.engine.escaping import for_markdown
 from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
-from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
+from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_relatives, load_sweep
+from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +234,55 @@ def goodhart() -> str:
         f"{judge['accuracy']:.0%} of {judge['held_out']:,} sentences that it was not fitted to."
     )
     return _table(header, rows) + text + _origin(found)
+
+
+def relatives() -> str:
+    """DPO and its relatives where each run has the same KL, and what each was tuned to."""
+    if not (ROOT / "dpo_lab" / "assets" / "relatives.json").exists():
+        return "Not measured yet: `python benchmarks/relatives.py` measures it."
+    found = load_relatives()
+    config, kl = found["config"], found["config"]["kl"]
+    before = statistics.mean(row["reward"] for row in found["reference"])
+    arrays = (np.array(found["optimal"][name]) for name in OptimalFrontier._fields)
+    best = float(OptimalFrontier(*arrays).reward_at(kl))
+    at = {
+        method: [row["reward_at_kl"] for row in found["rows"] if row["method"] == method]
+        for method in config["methods"]
+    }
+
+    rows = []
+    for row in (row for row in found["tuning"] if row["best"]):
+        rewards = at[row["method"]]
+        against = [one - dpo for one, dpo in zip(rewards, at["DPO"])]
+        rows.append(
+            (
+                row["method"],
+                f"{row['knob_name']} {row['knob']:g}, {row['learning_rate']:g}",
+                _mean_and_error(rewards),
+                f"{(statistics.mean(rewards) - before) / (best - before):.0%}",
+                "" if row["method"] == "DPO" else _mean_and_error(against, "+.3f"),
+            )
+        )
+    header = (
+        f"method | tuned: own knob, learning rate | reward at {kl:g} nats "
+        "| fraction of the optimal gain | reward minus DPO's"
+    )
+    task, seeds = config["task"], config["seeds"]
+    text = (
+        f"\n\n± is one standard error over {len(seeds)} seeds, each with pairs of its own; the "
+        f"difference is between runs of the same seed. Pairs from {task['prefixes']} prefixes, "
+        f"{task['completions']} completions each of at most {task['max_new_tokens']} tokens; "
+        f"{config['batch_pairs']} pairs per step, evaluated on {task['eval_prefixes']} held-out "
+        f"prefixes. The reference has {before:.3f}, the optimum {best:.3f}. Each method was tuned "
+        f"on {len(found['tuning']) // len(at)} settings with one other seed."
+    )
+    return _table(header, rows) + text + _origin(found)
+
+
+def _mean_and_error(values: list[float], form: str = ".3f") -> str:
+    """Mean and standard error over seeds."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):{form}} ± {error:.3f}"
 
 
 def embedded_model() -> str:
@@ -924,6 +975,7 @@ BLOCKS = {
     "methods": methods,
     "spread": spread,
     "goodhart": goodhart,
+    "relatives": relatives,
     "embedded model": embedded_model,
     "chat": chat,
     "chat samples": chat_samples,

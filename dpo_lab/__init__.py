@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dpo_lab.engine.cpu import tune_cpu
     from dpo_lab.engine.runs import Stopwatch
     from dpo_lab.evaluate import evaluate_policy, win_rate
+    from dpo_lab.feedback import BinaryFeedback
+    from dpo_lab.kto import KTOConfig, train_kto
     from dpo_lab.logprobs import can_compact, completion_logps, score_completions
     from dpo_lab.loop import LoopConfig
     from dpo_lab.losses import (
@@ -27,6 +29,17 @@ if TYPE_CHECKING:
     )
     from dpo_lab.models import load_model, load_tokenizer
     from dpo_lab.preferences import PairBatch, Preferences, from_rankings, from_rows, from_scores
+    from dpo_lab.relatives import (
+        AOT,
+        CPO,
+        ORPO,
+        SimPO,
+        aot_loss,
+        cpo_loss,
+        kto_loss,
+        orpo_loss,
+        simpo_loss,
+    )
     from dpo_lab.sampling import sample_completions, texts_of
     from dpo_lab.theory.bradley_terry import fit_bradley_terry
     from dpo_lab.theory.frontier import best_of_n, optimal_frontier
@@ -45,15 +58,22 @@ if TYPE_CHECKING:
     from dpo_lab.widgets.landscape import landscape_explorer
 
 __all__ = [
+    "AOT",
+    "BinaryFeedback",
+    "CPO",
     "CompletionBatch",
     "DPOConfig",
     "DPOLoss",
+    "KTOConfig",
     "LoopConfig",
     "MARGIN_LOSSES",
+    "ORPO",
     "PairBatch",
     "Preferences",
+    "SimPO",
     "Stopwatch",
     "__version__",
+    "aot_loss",
     "bandit_explorer",
     "best_of_n",
     "beta_explorer",
@@ -63,6 +83,7 @@ __all__ = [
     "can_compact",
     "completion_batch",
     "completion_logps",
+    "cpo_loss",
     "dpo_loss",
     "dpo_loss_from_pairs",
     "evaluate_policy",
@@ -73,6 +94,7 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "implicit_reward",
+    "kto_loss",
     "landscape_explorer",
     "live_curves",
     "load_model",
@@ -80,13 +102,16 @@ __all__ = [
     "objective_value",
     "optimal_frontier",
     "optimal_policy",
+    "orpo_loss",
     "plackett_luce_loss",
     "ppo_clip_loss",
     "reward_model_loss",
     "sample_completions",
     "score_completions",
+    "simpo_loss",
     "texts_of",
     "train_dpo",
+    "train_kto",
     "train_sft",
     "train_unlikelihood",
     "training_explorer",
@@ -118,6 +143,19 @@ _NAMES = {
     "engine.runs": ("Stopwatch",),
     "loop": ("LoopConfig",),
     "train": ("DPOConfig", "train_dpo", "train_sft", "train_unlikelihood"),
+    "relatives": (
+        "AOT",
+        "CPO",
+        "ORPO",
+        "SimPO",
+        "aot_loss",
+        "cpo_loss",
+        "kto_loss",
+        "orpo_loss",
+        "simpo_loss",
+    ),
+    "feedback": ("BinaryFeedback",),
+    "kto": ("KTOConfig", "train_kto"),
     "evaluate": ("evaluate_policy", "win_rate"),
     "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),
     "theory.frontier": ("best_of_n", "optimal_frontier"),

@@ -81,6 +81,12 @@ class CompletionBatch:
         """Completion tokens in the batch, T."""
         return len(self.targets)
 
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of each completion, on the device of the batch."""
+        counts = torch.zeros(self.n, dtype=torch.int64, device=self.owners.device)
+        return counts.index_add_(0, self.owners, torch.ones_like(self.owners))
+
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on `device`; a copy from the CPU to a GPU is asynchronous."""
         device = torch.device(device)

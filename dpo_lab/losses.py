@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_lab.engine.arguments import MORE_CHOICES, number
 
-LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
+LossType = Literal["sigmoid", "ipo", "hinge", "robust", "exo_pair"]
 
 
 class DPOLoss(NamedTuple):
@@ -60,6 +60,11 @@ def dpo_loss(
       the DPO paper's code, or means.
     - `hinge`: max(0, 1 - m) (Liu et al. 2023, RSO, https://arxiv.org/abs/2309.06657, after SLiC-HF,
       whose hinge is on log-probs without a reference).
+    - `exo_pair`: sigma(m) log(sigma(m) / (1-e)) + sigma(-m) log(sigma(-m) / e), the KL divergence
+      of the labels' distribution (1-e, e) from the policy's on the pair; cDPO is the divergence
+      the other way round plus a constant, and both are least at m = log((1-e) / e) (Eq. 16 of
+      Ji et al. 2024, EXO, https://arxiv.org/abs/2402.00856). It needs e > 0; the paper's e is
+      1e-3. Its gradient vanishes where a pair is ordered very wrongly.
 
     The gradient weight, -d loss / d margin, is the sigma(-m) of the paper's gradient (Section 4)
     when `loss_type` is "sigmoid". A loss of your own joins `MARGIN_LOSSES` under a new name.
@@ -71,7 +76,7 @@ def dpo_loss(
         rejected: (P,) integer indices into the N completions.
         beta: strength of the KL constraint, positive.
         loss_type: a name in `MARGIN_LOSSES`.
-        label_smoothing: e, in [0, 0.5); not defined for ipo and hinge.
+        label_smoothing: e, in [0, 0.5); not defined for ipo and hinge, positive for exo_pair.
         check_values: whether to look for indices out of range and log-probs that are not finite;
             on a GPU that waits for the values.
 
@@ -173,6 +178,15 @@ def _hinge(margins: Tensor, beta: float, e: float) -> tuple[Tensor, Tensor]:
     return torch.relu(1 - margins), (margins < 1).to(margins)
 
 
+def _exo_pair(margins: Tensor, beta: float, e: float) -> tuple[Tensor, Tensor]:
+    """The reverse KL divergence between the pair's distribution under the policy and its labels."""
+    win, lose = torch.sigmoid(margins), torch.sigmoid(-margins)
+    losses = win * (F.logsigmoid(margins) - math.log1p(-e))
+    losses = losses + lose * (F.logsigmoid(-margins) - math.log(e))
+    optimum = math.log1p(-e) - math.log(e)
+    return losses, win * lose * (optimum - margins)
+
+
 MarginLoss = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
 
 MARGIN_LOSSES: dict[str, MarginLoss] = {
@@ -180,6 +194,7 @@ MARGIN_LOSSES: dict[str, MarginLoss] = {
     "ipo": _ipo,
     "hinge": _hinge,
     "robust": _robust,
+    "exo_pair": _exo_pair,
 }
 """The losses by `loss_type`, each a function of margins (P,), beta and label smoothing. It returns
 losses (P,) and gradient weights (P,), which are minus the derivative of the losses. All but
@@ -198,7 +213,7 @@ def bradley_terry_nll(rewards: Tensor, chosen: Tensor, rejected: Tensor) -> Tens
     Eq. 1-2 of Rafailov et al. 2023. `rewards` is (N,); `chosen` and `rejected` are (P,) indices
     into it. `dpo_loss` is this on implicit rewards.
     """
-    _check_logps("rewards", rewards)
+    check_logps("rewards", rewards)
     check_pairs(chosen, rejected, len(rewards))
     check_finite("rewards", rewards, {"chosen": chosen, "rejected": rejected})
     return -F.logsigmoid(rewards[chosen] - rewards[rejected])
@@ -231,7 +246,7 @@ def plackett_luce_loss(
         ValueError, TypeError: naming the argument, the value found and what is allowed.
     """
     beta = check_beta(beta)
-    _check_both(policy_logps, reference_logps)
+    check_both(policy_logps, reference_logps)
     if check_values:
         check_rankings(rankings, len(policy_logps))
         places = {f"place {k}": column for k, column in enumerate(rankings.T)}
@@ -266,7 +281,7 @@ def unlikelihood_loss(
     to weight the pairs it has no lower bound, which is why it degenerates.
     """
     alpha = check_alpha(alpha)
-    _check_logps("policy_logps", policy_logps)
+    check_logps("policy_logps", policy_logps)
     check_pairs(chosen, rejected, len(policy_logps))
     check_finite("policy_logps", policy_logps, {"chosen": chosen, "rejected": rejected})
     return -policy_logps[chosen] + alpha * policy_logps[rejected]
@@ -310,13 +325,13 @@ def clipped_value_loss(
 def check_beta(beta: float) -> float:
     """`beta` as a float. Raises ValueError unless it is a positive, finite number."""
     allowed = "a positive, finite number (the paper's default is 0.1)"
-    return _number("beta", beta, lambda b: b > 0, allowed)
+    return check_number("beta", beta, lambda b: b > 0, allowed)
 
 
 def check_alpha(alpha: float) -> float:
     """`alpha` of the unlikelihood loss as a float. Raises ValueError unless it is in [0, 1]."""
     allowed = "a number in [0, 1], the weight of the rejected completion"
-    return _number("alpha", alpha, lambda a: 0 <= a <= 1, allowed)
+    return check_number("alpha", alpha, lambda a: 0 <= a <= 1, allowed)
 
 
 def check_loss_type(loss_type: str, label_smoothing: float) -> float:
@@ -330,11 +345,16 @@ def check_loss_type(loss_type: str, label_smoothing: float) -> float:
         known = ", ".join(MARGIN_LOSSES)
         raise ValueError(f"loss_type is {loss_type!r}; it must be one of {known}")
     allowed = "in [0, 0.5), the fraction of flipped labels"
-    e = _number("label_smoothing", label_smoothing, lambda e: 0 <= e < 0.5, allowed)
+    e = check_number("label_smoothing", label_smoothing, lambda e: 0 <= e < 0.5, allowed)
     if e and loss_type in UNSMOOTHED:
         raise ValueError(
-            f"label_smoothing is {e!r} with loss_type={loss_type!r}; it is defined for sigmoid and "
-            "robust"
+            f"label_smoothing is {e!r} with loss_type={loss_type!r}; it is defined for sigmoid, "
+            "robust and exo_pair"
+        )
+    if not e and loss_type == "exo_pair":
+        raise ValueError(
+            "label_smoothing is 0 with loss_type='exo_pair', whose loss is then infinite; give the "
+            "fraction of flipped labels, in (0, 0.5), such as the paper's 1e-3"
         )
     return e
 
@@ -423,7 +443,7 @@ def _check_dpo(
     label_smoothing = check_loss_type(loss_type, label_smoothing)
     beta = check_beta(beta)
 
-    _check_both(policy_logps, reference_logps)
+    check_both(policy_logps, reference_logps)
 
     # what has to look at values
     if check_values:
@@ -434,10 +454,10 @@ def _check_dpo(
     return beta, label_smoothing
 
 
-def _check_both(policy_logps: Tensor, reference_logps: Tensor) -> None:
+def check_both(policy_logps: Tensor, reference_logps: Tensor) -> None:
     """Raise unless policy and reference have one log-prob per completion each."""
-    _check_logps("policy_logps", policy_logps)
-    _check_logps("reference_logps", reference_logps)
+    check_logps("policy_logps", policy_logps)
+    check_logps("reference_logps", reference_logps)
     if policy_logps.shape != reference_logps.shape:
         raise ValueError(
             f"policy_logps has shape {tuple(policy_logps.shape)} and reference_logps "
@@ -449,7 +469,7 @@ def _check_both(policy_logps: Tensor, reference_logps: Tensor) -> None:
 def _check_four(logps: dict[str, Tensor], check_values: bool) -> None:
     """Raise unless the four vectors of `dpo_loss_from_pairs` are (P,) log-probs."""
     for name, values in logps.items():
-        _check_logps(name, values, "(P,)", "pair")
+        check_logps(name, values, "(P,)", "pair")
     shapes = {name: tuple(values.shape) for name, values in logps.items()}
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -479,7 +499,7 @@ def _check_ranked_rewards(ranked_rewards: Tensor) -> None:
         )
 
 
-def _number(name: str, value: Any, allowed: Callable[[float], bool], says: str) -> float:
+def check_number(name: str, value: Any, allowed: Callable[[float], bool], says: str) -> float:
     """`value` as a float that is finite and `allowed`, which the error `says` in words."""
     try:
         found = value if type(value) is float else number(name, value)
@@ -492,7 +512,7 @@ def _number(name: str, value: Any, allowed: Callable[[float], bool], says: str) 
 
 def _check_clip(clip: float) -> float:
     """The clip of PPO as a float that is positive and finite."""
-    return _number("clip", clip, lambda c: c > 0, "a positive, finite number (0.2 is usual)")
+    return check_number("clip", clip, lambda c: c > 0, "a positive, finite number (0.2 is usual)")
 
 
 def _check_shapes(**tensors: Tensor) -> None:
@@ -509,7 +529,7 @@ def _not_float(name: str, values: Any, shape: str) -> str:
     return f"{name} must be a floating-point tensor {shape}, found {found}"
 
 
-def _check_logps(name: str, values: Tensor, shape: str = "(N,)", per: str = "completion") -> None:
+def check_logps(name: str, values: Tensor, shape: str = "(N,)", per: str = "completion") -> None:
     """Raise unless `values` is a vector of floating-point numbers."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise TypeError(_not_float(name, values, shape))

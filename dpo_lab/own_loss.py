@@ -17,15 +17,44 @@ from dpo_lab.engine.structure import widest
 from dpo_lab.losses import DPOLoss
 from dpo_lab.preferences import Preferences
 
-OwnLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor | DPOLoss]
+OwnLoss = Callable[..., Tensor | DPOLoss]
 """A loss in place of `dpo_loss`: from policy_logps (N,), reference_logps (N,), chosen (P,),
-rejected (P,) and beta to losses (P,), or to a `DPOLoss`."""
+rejected (P,) and beta to losses (P,), or to a `DPOLoss`. One with a parameter named `lengths` is
+also given the number of tokens of each completion (N,) by that name. One with an attribute
+`needs_reference` that is False trains on preferences without reference log-probs as well, and gets
+None in their place."""
+
+
+def needs_reference(loss: OwnLoss | None) -> bool:
+    """Whether a loss reads the log-probs of the reference; DPO's own, None, does."""
+    return bool(getattr(loss, "needs_reference", True))
+
+
+def call_loss(
+    loss: OwnLoss,
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    chosen: Tensor,
+    rejected: Tensor,
+    beta: float,
+    lengths: Tensor,
+) -> DPOLoss:
+    """What a user's loss finds, as a `DPOLoss`; `lengths` are given to a loss that asks for them.
+
+    Raises:
+        ValueError, TypeError: it returned something else.
+    """
+    data = (policy_logps, reference_logps, chosen, rejected, beta)
+    found = loss(*data, lengths=lengths) if _takes_lengths(loss) else loss(*data)
+    return as_dpo_loss(loss, found, *data)
 
 
 def try_loss(
     loss: OwnLoss, preferences: Preferences, pairs: np.ndarray, beta: float, device: torch.device
 ) -> None:
     """Call a user's loss on the first batch, with the reference's log-probs for the policy's.
+
+    Where there are none, with minus one nat per token.
 
     Raises:
         ValueError, TypeError: it does not return finite losses (P,) with a gradient.
@@ -38,14 +67,17 @@ def try_loss(
 
     # what it would get from a policy that is still the reference
     used, chosen, rejected = preferences.completions_of(pairs)
-    reference = torch.as_tensor(preferences.reference_logps[used], dtype=widest(device))
+    lengths = torch.tensor([len(preferences.completions[i]) for i in used])
+    known = preferences.reference_logps
+    reference = -lengths if known is None else torch.as_tensor(known[used])
     indices = [torch.as_tensor(side).to(device) for side in (chosen, rejected)]
 
     # a call that leaves no trace, and its gradient
     with torch.enable_grad(), _random_state_kept():
-        logps = reference.to(device).clone().requires_grad_()
-        data = (logps, reference.to(device), *indices, beta)
-        result = as_dpo_loss(loss, loss(*data), *data)
+        reference = reference.to(widest(device)).to(device)
+        logps = reference.clone().requires_grad_()
+        data = (logps, None if known is None else reference, *indices, beta)
+        result = call_loss(loss, *data, lengths.to(device))
         gradient = None
         if result.losses.requires_grad:
             (gradient,) = torch.autograd.grad(result.losses.sum(), logps, allow_unused=True)
@@ -75,7 +107,7 @@ def as_dpo_loss(
     loss: OwnLoss,
     found: Any,
     policy_logps: Tensor,
-    reference_logps: Tensor,
+    reference_logps: Tensor | None,
     chosen: Tensor,
     rejected: Tensor,
     beta: float,
@@ -86,7 +118,8 @@ def as_dpo_loss(
         ValueError, TypeError: it returned something else.
     """
     if not isinstance(found, DPOLoss):
-        rewards = beta * (policy_logps - reference_logps)  # (N,)
+        ratios = policy_logps if reference_logps is None else policy_logps - reference_logps
+        rewards = beta * ratios  # (N,)
         found = DPOLoss(found, rewards, rewards[chosen] - rewards[rejected], None)
 
     # tensors of the right shapes
@@ -111,6 +144,14 @@ def as_dpo_loss(
     # what is only logged keeps no graph
     losses, *logged = found
     return DPOLoss(losses, *(None if values is None else values.detach() for values in logged))
+
+
+def _takes_lengths(loss: OwnLoss) -> bool:
+    """Whether a loss has a parameter named `lengths`."""
+    try:
+        return "lengths" in inspect.signature(loss).parameters
+    except (TypeError, ValueError):  # a builtin without one
+        return False
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from dpo_lab.losses import (
     unlikelihood_loss,
 )
 from dpo_lab.models import check_adaptable, check_lora, lora
-from dpo_lab.own_loss import OwnLoss, as_dpo_loss, loss_record, try_loss
+from dpo_lab.own_loss import OwnLoss, call_loss, loss_record, needs_reference, try_loss
 from dpo_lab.preferences import SAME_LOGPS, PairBatch, Preferences, check_epochs, plan_prompts
 
 
@@ -38,7 +38,7 @@ class DPOConfig:
     """strength of the KL constraint"""
     loss_type: LossType = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust (unbounded below: see `dpo_loss`), ipo,
-    hinge, or a name that you added to MARGIN_LOSSES"""
+    hinge, exo_pair (with label_smoothing), or a name that you added to MARGIN_LOSSES"""
     label_smoothing: float = 0.0
     """assumed fraction of flipped labels, in [0, 0.5)"""
     epochs: int = 1
@@ -85,10 +85,13 @@ def train_dpo(
             the loss is log 2. With a `lora_rank` adapters are trained and merged into it at the
             end; `callback` gets it with them.
         preferences: pairs with stored `reference_logps`, in whose precision the policy is computed;
-            the reference model itself is not needed.
-        loss: your own loss in place of the config's `loss_type`: a function of policy_logps (N,),
-            reference_logps (N,), chosen (P,), rejected (P,) and beta, as `dpo_loss` is, that
-            returns losses (P,) or a `DPOLoss`. It is tried on the first batch before training.
+            the reference model itself is not needed. A `loss` without a reference needs no
+            `reference_logps` either.
+        loss: a relative of DPO, such as `SimPO()` of `dpo_lab.relatives`, or your own loss, in
+            place of the config's `loss_type`: a function of policy_logps (N,), reference_logps
+            (N,), chosen (P,), rejected (P,) and beta, as `dpo_loss` is, and of `lengths` (N,) in
+            tokens if it has a parameter of that name, that returns losses (P,) or a `DPOLoss`. It
+            is tried on the first batch before training.
         seed: decides the order of the prompts, and how LoRA's adapters begin.
         run: directory for metrics, checkpoints and `training.json`, which records config, seed,
             loss, data and weights; without it nothing is written.
@@ -108,7 +111,7 @@ def train_dpo(
             other data (with it). The directory and the policy are then as they were.
         Interrupted: Ctrl-C or SIGTERM with a `run`, after its checkpoint was written.
     """
-    _check_dpo_training(policy, preferences, config)
+    _check_dpo_training(policy, preferences, config, loss)
     run = None if run is None else folder("run", run)
     if loss is not None:
         _check_loss(loss, policy, preferences, config, seed)
@@ -245,6 +248,8 @@ class DPOObjective(PairObjective):
         self.config, self.own = config, own
 
         # pairs are checked when preferences are made, log-probs of the reference here
+        if preferences.reference_logps is None:
+            return
         sides = {"chosen": preferences.chosen, "rejected": preferences.rejected}
         used = np.unique(np.concatenate(list(sides.values())))
         reference = np.zeros(len(preferences.completions))
@@ -258,7 +263,7 @@ class DPOObjective(PairObjective):
         logps, config = score(micro.completions), self.config
         data = (logps, micro.reference_logps, micro.chosen, micro.rejected, config.beta)
         if self.own is not None:
-            result = as_dpo_loss(self.own, self.own(*data), *data)
+            result = call_loss(self.own, *data, micro.completions.lengths)
         else:
             # a look at the values would wait for a GPU, where the loop looks at the gradient alone
             if logps.device.type == "cpu":
@@ -386,10 +391,12 @@ def pairs_hash(preferences: Preferences) -> str:
     return data_hash(preferences.tokens_hash(), *sides)
 
 
-def _check_dpo_training(policy: nn.Module, preferences: Preferences, config: DPOConfig) -> None:
+def _check_dpo_training(
+    policy: nn.Module, preferences: Preferences, config: DPOConfig, loss: OwnLoss | None
+) -> None:
     """Raise ValueError for what `train_dpo` cannot train, or not with."""
     check_config(config)
-    if preferences.reference_logps is None:
+    if preferences.reference_logps is None and needs_reference(loss):
         raise ValueError(
             "preferences has no reference_logps; call preferences.with_reference(model) with the "
             "reference model"

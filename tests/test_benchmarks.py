@@ -20,15 +20,19 @@ sys.path.insert(0, str(BENCHMARKS))
 import contender  # noqa: E402
 import goodhart  # noqa: E402
 import hacking  # noqa: E402
+import on_policy  # noqa: E402
+import relatives  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
 
 from dpo_lab.loop import LoopConfig  # noqa: E402
+from dpo_lab.plots_online import plot_relatives  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
 from dpo_lab.sentiment import reviews  # noqa: E402
-from dpo_lab.sentiment.results import load_goodhart  # noqa: E402
+from dpo_lab.sentiment.results import load_goodhart, reward_at  # noqa: E402
 from dpo_lab.sentiment.task import TaskConfig  # noqa: E402
+from dpo_lab.train import DPOConfig, check_config  # noqa: E402
 
 # small: what contenders load takes longer than what they do
 CHANGE = {"prompts": 2, "steps": 2, "passes": 2, "most": 24}
@@ -268,3 +272,139 @@ def test_what_the_pages_say_of_the_true_reward_is_in_the_shipped_rows():
     assert mean("kl", 0.05) > 5 * mean("kl", 0.3)
     for name, close in (("reference_logp", 0.1), ("known", 0.01)):
         assert abs(mean(name, 1.0) - mean(name, 1.0, last=False)) < close
+
+
+def test_on_policy_rounds_are_tuned_and_run_and_kept(tiny, tmp_path, monkeypatch, made_up_reviews):
+    few = {
+        "offline": on_policy.Method(betas=(0.1, 10.0)),
+        "2 rounds, judge": on_policy.Method(rounds=2, labels="judge", betas=(0.1,)),
+        "best and worst": on_policy.Method(labels="extremes", betas=(0.1,), size=2),
+        "2 rounds, votes": on_policy.Method(rounds=2, labels="votes", betas=(0.1,)),
+        "SPIN": on_policy.Method(2, "human", 1, "moved", betas=(0.1,)),
+    }
+    monkeypatch.setattr(on_policy, "METHODS", few)
+    task = TaskConfig(model=str(tiny), eval_prefixes=8, max_new_tokens=6, precision="float32")
+    config = on_policy.OnPolicyConfig(
+        completions=48,
+        warmup_steps=1,
+        seeds=(0,),
+        task=task,
+        only=tuple(few),
+        out=tmp_path / "runs",
+    )
+    on_policy.main(config, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+
+    # every method once, with the better of its betas
+    assert [run["method"] for run in found["runs"]] == list(few)
+    assert [(run["method"], run["beta"]) for run in found["tuning"]][:2] == [
+        ("offline", 0.1),
+        ("offline", 10.0),
+    ]
+    for run in found["runs"]:
+        *_, last = run["rows"]
+        human, double = run["method"] == "SPIN", run["method"] == "best and worst"
+        assert last["labels"] == (0 if human else 96 if double else 48)
+        assert 0 < last["sampled_tokens"] and 0 < last["trained_tokens"]
+        assert [row["step"] for row in run["rows"]] == sorted(row["step"] for row in run["rows"])
+    assert "out" not in found["config"] and found["commit"]
+
+    # what is there is kept; nothing begins too late
+    monkeypatch.setattr(on_policy.Run, "rows", None)
+    on_policy.main(config, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["runs"] == found["runs"]
+    late = replace(config, seeds=(0, 1), minutes=0.0)
+    on_policy.main(late, tmp_path / "again.json")
+
+
+def test_the_best_beta_is_the_one_with_most_of_the_gain_within_the_limit(tmp_path):
+    config = on_policy.OnPolicyConfig(out=tmp_path)
+    bench = on_policy.Bench(config)
+    small, large = on_policy.METHODS["offline"].betas
+
+    def ends(beta, kl, fraction):
+        row = {"kl": kl, "fraction": [fraction, 1.0]}
+        path = bench.path("offline", beta, on_policy.TUNING_SEED)
+        path.write_text(json.dumps({"rows": [row]}))
+
+    for (kl_small, kl_large), best in (((6, 3), large), ((4, 3), small), ((6, 8), small)):
+        ends(small, kl_small, 0.9)
+        ends(large, kl_large, 0.8)
+        assert bench.best_beta("offline") == best
+    pairs = on_policy.extremes(np.array([1.0, 3.0, 2.0, 5.0, 5.0, 5.0]), 3)
+    assert pairs.tolist() == [[1, 0]]
+
+
+@pytest.mark.usefixtures("made_up_reviews")
+def test_the_relatives_are_tuned_alike_and_trained_on_other_seeds(tiny, tmp_path, monkeypatch):
+    task = TaskConfig(
+        model=str(tiny), prefixes=8, eval_prefixes=8, max_new_tokens=6, precision="float32"
+    )
+    config = relatives.RelativesConfig(
+        methods=("DPO", "KTO"),
+        rates=(1e-3, 1e-2),
+        seeds=(1, 2),
+        task=task,
+        tuning_prefixes=4,
+        batch_pairs=12,
+        samples=12,
+        steps=(1, 2),
+        kl=0.05,
+        enough=1e6,
+        out=tmp_path / "runs",
+    )
+    relatives.main(config, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["config"]["methods"] == ["DPO", "KTO"] and found["commit"]
+    assert "out" not in found["config"]
+
+    # four settings each, of which the one with the highest reward is trained again
+    for method in ("DPO", "KTO"):
+        tried = [row for row in found["tuning"] if row["method"] == method]
+        settings = {(row["knob"], row["learning_rate"]) for row in tried}
+        assert settings == {(knob, rate) for knob in (0.1, 0.3) for rate in (1e-3, 1e-2)}
+        (best,) = [row for row in tried if row["best"]]
+        assert best["reward_at_kl"] == max(row["reward_at_kl"] for row in tried)
+        runs = [row for row in found["rows"] if row["method"] == method]
+        assert [row["seed"] for row in runs] == [1, 2]
+        for run, before in zip(runs, found["reference"]):
+            assert (run["knob"], run["learning_rate"]) == (best["knob"], best["learning_rate"])
+            assert [row["step"] for row in run["evaluations"]][:2] == [1, 2][
+                : len(run["evaluations"])
+            ]
+            curve = [before, *run["evaluations"]]
+            assert run["reward_at_kl"] == pytest.approx(reward_at(curve, 0.05))
+    assert [row["kl"] for row in found["reference"]] == [0, 0]
+
+    # what is there is kept; the figure says on what task
+    monkeypatch.setattr(relatives.Seed, "train", None)
+    relatives.main(config, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == found["rows"]
+    with pytest.raises(ValueError, match="batch_pairs"):
+        relatives.main(replace(config, batch_pairs=6), tmp_path / "again.json")
+    figure = plot_relatives(found)
+    left, right = figure.axes
+    assert "film reviews" in figure.get_suptitle() and "2 seeds" in figure.get_suptitle()
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["DPO", "KTO"]
+    shown = left.get_legend_handles_labels()[1]
+    assert set(shown) == {"optimum", "reference", "DPO", "KTO"}
+    with pytest.raises(ValueError, match="'rows'.* is empty"):
+        plot_relatives({**found, "rows": []})
+
+
+def test_the_reward_at_a_kl_is_read_off_between_two_evaluations():
+    run = [{"kl": kl, "reward": r} for kl, r in ((0, 0.5), (2, 0.7), (4, 0.8), (3, 0.75), (6, 1))]
+    assert reward_at(run, 3) == pytest.approx(0.75)
+    assert reward_at(run, 5) == pytest.approx(0.75 + 0.25 * 2 / 3)
+    assert reward_at(run, 0) == 0.5 and reward_at(run[:2], 9) == 0.7
+    with pytest.raises(ValueError, match="evaluations is empty"):
+        reward_at([], 1)
+
+
+@pytest.mark.parametrize("method", [name for name in relatives.KNOBS if name != "KTO"])
+def test_the_settings_of_a_relative_are_its_own(method):
+    setting = relatives.Setting(method, relatives.KNOBS[method][1][0], 1e-3)
+    changes, loss = relatives.method(setting)
+    check_config(replace(DPOConfig(), **changes))
+    knob = relatives.KNOBS[method][0]
+    assert changes.get(knob, getattr(loss, knob, None)) == setting.knob

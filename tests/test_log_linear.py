@@ -90,7 +90,7 @@ def test_labels_follow_bradley_terry():
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_the_loss_is_that_of_the_margins_in_both_orders(kind, beta):
     """The normalizer of every prompt cancels: the margin is beta theta . (phi - phi')."""
-    e = 0.1 if kind in ("sigmoid", "robust") else 0.0
+    e = 0.0 if kind in ("ipo", "hinge") else 0.1
     wins = torch.rand(2, 5, generator=seeded(3), dtype=torch.float64)
     logps = log_linear_policy(THETA, PROMPTS)
     losses, margins = labeled_loss(logps, PROMPTS, wins, beta, loss_type=kind, label_smoothing=e)

@@ -32,6 +32,8 @@ KINDS = [
     ("robust", 0.2),
     ("ipo", 0.0),
     ("hinge", 0.0),
+    ("exo_pair", 1e-3),
+    ("exo_pair", 0.2),
 ]
 INF, NAN = math.inf, math.nan
 every_kind = pytest.mark.parametrize("kind, smoothing", KINDS)
@@ -59,6 +61,10 @@ def terms(kind, log_ratio, beta, e):
         ]
     if kind == "ipo":
         return [mpf(log_ratio) ** 2, -mpf(log_ratio) / mpf(beta), 1 / (2 * mpf(beta)) ** 2]
+    if kind == "exo_pair":
+        # a divergence written out: sum of q log (q / p) over the two outcomes
+        q, p = (1 / (1 + mpmath.exp(-m)), 1 / (1 + mpmath.exp(m))), (1 - mpf(e), mpf(e))
+        return [sign * a * mpmath.log(b) for sign, ps in ((1, q), (-1, p)) for a, b in zip(q, ps)]
     return [mpf(1), -m] if m < 1 else [mpf(1), mpf(-1), m, -m]
 
 
@@ -226,7 +232,7 @@ def test_a_loss_that_is_not_in_the_table_is_named_with_those_that_are(monkeypatc
             GOOD | {"loss_type": name},
             dpo_loss,
             ValueError,
-            [f"loss_type is {name!r}", "sigmoid, ipo, hinge, robust, exponential"],
+            [f"loss_type is {name!r}", "sigmoid, ipo, hinge, robust, exo_pair, exponential"],
         )
 
 
@@ -470,7 +476,7 @@ BAD = [  # what is changed in GOOD, the error, words that its message must hold
         (
             {"label_smoothing": 0.1, "loss_type": kind},
             ValueError,
-            ["label_smoothing is 0.1", f"loss_type='{kind}'", "sigmoid and robust"],
+            ["label_smoothing is 0.1", f"loss_type='{kind}'", "sigmoid, robust and exo_pair"],
         )
         for kind in ("ipo", "hinge")
     ),

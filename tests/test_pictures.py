@@ -45,6 +45,7 @@ from dpo_lab.widgets.explorers import (
     training_explorer,
 )
 from dpo_lab.widgets.figures import expanded_limits
+from dpo_lab.widgets.on_policy import rounds_explorer
 from dpo_lab.widgets.states import (
     bandit_state,
 )
@@ -127,6 +128,9 @@ EXPLORERS = {
     "frontier": lambda runs: frontier_explorer(far_sweep()),
     "GAE": lambda runs: gae_explorer(LABELS, [-60.0, 0.1, 0.0, 900.0], [-5.0, 300.0, 0.2, 0.1]),
     "prompts": lambda runs: prompts_explorer(),
+    "rounds": lambda runs: rounds_explorer(
+        labels=12, rounds=(1, 2, 4), seeds=2, completions=LABELS * 2
+    ),
 }
 
 

@@ -34,6 +34,7 @@ from dpo_lab.widgets import (
     gradient_weight_explorer,
     landscape_explorer,
     prompts_explorer,
+    rounds_explorer,
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html, slider_values
@@ -64,6 +65,7 @@ def explorers(tmp_path_factory):
         "frontier_explorer": frontier_explorer(),
         "gae_explorer": gae_explorer(LABELS, [-0.1, 0.2, -0.3, 1.5], [0.4, 0.5, 0.3, 0.9]),
         "prompts_explorer": prompts_explorer(),
+        "rounds_explorer": rounds_explorer(labels=12, rounds=(1, 2, 4), seeds=2),
     }
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dpo_lab.judges.biases import JudgeBiases, judge_biases
     from dpo_lab.judges.endpoint import EndpointError, EndpointJudge, endpoint_judge
     from dpo_lab.judges.intervals import Estimate, half_width, power, prompts_needed, wilson
+    from dpo_lab.judges.labeling import judge_label
     from dpo_lab.judges.leaderboard import ModelRatings, fit_ratings, ratings_of_models
     from dpo_lab.judges.length_control import length_controlled_rate
     from dpo_lab.judges.lm import lm_judge
@@ -47,6 +48,7 @@ __all__ = [
     "half_width",
     "judge_agreement",
     "judge_biases",
+    "judge_label",
     "learned_reward_judge",
     "length_controlled_rate",
     "lm_judge",
@@ -87,6 +89,7 @@ _HOME = {
     "half_width": "judges.intervals",
     "judge_agreement": "judges.agreement",
     "judge_biases": "judges.biases",
+    "judge_label": "judges.labeling",
     "learned_reward_judge": "judges.simple",
     "length_controlled_rate": "judges.length_control",
     "lm_judge": "judges.lm",

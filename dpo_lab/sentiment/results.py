@@ -5,7 +5,7 @@ Section 6.1 and Figure 2 of Rafailov et al. 2023.
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -327,3 +327,52 @@ def load_win_rates() -> dict[str, Any]:
     every policy, and `texts` some answers.
     """
     return json.loads((ASSETS / "win_rates.json").read_text(encoding="utf-8"))
+
+
+def load_relatives() -> dict[str, Any]:
+    """DPO and its relatives on the sentiment task (benchmarks/relatives.py), as they come with the
+    package.
+
+    `rows` holds a run for each `method` and `seed` at the tuned `knob` and `learning_rate`: its
+    `evaluations` (`step`, `reward`, `kl` in nats, their standard errors, and the mean number of
+    `tokens` of a completion), and `reward_at_kl`, the reward where it has `config["kl"]` nats.
+    `reference` holds the evaluation of the reference for each seed, and `tuning` every setting that
+    was tried.
+    """
+    return json.loads((ASSETS / "relatives.json").read_text(encoding="utf-8"))
+
+
+def reward_at(evaluations: Sequence[Mapping[str, Any]], kl: float) -> float:
+    """The reward of a run where it first has `kl` nats, by linear interpolation.
+
+    Between the last evaluation below `kl` and the first above. A run that never comes so far has
+    there the reward of its farthest evaluation; one that begins above it, that of its first.
+
+    Args:
+        evaluations: with `reward` and `kl`, in the order of training.
+        kl: sequence KL, in nats.
+    """
+    if not evaluations:
+        raise ValueError("evaluations is empty; give at least one, with reward and kl")
+    above = [i for i, row in enumerate(evaluations) if row["kl"] >= kl]
+    if not above:
+        return float(max(evaluations, key=lambda row: row["kl"])["reward"])
+    if above[0] == 0:
+        return float(evaluations[0]["reward"])
+    near, far = evaluations[above[0] - 1], evaluations[above[0]]
+    return float(np.interp(kl, [near["kl"], far["kl"]], [near["reward"], far["reward"]]))
+
+
+def load_on_policy() -> dict[str, Any]:
+    """On-policy DPO in rounds and one offline round at the same number of labels, and self-play
+    (benchmarks/on_policy.py), as they come with the package.
+
+    `methods` holds the settings of each method by its name, `tuning` the runs that chose its beta,
+    and `runs` those of the seeds: `method`, `beta`, `seed` and `rows`, evaluations along training.
+    A row has the `step`, the `labels` so far (labeled completions), the `sampled_tokens`, the
+    `seconds` of one core without evaluations, `reward` and `kl` in nats with their standard errors,
+    and the lowest and highest `fraction` of the optimal gain that they may be. The last row of a
+    run also has the `trained_tokens` and some `texts`, a model's: escape them before they are shown
+    as HTML. Runs are compared `within` that many nats.
+    """
+    return json.loads((ASSETS / "on_policy.json").read_text(encoding="utf-8"))

@@ -38,19 +38,30 @@ from dpo_lab.theory.objective import (
     optimal_policy,
     value_gap,
 )
+from dpo_lab.theory.on_policy import (
+    OnPolicyRuns,
+    TunedRuns,
+    exact_rounds,
+    on_policy_runs,
+    self_play_rounds,
+    tuned_runs,
+)
 
 __all__ = [
     "BradleyTerryFit",
     "Landscape",
     "METHODS",
+    "OnPolicyRuns",
     "OptimalFrontier",
     "Prompts",
+    "TunedRuns",
     "all_pairs",
     "at_best_rate",
     "best_of_n",
     "dpo_runs",
     "draw_prompts",
     "exact_gradient",
+    "exact_rounds",
     "fit_bradley_terry",
     "fit_plackett_luce",
     "frontier_band",
@@ -65,6 +76,7 @@ __all__ = [
     "method_paths",
     "minimize",
     "objective_value",
+    "on_policy_runs",
     "optimal_frontier",
     "optimal_policy",
     "pair_weights",
@@ -73,5 +85,7 @@ __all__ = [
     "policy_gradient_runs",
     "reinforce_gradients",
     "sample_pairs",
+    "self_play_rounds",
+    "tuned_runs",
     "value_gap",
 ]

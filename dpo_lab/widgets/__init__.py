@@ -17,6 +17,7 @@ from dpo_lab.widgets.explorers import (
 )
 from dpo_lab.widgets.frames import frames_html
 from dpo_lab.widgets.landscape import landscape_explorer
+from dpo_lab.widgets.on_policy import rounds_explorer, rounds_state
 from dpo_lab.widgets.predictions import Prediction, predict
 from dpo_lab.widgets.rating import RatingForm, rating_widget
 from dpo_lab.widgets.states import (
@@ -60,5 +61,7 @@ __all__ = [
     "prompts_explorer",
     "prompts_state",
     "rating_widget",
+    "rounds_explorer",
+    "rounds_state",
     "training_explorer",
 ]

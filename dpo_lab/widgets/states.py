@@ -37,8 +37,11 @@ CHOSEN_FILMS, REJECTED_FILMS = (
 )
 
 # a curve of margins reaches this far on both sides of 0, or as far as the pairs do
-LEAST_REACH = {"ipo": 1.0}
+LEAST_REACH = {"ipo": 1.0, "exo_pair": 10.0}
 USUAL_REACH = 6.0
+
+# of a loss that has none without it
+SMOOTHING = {"exo_pair": 1e-3}
 
 
 def beta_state(
@@ -69,12 +72,14 @@ def gradient_weight_state(
     """Margins, losses and gradient weights (P,) of pairs.
 
     `log_ratios` are (P,) nats: the log-ratio of the chosen completion minus that of the rejected.
+    EXO, which needs label smoothing, has its paper's.
     """
     # a pair whose chosen completion has the whole difference, and whose rejected one has 0
     log_ratios = torch.from_numpy(floats("log_ratios", log_ratios))
     logps = torch.stack([log_ratios, torch.zeros_like(log_ratios)], 1).flatten()  # (2 P,)
     chosen = torch.arange(0, 2 * len(log_ratios), 2)
-    result = dpo_loss(logps, torch.zeros_like(logps), chosen, chosen + 1, beta, loss_type=loss_type)
+    options = {"loss_type": loss_type, "label_smoothing": SMOOTHING.get(loss_type, 0.0)}
+    result = dpo_loss(logps, torch.zeros_like(logps), chosen, chosen + 1, beta, **options)
     return {
         "margins": result.margins.numpy(),
         "losses": result.losses.numpy(),
