@@ -28,9 +28,10 @@ from dpo_lab.engine.cpu import tune_cpu
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.evaluate import evaluate_policy
 from dpo_lab.judges import biased_judge, judge_label
+from dpo_lab.labels import Label, best_and_worst_label, bradley_terry_label
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import end_tokens
-from dpo_lab.online import Label, OnlineConfig, bradley_terry_label, train_online_dpo, train_spin
+from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
 from dpo_lab.rlhf.ppo import text_reward
 from dpo_lab.sentiment.results import load_sweep
 from dpo_lab.sentiment.reviews import sample_continuations
@@ -284,7 +285,7 @@ class Run:
             judge = biased_judge(task.reward, accuracy=config.accuracy, seed=self.seed)
             return judge_label(judge, task.tokenizer, k=k, seed=self.seed)
         if self.method.labels == "extremes":
-            return lambda prompts, completions: extremes(rewards(prompts, completions), k)
+            return best_and_worst_label(rewards, k=k)
         return rewards
 
     def counted(self, label: Label) -> Label:
@@ -344,14 +345,6 @@ class Run:
         }
         self.unpaid += time.process_time() - began
         return row, found
-
-
-def extremes(rewards: np.ndarray, k: int) -> np.ndarray:
-    """The best and the worst of the k completions of each prompt, (P, 2), unless all are equal."""
-    rows = rewards.reshape(-1, k)
-    firsts = k * np.arange(len(rows))
-    pairs = np.stack([firsts + rows.argmax(1), firsts + rows.argmin(1)], 1)
-    return pairs[rows.max(1) > rows.min(1)]
 
 
 if __name__ == "__main__":
