@@ -5,6 +5,7 @@
 Every method has as many completions labeled, whatever its rounds; self-play samples as many, which
 nobody labels. First each method is tuned by one run for each of its betas, with a seed of its own:
 the beta is kept whose last policy reaches the largest fraction of the optimal gain within 5 nats.
+A method with a single beta is not tuned.
 Then three seeds. Training is in the precision that is asked for; reward and KL are those of
 completions sampled in float32 on the prompts from which the optimal frontier in the package was
 estimated. Writes dpo_lab/assets/on_policy.json. Runs that are in `--config.out` are kept, and
@@ -13,7 +14,7 @@ estimated. Writes dpo_lab/assets/on_policy.json. Runs that are in `--config.out`
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +29,10 @@ from dpo_lab.engine.cpu import tune_cpu
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.evaluate import evaluate_policy
 from dpo_lab.judges import biased_judge, judge_label
+from dpo_lab.labels import Label, best_and_worst_label, bradley_terry_label
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import end_tokens
-from dpo_lab.online import Label, OnlineConfig, bradley_terry_label, train_online_dpo, train_spin
+from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
 from dpo_lab.rlhf.ppo import text_reward
 from dpo_lab.sentiment.results import load_sweep
 from dpo_lab.sentiment.reviews import sample_continuations
@@ -67,24 +69,34 @@ class Method:
     """whose pairs make a step"""
     size: int = 1
     """labeled completions, in multiples of `completions`"""
-    betas: tuple[float, ...] = (0.35, 0.55)
-    """that are tried"""
-    learning_rate: float = 1.5e-4
+    betas: tuple[float, ...] = (0.35, 0.5)
+    """that are tried; a single one is taken as it is"""
+    learning_rate: float = 7e-5
     """of AdamW on all weights, in the first round; falls to zero in each"""
+    tuned_as: str = ""
+    """another method, whose beta it takes"""
 
+
+BEST_AND_WORST = Method(labels="extremes", k=8, prompts_per_step=16, betas=(0.45, 0.7))
 
 METHODS = {
     "offline": Method(),
-    "4 rounds": Method(rounds=4),
-    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.55, 1.0)),
-    "offline, best and worst": Method(labels="extremes", k=8, prompts_per_step=16),
-    "4 rounds, best and worst": Method(rounds=4, labels="extremes", k=8, prompts_per_step=16),
-    "2 rounds": Method(rounds=2),
-    "8 rounds": Method(rounds=8),
-    "offline, judge": Method(labels="judge", betas=(0.15, 0.35)),
-    "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.35)),
-    "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2, 0.5)),
-    "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.35)),
+    "4 rounds": Method(rounds=4, betas=(0.27, 0.35, 0.5)),
+    "offline, best and worst": BEST_AND_WORST,
+    "4 rounds, best and worst": replace(BEST_AND_WORST, rounds=4),
+    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(1.0,)),
+    "8 rounds, best and worst, 8 times the labels": replace(
+        BEST_AND_WORST, rounds=8, size=8, tuned_as="4 rounds, best and worst"
+    ),
+    "offline, judge": Method(labels="judge", betas=(0.15, 0.3)),
+    "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.3)),
+    "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2,)),
+    "8 rounds": Method(rounds=8, betas=(0.27, 0.35)),
+    "offline, best and worst, 8 times the labels": replace(
+        BEST_AND_WORST, size=8, tuned_as="offline, best and worst"
+    ),
+    "2 rounds": Method(rounds=2, betas=(0.3, 0.4)),
+    "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.3)),
 }
 
 
@@ -132,12 +144,14 @@ def main(config: OnPolicyConfig, results: Path = RESULTS) -> None:
 
     # tune, then run the seeds
     for name in config.only:
-        tuning = [(name, beta, TUNING_SEED) for beta in METHODS[name].betas]
+        tuned = METHODS[name].tuned_as or name
+        betas = METHODS[tuned].betas if len(METHODS[tuned].betas) > 1 else ()
+        tuning = [(tuned, beta, TUNING_SEED) for beta in betas]
         for run in tuning:
             bench.finish(*run, until=began + 60 * config.minutes)
         if all(bench.path(*run).exists() for run in tuning):
             for seed in config.seeds:
-                bench.finish(name, bench.best_beta(name), seed, until=began + 60 * config.minutes)
+                bench.finish(name, bench.best_beta(tuned), seed, until=began + 60 * config.minutes)
         write_json(results, {**origin, "config": recorded, **bench.found()})
 
 
@@ -174,15 +188,19 @@ class Bench:
 
     def best_beta(self, name: str) -> float:
         """The beta whose last policy has the largest fraction of the optimal gain within `WITHIN`
-        nats, or is nearest to them where none is within.
+        nats, or is nearest to them where none is within; of the betas that were tried so far.
         """
+        name = METHODS[name].tuned_as or name
+        if len(METHODS[name].betas) == 1:
+            return METHODS[name].betas[0]
 
         def value(beta: float) -> float:
             path = self.path(name, beta, TUNING_SEED)
             last = json.loads(path.read_text(encoding="utf-8"))["rows"][-1]
             return last["fraction"][0] if last["kl"] <= WITHIN else WITHIN - last["kl"]
 
-        return max(METHODS[name].betas, key=value)
+        tried = [b for b in METHODS[name].betas if self.path(name, b, TUNING_SEED).exists()]
+        return max(tried, key=value)
 
     def found(self) -> dict[str, Any]:
         """The finished runs, those that tuned apart, and the settings of each method."""
@@ -190,11 +208,15 @@ class Bench:
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         order = list(METHODS)
         runs.sort(key=lambda run: (order.index(run["method"]), run["beta"], run["seed"]))
+        tuning = [run for run in runs if run["seed"] == TUNING_SEED]
+        seeds = [run for run in runs if run["seed"] != TUNING_SEED]
+        best = {run["method"]: self.best_beta(run["method"]) for run in seeds}
         return {
             "within": WITHIN,
             "methods": {name: asdict(method) for name, method in METHODS.items()},
-            "tuning": [run for run in runs if run["seed"] == TUNING_SEED],
-            "runs": [run for run in runs if run["seed"] != TUNING_SEED],
+            "tuning": tuning,
+            "runs": [run for run in seeds if run["beta"] == best[run["method"]]],
+            "other_betas": [run for run in seeds if run["beta"] != best[run["method"]]],
         }
 
 
@@ -273,7 +295,7 @@ class Run:
             judge = biased_judge(task.reward, accuracy=config.accuracy, seed=self.seed)
             return judge_label(judge, task.tokenizer, k=k, seed=self.seed)
         if self.method.labels == "extremes":
-            return lambda prompts, completions: extremes(rewards(prompts, completions), k)
+            return best_and_worst_label(rewards, k=k)
         return rewards
 
     def counted(self, label: Label) -> Label:
@@ -333,14 +355,6 @@ class Run:
         }
         self.unpaid += time.process_time() - began
         return row, found
-
-
-def extremes(rewards: np.ndarray, k: int) -> np.ndarray:
-    """The best and the worst of the k completions of each prompt, (P, 2), unless all are equal."""
-    rows = rewards.reshape(-1, k)
-    firsts = k * np.arange(len(rows))
-    pairs = np.stack([firsts + rows.argmax(1), firsts + rows.argmin(1)], 1)
-    return pairs[rows.max(1) > rows.min(1)]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,13 @@ from dpo_lab.checks import mistakes as table_of_mistakes
 from dpo_lab.engine.escaping import for_markdown
 from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
-from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_relatives, load_sweep
+from dpo_lab.sentiment.results import (
+    REPEATS,
+    load_goodhart,
+    load_on_policy,
+    load_relatives,
+    load_sweep,
+)
 from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.symbolic import equation_index
 
@@ -283,6 +289,74 @@ def _mean_and_error(values: list[float], form: str = ".3f") -> str:
     """Mean and standard error over seeds."""
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):{form}} ± {error:.3f}"
+
+
+def on_policy() -> str:
+    """The last policy of every method of `benchmarks/on_policy.py`, over its seeds."""
+    found = load_on_policy()
+
+    def spread(values: list[float], digits: int) -> str:
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    def line(name: str, lasts: list[dict], beta: float) -> tuple[object, ...]:
+        low, high = (statistics.mean(row["fraction"][end] for row in lasts) for end in (0, 1))
+        ends = dict.fromkeys((f"{low:.0%}", f"{high:.0%}"))
+        return (
+            name,
+            f"{beta:g}",
+            f"{statistics.mean(row['labels'] for row in lasts):,.0f}",
+            spread([row["reward"] for row in lasts], 3),
+            spread([row["kl"] for row in lasts], 2),
+            " to ".join(ends),
+            f"{statistics.mean(row['seconds'] for row in lasts):.0f}",
+        )
+
+    rows = []
+    for name in found["methods"]:
+        runs = [run for run in found["runs"] if run["method"] == name]
+        if len(runs) > 1:
+            rows.append(line(name, [run["rows"][-1] for run in runs], runs[0]["beta"]))
+    header = (
+        "method | beta | labeled completions | reward | sequence KL (nats) "
+        "| fraction of the optimal gain | seconds of one core"
+    )
+    return _table(header, rows) + _origin(found)
+
+
+def more_labels() -> str:
+    """What DPO offline reaches with more labels at the same KL, from the shipped repeats."""
+    result = load_sweep(REPEATS[0])
+    runs = [rows for run, rows in result.runs().items() if run.method == "dpo"]
+    config = json.loads((REPEATS[0] / "frontier.json").read_text(encoding="utf-8"))["config"]
+    k = config["task"]["completions"]
+    labels_per_step = config["batch_pairs"] / (k * (k - 1) / 2) * k
+
+    # the same steps of every seed, and the last one
+    shared = set.intersection(*({row["step"] for row in rows} for rows in runs))
+    ends = [[row for row in rows if row["step"] == s] for s in sorted(shared) for rows in runs]
+    groups = [sum(ends[i : i + len(runs)], []) for i in range(0, len(ends), len(runs))]
+    groups.append([rows[-1] for rows in runs])
+
+    lines = []
+    for group in groups:
+        step = statistics.mean(row["step"] for row in group)
+        if step < 32:
+            continue
+        rewards, kls = ([row[name] for row in group] for name in ("reward", "kl"))
+        reward, kl = statistics.mean(rewards), statistics.mean(kls)
+        ends = dict.fromkeys(f"{part:.0%}" for part in result.fraction_bounds(reward, kl))
+        lines.append(
+            (
+                f"{step * labels_per_step:,.0f}",
+                f"{reward:.3f} ± {statistics.stdev(rewards):.3f}",
+                f"{kl:.2f} ± {statistics.stdev(kls):.2f}",
+                " to ".join(ends),
+            )
+        )
+    header = (
+        "labeled completions so far | reward | sequence KL (nats) | fraction of the optimal gain"
+    )
+    return _table(header, lines) + _origin(result.provenance)
 
 
 def embedded_model() -> str:
@@ -976,6 +1050,8 @@ BLOCKS = {
     "spread": spread,
     "goodhart": goodhart,
     "relatives": relatives,
+    "on policy": on_policy,
+    "more labels": more_labels,
     "embedded model": embedded_model,
     "chat": chat,
     "chat samples": chat_samples,

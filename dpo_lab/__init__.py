@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpo_lab.evaluate import evaluate_policy, win_rate
     from dpo_lab.feedback import BinaryFeedback
     from dpo_lab.kto import KTOConfig, train_kto
+    from dpo_lab.labels import bradley_terry_label
     from dpo_lab.logprobs import can_compact, completion_logps, score_completions
     from dpo_lab.loop import LoopConfig
     from dpo_lab.losses import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         unlikelihood_loss,
     )
     from dpo_lab.models import load_model, load_tokenizer
+    from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
     from dpo_lab.preferences import PairBatch, Preferences, from_rankings, from_rows, from_scores
     from dpo_lab.relatives import (
         AOT,
@@ -68,6 +70,7 @@ __all__ = [
     "LoopConfig",
     "MARGIN_LOSSES",
     "ORPO",
+    "OnlineConfig",
     "PairBatch",
     "Preferences",
     "SimPO",
@@ -79,6 +82,7 @@ __all__ = [
     "beta_explorer",
     "betas_explorer",
     "bradley_terry_explorer",
+    "bradley_terry_label",
     "bradley_terry_nll",
     "can_compact",
     "completion_batch",
@@ -112,7 +116,9 @@ __all__ = [
     "texts_of",
     "train_dpo",
     "train_kto",
+    "train_online_dpo",
     "train_sft",
+    "train_spin",
     "train_unlikelihood",
     "training_explorer",
     "tune_cpu",
@@ -156,6 +162,8 @@ _NAMES = {
     ),
     "feedback": ("BinaryFeedback",),
     "kto": ("KTOConfig", "train_kto"),
+    "labels": ("bradley_terry_label",),
+    "online": ("OnlineConfig", "train_online_dpo", "train_spin"),
     "evaluate": ("evaluate_policy", "win_rate"),
     "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),
     "theory.frontier": ("best_of_n", "optimal_frontier"),

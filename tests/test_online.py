@@ -1,10 +1,8 @@
 """On-policy DPO on a tiny GPT-2: what a round is, whose log-probs it uses, what it labels."""
 
 import copy
-import re
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +13,15 @@ from transformers import GPT2LMHeadModel, set_seed
 
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.judges import judge_label, reward_judge
-from dpo_lab.loop import LoopConfig
-from dpo_lab.online import (
-    OnlineConfig,
+from dpo_lab.labels import (
+    best_and_worst_label,
     bradley_terry_label,
     joined,
     labeled_preferences,
     spin_preferences,
-    train_online_dpo,
-    train_spin,
 )
+from dpo_lab.loop import LoopConfig
+from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.sampling import sample_with_logps
 from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config
@@ -311,6 +308,16 @@ def test_votes_are_drawn_by_bradley_terry():
     np.testing.assert_array_equal(pairs, label([[0], [0]], [[1], [2]]))
 
 
+def test_the_best_of_a_prompt_is_compared_with_its_worst():
+    rewards = np.array([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
+    label = best_and_worst_label(lambda prompts, completions: rewards, k=3)
+    assert label([[0]] * 6, [[1]] * 6).tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match="k is 1"):
+        best_and_worst_label(label, k=1)
+    with pytest.raises(ValueError, match=r"the shape \(6,\) for 5 completions"):
+        label([[0]] * 5, [[1]] * 5)
+
+
 # self-play
 
 
@@ -386,14 +393,3 @@ def test_rounds_find_the_optimum_of_the_kl_constrained_objective(bandit):
     best -= np.logaddexp.reduce(best)
     distance = np.exp(best) @ (best - logps(policy))
     assert distance < 0.02 < 10 * 0.02 < np.exp(best) @ (best - logps(bandit))
-
-
-# the page
-
-
-def test_the_python_of_the_page_runs_as_pasted(tiny):
-    page = (Path(__file__).parent.parent / "docs" / "online.md").read_text(encoding="utf-8")
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(code.replace('name = "embedded"', f"name = {str(tiny)!r}"), names)
-    assert names["metrics"][-1]["round"] == 2
