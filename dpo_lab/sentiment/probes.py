@@ -248,7 +248,8 @@ def _minimal_pairs(
 ) -> list[Question]:
     """Questions in which one word of a sentence, the pattern's group, is replaced by the other.
 
-    The first match of a sentence from its third word on; each word stands for as many questions.
+    It is the first match of a sentence, after three words or more. Each word is right in as many
+    questions.
     """
     wanted = {word: n // len(other) for word in other}
     found: list[Question] = []

@@ -217,8 +217,8 @@ def text_batches(
 ) -> Callable[[], CompletionBatch]:
     """A function that gives another batch of text at each call, without end: `train_ppo`'s `ptx`.
 
-    Whole texts lie end to end in rows of at most `length` tokens, each begun with BOS; every row is
-    read once before one comes again, in another order.
+    Texts, each begun with BOS, lie end to end in rows of at most `length` tokens; a longer one goes
+    on in a row of its own. Every row is read before one comes again, in another order.
 
     Raises:
         ValueError: the texts fill fewer rows than a batch has.
