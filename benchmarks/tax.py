@@ -69,7 +69,7 @@ class TaxConfig:
     """of PPO"""
     ppo: PPOConfig = field(
         default_factory=lambda: PPOConfig(
-            steps=12, batch=64, minibatch=16, epochs=1, learning_rate=3e-4, eval_every=6
+            steps=12, batch=64, minibatch=16, epochs=1, learning_rate=1.5e-4, eval_every=6
         )
     )
     """of all runs of PPO but for their two coefficients"""
@@ -123,8 +123,9 @@ def settings(config: TaxConfig) -> Iterator[Setting]:
         yield from (Setting(method, seed) for seed in config.seeds)
 
 
-def main(config: TaxConfig, results: Path = RESULTS) -> None:
-    origin = provenance()
+def main(config: TaxConfig, results: Path = RESULTS, minutes: float = float("inf")) -> None:
+    """Do the runs that are left, and write the results; no run begins after so many minutes."""
+    origin, began = provenance(), time.perf_counter()
     recorded = {name: value for name, value in asdict(config).items() if name != "out"}
     grids = ("seeds", "ptx_coefficients", "kl_coefficients")
     decides = {name: value for name, value in recorded.items() if name not in grids}
@@ -137,6 +138,8 @@ def main(config: TaxConfig, results: Path = RESULTS) -> None:
     for setting in settings(config):
         path = config.out / f"{setting.name}.json"
         if not path.exists():
+            if time.perf_counter() - began > 60 * minutes:
+                return print("runs are left; the next call goes on")
             write_json(path, {**asdict(setting), **shared.run(setting)})
 
     # all of it
