@@ -37,7 +37,9 @@ def _change(pair: Sequence[float]) -> str:
 
 def _settings(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What a reader calls each setting, and the values its runs have; in order of coefficients."""
-    kls, gammas = found["config"]["kl_coefficients"], found["config"]["ptx_coefficients"]
+    runs = found["runs"]
+    kls = sorted({r["kl_coefficient"] for r in runs if r["method"] == "ppo"})
+    gammas = sorted({r["ptx_coefficient"] for r in runs} - {0.0})
     ptx = [
         (f"PPO-ptx, gamma {gamma:g}", {"kl_coefficient": kls[0], "ptx_coefficient": gamma})
         for gamma in gammas
@@ -46,7 +48,8 @@ def _settings(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         (f"PPO, KL coefficient {each:g}", {"kl_coefficient": each, "ptx_coefficient": 0.0})
         for each in kls
     ]
-    dpo = [(label, {"method": method}) for method, label in METHODS.items()]
+    methods = {run["method"] for run in runs}
+    dpo = [(label, {"method": name}) for name, label in METHODS.items() if name in methods]
     return [(label, {"method": "ppo"} | setting) for label, setting in kl + ptx] + dpo
 
 
@@ -109,10 +112,12 @@ def _mean(rows: list[dict[str, Any]], name: str, digits: int) -> str:
 def equal_reward() -> str:
     """Changes minus those of PPO without text at the same reward."""
     found = load_tax()
-    runs, kls = found["runs"], found["config"]["kl_coefficients"]
+    runs = found["runs"]
     others = [run for run in runs if run["method"] == "ppo" and not run["ptx_coefficient"]]
     rows = []
-    for label, setting in _settings(found)[len(kls) :]:
+    for label, setting in _settings(found):
+        if setting["method"] == "ppo" and not setting["ptx_coefficient"]:
+            continue
         chosen, cells, seeds = _chosen(runs, setting), [], ""
         for group, name, _ in MEASURES:
             try:
