@@ -51,9 +51,9 @@ class TaxConfig:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """of the order of the prompts and of PPO's samples"""
-    ptx_coefficients: tuple[float, ...] = (1.0, 4.0)
+    ptx_coefficients: tuple[float, ...] = (0.25, 1.0, 4.0)
     """of PPO-ptx, at the first of `kl_coefficients`; Figure 33"""
-    kl_coefficients: tuple[float, ...] = (0.02, 0.2, 2.0)
+    kl_coefficients: tuple[float, ...] = (0.02, 0.1, 0.5, 2.0)
     """of PPO without text; Figure 34"""
     task: TaskConfig = field(
         default_factory=lambda: TaskConfig(
