@@ -110,24 +110,26 @@ def _mean(rows: list[dict[str, Any]], name: str, digits: int) -> str:
 
 
 def equal_reward() -> str:
-    """Changes minus those of PPO without text at the same reward."""
+    """Changes minus those of other runs at the same reward."""
     found = load_tax()
-    runs = found["runs"]
-    others = [run for run in runs if run["method"] == "ppo" and not run["ptx_coefficient"]]
+    runs, before = found["runs"], found["before"]["reward"]
+    ppo = [run for run in runs if run["method"] == "ppo" and not run["ptx_coefficient"]]
+    dpo = [run for run in runs if run["method"] == "dpo"]
+
     rows = []
     for label, setting in _settings(found):
-        if setting["method"] == "ppo" and not setting["ptx_coefficient"]:
-            continue
-        chosen, cells, seeds = _chosen(runs, setting), [], ""
-        for group, name, _ in MEASURES:
+        chosen = _chosen(runs, setting)
+        others, name_of_others = (ppo, "PPO") if setting.get("ptx_coefficient") else (dpo, "DPO")
+        cells, seeds = [], 0
+        for group, name, _ in MEASURES if others[0] not in chosen else ():
             try:
-                *pair, n = at_equal_reward(chosen, others, group, name, found["before"]["reward"])
+                *pair, seeds = at_equal_reward(chosen, others, group, name, before)
                 cells.append(_change(pair))
-                seeds = str(n)
             except ValueError:
-                cells.append("beyond PPO's rewards")
-        rows.append([label, seeds, *cells])
-    return _table(["run", "seeds", *(label for _, _, label in MEASURES)], rows)
+                break
+        if seeds:
+            rows.append([f"{label}, minus {name_of_others}", str(seeds), *cells])
+    return _table(["run", "seeds compared", *(label for _, _, label in MEASURES)], rows)
 
 
 def rude() -> str:
@@ -138,8 +140,7 @@ def rude() -> str:
         cells = []
         for name in REQUESTS:
             change, error, _ = end_over_seeds(found["runs"], "rude", name, **setting)
-            cells.append(
-                f"{found['before']['rude'][name][0] + change:.3f} ({change:+.3f} ± {error:.3f})"
-            )
+            ends = [run["rows"][-1]["rude"][name][0] for run in _chosen(found["runs"], setting)]
+            cells.append(f"{statistics.mean(ends):.3f} ({change:+.3f} ± {error:.3f})")
         rows.append([label, *cells])
     return _table(["run", *(f"asked for {asked}" for asked in REQUESTS.values())], rows)

@@ -240,7 +240,7 @@ def test_the_error_over_seeds_keeps_that_over_items():
 def test_runs_are_compared_where_others_have_the_same_reward():
     def run(seed, reward, change):
         end = {"reward": reward, "change": {"nats_per_byte": {"license": [change, 0.0]}}}
-        return {"seed": seed, "rows": [{"reward": 9.0}, end]}
+        return {"seed": seed, "rows": [end]}
 
     others = [run(s, reward, cost) for s in (0, 1) for reward, cost in ((0.9, 0.4), (0.7, 0.1))]
     runs = [run(0, 0.8, 0.05), run(1, 0.6, 0.0), run(1, 0.95, 0.0)]
