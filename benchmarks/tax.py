@@ -7,7 +7,7 @@ coefficients, as in Figures 33 and 34 of Ouyang et al. 2022 (https://arxiv.org/a
 of the pretraining loss (PPO-ptx) and that of the KL. DPO reads the same pairs, alone and with a
 term of SFT on the chosen completions. The seeds of a setting share pairs and reward model. Reward,
 KL and tax are measured half way through each run and at its end. Writes dpo_lab/assets/tax.json,
-which notebook 04c draws. Runs that are in `--config.out` are kept. About 15 minutes of one core.
+which notebook 04c draws. Runs that are in `--config.out` are kept. About 35 minutes of one core.
 """
 
 import json
