@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mistake_tables
 import numpy as np
+import tax_tables
 from scale import table
 
 import dpo_lab
@@ -31,6 +32,7 @@ from dpo_lab.sentiment.results import (
     load_on_policy,
     load_relatives,
     load_sweep,
+    load_tax,
 )
 from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.symbolic import equation_index
@@ -1069,6 +1071,12 @@ BLOCKS = {
     "latency": latency,
     "judge biases": judge_biases,
     "prompts and power": prompts_and_power,
+    "tax before": tax_tables.before,
+    "tax kl": partial(tax_tables.sweep, "kl"),
+    "tax ptx": partial(tax_tables.sweep, "ptx"),
+    "tax dpo": partial(tax_tables.sweep, "dpo"),
+    "tax at equal reward": tax_tables.equal_reward,
+    "tax rude": lambda: tax_tables.rude() + _origin(load_tax()),
     "gpu": gpu_summary,
     "gpu exactness": gpu_exactness,
     "gpu dpo": gpu_dpo,

@@ -377,3 +377,19 @@ def load_on_policy() -> dict[str, Any]:
     as HTML. Runs are compared `within` that many nats.
     """
     return json.loads((ASSETS / "on_policy.json").read_text(encoding="utf-8"))
+
+
+def load_tax() -> dict[str, Any]:
+    """The alignment tax of PPO, PPO-ptx and DPO (benchmarks/tax.py), as it comes with the package.
+
+    `before` holds the measures of the model that all runs begin with, and `runs` one entry per run:
+    its `method` ("ppo", "dpo" or "dpo-sft"), `seed`, `kl_coefficient` and `ptx_coefficient`
+    (PPO-ptx where it is positive), the `seconds` it took, for each rollout of PPO its score, KL and
+    loss on text (`rollouts`), and `rows`, one per evaluation. A row holds `step`, `reward`, `kl`
+    and their standard errors, the first `texts`, and three groups of measures, `nats_per_byte` by
+    kind of text, `accuracy` by probe and `rude` by request (at the end of a run alone), each as
+    [value, standard error]; `change` has the differences from `before`, on the same items.
+    `sizes` and `hashes` say what was measured on, `config` how everything was trained. The texts
+    are a model's: escape them before they are shown as HTML.
+    """
+    return json.loads((ASSETS / "tax.json").read_text(encoding="utf-8"))
