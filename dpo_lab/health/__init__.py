@@ -1,0 +1,54 @@
+"""The health of a training run: which faults it shows, with evidence, severity and what to do.
+
+Names are imported when they are first used, so that `import dpo_lab.health` loads no library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# for editors and type checkers, which do not run `__getattr__`
+if TYPE_CHECKING:
+    from dpo_lab.health.catalog import FAULTS, Fault, FaultName
+    from dpo_lab.health.diagnosis import Diagnosis, Finding, diagnose
+    from dpo_lab.health.record import RunRecord, read_run
+    from dpo_lab.health.table import load_diagnosis_table
+
+__all__ = [
+    "Diagnosis",
+    "FAULTS",
+    "Fault",
+    "FaultName",
+    "Finding",
+    "RunRecord",
+    "diagnose",
+    "load_diagnosis_table",
+    "read_run",
+]
+
+# where each name lives
+_HOME = {
+    "Diagnosis": "health.diagnosis",
+    "FAULTS": "health.catalog",
+    "Fault": "health.catalog",
+    "FaultName": "health.catalog",
+    "Finding": "health.diagnosis",
+    "RunRecord": "health.record",
+    "diagnose": "health.diagnosis",
+    "load_diagnosis_table": "health.table",
+    "read_run": "health.record",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module in which a public name lives, and keep the name here."""
+    if name not in _HOME:
+        raise AttributeError(
+            f"module 'dpo_lab.health' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
+    globals()[name] = found = getattr(import_module(f"dpo_lab.{_HOME[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)

@@ -1,0 +1,294 @@
+"""Rules on the course of training: nothing moves, too much moves, or the wrong thing does."""
+
+import math
+
+import numpy as np
+
+from dpo_lab.health.finding import Seen, Unknown, Verdict
+from dpo_lab.health.in_data import MOST_IDENTICAL, SIGMAS, identical_pairs
+from dpo_lab.health.measures import (
+    SIDES,
+    fraction_of,
+    length_of,
+    log_ratios,
+    loss_at_zero,
+    mean_and_se,
+    quarter,
+)
+from dpo_lab.health.record import RunRecord
+
+# fewer lines than this say nothing of a course
+FEWEST_LINES = 5
+
+# Two batches of other shapes differ by less than this in float32; a policy that has not moved by
+# more after all its steps stands still.
+STILL = 0.01
+
+# A margin of 0.05 leaves the gradient weight at 0.4875 of at most 0.5: the loss has seen nothing.
+NO_MARGIN = 0.05
+
+# half of the smallest beta that published runs tune over (0.01)
+TINY_BETA = 0.005
+
+# nats that a policy's log-probs must move by before a small margin is beta's fault
+MOVED = 5.0
+
+# A token that costs a quarter of a nat more has lost a fifth of its probability; runs that end at a
+# KL of a few nats lose less than half of that.
+FALL_PER_TOKEN = 0.25
+
+# the same relative to the log-prob at the start, where lengths are not recorded: a token costs
+# about four nats
+FALL = 0.06
+
+# A policy under which an average token of either side costs a nat more no longer writes language.
+COLLAPSE_PER_TOKEN = 1.0
+
+# a loss this much above that of equal rewards is more than noise of the last batches
+ABOVE_ZERO = 1.05
+
+# half of the distinct two-token sequences that the policy began with
+LESS_DISTINCT = 0.6
+
+# held-out accuracy lost since its best, beyond what a few hundred pairs vary by
+ACCURACY_LOST = 0.05
+
+# Adam moves every weight that has a gradient; a rounding format that lets fewer than half move is
+# the reason that the others stand still.
+FEW_MOVE = 0.5
+
+HALF = ("bfloat16", "float16")
+
+
+def loss_stuck_frozen(record: RunRecord) -> Verdict:
+    """No weight moves, or no log-prob."""
+    steps = len(record.steps)
+    if steps < FEWEST_LINES:
+        return Unknown(f"the run has {steps} lines of metrics; {FEWEST_LINES} are needed")
+    if _all_identical(record) or bfloat16_weights(record) is not None:
+        return None
+    changed = record.series("weights/changed")
+    if len(changed) and changed.max() == 0:
+        return Seen("error", f"no weight changed in {len(changed)} steps that were looked at")
+
+    # log-probs, where weights were not looked at
+    ratios = [log_ratios(record, side) for side in SIDES]
+    rewards = [record.series(f"rewards/{side}") for side in SIDES]
+    values = [r if r is not None else w for r, w in zip(ratios, rewards)]
+    late = [np.abs(quarter(found)).max() for found in values if len(found)]
+    if late and max(late) < STILL and record.precision != "bfloat16":
+        unit = "nats" if ratios[0] is not None else "(beta x nats)"
+        return Seen(
+            "error",
+            f"in the last quarter of {steps} lines no mean log-ratio is farther from 0 than "
+            f"{max(late):.2g} {unit}",
+            ("loss_stuck_tiny_beta",) if record.beta is None else (),
+        )
+    return None
+
+
+def _all_identical(record: RunRecord) -> bool:
+    data = record.data
+    if data:
+        return fraction_of(data.get("identical"), data.get("pairs")) >= MOST_IDENTICAL
+    return isinstance(identical_pairs(record), Seen)
+
+
+def loss_stuck_tiny_beta(record: RunRecord) -> Verdict:
+    """Margins stay near 0 since beta is tiny, not since the policy stands still."""
+    margins = record.series("rewards/margins")
+    if len(margins) < FEWEST_LINES:
+        return Unknown(f"the run has {len(margins)} lines of metrics; {FEWEST_LINES} are needed")
+    margin = float(quarter(margins).mean())
+    if abs(margin) >= NO_MARGIN:
+        return None
+    if record.beta is not None:
+        if record.beta >= TINY_BETA:
+            return None
+        return Seen(
+            "error",
+            f"beta is {record.beta:g}; the mean margin ends at {margin:.2g}, which is "
+            f"{margin / record.beta:.2g} nats",
+        )
+
+    # without beta: log-probs that have moved far
+    moved = [_moved(record.series(f"logps/{side}")) for side in SIDES]
+    if max(moved) < MOVED:
+        return None
+    return Seen(
+        "warning",
+        f"the mean margin ends at {margin:.2g}, while log-probs moved by {max(moved):.1f} nats",
+    )
+
+
+def _moved(values: np.ndarray) -> float:
+    """Nats between the first and the last quarter of a series, beyond the noise between lines."""
+    k = max(1, len(values) // 4)
+    (first, a), (last, b) = mean_and_se(values[:k]), mean_and_se(values[-k:])
+    noise = math.hypot(a, b)
+    return max(0.0, abs(last - first) - SIGMAS * noise) if math.isfinite(noise) else 0.0
+
+
+def chosen_logps_fall(record: RunRecord) -> Verdict:
+    """The margin grows while chosen answers lose much probability."""
+    margins, logps = record.series("rewards/margins"), record.series("logps/chosen")
+    if len(margins) < FEWEST_LINES or not len(logps):
+        return Unknown(f"the run has {len(margins)} lines of metrics; {FEWEST_LINES} are needed")
+    if quarter(margins).mean() <= 0:
+        return None
+    ratios, length = log_ratios(record, "chosen"), length_of(record, "chosen")
+
+    # per token where the length is known
+    if ratios is not None and length:
+        fall = -float(quarter(ratios).mean()) / length
+        if fall < FALL_PER_TOKEN:
+            return None
+        return Seen(
+            "warning",
+            f"chosen answers have lost {fall * length:.1f} nats each, {fall:.2f} per token, while "
+            f"the margin grew to {quarter(margins).mean():.2f}",
+        )
+
+    # relative to what they were
+    start = float(-logps[: max(1, len(logps) // 10)].mean())
+    fall = -float(quarter(ratios).mean()) if ratios is not None else _fall(logps)
+    if start <= 0 or fall < FALL * start:
+        return None
+    return Seen(
+        "warning",
+        f"chosen answers have lost {fall:.1f} of the {start:.0f} nats that they cost at first, "
+        f"while the margin grew to {quarter(margins).mean():.2f}",
+    )
+
+
+def _fall(logps: np.ndarray) -> float:
+    """Nats by which log-probs fell, beyond the noise between lines."""
+    k = max(1, len(logps) // 4)
+    return _moved(logps) if logps[-k:].mean() < logps[:k].mean() else 0.0
+
+
+def learning_rate_too_high(record: RunRecord) -> Verdict:
+    """The loss ends above that of equal rewards, or both sides collapse in the first pass."""
+    steps = len(record.steps)
+    if steps < FEWEST_LINES:
+        return Unknown(f"the run has {steps} lines of metrics; {FEWEST_LINES} are needed")
+    said = []
+
+    # the loss after warm-up
+    zero, loss = loss_at_zero(record), record.series("loss")
+    late = loss[len(loss) // 2 :]
+    mean, se = mean_and_se(late)
+    if zero is not None and mean > ABOVE_ZERO * zero and mean - zero > SIGMAS / 2 * se:
+        said.append(
+            f"the loss of the second half is {mean:.3g}, above the {zero:.3g} of equal rewards"
+        )
+
+    # what an average token has lost on both sides within one pass
+    lengths = [length_of(record, side) for side in SIDES]
+    ratios = [log_ratios(record, side) for side in SIDES]
+    if all(lengths) and all(found is not None and len(found) for found in ratios):
+        first_pass = max(1, int(steps / max(record.epochs or 1, 1)))
+        lost = [
+            -float(quarter(found[:first_pass]).mean()) / length
+            for found, length in zip(ratios, lengths)
+        ]
+        if min(lost) > COLLAPSE_PER_TOKEN:
+            said.append(
+                f"within the first pass chosen and rejected tokens lost {lost[0]:.2f} and "
+                f"{lost[1]:.2f} nats each"
+            )
+    if not said:
+        return None
+    rate = f"; learning_rate is {record.learning_rate:g}" if record.learning_rate else ""
+    return Seen("error", "; ".join(said) + rate)
+
+
+def bfloat16_weights(record: RunRecord) -> Verdict:
+    """Weights in a 16-bit format, of which few move."""
+    dtypes = record.facts.get("model", {}).get("trained", {})
+    if not dtypes:
+        return Unknown("the dtype of the weights was not recorded")
+    half = sum(n for name, n in dtypes.items() if name in HALF)
+    if half < FEW_MOVE * sum(dtypes.values()):
+        return None
+    name, changed = max(dtypes, key=dtypes.get), record.series("weights/changed")
+    norms = record.series("grad_norm")
+    if len(norms) and not norms.max() > 0:
+        return None
+    if len(changed):
+        if changed.max() >= FEW_MOVE:
+            return None
+        return Seen(
+            "error",
+            f"the trained weights are {name}, and a step changes at most {changed.max():.1%} of "
+            "them",
+        )
+
+    # TRL's: weights that stand still with a gradient that is not 0
+    margins = record.series("rewards/margins")
+    if len(margins) >= FEWEST_LINES and abs(quarter(margins).mean()) < NO_MARGIN:
+        return Seen(
+            "warning",
+            f"the trained weights are {name}, and the mean margin ends at "
+            f"{quarter(margins).mean():.2g} with gradients of norm {np.median(norms):.2g}",
+        )
+    return None
+
+
+def overtraining(record: RunRecord) -> Verdict:
+    """Held-out reward, accuracy or variety falls from its best while training goes on."""
+    said = []
+
+    # the reward of samples since its best
+    lines = [line for line in record.evaluations if "eval/reward" in line]
+    rewards = [(line["eval/reward"], line.get("eval/reward_se", math.nan)) for line in lines]
+    rewards = [found for found in rewards if all(map(math.isfinite, found))]
+    if len(rewards) >= 3:
+        (best, best_se), (last, last_se) = max(rewards), rewards[-1]
+        se = max(math.hypot(best_se, last_se), 1e-12)
+        if best - last > SIGMAS * se and best > rewards[0][0] + SIGMAS / 2 * rewards[0][1]:
+            said.append(
+                f"the reward of samples fell from {best:.3f} to {last:.3f} "
+                f"({(best - last) / se:.1f} standard errors)"
+            )
+
+    # accuracy on held-out pairs since its best, while that on training pairs is not lower
+    held_out, trained = record.evaluated("accuracy"), record.series("rewards/accuracies")
+    if len(held_out) >= 3 and held_out.max() - held_out[-1] > ACCURACY_LOST:
+        if len(trained) and quarter(trained).mean() > held_out[-1]:
+            said.append(
+                f"accuracy on held-out pairs fell from {held_out.max():.1%} to {held_out[-1]:.1%}, "
+                f"while {quarter(trained).mean():.1%} of the training pairs are ranked as labeled"
+            )
+
+    # variety of samples
+    distinct = record.evaluated("distinct_2")
+    if len(distinct) >= 2 and distinct[-1] < LESS_DISTINCT * distinct[0]:
+        said.append(f"distinct-2 of samples fell from {distinct[0]:.2f} to {distinct[-1]:.2f}")
+    if said:
+        return Seen("error" if len(said) > 1 else "warning", "; ".join(said))
+    looked = len(rewards) >= 3 or len(held_out) >= 3 or len(distinct) >= 2
+    return None if looked else Unknown("too few evaluations of held-out pairs or samples")
+
+
+def reward_hacking(record: RunRecord) -> Verdict:
+    """The reward that labels rises while the true one falls from its best."""
+    both = [
+        [line for line in record.evaluations if f"eval/{name}" in line]
+        for name in ("reward", "true_reward")
+    ]
+    if any(len(lines) < 2 for lines in both):
+        return Unknown("no second reward of samples was logged (eval/true_reward)")
+    proxy = [line["eval/reward"] for line in both[0]]
+    true = [line["eval/true_reward"] for line in both[1]]
+    errors = [line.get("eval/true_reward_se", math.nan) for line in both[1]]
+    best = int(np.argmax(true))
+    se = math.hypot(errors[best], errors[-1])
+    if not (proxy[-1] > proxy[0] and true[best] - true[-1] > SIGMAS * se):
+        return None
+    return Seen(
+        "error",
+        f"the reward that labels rose from {proxy[0]:.3f} to {proxy[-1]:.3f}, while the true one "
+        f"fell from {true[best]:.3f} to {true[-1]:.3f} ({(true[best] - true[-1]) / se:.1f} "
+        "standard errors)",
+    )

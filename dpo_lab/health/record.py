@@ -1,0 +1,254 @@
+"""What a training run left, read for `diagnose`: a `RunRecord` of its metrics, config and facts.
+
+Ours are the directories of `train_dpo(run=...)` and `dpo-lab train`; TRL's are those with a
+`trainer_state.json` (trl_state.py).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dpo_lab.engine.runs import METRICS, TRAINING, current_config
+from dpo_lab.facts import FACTS, HELD_OUT, PAIRS
+from dpo_lab.health.trl_state import TRAINER_STATE, read_trainer_state, trainer_states
+
+Line = dict[str, float]
+
+# a run directory holds no file larger than this that is read whole
+LARGEST = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as numbers: what every rule of `health.rules` reads.
+
+    Metrics have the names that `train_dpo` and TRL give them. Of what a callback returns these are
+    read: `eval/reward` (by what the labels come from), `eval/true_reward` (by what should have been
+    wanted, or another judge), `eval/kl/sequence`, each with `_se`; `eval/accuracy` on held-out
+    pairs; `eval/length`, `eval/truncated` and `eval/distinct_2`, as `facts.completion_facts` gives
+    them.
+    """
+
+    source: Literal["dpo-lab", "trl"]
+    """who wrote it"""
+    steps: Sequence[Line]
+    """metrics of training, in the order of the steps"""
+    evaluations: Sequence[Line] = ()
+    """metrics that begin with `eval/`, in the order of the steps"""
+    beta: float | None = None
+    """strength of the KL constraint; None where it is not recorded"""
+    loss_type: str | None = None
+    """such as "sigmoid"; None where it is not recorded, "own" for a loss of the user's"""
+    label_smoothing: float = 0.0
+    """assumed fraction of flipped labels"""
+    learning_rate: float | None = None
+    """the peak; None where it is not recorded"""
+    warmup_steps: int = 0
+    """steps of linear warm-up"""
+    epochs: float | None = None
+    """passes over the pairs"""
+    pairs_per_line: float | None = None
+    """about how many pairs a line of `steps` is the mean of"""
+    planned: int | None = None
+    """steps that the run was to have"""
+    precision: str | None = None
+    """in which log-probs were computed"""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """what facts.py recorded; empty for older runs and for TRL's"""
+    leaked: tuple[int, int] | None = None
+    """held-out pairs that are training pairs too, and all held-out pairs; None where unknown"""
+    notes: tuple[str, ...] = ()
+    """what was wrong with the files, in plain text"""
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """Facts about the pairs."""
+        return self.facts.get("data") or {}
+
+    @property
+    def start(self) -> Mapping[str, Any]:
+        """Facts about the scores before the first step."""
+        return self.facts.get("start") or {}
+
+    def series(self, name: str) -> np.ndarray:
+        """(T,) the values of a training metric where it is a finite number."""
+        return _series(self.steps, name)
+
+    def evaluated(self, name: str) -> np.ndarray:
+        """(E,) the values of `eval/` + `name` where it is a finite number."""
+        return _series(self.evaluations, f"eval/{name}")
+
+
+def _series(lines: Sequence[Line], name: str) -> np.ndarray:
+    found = [line[name] for line in lines if name in line and math.isfinite(line[name])]
+    return np.array(found, dtype=np.float64)
+
+
+def read_run(run: Path) -> RunRecord:
+    """The record of a run directory, ours or TRL's.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it holds no DPO run, or one that cannot be read; what was found is named.
+    """
+    if not run.exists():
+        raise FileNotFoundError(f"{run} does not exist; give the directory of a run")
+    if run.is_file():
+        if run.name != TRAINER_STATE:
+            raise ValueError(f"{run} is a file; give the directory of a run, which holds it")
+        run = run.parent
+
+    # ours, or TRL's
+    if (run / METRICS).is_file():
+        return _read_ours(run)
+    if states := trainer_states(run):
+        return RunRecord(source="trl", **read_trainer_state(states[-1]))
+    found = sorted(path.name for path in run.iterdir())[:6]
+    inside = f"holds {', '.join(map(repr, found))}" if found else "is empty"
+    raise ValueError(
+        f"{run} {inside}; the directory of a run holds {METRICS} (train_dpo, dpo-lab train) or "
+        f"{TRAINER_STATE} (TRL: give a checkpoint folder, or the output_dir that holds some)"
+    )
+
+
+def _read_ours(run: Path) -> RunRecord:
+    lines, notes = read_lines(run / METRICS)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if any(name.startswith("eval/") for name in line)]
+
+    # another method's run
+    training, facts = _read_json(run / TRAINING, notes), _read_json(run / FACTS, notes)
+    method = training.get("method", "DPO")
+    if method != "DPO" or not any("rewards/margins" in line for line in steps):
+        what = f"a run of {method}" if method != "DPO" else "no metrics of DPO (rewards/margins)"
+        raise ValueError(
+            f"{run} holds {what}; dpo-lab diagnose knows runs of DPO, by train_dpo(run=...), "
+            "dpo-lab train or TRL's DPOTrainer"
+        )
+
+    config = _mapping(training.get("config"))
+    loop = _mapping(config.get("loop"))
+    data = _mapping(facts.get("data"))
+    own = "loss" in training
+    return RunRecord(
+        source="dpo-lab",
+        steps=steps,
+        evaluations=evaluations,
+        beta=_number(config.get("beta")),
+        loss_type="own" if own else config.get("loss_type"),
+        label_smoothing=_number(config.get("label_smoothing")) or 0.0,
+        learning_rate=_number(loop.get("learning_rate")),
+        warmup_steps=int(_number(loop.get("warmup_steps")) or 0),
+        epochs=_number(config.get("epochs")),
+        pairs_per_line=_pairs_per_line(config, data, len(steps)),
+        planned=int(_number(facts.get("steps")) or 0) or None,
+        precision=training.get("precision"),
+        facts=facts,
+        leaked=_leaked(run, notes),
+        notes=tuple(notes),
+    )
+
+
+def _pairs_per_line(config: Mapping[str, Any], data: Mapping[str, Any], steps: int) -> float | None:
+    """About how many pairs a step has."""
+    asked, pairs = _number(config.get("batch_pairs")), _number(data.get("pairs"))
+    return min(asked, pairs) if asked and pairs else asked
+
+
+def read_lines(path: Path) -> tuple[list[Line], list[str]]:
+    """The lines of `metrics.jsonl` as numbers, in order, and what was wrong with it.
+
+    A line that cannot be read ends nothing but itself; the last one may be half written. Of steps
+    that were done again after a crash the last lines count.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, which no run writes")
+    texts = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    lines: list[Line] = []
+    broken: list[int] = []
+    missing: dict[str, int] = {}
+    for i, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        line = _line(text)
+        if line is None:
+            broken.append(i)
+            continue
+        for name, value in line.items():
+            if not math.isfinite(value):
+                missing.setdefault(name, int(line["step"]))
+        lines.append(line)
+
+    # what was wrong, by number and name
+    notes = []
+    if broken:
+        last = " (the last one, half written)" if broken == [len(texts)] else ""
+        notes.append(
+            f"{path.name}: {len(broken)} of {len(texts)} lines cannot be read, line {broken[0]} "
+            f"first{last}"
+        )
+    for name, step in missing.items():
+        notes.append(f"{path.name}: {name} is not a finite number at step {step}")
+    if not lines:
+        raise ValueError(f"{path} holds no line of metrics; the run has not begun, or is another's")
+    return lines, notes
+
+
+def _line(text: str) -> Line | None:
+    """A line of metrics with a step, its numbers by name; None where it is none."""
+    try:
+        found = current_config(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or _number(found.get("step")) is None:
+        return None
+    numbers = {name: _number(value) for name, value in found.items()}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _number(value: Any) -> float | None:
+    """A JSON number as a float, which may be NaN; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    """An object of a JSON file; empty where there is none, with a note where it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        found = current_config(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, OSError, RecursionError) as error:
+        notes.append(f"{path.name} cannot be read ({type(error).__name__})")
+        return {}
+    if not isinstance(found, dict):
+        notes.append(f"{path.name} holds no object")
+        return {}
+    return found
+
+
+def _leaked(run: Path, notes: list[str]) -> tuple[int, int] | None:
+    """How many of the held-out pairs were trained on, and how many there are."""
+    if not ((run / PAIRS).is_file() and (run / HELD_OUT).is_file()):
+        return None
+    try:
+        trained, held_out = (load_file(run / name)["pairs"] for name in (PAIRS, HELD_OUT))
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        notes.append(f"{PAIRS} or {HELD_OUT} cannot be read ({type(error).__name__})")
+        return None
+    return int(np.isin(held_out, trained).sum()), len(held_out)
