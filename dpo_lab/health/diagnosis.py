@@ -7,30 +7,53 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lab.engine.arguments import folder
-from dpo_lab.health import in_data, over_time, scoring
 from dpo_lab.health.catalog import FAULTS, FaultName
 from dpo_lab.health.finding import SEVERITIES, Seen, Severity, Unknown, Verdict
+from dpo_lab.health.in_data import (
+    flipped_labels,
+    identical_pairs,
+    leaked_pairs,
+    length_exploitation,
+    swapped_columns,
+    truncated_eos,
+)
+from dpo_lab.health.over_time import (
+    bfloat16_weights,
+    chosen_logps_fall,
+    learning_rate_too_high,
+    loss_stuck_frozen,
+    loss_stuck_tiny_beta,
+    overtraining,
+    reward_hacking,
+)
 from dpo_lab.health.record import RunRecord, read_run
+from dpo_lab.health.scoring import (
+    dropout_on,
+    mean_instead_of_sum,
+    other_precision,
+    prompt_scored,
+    wrong_reference,
+)
 
 RULES: Mapping[FaultName, Callable[[RunRecord], Verdict]] = {
-    "loss_stuck_frozen": over_time.loss_stuck_frozen,
-    "loss_stuck_tiny_beta": over_time.loss_stuck_tiny_beta,
-    "identical_pairs": in_data.identical_pairs,
-    "dropout_on": scoring.dropout_on,
-    "other_precision": scoring.other_precision,
-    "wrong_reference": scoring.wrong_reference,
-    "chosen_logps_fall": over_time.chosen_logps_fall,
-    "length_exploitation": in_data.length_exploitation,
-    "mean_instead_of_sum": scoring.mean_instead_of_sum,
-    "truncated_eos": in_data.truncated_eos,
-    "overtraining": over_time.overtraining,
-    "reward_hacking": over_time.reward_hacking,
-    "flipped_labels": in_data.flipped_labels,
-    "leaked_pairs": in_data.leaked_pairs,
-    "learning_rate_too_high": over_time.learning_rate_too_high,
-    "bfloat16_weights": over_time.bfloat16_weights,
-    "swapped_columns": in_data.swapped_columns,
-    "prompt_scored": scoring.prompt_scored,
+    "loss_stuck_frozen": loss_stuck_frozen,
+    "loss_stuck_tiny_beta": loss_stuck_tiny_beta,
+    "identical_pairs": identical_pairs,
+    "dropout_on": dropout_on,
+    "other_precision": other_precision,
+    "wrong_reference": wrong_reference,
+    "chosen_logps_fall": chosen_logps_fall,
+    "length_exploitation": length_exploitation,
+    "mean_instead_of_sum": mean_instead_of_sum,
+    "truncated_eos": truncated_eos,
+    "overtraining": overtraining,
+    "reward_hacking": reward_hacking,
+    "flipped_labels": flipped_labels,
+    "leaked_pairs": leaked_pairs,
+    "learning_rate_too_high": learning_rate_too_high,
+    "bfloat16_weights": bfloat16_weights,
+    "swapped_columns": swapped_columns,
+    "prompt_scored": prompt_scored,
 }
 """What looks for each fault: a pure function of the record."""
 
