@@ -92,7 +92,7 @@ def data_facts(preferences: Preferences, *, end_tokens: Sequence[int] = ()) -> d
         "shared_prefix": float(shared.mean()),
         "share_a_prefix": int((shared > 0).sum()),
         **_score_facts(p),
-        **_end_facts([p.completions[i] for i in used], end_tokens),
+        **_end_facts(p, end_tokens),
         "report": {name: n for name, n in asdict(p.report).items() if name != "unread"},
     }
 
@@ -105,19 +105,23 @@ def _score_facts(p: Preferences) -> dict[str, int]:
     return {"scored": int((gap != 0).sum()), "scored_other_way": int((gap < 0).sum())}
 
 
-def _end_facts(completions: list[list[int]], end_tokens: Sequence[int]) -> dict[str, int]:
-    """How many completions end with an end token, and how many stop short without one.
+def _end_facts(p: Preferences, end_tokens: Sequence[int]) -> dict[str, int]:
+    """How many completions stop short without an end token.
 
     A completion that was truncated has the greatest length; one that is shorter and has no end
-    token has lost it.
+    token has lost it. The report counts those without by the tokenizer that they were made with;
+    where there is no report, `end_tokens` say which tokens end a completion.
     """
+    longest = max(map(len, p.completions))
+    at_limit = sum(len(ids) == longest for ids in p.completions)
+    if p.report.pairs:
+        return {"short_without_end": max(0, p.report.without_eos - at_limit)}
     if not end_tokens:
         return {}
-    longest, ends = max(map(len, completions)), set(end_tokens)
     # chat templates write a line break after the end token
-    ended = [bool(ends & set(ids[-2:])) for ids in completions]
-    short = [len(ids) < longest and not end for ids, end in zip(completions, ended)]
-    return {"ended": sum(ended), "short_without_end": sum(short)}
+    ends = set(end_tokens)
+    short = [len(ids) < longest and not ends & set(ids[-2:]) for ids in p.completions]
+    return {"short_without_end": sum(short)}
 
 
 def _shared(a: list[int], b: list[int]) -> int:

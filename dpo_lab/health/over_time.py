@@ -57,7 +57,8 @@ ACCURACY_LOST = 0.05
 # the reason that the others stand still.
 FEW_MOVE = 0.5
 
-HALF = ("bfloat16", "float16")
+# significant bits: an update below 2^-bits of a weight is rounded away
+BITS = {"bfloat16": 8, "float16": 11}
 
 
 def loss_stuck_frozen(record: RunRecord) -> Verdict:
@@ -68,6 +69,8 @@ def loss_stuck_frozen(record: RunRecord) -> Verdict:
     if _all_identical(record) or bfloat16_weights(record) is not None:
         return None
     changed = record.series("weights/changed")
+    if record.facts.get("model", {}).get("moved") is False:
+        return Seen("error", f"after {steps} steps the weights are those of the start, to the bit")
     if len(changed) and changed.max() == 0:
         return Seen("error", f"no weight changed in {len(changed)} steps that were looked at")
 
@@ -205,34 +208,30 @@ def learning_rate_too_high(record: RunRecord) -> Verdict:
 
 def bfloat16_weights(record: RunRecord) -> Verdict:
     """Weights in a 16-bit format, of which few move."""
-    dtypes = record.facts.get("model", {}).get("trained", {})
+    model = record.facts.get("model", {})
+    dtypes = model.get("trained", {})
     if not dtypes:
-        return Unknown("the dtype of the weights was not recorded")
-    half = sum(n for name, n in dtypes.items() if name in HALF)
-    if half < FEW_MOVE * sum(dtypes.values()):
+        return Unknown("the dtype of the weights was not recorded, and there is no checkpoint")
+    name = max(dtypes, key=dtypes.get)
+    if name not in BITS:
         return None
-    name, changed = max(dtypes, key=dtypes.get), record.series("weights/changed")
     norms = record.series("grad_norm")
     if len(norms) and not norms.max() > 0:
         return None
-    if len(changed):
-        if changed.max() >= FEW_MOVE:
-            return None
-        return Seen(
-            "error",
-            f"the trained weights are {name}, and a step changes at most {changed.max():.1%} of "
-            "them",
-        )
 
-    # TRL's: weights that stand still with a gradient that is not 0
-    margins = record.series("rewards/margins")
-    if len(margins) >= FEWEST_LINES and abs(quarter(margins).mean()) < NO_MARGIN:
-        return Seen(
-            "warning",
-            f"the trained weights are {name}, and the mean margin ends at "
-            f"{quarter(margins).mean():.2g} with gradients of norm {np.median(norms):.2g}",
-        )
-    return None
+    # what steps did, or what Adam's would do
+    changed, sizes = record.series("weights/changed"), model.get("sizes")
+    if len(changed):
+        move, says = changed.max(), "a step changes at most {:.0%} of them"
+    elif sizes and (rate := record.learning_rate):
+        # an update of about the learning rate is lost on a weight of more than 2^bits times that
+        move = float(np.mean(np.array(sizes) <= 2 ** BITS[name] * rate))
+        says = f"at a learning rate of {rate:g} an update of Adam can move about {{:.0%}} of them"
+    else:
+        return Unknown("neither the steps' changes nor the learning rate was recorded")
+    if move >= FEW_MOVE:
+        return None
+    return Seen("error", f"the trained weights are {name}, and {says.format(move)}")
 
 
 def overtraining(record: RunRecord) -> Verdict:

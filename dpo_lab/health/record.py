@@ -12,14 +12,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
+from dpo_lab.engine.checkpoints import WEIGHTS, checkpoints_of, tensors_hash
 from dpo_lab.engine.runs import METRICS, TRAINING, current_config
-from dpo_lab.facts import FACTS, HELD_OUT, PAIRS
+from dpo_lab.facts import FACTS, HELD_OUT, PAIRS, data_facts, pair_hashes
 from dpo_lab.health.trl_state import TRAINER_STATE, read_trainer_state, trainer_states
+from dpo_lab.preferences import Preferences
 
 Line = dict[str, float]
+
+# where a run keeps its pairs in `data`, and those that it is evaluated on
+SAVED, SAVED_HELD_OUT = ("preferences", "train"), ("held_out", "test")
+
+# other names of what a callback logs
+ALIASES = {"eval/held_out/accuracy": "eval/accuracy", "eval/held_out/margin": "eval/margin"}
+
+# checkpoints up to this size are compared with the initial weights
+LARGEST_HASHED = 2**30
 
 # a run directory holds no file larger than this that is read whole
 LARGEST = 512 * 2**20
@@ -33,7 +46,8 @@ class RunRecord:
     read: `eval/reward` (by what the labels come from), `eval/true_reward` (by what should have been
     wanted, or another judge), `eval/kl/sequence`, each with `_se`; `eval/accuracy` on held-out
     pairs; `eval/length`, `eval/truncated` and `eval/distinct_2`, as `facts.completion_facts` gives
-    them.
+    them. `eval/ended` is taken for 1 minus `eval/truncated`, `eval/held_out/accuracy` for
+    `eval/accuracy`.
     """
 
     source: Literal["dpo-lab", "trl"]
@@ -109,7 +123,7 @@ def read_run(run: Path) -> RunRecord:
     if (run / METRICS).is_file():
         return _read_ours(run)
     if states := trainer_states(run):
-        return RunRecord(source="trl", **read_trainer_state(states[-1]))
+        return _read_trl(states[-1])
     found = sorted(path.name for path in run.iterdir())[:6]
     inside = f"holds {', '.join(map(repr, found))}" if found else "is empty"
     raise ValueError(
@@ -118,8 +132,20 @@ def read_run(run: Path) -> RunRecord:
     )
 
 
+def _read_trl(state: Path) -> RunRecord:
+    found = read_trainer_state(state)
+    weights, notes = state.parent / WEIGHTS, list(found.pop("notes"))
+    if weights.is_file():
+        found["facts"] = {"model": weights_facts(weights, notes)}
+    return RunRecord(source="trl", notes=tuple(notes), **found)
+
+
 def _read_ours(run: Path) -> RunRecord:
     lines, notes = read_lines(run / METRICS)
+    lines = [{ALIASES.get(name, name): value for name, value in line.items()} for line in lines]
+    for line in lines:
+        if "eval/ended" in line:
+            line.setdefault("eval/truncated", 1 - line["eval/ended"])
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if any(name.startswith("eval/") for name in line)]
 
@@ -132,6 +158,13 @@ def _read_ours(run: Path) -> RunRecord:
             f"{run} holds {what}; dpo-lab diagnose knows runs of DPO, by train_dpo(run=...), "
             "dpo-lab train or TRL's DPOTrainer"
         )
+
+    # what was not recorded is taken from the data and the newest checkpoint
+    saved = None
+    if "data" not in facts and (saved := _saved(run, SAVED, notes)) is not None:
+        facts["data"] = data_facts(saved)
+    weights = _weights(run, training, notes)
+    facts["model"] = weights | _mapping(facts.get("model"))
 
     config = _mapping(training.get("config"))
     loop = _mapping(config.get("loop"))
@@ -151,7 +184,7 @@ def _read_ours(run: Path) -> RunRecord:
         planned=int(_number(facts.get("steps")) or 0) or None,
         precision=training.get("precision"),
         facts=facts,
-        leaked=_leaked(run, notes),
+        leaked=_leaked(run, saved, notes),
         notes=tuple(notes),
     )
 
@@ -242,13 +275,81 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return found
 
 
-def _leaked(run: Path, notes: list[str]) -> tuple[int, int] | None:
+# the data and the weights beside the metrics
+
+
+def _saved(run: Path, names: Sequence[str], notes: list[str]) -> Preferences | None:
+    """The preferences that a run keeps under one of these names in its folder `data`."""
+    for name in names:
+        if (run / "data" / name / "preferences.json").is_file():
+            try:
+                return Preferences.load(run / "data" / name)
+            except ValueError as error:
+                notes.append(f"data/{name} cannot be read ({type(error).__name__})")
+    return None
+
+
+def _leaked(run: Path, trained: Preferences | None, notes: list[str]) -> tuple[int, int] | None:
     """How many of the held-out pairs were trained on, and how many there are."""
-    if not ((run / PAIRS).is_file() and (run / HELD_OUT).is_file()):
+    pairs = _hashes(run / PAIRS, notes)
+    if pairs is None and trained is not None:
+        pairs = pair_hashes(trained)
+    held_out = _hashes(run / HELD_OUT, notes)
+    if held_out is None and (saved := _saved(run, SAVED_HELD_OUT, notes)) is not None:
+        held_out = pair_hashes(saved)
+    if pairs is None or held_out is None:
+        return None
+    return int(np.isin(held_out, pairs).sum()), len(held_out)
+
+
+def _hashes(path: Path, notes: list[str]) -> np.ndarray | None:
+    if not path.is_file():
         return None
     try:
-        trained, held_out = (load_file(run / name)["pairs"] for name in (PAIRS, HELD_OUT))
+        return load_file(path)["pairs"]
     except (SafetensorError, KeyError, OSError, ValueError) as error:
-        notes.append(f"{PAIRS} or {HELD_OUT} cannot be read ({type(error).__name__})")
+        notes.append(f"{path.name} cannot be read ({type(error).__name__})")
         return None
-    return int(np.isin(held_out, trained).sum()), len(held_out)
+
+
+def _weights(run: Path, training: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Facts about the weights of the newest checkpoint."""
+    checkpoints = checkpoints_of(run)
+    path = checkpoints[-1] / WEIGHTS if checkpoints else None
+    if path is None or not path.is_file():
+        return {}
+    found = weights_facts(path, notes)
+    initial = training.get("initial_weights")
+    if initial and path.stat().st_size <= LARGEST_HASHED:
+        try:
+            found["moved"] = tensors_hash(load_torch(path)) != initial
+        except (SafetensorError, OSError) as error:
+            notes.append(f"{path.name} cannot be read ({type(error).__name__})")
+    return found
+
+
+def weights_facts(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The dtypes of the weights of a checkpoint, and the sizes of some of them.
+
+    `trained` counts tensors' values by dtype, and `sizes` are the quantiles 0, 1/20, ..., 1 of the
+    weights' absolute values, those of embeddings included.
+    """
+    dtypes: dict[str, int] = {}
+    values = []
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                rows = part[: max(1, 256 // max(1, math.prod(shape[1:])))] if shape else None
+                if rows is None or not rows.is_floating_point():
+                    continue
+                dtype = str(rows.dtype).removeprefix("torch.")
+                dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(shape)
+                values.append(rows.flatten()[:256].float().abs())
+    except (SafetensorError, OSError, ValueError) as error:
+        notes.append(f"{path.name} cannot be read ({type(error).__name__})")
+    if not values:
+        return {}
+    sizes = np.quantile(torch.cat(values).numpy(), np.linspace(0, 1, 21))
+    return {"trained": dtypes, "sizes": sizes.tolist()}

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from dpo_lab.facts import PROBE_LIMIT
+from dpo_lab.health.catalog import FaultName
 from dpo_lab.health.finding import Seen, Unknown, Verdict
 from dpo_lab.health.measures import (
     SIDES,
@@ -82,7 +83,15 @@ def _mismatch(record: RunRecord) -> str:
     if start:
         # the same weights gave the reference's log-probs a moment before
         return "dropout_on"
+    if largest > _rounding(record) and _evaluation_is_zero(record):
+        return "dropout_on"
     return "other_precision" if largest <= _rounding(record) else "wrong_reference"
+
+
+def _evaluation_is_zero(record: RunRecord) -> bool:
+    """Whether an evaluation before the first step, without dropout, found held-out margins of 0."""
+    first = next((line for line in record.evaluations if line["step"] == 0), {})
+    return abs(first.get("eval/margin", math.inf)) <= _limit(record) * (record.beta or 1)
 
 
 def _explained(record: RunRecord) -> str:
@@ -133,7 +142,8 @@ def dropout_on(record: RunRecord) -> Verdict:
             f"scoring the same completions twice gives log-probs that differ by {twice:.3g} nats "
             "(root mean square), where the difference should be 0",
         )
-    return Seen("error", _start_evidence(record), ("other_precision",))
+    other: FaultName = "other_precision" if record.start else "wrong_reference"
+    return Seen("error", _start_evidence(record), (other,))
 
 
 def other_precision(record: RunRecord) -> Verdict:

@@ -97,7 +97,6 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
         "epochs": _numbers(state).get("num_train_epochs"),
         "planned": int(_numbers(state).get("max_steps", 0)) or None,
         "pairs_per_line": _pairs_per_line(steps, arguments, _numbers(state)),
-        "facts": {"model": _model(path.parent / "config.json")},
         "notes": tuple(notes),
     }
 
@@ -130,16 +129,6 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
             except OverflowError:
                 continue
     return found
-
-
-def _model(path: Path) -> dict[str, Any]:
-    """The dtype of the trained weights, as `facts.model_facts` has it, where the model says it."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        dtype = config.get("dtype") or config.get("torch_dtype")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-    return {"trained": {dtype: 1}} if isinstance(dtype, str) else {}
 
 
 def read_arguments(path: Path) -> dict[str, Any]:
