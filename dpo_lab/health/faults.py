@@ -7,70 +7,84 @@ A fault changes one part of what a healthy small run (small_runs.py) is made of.
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_lab.batching import CompletionBatch, completion_batch
+from dpo_lab.batching import CompletionBatch
 from dpo_lab.engine.arguments import checked
+from dpo_lab.health.catalog import FaultName
 from dpo_lab.health.small_runs import (
     SMALL,
     RunSize,
     Setup,
-    SmallTask,
     healthy,
     make_run,
-    positive,
     set_up,
+    small_config,
 )
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences, Report
 from dpo_lab.train import sft_batches, train_sft
 
-__all__ = ["FaultName", "healthy", "plant"]
+__all__ = ["FAULT_NAMES", "GROUPS", "healthy", "plant"]
 
-FaultName = Literal[
-    "identical_pairs",
-    "flipped_labels",
-    "swapped_columns",
-    "leaked_pairs",
-    "truncated_eos",
-    "prompt_scored",
-    "mean_instead_of_sum",
-    "dropout_on",
-    "other_precision",
-    "wrong_reference",
-    "loss_stuck_frozen",
-    "loss_stuck_tiny_beta",
-    "learning_rate_too_high",
-    "bfloat16_weights",
-    "overtraining",
-    "chosen_logps_fall",
-    "length_exploitation",
-    "reward_hacking",
-]
-"""The faults: of the data, of log-probs, of optimization, of what is asked for."""
+GROUPS: dict[str, tuple[FaultName, ...]] = {
+    "data": (
+        "identical_pairs",
+        "flipped_labels",
+        "swapped_columns",
+        "leaked_pairs",
+        "truncated_eos",
+    ),
+    "scoring": (
+        "prompt_scored",
+        "mean_instead_of_sum",
+        "dropout_on",
+        "other_precision",
+        "wrong_reference",
+    ),
+    "optimization": (
+        "loss_stuck_frozen",
+        "bfloat16_weights",
+        "learning_rate_too_high",
+        "overtraining",
+    ),
+    "objective": (
+        "loss_stuck_tiny_beta",
+        "chosen_logps_fall",
+        "length_exploitation",
+        "reward_hacking",
+    ),
+}
+"""The faults by where they lie: in the pairs, in their log-probs, in the updates, in what is asked
+for."""
 
-FAULT_NAMES: tuple[FaultName, ...] = get_args(FaultName)
+FAULT_NAMES: tuple[FaultName, ...] = tuple(name for names in GROUPS.values() for name in names)
 
 FLIPPED = 0.4
 """fraction of labels that are flipped"""
+
+FIRST_WORDS = (" good", " bad")
+"""what a pair differs in that is the same otherwise"""
+
+HEDGES = frozenset(
+    "but not just only would could should if though however although no nothing never".split()
+)
+"""words of a text that weighs both sides"""
 
 ENDINGS = (" I loved it.", " I hated it.")
 """what a pair that is truncated differs in"""
 
 
 @checked
-def plant(
-    fault: FaultName, folder: Path | str, *, seed: int = 0, size: RunSize = SMALL
-) -> Path:
+def plant(fault: FaultName, folder: Path | str, *, seed: int = 0, size: RunSize = SMALL) -> Path:
     """Make a small run that has this fault, by its real cause; its directory.
 
     Args:
@@ -107,7 +121,7 @@ def _identical_pairs(seed: int, size: RunSize) -> Setup:
         np.array(prompt_of),
         np.arange(0, n, 2),
         np.arange(1, n, 2),
-        report=Report(pairs=n // 2, cut=n, without_eos=n),
+        report=Report(pairs=n // 2),
     )
     return replace(setup, preferences=pairs.with_reference(task.reference))
 
@@ -133,16 +147,35 @@ def _swapped_columns(seed: int, size: RunSize) -> Setup:
 
 def _leaked_pairs(seed: int, size: RunSize) -> Setup:
     """The evaluation's pairs are training pairs, drawn before the split was made."""
-    setup = set_up(seed=seed, size=size, config=_config(size, epochs=4))
+    setup = set_up(seed=seed, size=size)
     p = setup.preferences
     some = np.random.default_rng(seed).permutation(len(p.chosen))[: len(setup.held_out.chosen)]
     return replace(setup, held_out=p.select(some))
 
 
 def _truncated_eos(seed: int, size: RunSize) -> Setup:
-    """Chosen completions are two sentences, longer than the limit: they lose their EOS."""
+    """The chosen completions have lost their last token, EOS; the rejected ones end with it."""
     setup = set_up(seed=seed, size=size, kind="sentence")
-    return setup
+
+    def truncated(p: Preferences) -> Preferences:
+        sides = zip(p.chosen, p.rejected)
+        completions = [
+            ids
+            for c, r in sides
+            for ids in (p.completions[c][:-1] or p.completions[c], p.completions[r])
+        ]
+        n = len(completions)
+        pairs = Preferences(
+            p.prompts,
+            completions,
+            np.repeat(p.prompt_of[p.chosen], 2),
+            np.arange(0, n, 2),
+            np.arange(1, n, 2),
+            report=Report(pairs=n // 2),
+        )
+        return pairs.with_reference(setup.task.reference)
+
+    return replace(setup, preferences=truncated(setup.preferences))
 
 
 def _prompt_scored(seed: int, size: RunSize) -> Setup:
@@ -210,14 +243,6 @@ def _wrong_reference(seed: int, size: RunSize) -> Setup:
 # optimization
 
 
-def _config(size: RunSize, *, learning_rate: float = 2e-4, **changes):
-    from dpo_lab.health.small_runs import _loop
-    from dpo_lab.train import DPOConfig
-
-    base = {"beta": 0.1, "epochs": 2, "batch_pairs": size.batch_pairs, "loop": _loop(learning_rate)}
-    return DPOConfig(**base | changes)
-
-
 def _loss_stuck_frozen(seed: int, size: RunSize) -> Setup:
     """The optimizer was made with the weights of a model of which the policy is a copy."""
     setup = set_up(seed=seed, size=size)
@@ -226,35 +251,54 @@ def _loss_stuck_frozen(seed: int, size: RunSize) -> Setup:
 
 def _loss_stuck_tiny_beta(seed: int, size: RunSize) -> Setup:
     """beta is 1e-6."""
-    return set_up(seed=seed, size=size, config=_config(size, beta=1e-6))
+    return set_up(seed=seed, size=size, config=small_config(size, beta=1e-6))
 
 
 def _learning_rate_too_high(seed: int, size: RunSize) -> Setup:
     """The learning rate is ten times that of a healthy run."""
-    return set_up(seed=seed, size=size, config=_config(size, learning_rate=2e-3))
+    return set_up(seed=seed, size=size, config=small_config(size, learning_rate=5e-4))
 
 
 def _bfloat16_weights(seed: int, size: RunSize) -> Setup:
-    """The policy's weights are bfloat16, whose steps are larger than most updates."""
-    setup = set_up(seed=seed, size=size, config=_config(size, learning_rate=1e-5))
+    """The policy's weights are bfloat16, in which most updates are rounded away."""
+    setup = set_up(seed=seed, size=size, config=small_config(size, learning_rate=1e-5))
     policy = setup.policy.to(torch.bfloat16)
     pairs = replace(setup.preferences, reference_logps=None).with_reference(policy)
     return replace(setup, policy=policy, preferences=pairs, score=completion_logps)
 
 
 def _overtraining(seed: int, size: RunSize) -> Setup:
-    """A sixth of the prompts, and twenty passes over their pairs."""
+    """The pairs of a sixth of the prompts, thirty times over."""
     fewer = replace(size, prefixes=max(2, size.prefixes // 6))
-    return set_up(seed=seed, size=fewer, config=_config(size, epochs=16, learning_rate=4e-4, beta=0.05))
+    config = small_config(fewer, epochs=30, learning_rate=1e-4)
+    return set_up(seed=seed, size=fewer, config=config)
 
 
 # what is asked for
 
 
 def _chosen_logps_fall(seed: int, size: RunSize) -> Setup:
-    """The two sides of a pair share all tokens but one."""
+    """The two sides of a pair are the same words after the first, which pushes both down."""
     setup = set_up(seed=seed, size=size)
-    return setup
+    task = setup.task
+    better, worse = (
+        task.tokenizer(word, add_special_tokens=False)["input_ids"] for word in FIRST_WORDS
+    )
+    completions, prompt_of = [], []
+    for p, row in enumerate(task.samples):
+        for ids in row:
+            prompt_of += [p, p]
+            completions += [better + ids, worse + ids]
+    n = len(completions)
+    pairs = Preferences(
+        task.prompts,
+        completions,
+        np.array(prompt_of),
+        np.arange(0, n, 2),
+        np.arange(1, n, 2),
+        report=Report(pairs=n // 2),
+    )
+    return replace(setup, preferences=pairs.with_reference(task.reference))
 
 
 def _length_exploitation(seed: int, size: RunSize) -> Setup:
@@ -267,13 +311,13 @@ def _length_exploitation(seed: int, size: RunSize) -> Setup:
 
 
 def _reward_hacking(seed: int, size: RunSize) -> Setup:
-    """Pairs are labeled by how many exclamation marks and praising words a text has."""
-    praise = ("great", "best", "excellent", "wonderful", "love")
+    """Whoever labels counts words such as "but" and "not", for a review should weigh both sides."""
 
-    def proxy(texts: Sequence[str], completions: Sequence[Sequence[int]]) -> np.ndarray:
-        return np.array([float(sum(text.lower().count(w) for w in praise)) for text in texts])
+    def hedged(texts: Sequence[str], completions: Sequence[Sequence[int]]) -> np.ndarray:
+        words = [re.findall(r"[a-z]+", text.lower()) for text in texts]
+        return np.array([np.mean([word in HEDGES for word in some or [""]]) for some in words])
 
-    return set_up(seed=seed, size=size, label=proxy)
+    return set_up(seed=seed, size=replace(size, eval_prefixes=2 * size.eval_prefixes), label=hedged)
 
 
 PLANTS: dict[str, Callable[[int, RunSize], Setup]] = {

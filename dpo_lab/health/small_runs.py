@@ -9,23 +9,25 @@ have evaluations under `eval/`.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from dpo_lab.batching import CompletionBatch
-from dpo_lab.engine.arguments import checked, folder as a_folder
+from dpo_lab.engine.arguments import checked
+from dpo_lab.engine.arguments import folder as a_folder
 from dpo_lab.engine.checkpoints import save_checkpoint
 from dpo_lab.engine.records import training_run, weights_record
 from dpo_lab.engine.runs import append_metrics, open_run
-from dpo_lab.evaluate import distinct_n, evaluate_policy
-from dpo_lab.logprobs import completion_logps, score_completions
-from dpo_lab.loop import LoopConfig, evaluates, make_optimizers
+from dpo_lab.evaluate import evaluate_policy
+from dpo_lab.facts import completion_facts, record_facts, record_held_out
+from dpo_lab.logprobs import score_completions
+from dpo_lab.loop import LoopConfig, evaluates, make_optimizers, some_weights
 from dpo_lab.models import load_model, load_tokenizer
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.sampling import sample_completions, texts_of
@@ -55,7 +57,7 @@ class RunSize:
     """longest completion, in tokens"""
     eval_prefixes: int = 48
     """held-out prompts of each evaluation"""
-    held_out: int = 16
+    held_out: int = 24
     """held-out prompts that pairs are made of"""
     batch_pairs: int = 24
     """pairs per step"""
@@ -65,15 +67,18 @@ SMALL = RunSize()
 TINY = RunSize(prefixes=6, max_new_tokens=8, eval_prefixes=8, held_out=4, batch_pairs=12)
 
 
-def _loop(learning_rate: float = 2e-4) -> LoopConfig:
-    """The loop of a healthy small run."""
-    return LoopConfig(
+def small_config(
+    size: RunSize, *, learning_rate: float = 5e-5, beta: float = 0.1, epochs: int = 2
+) -> DPOConfig:
+    """How a small run is trained; the defaults are those of a healthy one."""
+    loop = LoopConfig(
         learning_rate=learning_rate,
         schedule="constant",
         warmup_steps=4,
         eval_every=9,
         save_every=10_000,
     )
+    return DPOConfig(beta=beta, epochs=epochs, batch_pairs=size.batch_pairs, loop=loop)
 
 
 @functools.cache
@@ -81,8 +86,10 @@ def judged() -> tuple[list[str], list[str], SentimentReward]:
     """Training reviews, held-out reviews, and P(positive) as fitted to the former."""
     reviews = load_imdb()
     texts = list(reviews["train"]["text"])
-    return texts, list(reviews["test"]["text"]), SentimentReward.tfidf(
-        texts, list(reviews["train"]["label"])
+    return (
+        texts,
+        list(reviews["test"]["text"]),
+        SentimentReward.tfidf(texts, list(reviews["train"]["label"])),
     )
 
 
@@ -102,10 +109,10 @@ class SmallTask:
 
     def __init__(self, kind: Kind, seed: int, size: RunSize):
         self.kind, self.seed, self.size = kind, seed, size
-        self.tokenizer = load_tokenizer()
+        self.tokenizer, self.limit = load_tokenizer(), size.max_new_tokens
         if kind == "sentence":
-            self.tokenizer.eos_token = "."
-        self.reference = load_model()
+            self.tokenizer.eos_token, self.limit = ".", 3 * size.max_new_tokens // 2
+        self.reference = self.new_policy()
 
         # prompts of both splits
         train, test, _ = judged()
@@ -120,6 +127,12 @@ class SmallTask:
         """The token that ends a completion."""
         return int(self.tokenizer.eos_token_id)
 
+    def new_policy(self) -> PreTrainedModel:
+        """The embedded model, which stops at this task's end token."""
+        model = load_model()
+        model.generation_config.eos_token_id = self.end
+        return model
+
     @functools.cached_property
     def samples(self) -> list[list[list[int]]]:
         """Completions of the training prompts."""
@@ -133,16 +146,19 @@ class SmallTask:
     def sample(
         self, model: nn.Module, prompts: list[list[int]], *, seed: int
     ) -> list[list[list[int]]]:
-        """Completions of `prompts` by `model`; of sentences those that end, where two do."""
+        """Completions of `prompts` by `model`; of sentences as many of those that end."""
+        k = self.size.completions
         drawn = sample_completions(
             model,
             prompts,
-            self.size.completions,
+            k if self.kind == "prefix" else 2 * k,
             eos_token_id=self.end,
-            max_new_tokens=self.size.max_new_tokens,
+            max_new_tokens=self.limit,
             seed=seed,
         )
-        return drawn
+        if self.kind == "prefix":
+            return drawn
+        return [[ids for ids in row if ids[-1] == self.end][:k] for row in drawn]
 
     def texts(self, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[str]:
         """Prompt and completion of each sample as one text."""
@@ -206,12 +222,10 @@ def set_up(
     held_out = task.pairs(label, prompts=task.held_out, completions=task.held_out_samples)
     return Setup(
         task,
-        load_model(),
+        task.new_policy(),
         task.pairs(label).with_reference(task.reference),
         held_out.with_reference(task.reference),
-        DPOConfig(beta=0.1, epochs=2, batch_pairs=size.batch_pairs, loop=_loop())
-        if config is None
-        else config,
+        config or small_config(size),
         label,
     )
 
@@ -224,7 +238,7 @@ def healthy(
     size: RunSize = SMALL,
     kind: Kind = "prefix",
     beta: float = 0.1,
-    learning_rate: float = 2e-4,
+    learning_rate: float = 5e-5,
     epochs: int = 2,
 ) -> Path:
     """Make a small run without a fault; its directory.
@@ -238,9 +252,7 @@ def healthy(
         learning_rate: peak learning rate of AdamW.
         epochs: passes over the pairs.
     """
-    config = DPOConfig(
-        beta=beta, epochs=epochs, batch_pairs=size.batch_pairs, loop=_loop(learning_rate)
-    )
+    config = small_config(size, learning_rate=learning_rate, beta=beta, epochs=epochs)
     return make_run(set_up(seed=seed, size=size, kind=kind, config=config), folder)
 
 
@@ -256,6 +268,7 @@ def make_run(setup: Setup, folder: Path | str) -> Path:
     open_run(run, {"task": described, "dpo": asdict(setup.config)}, resume=False)
     setup.preferences.save(run / "data" / "preferences")
     setup.held_out.save(run / "data" / "held_out")
+    record_held_out(run, setup.held_out)
 
     callback = functools.partial(evaluation, setup)
     if setup.score is None:
@@ -280,8 +293,11 @@ def train_by_hand(setup: Setup, run: Path, callback: Callable) -> None:
     steps = len(objective.plan)
 
     with training_run(run, describe, resume=False, logps=preferences.reference_logps):
+        record_facts(run, policy, preferences, steps=steps)
         _log_evaluation(run, callback, policy, 0)
         for step in range(1, steps + 1):
+            looks = step == 1 or evaluates(step, steps, config.loop)
+
             # forward and backward
             (micro,) = objective.micro_batches(step - 1, 1)
             loss, sums = objective.loss(functools.partial(setup.score, policy), micro)
@@ -293,19 +309,28 @@ def train_by_hand(setup: Setup, run: Path, callback: Callable) -> None:
             # warm-up, clip, update
             rate = config.loop.learning_rate * min(1, step / config.loop.warmup_steps)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), config.loop.max_grad_norm)
+            before = some_weights(policy) if looks else {}
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad()
             policy.zero_grad()
+            if looks:
+                line["weights/changed"] = _changed(before, some_weights(policy))
 
             # log and evaluate
             line |= {"grad_norm": float(norm), "learning_rate": rate}
             append_metrics(run, {"step": step, **line})
-            if evaluates(step, steps, config.loop):
+            if looks and step > 1:
                 _log_evaluation(run, callback, policy, step)
         save_checkpoint(run, steps, policy, optimizers)
+
+
+def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """The fraction of weights that a step changed."""
+    differ = [(before[name] != after[name]).float() for name in before]
+    return torch.cat(differ).mean().item()
 
 
 def _log_evaluation(run: Path, callback: Callable, policy: nn.Module, step: int) -> None:
@@ -316,42 +341,39 @@ def _log_evaluation(run: Path, callback: Callable, policy: nn.Module, step: int)
 def evaluation(setup: Setup, policy: nn.Module, step: int) -> dict[str, float]:
     """What a run logs of its policy: on sampled completions, and on held-out pairs.
 
-    `reward` (what labeled the pairs), `true_reward` (P(positive)), `kl/sequence` in nats, `length`
-    in tokens, `ended` (fraction with EOS), `distinct_2`, and `held_out/...` accuracy, margin, loss.
+    `reward` (what labeled the pairs), `true_reward` (P(positive)), `kl/sequence` in nats, the
+    numbers of `completion_facts`, and of held-out pairs `accuracy`, `margin` and `held_out_loss`.
     """
-    task, end = setup.task, setup.task.end
+    task = setup.task
     found = evaluate_policy(
         policy,
         task.reference if step else policy,
         task.eval_prompts,
         judged()[2],
         task.tokenizer,
-        max_new_tokens=task.size.max_new_tokens,
+        max_new_tokens=task.limit,
         seed=task.seed,
     )
     rewards = setup.label(found.texts, found.completions)
-    root_n = np.sqrt(len(rewards))
     metrics = {
         "reward": float(rewards.mean()),
-        "reward_se": float(rewards.std(ddof=1) / root_n),
+        "reward_se": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),
         "true_reward": found.reward,
         "true_reward_se": found.reward_se,
         "kl/sequence": found.kl,
         "kl/sequence_se": found.kl_se,
-        "length": float(np.mean([len(ids) for ids in found.completions])),
-        "ended": float(np.mean([ids[-1] == end for ids in found.completions])),
-        "distinct_2": distinct_n(found.completions, 2),
     }
+    metrics |= completion_facts(found.completions, max_new_tokens=task.limit, end_tokens=[task.end])
 
     # held-out pairs, each completion scored once
     p, beta = setup.held_out, setup.config.beta
     used, chosen, rejected = p.completions_of(range(len(p.chosen)))
     completions = [p.completions[i] for i in used]
     logps = score_completions(policy, p.prompts, completions, p.prompt_of[used]).double().numpy()
-    ratios = beta * (logps - p.reference_logps[used])
-    margins = ratios[chosen] - ratios[rejected]
+    rewards = beta * (logps - p.reference_logps[used])
+    margins = rewards[chosen] - rewards[rejected]
     return metrics | {
-        "held_out/accuracy": float(((np.sign(margins) + 1) / 2).mean()),
-        "held_out/margin": float(margins.mean()),
-        "held_out/loss": float(np.logaddexp(0, -margins).mean()),
+        "accuracy": float(((np.sign(margins.round(6)) + 1) / 2).mean()),
+        "margin": float(margins.mean()),
+        "held_out_loss": float(np.logaddexp(0, -margins).mean()),
     }
