@@ -33,13 +33,13 @@ TINY_BETA = 0.005
 # nats that a policy's log-probs must move by before a small margin is beta's fault
 MOVED = 5.0
 
-# A token that costs a quarter of a nat more has lost a fifth of its probability; runs that end at a
-# KL of a few nats lose less than half of that.
-FALL_PER_TOKEN = 0.25
+# A token that costs a fifth of a nat more has lost a fifth of its probability; the laptop's run of
+# `dpo-lab train` loses half of that.
+FALL_PER_TOKEN = 0.2
 
 # the same relative to the log-prob at the start, where lengths are not recorded: a token costs
 # about four nats
-FALL = 0.06
+FALL = 0.05
 
 # A policy under which an average token of either side costs a nat more no longer writes language.
 COLLAPSE_PER_TOKEN = 1.0
@@ -52,6 +52,10 @@ LESS_DISTINCT = 0.6
 
 # held-out accuracy lost since its best, beyond what a few hundred pairs vary by
 ACCURACY_LOST = 0.05
+
+# The same prompts are asked each time, so the standard error of a change is smaller than that of
+# two independent means, which is what is recorded.
+HACKED_SIGMAS = 3.0
 
 # Adam moves every weight that has a gradient; a rounding format that lets fewer than half move is
 # the reason that the others stand still.
@@ -286,7 +290,7 @@ def reward_hacking(record: RunRecord) -> Verdict:
 
     # the true one has fallen since its best, the other one has not
     hacked = proxy[-1] > proxy[0] and proxy[-1] >= proxy[min(best, len(proxy) - 1)]
-    if not (hacked and true[best] - true[-1] > SIGMAS * se):
+    if not (hacked and true[best] - true[-1] > HACKED_SIGMAS * se):
         return None
     return Seen(
         "error",
