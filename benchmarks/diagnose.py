@@ -14,7 +14,7 @@ About 15 minutes of one core.
 import shutil
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from json import loads
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +34,12 @@ SIZES = {
     "a": RunSize(prefixes=32, max_new_tokens=16, eval_prefixes=32, held_out=16, batch_pairs=24),
     "b": RunSize(prefixes=24, max_new_tokens=20, eval_prefixes=32, held_out=16, batch_pairs=18),
     "c": RunSize(prefixes=48, max_new_tokens=12, eval_prefixes=32, held_out=16, batch_pairs=36),
+    "d": RunSize(prefixes=48, max_new_tokens=24, eval_prefixes=96, held_out=16, batch_pairs=24),
 }
 """Names of the sizes of runs."""
+
+# faults that need some training before they are there
+LARGER = ("chosen_logps_fall", "reward_hacking")
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,11 @@ class Planned:
         return f"{self.planted}-{self.source}-{self.size}-seed{self.seed}{changed}"
 
 
-def planned() -> list[Planned]:
+def planned(first_seed: int = 0) -> list[Planned]:
     """All runs, in an order in which any beginning of the list has runs of each kind."""
     found = []
     for seed, size in ((0, "a"), (1, "b")):
-        found += [Planned(fault, seed, size) for fault in FAULTS]
+        found += [Planned(fault, seed, "d" if fault in LARGER else size) for fault in FAULTS]
 
     # healthy ones
     others = []
@@ -89,16 +93,26 @@ def planned() -> list[Planned]:
     while found or others:
         mixed += found[:2] + others[:1]
         found, others = found[2:], others[1:]
-    return mixed
+    return [replace(run, seed=run.seed + first_seed) for run in mixed]
 
 
 def main(
-    out: Path = Path("runs/diagnose"), results: Path = RESULTS, minutes: float = 600.0
+    out: Path = Path("runs/diagnose"),
+    results: Path = RESULTS,
+    minutes: float = 600.0,
+    first_seed: int = 0,
 ) -> None:
-    """Make and diagnose what is not there yet, for at most some minutes; write the table."""
+    """Make and diagnose what is not there yet, for at most some minutes; write the table.
+
+    Args:
+        out: where the verdicts are kept.
+        results: the table.
+        minutes: after these no further run is begun.
+        first_seed: is added to the seeds; 100 makes the runs that thresholds are fixed on.
+    """
     began = time.perf_counter()
     rows = []
-    for run in planned():
+    for run in planned(first_seed):
         kept = out / f"{run.name}.json"
         if not kept.exists():
             if time.perf_counter() - began > 60 * minutes:

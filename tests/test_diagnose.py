@@ -443,12 +443,20 @@ def test_overtraining(series, expected):
 
 
 @pytest.mark.parametrize(
-    ("true", "expected"), [([0.5, 0.6, 0.52], None), ([0.5, 0.6, 0.51], "error")]
+    ("true", "expected"),
+    [([0.5, 0.6, 0.55], None), ([0.5, 0.6, 0.54], "warning"), ([0.5, 0.6, 0.51], "error")],
 )
 def test_reward_hacking(true, expected):
-    series = {"reward": [0.5, 0.8, 0.9], "true_reward": true, "true_reward_se": [0.02] * 3}
+    series = {
+        "reward": [0.5, 0.8, 0.9],
+        "reward_se": [0.02] * 3,
+        "true_reward": true,
+        "true_reward_se": [0.02] * 3,
+    }
     assert severity(over_time.reward_hacking(with_evaluations(**series))) == expected
     series["reward"] = [0.5, 0.8, 0.7]
+    assert over_time.reward_hacking(with_evaluations(**series)) is None
+    series |= {"reward": [0.5, 0.55, 0.58]}  # 2.8 standard errors
     assert over_time.reward_hacking(with_evaluations(**series)) is None
 
 

@@ -53,9 +53,9 @@ LESS_DISTINCT = 0.6
 # held-out accuracy lost since its best, beyond what a few hundred pairs vary by
 ACCURACY_LOST = 0.05
 
-# The same prompts are asked each time, so the standard error of a change is smaller than that of
-# two independent means, which is what is recorded.
-HACKED_SIGMAS = 3.0
+# One question is asked of two means: whether the true reward fell while the other rose. Two
+# standard errors make it worth a warning, three an error.
+RISEN, FALLEN, MUCH_FALLEN = 3.0, 2.0, 3.0
 
 # Adam moves every weight that has a gradient; a rounding format that lets fewer than half move is
 # the reason that the others stand still.
@@ -276,25 +276,25 @@ def overtraining(record: RunRecord) -> Verdict:
 
 def reward_hacking(record: RunRecord) -> Verdict:
     """The reward that labels rises while the true one falls from its best."""
-    both = [
-        [line for line in record.evaluations if f"eval/{name}" in line]
+    both = {
+        name: [line for line in record.evaluations if f"eval/{name}" in line]
         for name in ("reward", "true_reward")
-    ]
-    if any(len(lines) < 2 for lines in both):
+    }
+    if any(len(lines) < 2 for lines in both.values()):
         return Unknown("no second reward of samples was logged (eval/true_reward)")
-    proxy = [line["eval/reward"] for line in both[0]]
-    true = [line["eval/true_reward"] for line in both[1]]
-    errors = [line.get("eval/true_reward_se", math.nan) for line in both[1]]
+    proxy, true = ([line[f"eval/{name}"] for line in lines] for name, lines in both.items())
+    proxy_se, true_se = (
+        [line.get(f"eval/{name}_se", math.nan) for line in lines] for name, lines in both.items()
+    )
     best = int(np.argmax(true))
-    se = math.hypot(errors[best], errors[-1])
+    risen = (proxy[-1] - proxy[0]) / max(math.hypot(proxy_se[0], proxy_se[-1]), 1e-12)
+    fallen = (true[best] - true[-1]) / max(math.hypot(true_se[best], true_se[-1]), 1e-12)
 
     # the true one has fallen since its best, the other one has not
-    hacked = proxy[-1] > proxy[0] and proxy[-1] >= proxy[min(best, len(proxy) - 1)]
-    if not (hacked and true[best] - true[-1] > HACKED_SIGMAS * se):
+    if not (risen > RISEN and proxy[-1] >= proxy[min(best, len(proxy) - 1)] and fallen > FALLEN):
         return None
     return Seen(
-        "error",
+        "error" if fallen > MUCH_FALLEN else "warning",
         f"the reward that labels rose from {proxy[0]:.3f} to {proxy[-1]:.3f}, while the true one "
-        f"fell from {true[best]:.3f} to {true[-1]:.3f} ({(true[best] - true[-1]) / se:.1f} "
-        "standard errors)",
+        f"fell from {true[best]:.3f} to {true[-1]:.3f} ({fallen:.1f} standard errors)",
     )
