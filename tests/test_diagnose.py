@@ -391,11 +391,13 @@ def test_a_loss_above_that_of_equal_rewards(loss, expected):
     assert severity(over_time.learning_rate_too_high(replace(HEALTHY, steps=steps))) == expected
 
 
-def test_both_sides_collapse():
-    record = replace(HEALTHY, steps=flat(-1.1 * LENGTH, -1.2 * LENGTH))
-    assert severity(over_time.learning_rate_too_high(record)) == "error"
-    record = replace(HEALTHY, steps=flat(-0.9 * LENGTH, -1.2 * LENGTH))
-    assert over_time.learning_rate_too_high(record) is None
+@pytest.mark.parametrize("facts", [FACTS, {}])
+@pytest.mark.parametrize(("chosen", "expected"), [(-24.0, None), (-26.0, "error")])
+def test_both_sides_collapse(facts, chosen, expected):
+    """A completion costs 100 nats at first."""
+    steps = [{**line, "logps/chosen": -100, "logps/rejected": -100} for line in flat(chosen, -30)]
+    record = replace(HEALTHY, facts=facts, steps=steps)
+    assert severity(over_time.learning_rate_too_high(record)) == expected
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ FALL_PER_TOKEN = 0.2
 # about four nats
 FALL = 0.05
 
-# A policy under which an average token of either side costs a nat more no longer writes language.
-COLLAPSE_PER_TOKEN = 1.0
+# A token costs about four nats. A policy under which it costs a nat more, on both sides, no longer
+# writes what it was trained on.
+COLLAPSE = 0.25
 
 # a loss this much above that of equal rewards is more than noise of the last batches
 ABOVE_ZERO = 1.05
@@ -190,24 +191,30 @@ def learning_rate_too_high(record: RunRecord) -> Verdict:
             f"the loss of the second half is {mean:.3g}, above the {zero:.3g} of equal rewards"
         )
 
-    # what an average token has lost on both sides within one pass
-    lengths = [length_of(record, side) for side in SIDES]
-    ratios = [log_ratios(record, side) for side in SIDES]
-    if all(lengths) and all(found is not None and len(found) for found in ratios):
-        first_pass = max(1, int(steps / max(record.epochs or 1, 1)))
-        lost = [
-            -float(quarter(found[:first_pass]).mean()) / length
-            for found, length in zip(ratios, lengths)
-        ]
-        if min(lost) > COLLAPSE_PER_TOKEN:
-            said.append(
-                f"within the first pass chosen and rejected tokens lost {lost[0]:.2f} and "
-                f"{lost[1]:.2f} nats each"
-            )
+    # what both sides have lost within one pass
+    lost = _lost_in_a_pass(record)
+    if lost is not None and min(lost) > COLLAPSE:
+        said.append(
+            f"within the first pass chosen and rejected completions came to cost {lost[0]:.0%} and "
+            f"{lost[1]:.0%} more nats than before"
+        )
     if not said:
         return None
     rate = f"; learning_rate is {record.learning_rate:g}" if record.learning_rate else ""
     return Seen("error", "; ".join(said) + rate)
+
+
+def _lost_in_a_pass(record: RunRecord) -> list[float] | None:
+    """By which fraction the negative log-prob of each side grew within the first pass."""
+    first_pass = max(1, int(len(record.steps) / max(record.epochs or 1, 1)))
+    found = []
+    for side in SIDES:
+        ratios, logps = log_ratios(record, side), record.series(f"logps/{side}")
+        if not len(logps) or logps[0] >= 0:
+            return None
+        fall = -quarter(ratios[:first_pass]).mean() if ratios is not None else _fall(logps)
+        found.append(float(fall) / -float(logps[0]))
+    return found
 
 
 def bfloat16_weights(record: RunRecord) -> Verdict:
