@@ -105,11 +105,11 @@ class Diagnosis:
         """One line per finding, at most `most` lines."""
         if not self.findings:
             looked = len(FAULTS) - len(self.not_looked)
-            return f"no fault seen, of {looked} that could be looked for"
-        lines = [f"{f.severity}: {_title(f)}: {f.evidence}" for f in self.findings]
-        if (more := len(lines) - most) > 0:
-            lines = [*lines[: most - 1], f"and {more + 1} more findings"]
-        return safe("\n".join(lines))
+            return f"none of {looked} faults that could be looked for"
+        lines = [safe(f"{f.severity}: {_title(f)}: {f.evidence}") for f in self.findings]
+        if len(lines) > most:
+            lines = [*lines[: most - 1], f"and {len(lines) - most + 1} more findings"]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         who = {"dpo-lab": "a run of dpo-lab", "trl": "a run of TRL"}[self.source]
