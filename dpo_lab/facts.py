@@ -246,9 +246,10 @@ def completion_facts(
 ) -> dict[str, float]:
     """What an evaluation says of sampled completions, beside reward and KL.
 
-    `length` is their mean in tokens, `truncated` the fraction that reached `max_new_tokens` without
-    an end token, `distinct_2` the distinct fraction of their two-token sequences. A callback of
-    `train_dpo` that returns them has them in the metrics, under `eval/`.
+    `completions` is their number, `length` their mean in tokens, `truncated` the fraction that
+    reached `max_new_tokens` without an end token, `distinct_2` the distinct fraction of their
+    two-token sequences. A callback of `train_dpo` that returns them has them in the metrics, under
+    `eval/`.
     """
     completions, ends = token_lists("completions", completions), set(end_tokens)
     lengths = [len(ids) for ids in completions]
@@ -256,7 +257,11 @@ def completion_facts(
         len(ids) >= max_new_tokens and not (ids and ids[-1] in ends) for ids in completions
     ]
     long_enough = [ids for ids in completions if len(ids) >= 2]
-    found = {"length": float(np.mean(lengths)), "truncated": float(np.mean(truncated))}
+    found = {
+        "completions": float(len(lengths)),
+        "length": float(np.mean(lengths)),
+        "truncated": float(np.mean(truncated)),
+    }
     return found | ({"distinct_2": distinct_n(long_enough, 2)} if long_enough else {})
 
 

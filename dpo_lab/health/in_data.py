@@ -27,9 +27,10 @@ GROWTH = 1.25
 # Ends that were lost: a few are odd texts, from a half on the policy cannot learn to stop
 UNENDED, MOST_UNENDED = 0.1, 0.5
 
-# The fraction of samples at the length limit may vary by a few percent from evaluation to
-# evaluation; a fifth is none of that.
-MORE_TRUNCATED = 0.2
+# A policy that runs to the length limit in a fifth more of its samples ends otherwise than before,
+# if that is more than the noise of so many samples. Where their number is not recorded it may be
+# small.
+MORE_TRUNCATED, FEW_SAMPLES = 0.2, 16
 
 # Raters disagree with themselves in some 5 to 25 % of pairs; scores never do. From three quarters
 # on the other order is the better reading.
@@ -53,8 +54,8 @@ def identical_pairs(record: RunRecord) -> Verdict:
             return None
         return Seen(
             "error" if fraction >= MOST_IDENTICAL else "warning",
-            f"{kept + dropped:,} of {pairs + dropped:,} pairs have the same tokens as chosen and "
-            f"as rejected; {dropped:,} of them were dropped",
+            f"{kept + dropped:,.0f} of {pairs + dropped:,.0f} pairs have the same tokens as chosen "
+            f"and as rejected; {dropped:,.0f} of them were dropped",
         )
 
     # without facts: lines whose two sides have the same log-prob
@@ -88,8 +89,8 @@ def length_exploitation(record: RunRecord) -> Verdict:
     many = fraction_of(n, data.get("pairs")) >= DIFFERENT_LENGTHS
     biased = n > 0 and many and longer >= LONGER * n and binom.sf(longer - 1, n, 0.5) < ALPHA
     says = (
-        f"the chosen completion is the longer one in {longer:,} of {n:,} pairs that differ in "
-        f"length ({data.get('chosen_length', math.nan):.1f} and "
+        f"the chosen completion is the longer one in {longer:,.0f} of {n:,.0f} pairs that differ "
+        f"in length ({data.get('chosen_length', math.nan):.1f} and "
         f"{data.get('rejected_length', math.nan):.1f} tokens on average)"
     )
     if biased:
@@ -109,8 +110,8 @@ def truncated_eos(record: RunRecord) -> Verdict:
         if (fraction := fraction_of(lost, n)) > UNENDED:
             severity = "error" if fraction >= MOST_UNENDED else "warning"
             how = "were truncated" if cut >= short else "end before the limit without an end token"
-            said.append(f"{lost:,} of {n:,} completions {how}")
-    if len(truncated) >= 2 and truncated[-1] - truncated[0] > MORE_TRUNCATED:
+            said.append(f"{lost:,.0f} of {n:,.0f} completions {how}")
+    if len(truncated) >= 2 and _grew(truncated, record.evaluated("completions")):
         severity = "error" if severity else "warning"
         said.append(
             f"{truncated[-1]:.0%} of the samples reach the length limit, {truncated[0]:.0%} before "
@@ -119,6 +120,13 @@ def truncated_eos(record: RunRecord) -> Verdict:
     if said:
         return Seen(severity, "; ".join(said))
     return None if data or len(truncated) >= 2 else Unknown(NO_FACTS)
+
+
+def _grew(fractions: np.ndarray, samples: np.ndarray) -> bool:
+    """Whether a fraction grew from the first to the last evaluation, beyond noise."""
+    grown, n = fractions[-1] - fractions[0], samples.min() if len(samples) else FEW_SAMPLES
+    both = (fractions[0] + fractions[-1]) / 2
+    return grown > max(MORE_TRUNCATED, SIGMAS * math.sqrt(2 * both * (1 - both) / max(n, 1)))
 
 
 def flipped_labels(record: RunRecord) -> Verdict:
@@ -130,8 +138,8 @@ def flipped_labels(record: RunRecord) -> Verdict:
         if FLIPPED < fraction < SWAPPED:
             return Seen(
                 "error" if fraction >= MOST_FLIPPED else "warning",
-                f"{other_way:,} of {scored:,} pairs ({fraction:.0%}) prefer the completion with "
-                "the lower score",
+                f"{other_way:,.0f} of {scored:,.0f} pairs ({fraction:.0%}) prefer the completion "
+                "with the lower score",
             )
         return None
 
@@ -142,7 +150,7 @@ def flipped_labels(record: RunRecord) -> Verdict:
     ):
         if (fraction := fraction_of(data.get(name), data.get(whole))) > FLIPPED:
             severity = "error" if fraction >= MOST_FLIPPED else "warning"
-            return Seen(severity, f"{data[name]:,} of {data[whole]:,} {what}")
+            return Seen(severity, f"{data[name]:,.0f} of {data[whole]:,.0f} {what}")
     return _near_half(record)
 
 
@@ -183,8 +191,8 @@ def swapped_columns(record: RunRecord) -> Verdict:
     if scored and other_way / scored >= SWAPPED:
         return Seen(
             "error",
-            f"{other_way:,} of {scored:,} pairs ({other_way / scored:.0%}) prefer the completion "
-            "with the lower score",
+            f"{other_way:,.0f} of {scored:,.0f} pairs ({other_way / scored:.0%}) prefer the "
+            "completion with the lower score",
         )
 
     # the reward of samples, from the first evaluation to the last

@@ -33,13 +33,13 @@ TINY_BETA = 0.005
 # nats that a policy's log-probs must move by before a small margin is beta's fault
 MOVED = 5.0
 
-# A token that costs a quarter of a nat more has lost a fifth of its probability; runs that end at a
-# KL of a few nats lose less than half of that.
-FALL_PER_TOKEN = 0.25
+# A token that costs a fifth of a nat more has lost a fifth of its probability; the laptop's run of
+# `dpo-lab train` loses half of that.
+FALL_PER_TOKEN = 0.2
 
 # the same relative to the log-prob at the start, where lengths are not recorded: a token costs
 # about four nats
-FALL = 0.06
+FALL = 0.05
 
 # A policy under which an average token of either side costs a nat more no longer writes language.
 COLLAPSE_PER_TOKEN = 1.0
@@ -52,6 +52,10 @@ LESS_DISTINCT = 0.6
 
 # held-out accuracy lost since its best, beyond what a few hundred pairs vary by
 ACCURACY_LOST = 0.05
+
+# One question is asked of two means: whether the true reward fell while the other rose. Two
+# standard errors make it worth a warning, three an error.
+RISEN, FALLEN, MUCH_FALLEN = 3.0, 2.0, 3.0
 
 # Adam moves every weight that has a gradient; a rounding format that lets fewer than half move is
 # the reason that the others stand still.
@@ -272,25 +276,25 @@ def overtraining(record: RunRecord) -> Verdict:
 
 def reward_hacking(record: RunRecord) -> Verdict:
     """The reward that labels rises while the true one falls from its best."""
-    both = [
-        [line for line in record.evaluations if f"eval/{name}" in line]
+    both = {
+        name: [line for line in record.evaluations if f"eval/{name}" in line]
         for name in ("reward", "true_reward")
-    ]
-    if any(len(lines) < 2 for lines in both):
+    }
+    if any(len(lines) < 2 for lines in both.values()):
         return Unknown("no second reward of samples was logged (eval/true_reward)")
-    proxy = [line["eval/reward"] for line in both[0]]
-    true = [line["eval/true_reward"] for line in both[1]]
-    errors = [line.get("eval/true_reward_se", math.nan) for line in both[1]]
+    proxy, true = ([line[f"eval/{name}"] for line in lines] for name, lines in both.items())
+    proxy_se, true_se = (
+        [line.get(f"eval/{name}_se", math.nan) for line in lines] for name, lines in both.items()
+    )
     best = int(np.argmax(true))
-    se = math.hypot(errors[best], errors[-1])
+    risen = (proxy[-1] - proxy[0]) / max(math.hypot(proxy_se[0], proxy_se[-1]), 1e-12)
+    fallen = (true[best] - true[-1]) / max(math.hypot(true_se[best], true_se[-1]), 1e-12)
 
     # the true one has fallen since its best, the other one has not
-    hacked = proxy[-1] > proxy[0] and proxy[-1] >= proxy[min(best, len(proxy) - 1)]
-    if not (hacked and true[best] - true[-1] > SIGMAS * se):
+    if not (risen > RISEN and proxy[-1] >= proxy[min(best, len(proxy) - 1)] and fallen > FALLEN):
         return None
     return Seen(
-        "error",
+        "error" if fallen > MUCH_FALLEN else "warning",
         f"the reward that labels rose from {proxy[0]:.3f} to {proxy[-1]:.3f}, while the true one "
-        f"fell from {true[best]:.3f} to {true[-1]:.3f} ({(true[best] - true[-1]) / se:.1f} "
-        "standard errors)",
+        f"fell from {true[best]:.3f} to {true[-1]:.3f} ({fallen:.1f} standard errors)",
     )

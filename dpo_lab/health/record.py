@@ -164,29 +164,52 @@ def _read_ours(run: Path) -> RunRecord:
     if "data" not in facts and (saved := _saved(run, SAVED, notes)) is not None:
         facts["data"] = data_facts(saved)
     weights = _weights(run, training, notes)
-    facts["model"] = weights | _mapping(facts.get("model"))
+    facts = _well_formed(facts)
+    recorded = facts["model"] if facts["model"]["trained"] else {}
+    facts["model"] = weights | recorded
 
     config = _mapping(training.get("config"))
     loop = _mapping(config.get("loop"))
-    data = _mapping(facts.get("data"))
+    data = facts["data"]
     own = "loss" in training
+    loss_type, precision = config.get("loss_type"), training.get("precision")
     return RunRecord(
         source="dpo-lab",
         steps=steps,
         evaluations=evaluations,
         beta=_number(config.get("beta")),
-        loss_type="own" if own else config.get("loss_type"),
+        loss_type="own" if own else loss_type if isinstance(loss_type, str) else None,
         label_smoothing=_number(config.get("label_smoothing")) or 0.0,
         learning_rate=_number(loop.get("learning_rate")),
-        warmup_steps=int(_number(loop.get("warmup_steps")) or 0),
+        warmup_steps=_integer(loop.get("warmup_steps")) or 0,
         epochs=_number(config.get("epochs")),
         pairs_per_line=_pairs_per_line(config, data, len(steps)),
-        planned=int(_number(facts.get("steps")) or 0) or None,
-        precision=training.get("precision"),
+        planned=_integer(facts.get("steps")),
+        precision=precision if isinstance(precision, str) else None,
         facts=facts,
         leaked=_leaked(run, saved, notes),
         notes=tuple(notes),
     )
+
+
+def _well_formed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of facts that others may have written, those that have the form of ours."""
+
+    def numbers(value: Any) -> dict[str, float]:
+        found = {name: _number(one) for name, one in _mapping(value).items()}
+        return {name: n for name, n in found.items() if n is not None and math.isfinite(n)}
+
+    data, start = numbers(facts.get("data")), numbers(facts.get("start"))
+    if not {"pairs", "completions"} <= data.keys():
+        data = {}
+    if not {"sum", "again", "completions"} <= start.keys():
+        start = {}
+    return {
+        "steps": facts.get("steps"),
+        "data": data and {**data, "report": numbers(_mapping(facts["data"]).get("report"))},
+        "start": start,
+        "model": {"trained": numbers(_mapping(facts.get("model")).get("trained"))},
+    }
 
 
 def _pairs_per_line(config: Mapping[str, Any], data: Mapping[str, Any], steps: int) -> float | None:
@@ -254,6 +277,12 @@ def _number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def _integer(value: Any) -> int | None:
+    """A positive, finite number as an int."""
+    found = _number(value)
+    return int(found) if found is not None and 0 < found < math.inf else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -113,7 +113,7 @@ def _start_evidence(record: RunRecord) -> str:
     said, start, first = [], record.start, _start_line(record)
     if start:
         said.append(
-            f"before training {start['completions']} completions differ from the reference by "
+            f"before training {start['completions']:.0f} completions differ from the reference by "
             f"{start['sum']:.3g} nats (root mean square), where {_limit(record):g} is rounding"
         )
     if first is not None:
@@ -257,7 +257,8 @@ def prompt_scored(record: RunRecord) -> Verdict:
         severity = "error" if fraction >= MOST else "warning"
         return Seen(
             severity,
-            f"{repeated:,} of {data['completions']:,} completions begin with their whole prompt",
+            f"{repeated:,.0f} of {data['completions']:,.0f} completions begin with their whole "
+            "prompt",
         )
 
     # no prompt at all, and both completions of nearly every pair begin with the same tokens
