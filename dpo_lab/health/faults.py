@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from dpo_lab.batching import CompletionBatch
 from dpo_lab.engine.arguments import checked
 from dpo_lab.health.catalog import FaultName
-from dpo_lab.health.small_runs import (
-    SMALL,
-    RunSize,
-    Setup,
-    healthy,
-    make_run,
-    set_up,
-    small_config,
-)
+from dpo_lab.health.run_size import SMALL, RunSize
+from dpo_lab.health.small_runs import Setup, healthy, make_run, set_up, small_config
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.preferences import Preferences, Report
@@ -230,9 +223,9 @@ def _bfloat16_weights(seed: int, size: RunSize) -> Setup:
 
 
 def _overtraining(seed: int, size: RunSize) -> Setup:
-    """The pairs of a sixth of the prompts, thirty times over."""
+    """The pairs of a sixth of the prompts, thirty times over, with little to hold the policy."""
     fewer = replace(size, prefixes=max(2, size.prefixes // 6))
-    config = small_config(fewer, epochs=30, learning_rate=1e-4)
+    config = small_config(fewer, epochs=30, learning_rate=2e-4, beta=0.02)
     return set_up(seed=seed, size=fewer, config=config)
 
 
