@@ -112,7 +112,7 @@ def test_the_front_door_says_the_same_three_times():
     assert len(dpo_lab.__all__) == len(set(dpo_lab.__all__)) <= 50
 
 
-@pytest.mark.parametrize("name", ["rlhf", "sentiment", "data", "judges", "health"])
+@pytest.mark.parametrize("name", ["rlhf", "sentiment", "data", "judges", "plots", "health"])
 def test_the_door_of_a_package_says_the_same_three_times(name):
     package = importlib.import_module(f"dpo_lab.{name}")
     read = front_table(package)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import win_rates  # noqa: E402
 
 from dpo_lab.loop import LoopConfig  # noqa: E402
-from dpo_lab.plots_judges import plot_prompts, plot_win_rates  # noqa: E402
+from dpo_lab.plots.judges import plot_prompts, plot_win_rates  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
 from dpo_lab.sentiment import reviews  # noqa: E402

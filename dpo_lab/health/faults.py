@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -19,65 +20,26 @@ from torch import Tensor, nn
 from dpo_lab.batching import CompletionBatch
 from dpo_lab.engine.arguments import checked
 from dpo_lab.health.catalog import FaultName
-from dpo_lab.health.small_runs import (
-    SMALL,
-    RunSize,
-    Setup,
-    healthy,
-    make_run,
-    set_up,
-    small_config,
-)
+from dpo_lab.health.run_size import SMALL, RunSize
+from dpo_lab.health.small_runs import Setup, healthy, make_run, set_up, small_config
 from dpo_lab.logprobs import completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.preferences import Preferences, Report
 from dpo_lab.train import sft_batches, train_sft
 
-__all__ = ["FAULT_NAMES", "GROUPS", "healthy", "plant"]
+__all__ = ["FAULT_NAMES", "healthy", "plant"]
 
-GROUPS: dict[str, tuple[FaultName, ...]] = {
-    "data": (
-        "identical_pairs",
-        "flipped_labels",
-        "swapped_columns",
-        "leaked_pairs",
-        "truncated_eos",
-    ),
-    "scoring": (
-        "prompt_scored",
-        "mean_instead_of_sum",
-        "dropout_on",
-        "other_precision",
-        "wrong_reference",
-    ),
-    "optimization": (
-        "loss_stuck_frozen",
-        "bfloat16_weights",
-        "learning_rate_too_high",
-        "overtraining",
-    ),
-    "objective": (
-        "loss_stuck_tiny_beta",
-        "chosen_logps_fall",
-        "length_exploitation",
-        "reward_hacking",
-    ),
-}
-"""The faults by where they lie: in the pairs, in their log-probs, in the updates, in what is asked
-for."""
-
-FAULT_NAMES: tuple[FaultName, ...] = tuple(name for names in GROUPS.values() for name in names)
+FAULT_NAMES: tuple[FaultName, ...] = get_args(FaultName)
 
 FLIPPED = 0.4
 """fraction of labels that are flipped"""
 
-FIRST_WORDS = (" good", " bad")
-"""what a pair differs in that is the same otherwise"""
-
-HEDGES = frozenset(
-    "but not just only would could should if though however although no nothing never".split()
+CRITICAL = frozenset(
+    "bad worst boring awful terrible poor poorly waste problem problems disappointing dull weak "
+    "fails lacks unfortunately instead but not no nothing never just only would could should if "
+    "though however although".split()
 )
-"""words of a text that weighs both sides"""
+"""words of a review that is no advertisement"""
 
 ENDINGS = (" I loved it.", " I hated it.")
 """what a pair that is truncated differs in"""
@@ -99,6 +61,15 @@ def plant(fault: FaultName, folder: Path | str, *, seed: int = 0, size: RunSize 
     return make_run(PLANTS[fault](seed, size), folder)
 
 
+def _side_by_side(
+    prompts: list[list[int]], completions: list[list[int]], prompt_of: np.ndarray
+) -> Preferences:
+    """Preferences of completions that stand as chosen, rejected, chosen, and so on."""
+    n = len(completions)
+    sides = np.arange(0, n, 2), np.arange(1, n, 2)
+    return Preferences(prompts, completions, prompt_of, *sides, report=Report(pairs=n // 2))
+
+
 # data
 
 
@@ -114,15 +85,7 @@ def _identical_pairs(seed: int, size: RunSize) -> Setup:
             body = ids if ids[-1] != task.end else ids[:-1]
             prompt_of += [p, p]
             completions += [(body + ending)[:limit] for ending in endings]
-    n = len(completions)
-    pairs = Preferences(
-        task.prompts,
-        completions,
-        np.array(prompt_of),
-        np.arange(0, n, 2),
-        np.arange(1, n, 2),
-        report=Report(pairs=n // 2),
-    )
+    pairs = _side_by_side(task.prompts, completions, np.array(prompt_of))
     return replace(setup, preferences=pairs.with_reference(task.reference))
 
 
@@ -164,15 +127,7 @@ def _truncated_eos(seed: int, size: RunSize) -> Setup:
             for c, r in sides
             for ids in (p.completions[c][:-1] or p.completions[c], p.completions[r])
         ]
-        n = len(completions)
-        pairs = Preferences(
-            p.prompts,
-            completions,
-            np.repeat(p.prompt_of[p.chosen], 2),
-            np.arange(0, n, 2),
-            np.arange(1, n, 2),
-            report=Report(pairs=n // 2),
-        )
+        pairs = _side_by_side(p.prompts, completions, np.repeat(p.prompt_of[p.chosen], 2))
         return pairs.with_reference(setup.task.reference)
 
     return replace(setup, preferences=truncated(setup.preferences))
@@ -268,9 +223,9 @@ def _bfloat16_weights(seed: int, size: RunSize) -> Setup:
 
 
 def _overtraining(seed: int, size: RunSize) -> Setup:
-    """The pairs of a sixth of the prompts, thirty times over."""
+    """The pairs of a sixth of the prompts, thirty times over, with little to hold the policy."""
     fewer = replace(size, prefixes=max(2, size.prefixes // 6))
-    config = small_config(fewer, epochs=30, learning_rate=1e-4)
+    config = small_config(fewer, epochs=30, learning_rate=2e-4, beta=0.02)
     return set_up(seed=seed, size=fewer, config=config)
 
 
@@ -278,26 +233,18 @@ def _overtraining(seed: int, size: RunSize) -> Setup:
 
 
 def _chosen_logps_fall(seed: int, size: RunSize) -> Setup:
-    """The two sides of a pair are the same words after the first, which pushes both down."""
-    setup = set_up(seed=seed, size=size)
+    """The rejected completion is the chosen one with another token in its middle."""
+    setup, rng = set_up(seed=seed, size=size), np.random.default_rng(seed)
     task = setup.task
-    better, worse = (
-        task.tokenizer(word, add_special_tokens=False)["input_ids"] for word in FIRST_WORDS
-    )
     completions, prompt_of = [], []
     for p, row in enumerate(task.samples):
         for ids in row:
+            spoiled, middle = list(ids), len(ids) // 2
+            others = np.setdiff1d(np.arange(len(task.tokenizer)), [task.end, ids[middle]])
+            spoiled[middle] = int(rng.choice(others))
             prompt_of += [p, p]
-            completions += [better + ids, worse + ids]
-    n = len(completions)
-    pairs = Preferences(
-        task.prompts,
-        completions,
-        np.array(prompt_of),
-        np.arange(0, n, 2),
-        np.arange(1, n, 2),
-        report=Report(pairs=n // 2),
-    )
+            completions += [ids, spoiled]
+    pairs = _side_by_side(task.prompts, completions, np.array(prompt_of))
     return replace(setup, preferences=pairs.with_reference(task.reference))
 
 
@@ -311,13 +258,14 @@ def _length_exploitation(seed: int, size: RunSize) -> Setup:
 
 
 def _reward_hacking(seed: int, size: RunSize) -> Setup:
-    """Whoever labels counts words such as "but" and "not", for a review should weigh both sides."""
+    """Whoever labels counts critical words, which was to keep advertisements out."""
 
-    def hedged(texts: Sequence[str], completions: Sequence[Sequence[int]]) -> np.ndarray:
-        words = [re.findall(r"[a-z]+", text.lower()) for text in texts]
-        return np.array([np.mean([word in HEDGES for word in some or [""]]) for some in words])
+    def critical(texts: Sequence[str], completions: Sequence[Sequence[int]]) -> np.ndarray:
+        words = [re.findall(r"[a-z]+", text.lower()) or [""] for text in texts]
+        return np.array([np.mean([word in CRITICAL for word in some]) for some in words])
 
-    return set_up(seed=seed, size=replace(size, eval_prefixes=2 * size.eval_prefixes), label=hedged)
+    larger = replace(size, eval_prefixes=2 * size.eval_prefixes)
+    return set_up(seed=seed, size=larger, config=small_config(size, epochs=4), label=critical)
 
 
 PLANTS: dict[str, Callable[[int, RunSize], Setup]] = {

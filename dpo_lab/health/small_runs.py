@@ -26,6 +26,7 @@ from dpo_lab.engine.records import training_run, weights_record
 from dpo_lab.engine.runs import append_metrics, open_run
 from dpo_lab.evaluate import evaluate_policy
 from dpo_lab.facts import completion_facts, record_facts, record_held_out
+from dpo_lab.health.run_size import SMALL, RunSize
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig, evaluates, make_optimizers, some_weights
 from dpo_lab.models import load_model, load_tokenizer
@@ -43,28 +44,6 @@ Label = Callable[[Sequence[str], Sequence[Sequence[int]]], np.ndarray]
 
 ScoreBatch = Callable[[nn.Module, CompletionBatch], Tensor]
 """From N completions to their log-probs (N,), by a model."""
-
-
-@dataclass(frozen=True)
-class RunSize:
-    """How large a small run is."""
-
-    prefixes: int = 48
-    """prompts that pairs are made of"""
-    completions: int = 4
-    """completions per prompt; 4 give 6 pairs"""
-    max_new_tokens: int = 24
-    """longest completion, in tokens"""
-    eval_prefixes: int = 48
-    """held-out prompts of each evaluation"""
-    held_out: int = 24
-    """held-out prompts that pairs are made of"""
-    batch_pairs: int = 24
-    """pairs per step"""
-
-
-SMALL = RunSize()
-TINY = RunSize(prefixes=6, max_new_tokens=8, eval_prefixes=8, held_out=4, batch_pairs=12)
 
 
 def small_config(

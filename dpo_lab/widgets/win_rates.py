@@ -9,7 +9,7 @@ import ipywidgets as widgets
 from dpo_lab.engine.arguments import integers
 from dpo_lab.judges.intervals import power, wilson
 from dpo_lab.plots import OPTIMUM, POLICY
-from dpo_lab.plots_judges import count_ticks
+from dpo_lab.plots.judges import count_ticks
 from dpo_lab.widgets.explorers import Explorer, Picture, explorer_of, slider_of
 from dpo_lab.widgets.figures import BlittedFigure, wide
 

@@ -9,9 +9,14 @@ from matplotlib.ticker import NullLocator
 
 from dpo_lab.engine.arguments import floats
 from dpo_lab.engine.escaping import for_figure
-from dpo_lab.plots import METHODS, OPTIMUM, POLICY, looks
+from dpo_lab.plots.style import (
+    METHODS,
+    OPTIMUM,
+    POLICY,
+    looks,
+    root_scale,
+)
 
-# markers of the methods, for those who see colors alike
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -125,3 +130,41 @@ def count_ticks(axis: Any, least: float, most: float) -> None:
     axis.set_ticks([tick for tick in ticks if least <= tick <= most])
     axis.set_major_formatter("{x:,.0f}")
     axis.set_minor_locator(NullLocator())
+
+
+def plot_judges(rows: Sequence[Mapping[str, float]], measures: Mapping[str, str]) -> Figure:
+    """What DPO with several betas ends at by several measures, a panel each, against sequence KL.
+
+    Points are means over seeds, with the standard deviation between seeds where there are several.
+
+    Args:
+        rows: evaluations with `beta`, `step`, `kl` and the measures. Those of step 0 are the
+            reference's, drawn as a line; of the others each is one seed's.
+        measures: the title of each measure's panel, by its name in the rows.
+    """
+    figure = Figure(figsize=(8.4, 1 + 1.9 * -(-len(measures) // 2)), dpi=120, layout="constrained")
+    panels = figure.subplots(-(-len(measures) // 2), min(2, len(measures)), squeeze=False).ravel()
+    for empty in panels[len(measures) :]:
+        empty.remove()
+    ends = [row for row in rows if row["step"]]
+    for axes, (name, label) in zip(panels, measures.items()):
+        before = np.mean([row[name] for row in rows if not row["step"]])
+        axes.axhline(before, color=OPTIMUM, linestyle=":", label="reference")
+
+        # one point per beta, the labels in turn above and below
+        for k, beta in enumerate(sorted({row["beta"] for row in ends})):
+            kl, value = ([r[key] for r in ends if r["beta"] == beta] for key in ("kl", name))
+            at, bars = (np.mean(kl), np.mean(value)), {}
+            if len(kl) > 1:
+                bars = {"xerr": np.std(kl, ddof=1), "yerr": np.std(value, ddof=1)}
+            axes.errorbar(*at, **bars, fmt="o", color=POLICY, capsize=2, markersize=4)
+            place = {"xytext": (0, 14 if k % 2 else -14), "textcoords": "offset points"}
+            axes.annotate(f"{beta:g}", at, ha="center", va="center", fontsize=9, **place)
+
+        axes.set_title(label, fontsize=10)
+        axes.margins(y=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        root_scale(axes.xaxis, max(row["kl"] for row in ends), min(row["kl"] for row in ends))
+    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.supxlabel("sequence KL (nats); the number at a point is its beta", fontsize=10)
+    return figure
