@@ -26,19 +26,20 @@ from dpo_lab.engine.runs import provenance, write_json
 from dpo_lab.health.catalog import FAULTS
 from dpo_lab.health.diagnosis import diagnose
 from dpo_lab.health.faults import plant
-from dpo_lab.health.small_runs import RunSize, healthy, small_task
+from dpo_lab.health.run_size import GALLERY, RunSize
+from dpo_lab.health.small_runs import healthy, small_task
 
 RESULTS = ASSETS / "diagnose.json"
 
 SIZES = {
-    "a": RunSize(prefixes=32, max_new_tokens=16, eval_prefixes=32, held_out=16, batch_pairs=24),
-    "b": RunSize(prefixes=24, max_new_tokens=20, eval_prefixes=32, held_out=16, batch_pairs=18),
+    "a": GALLERY,
+    "b": RunSize(prefixes=32, max_new_tokens=20, eval_prefixes=48, held_out=16, batch_pairs=16),
     "c": RunSize(prefixes=48, max_new_tokens=12, eval_prefixes=32, held_out=16, batch_pairs=36),
     "d": RunSize(prefixes=48, max_new_tokens=24, eval_prefixes=96, held_out=16, batch_pairs=24),
 }
 """Names of the sizes of runs."""
 
-# faults that need some training before they are there
+# faults that need more training, or more samples, before they are there
 LARGER = ("chosen_logps_fall", "reward_hacking")
 
 

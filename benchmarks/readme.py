@@ -869,7 +869,8 @@ def diagnosis() -> str:
     return "\n".join(
         [
             f"{planted} runs, {healthy} of them healthy, {by_trl} by TRL; {missed} verdicts are "
-            "wrong: a planted fault that is not named, or a healthy run with an error or a warning.",
+            "wrong: a planted fault that is not named, or a healthy run with an error or a "
+            "warning.",
             "",
             _table("planted | runs | found (healthy: without a finding) | also found", rows),
             "",
