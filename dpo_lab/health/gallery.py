@@ -5,6 +5,7 @@ The recorded ones (benchmarks/failures.py) come with the package.
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,9 @@ TELLTALES: dict[FaultName, str] = {
 }
 """The curve by which one recognizes each fault."""
 
+LOGARITHMIC = ("start", "grad_norm")
+"""Curves whose values span many powers of ten."""
+
 SENTENCES = ("truncated_eos", "length_exploitation")
 """Faults of runs on sentences, which end; the others are on the beginnings of reviews."""
 
@@ -142,9 +146,38 @@ def load_failures() -> tuple[Curves, ...]:
     )
 
 
-def healthy_of(fault: str) -> str:
-    """Which kind of healthy run a fault is compared with."""
+def kind_of(fault: str) -> str:
+    """Which kind of healthy run a run with this fault is compared with."""
     return "sentence" if fault in SENTENCES else "prefix"
+
+
+def panel_of(
+    metric: str, fault: str, here: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
+    """A panel for `plots.plot_failures`: recorded curves of a metric, and one from `here`.
+
+    Args:
+        metric: a name in METRICS.
+        fault: one of FAULTS, or "healthy" for healthy runs alone.
+        here: the curves of a run, as `read_curves` gives them.
+    """
+    kind = kind_of(fault)
+    recorded = [run for run in load_failures() if metric in run.curves]
+    return {
+        "label": METRICS[metric],
+        "healthy": [
+            run.curves[metric] for run in recorded if (run.planted, run.kind) == ("healthy", kind)
+        ],
+        "with_fault": [run.curves[metric] for run in recorded if run.planted == fault != "healthy"],
+        "here": (here or {}).get(metric),
+        "logarithmic": metric in LOGARITHMIC,
+        "line": math.log(2) if metric == "loss" else None,
+    }
+
+
+def panels_of(fault: str, here: Mapping[str, np.ndarray] | None = None) -> list[dict[str, Any]]:
+    """The loss of runs with a fault, and the curve by which one recognizes it."""
+    return [panel_of(metric, fault, here) for metric in ("loss", TELLTALES[fault])]
 
 
 assert sorted(sum(GROUPS.values(), ())) == sorted(FAULTS) == sorted(TELLTALES)

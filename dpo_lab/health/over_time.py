@@ -51,6 +51,9 @@ ABOVE_ZERO = 1.05
 # half of the distinct two-token sequences that the policy began with
 LESS_DISTINCT = 0.6
 
+# A held-out loss above its best: healthy small runs end within a tenth of it, of few pairs too.
+LOSS_RISEN = 1.25
+
 # held-out accuracy lost since its best, beyond what a few hundred pairs vary by
 ACCURACY_LOST = 0.05
 
@@ -271,13 +274,18 @@ def overtraining(record: RunRecord) -> Verdict:
                 f"while {quarter(trained).mean():.1%} of the training pairs are ranked as labeled"
             )
 
+    # loss on held-out pairs since its best
+    losses = record.evaluated("held_out_loss")
+    if len(losses) >= 3 and losses[-1] > LOSS_RISEN * losses.min() > 0:
+        said.append(f"the loss on held-out pairs rose from {losses.min():.3f} to {losses[-1]:.3f}")
+
     # variety of samples
     distinct = record.evaluated("distinct_2")
     if len(distinct) >= 2 and distinct[-1] < LESS_DISTINCT * distinct[0]:
         said.append(f"distinct-2 of samples fell from {distinct[0]:.2f} to {distinct[-1]:.2f}")
     if said:
         return Seen("error" if len(said) > 1 else "warning", "; ".join(said))
-    looked = len(rewards) >= 3 or len(held_out) >= 3 or len(distinct) >= 2
+    looked = max(len(rewards), len(held_out), len(losses)) >= 3 or len(distinct) >= 2
     return None if looked else Unknown("too few evaluations of held-out pairs or samples")
 
 

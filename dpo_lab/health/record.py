@@ -47,10 +47,10 @@ class RunRecord:
 
     Metrics have the names that `train_dpo` and TRL give them. Of what a callback returns these are
     read: `eval/reward` (by what the labels come from), `eval/true_reward` (by what should have been
-    wanted, or another judge), `eval/kl/sequence`, each with `_se`; `eval/accuracy` on held-out
-    pairs; `eval/length`, `eval/truncated` and `eval/distinct_2`, as `facts.completion_facts` gives
-    them. `eval/ended` is taken for 1 minus `eval/truncated`, `eval/held_out/accuracy` for
-    `eval/accuracy`.
+    wanted, or another judge), `eval/kl/sequence`, each with `_se`; `eval/accuracy` and
+    `eval/held_out_loss` on held-out pairs; `eval/length`, `eval/truncated` and `eval/distinct_2`,
+    as `facts.completion_facts` gives them. `eval/ended` is taken for 1 minus `eval/truncated`,
+    `eval/held_out/accuracy` for `eval/accuracy`.
     """
 
     source: Source
