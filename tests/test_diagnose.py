@@ -428,6 +428,8 @@ def test_weights_that_an_update_cannot_move():
         ({"reward": [0.5, 0.9, 0.8], "reward_se": [0.02] * 3}, None),  # 3.5 standard errors
         ({"reward": [0.5, 0.9, 0.78], "reward_se": [0.02] * 3}, "warning"),  # 4.2
         ({"accuracy": [0.5, 0.7, 0.7 - over_time.ACCURACY_LOST + 1e-9]}, None),
+        ({"held_out_loss": [0.69, 0.6, 0.6 * over_time.LOSS_RISEN - 1e-9]}, None),
+        ({"held_out_loss": [0.69, 0.6, 0.6 * over_time.LOSS_RISEN + 1e-9]}, "warning"),
         ({"distinct_2": [0.9, 0.9 * over_time.LESS_DISTINCT + 1e-9]}, None),
         ({"distinct_2": [0.9, 0.9 * over_time.LESS_DISTINCT - 1e-9]}, "warning"),
         (

@@ -31,9 +31,6 @@ Source = Literal["dpo-lab", "trl"]
 # where a run keeps its pairs in `data`, and those that it is evaluated on
 SAVED, SAVED_HELD_OUT = ("preferences", "train"), ("held_out", "test")
 
-# other names of what a callback logs
-ALIASES = {"eval/held_out/accuracy": "eval/accuracy", "eval/held_out/margin": "eval/margin"}
-
 # checkpoints up to this size are compared with the initial weights
 LARGEST_HASHED = 2**30
 
@@ -148,7 +145,6 @@ def _read_trl(state: Path) -> RunRecord:
 
 def _read_ours(run: Path) -> RunRecord:
     lines, notes = read_lines(run / METRICS)
-    lines = [{ALIASES.get(name, name): value for name, value in line.items()} for line in lines]
     for line in lines:
         if "eval/ended" in line:
             line.setdefault("eval/truncated", 1 - line["eval/ended"])
