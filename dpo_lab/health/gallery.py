@@ -16,7 +16,7 @@ import numpy as np
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.runs import read_metrics
-from dpo_lab.health.catalog import FAULTS, FaultName
+from dpo_lab.health.catalog import FaultName
 
 RECORDED = ASSETS / "failures.json"
 
@@ -107,7 +107,7 @@ class Curves:
     planted: str
     """a fault, or "healthy" """
     kind: str
-    """what a completion is: "prefix" or "sentence" """
+    """of a healthy run, what a completion is: "prefix" or "sentence" """
     seed: int
     """of prompts, samples and order"""
     curves: Mapping[str, np.ndarray]
@@ -180,4 +180,12 @@ def panels_of(fault: str, here: Mapping[str, np.ndarray] | None = None) -> list[
     return [panel_of(metric, fault, here) for metric in ("loss", TELLTALES[fault])]
 
 
-assert sorted(sum(GROUPS.values(), ())) == sorted(FAULTS) == sorted(TELLTALES)
+def recorded_faults() -> list[FaultName]:
+    """The faults that recorded runs show, with healthy ones to compare them with, by group."""
+    made = {(run.planted, run.kind) for run in load_failures()}
+    return [
+        fault
+        for group in GROUPS.values()
+        for fault in group
+        if (fault, "") in made and ("healthy", kind_of(fault)) in made
+    ]
