@@ -58,7 +58,7 @@ METRICS = {
     "rewards/accuracies": "training accuracy",
     "rewards/margins": "margin",
     "logps/chosen": "log-prob of chosen",
-    "start": "size of first rewards",
+    "start": "size of rewards",
     "grad_norm": "gradient norm",
     "eval/reward": "reward of samples",
     "eval/true_reward": "true reward",
@@ -118,8 +118,8 @@ class Curves:
 def read_curves(run: Path | str) -> dict[str, np.ndarray]:
     """The curves of a run directory, (T, 2) steps and values by name.
 
-    `start` is the size of the implicit rewards at the first step, whose curve is that one point
-    repeated: the mean absolute value of chosen and rejected.
+    `start` is the mean absolute value of the two implicit rewards, which is 0 at the first step of
+    a healthy run.
     """
     lines, found = read_metrics(run), {}
     for name in METRICS:
