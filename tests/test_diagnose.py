@@ -22,10 +22,21 @@ from dpo_lab.facts import (
     record_held_out,
     start_facts,
 )
-from dpo_lab.health import FAULTS, RunRecord, diagnose, in_data, over_time, read_run, scoring
+from dpo_lab.health import (
+    FAULTS,
+    RunRecord,
+    diagnose,
+    in_data,
+    load_diagnosis_table,
+    over_time,
+    read_run,
+    scoring,
+)
 from dpo_lab.health.diagnosis import RULES, safe
+from dpo_lab.health.faults import healthy, plant
 from dpo_lab.health.finding import Seen, Unknown
 from dpo_lab.health.record import read_lines
+from dpo_lab.health.run_size import GALLERY, SMALL, TINY
 from dpo_lab.health.trl_state import read_arguments
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import load_model
@@ -428,6 +439,8 @@ def test_weights_that_an_update_cannot_move():
         ({"reward": [0.5, 0.9, 0.8], "reward_se": [0.02] * 3}, None),  # 3.5 standard errors
         ({"reward": [0.5, 0.9, 0.78], "reward_se": [0.02] * 3}, "warning"),  # 4.2
         ({"accuracy": [0.5, 0.7, 0.7 - over_time.ACCURACY_LOST + 1e-9]}, None),
+        ({"held_out_loss": [0.69, 0.6, 0.6 * over_time.LOSS_RISEN - 1e-9]}, None),
+        ({"held_out_loss": [0.69, 0.6, 0.6 * over_time.LOSS_RISEN + 1e-9]}, "warning"),
         ({"distinct_2": [0.9, 0.9 * over_time.LESS_DISTINCT + 1e-9]}, None),
         ({"distinct_2": [0.9, 0.9 * over_time.LESS_DISTINCT - 1e-9]}, "warning"),
         (
@@ -759,3 +772,46 @@ def test_a_summary_has_at_most_so_many_lines():
     assert len(found.findings) >= 3 and len(found.summary(2).splitlines()) == 2
     assert found.summary(2).endswith("more findings")
     assert [f.severity for f in found.findings] == sorted(f.severity for f in found.findings)
+
+
+# planted faults
+
+
+@pytest.mark.parametrize("fault", ["wrong_reference", "mean_instead_of_sum", "swapped_columns"])
+def test_a_fault_that_is_planted_is_found(fault, tmp_path):
+    assert fault in diagnose(plant(fault, tmp_path / "run", seed=300, size=TINY)).faults
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_that_is_planted_is_found(fault, tmp_path):
+    larger = replace(SMALL, eval_prefixes=96)
+    size = larger if fault in ("chosen_logps_fall", "reward_hacking") else GALLERY
+    assert fault in diagnose(plant(fault, tmp_path / "run", seed=301, size=size)).faults
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("kind", ["prefix", "sentence"])
+def test_no_alarm_on_a_healthy_run(kind, beta, tmp_path):
+    run = healthy(tmp_path / "run", seed=302, size=GALLERY, kind=kind, beta=beta)
+    assert diagnose(run).findings == ()
+
+
+def test_the_recorded_table_is_that_of_its_runs():
+    found = load_diagnosis_table()
+    runs = found["runs"]
+    assert found["faults"] == list(FAULTS) and len({row["seed"] for row in runs}) > 20
+    assert max(row["seed"] for row in runs) < 100
+    for planted, counts in found["matrix"].items():
+        some = [row for row in runs if row["planted"] == planted]
+        assert counts["runs"] == len(some)
+        for fault in FAULTS:
+            seen = sum(fault in row["found"] for row in some)
+            assert counts["found"].get(fault, 0) == seen
+
+    # what the page claims: every planted fault is found, and nothing on a healthy run
+    assert all(row["planted"] in row["found"] for row in runs if row["planted"] != "healthy")
+    assert all(row["found"] == [] for row in runs if row["planted"] == "healthy")
+    assert len(runs) >= 60 and found["matrix"]["healthy"]["runs"] >= 20
+    assert {row["planted"] for row in runs} == {*FAULTS, "healthy"}

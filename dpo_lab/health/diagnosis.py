@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.engine.arguments import folder
+from dpo_lab.engine.arguments import folder, one_of
 from dpo_lab.health.catalog import FAULTS, FaultName
 from dpo_lab.health.finding import SEVERITIES, Seen, Severity, Unknown, Verdict
 from dpo_lab.health.in_data import (
@@ -70,8 +70,12 @@ class Finding:
     """one sentence with the numbers"""
     advice: str
     """what to do"""
-    could_be: tuple[FaultName, ...] = ()
+    could_be: tuple[str, ...] = ()
     """other faults that would leave the same trace"""
+
+    def __post_init__(self) -> None:
+        one_of("fault", self.fault, FaultName)
+        one_of("severity", self.severity, Severity)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Diagnosis:
     """lines of training metrics"""
     findings: tuple[Finding, ...]
     """the faults that were seen, the worst first"""
-    not_looked: Mapping[FaultName, str]
+    not_looked: Mapping[str, str]
     """the faults that could not be looked for, and why"""
     notes: tuple[str, ...] = ()
     """what was wrong with the files"""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo_lab.health.catalog import FaultName
+from dpo_lab.engine.arguments import one_of
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -18,8 +18,11 @@ class Seen:
     worth a look"""
     evidence: str
     """one sentence with the numbers"""
-    could_be: tuple[FaultName, ...] = ()
+    could_be: tuple[str, ...] = ()
     """other faults that would leave the same trace"""
+
+    def __post_init__(self) -> None:
+        one_of("severity", self.severity, Severity)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
+from dpo_lab.engine.arguments import one_of
 from dpo_lab.engine.checkpoints import WEIGHTS, checkpoints_of, tensors_hash
 from dpo_lab.engine.runs import METRICS, TRAINING, current_config
 from dpo_lab.facts import FACTS, HELD_OUT, PAIRS, data_facts, pair_hashes
@@ -25,11 +26,10 @@ from dpo_lab.preferences import Preferences
 
 Line = dict[str, float]
 
+Source = Literal["dpo-lab", "trl"]
+
 # where a run keeps its pairs in `data`, and those that it is evaluated on
 SAVED, SAVED_HELD_OUT = ("preferences", "train"), ("held_out", "test")
-
-# other names of what a callback logs
-ALIASES = {"eval/held_out/accuracy": "eval/accuracy", "eval/held_out/margin": "eval/margin"}
 
 # checkpoints up to this size are compared with the initial weights
 LARGEST_HASHED = 2**30
@@ -50,7 +50,7 @@ class RunRecord:
     `eval/held_out/accuracy` for `eval/accuracy`.
     """
 
-    source: Literal["dpo-lab", "trl"]
+    source: Source
     """who wrote it"""
     steps: Sequence[Line]
     """metrics of training, in the order of the steps"""
@@ -80,6 +80,9 @@ class RunRecord:
     """held-out pairs that are training pairs too, and all held-out pairs; None where unknown"""
     notes: tuple[str, ...] = ()
     """what was wrong with the files, in plain text"""
+
+    def __post_init__(self) -> None:
+        one_of("source", self.source, Source)
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -142,7 +145,6 @@ def _read_trl(state: Path) -> RunRecord:
 
 def _read_ours(run: Path) -> RunRecord:
     lines, notes = read_lines(run / METRICS)
-    lines = [{ALIASES.get(name, name): value for name, value in line.items()} for line in lines]
     for line in lines:
         if "eval/ended" in line:
             line.setdefault("eval/truncated", 1 - line["eval/ended"])
