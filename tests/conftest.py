@@ -139,6 +139,7 @@ LONGEST = (
     "05_dpo_gpt2_imdb",
     "06_preference_data",
     "07_win_rates",
+    "08_failures",
     "00_start_here",
     "tests/test_browser.py",
     "tests/test_experiment.py",

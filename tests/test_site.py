@@ -29,6 +29,7 @@ from dpo_lab.widgets import (
     beta_explorer,
     betas_explorer,
     bradley_terry_explorer,
+    failures_explorer,
     frontier_explorer,
     gae_explorer,
     gradient_weight_explorer,
@@ -64,6 +65,7 @@ def explorers(tmp_path_factory):
         "frontier_explorer": frontier_explorer(),
         "gae_explorer": gae_explorer(LABELS, [-0.1, 0.2, -0.3, 1.5], [0.4, 0.5, 0.3, 0.9]),
         "prompts_explorer": prompts_explorer(),
+        "failures_explorer": failures_explorer(),
     }
 
 

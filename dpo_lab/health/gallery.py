@@ -16,7 +16,7 @@ import numpy as np
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.runs import read_metrics
-from dpo_lab.health.catalog import FAULTS, FaultName
+from dpo_lab.health.catalog import FaultName
 
 RECORDED = ASSETS / "failures.json"
 
@@ -58,7 +58,7 @@ METRICS = {
     "rewards/accuracies": "training accuracy",
     "rewards/margins": "margin",
     "logps/chosen": "log-prob of chosen",
-    "start": "size of first rewards",
+    "start": "size of rewards",
     "grad_norm": "gradient norm",
     "eval/reward": "reward of samples",
     "eval/true_reward": "true reward",
@@ -107,7 +107,7 @@ class Curves:
     planted: str
     """a fault, or "healthy" """
     kind: str
-    """what a completion is: "prefix" or "sentence" """
+    """of a healthy run, what a completion is: "prefix" or "sentence" """
     seed: int
     """of prompts, samples and order"""
     curves: Mapping[str, np.ndarray]
@@ -118,8 +118,8 @@ class Curves:
 def read_curves(run: Path | str) -> dict[str, np.ndarray]:
     """The curves of a run directory, (T, 2) steps and values by name.
 
-    `start` is the size of the implicit rewards at the first step, whose curve is that one point
-    repeated: the mean absolute value of chosen and rejected.
+    `start` is the mean absolute value of the two implicit rewards, which is 0 at the first step of
+    a healthy run.
     """
     lines, found = read_metrics(run), {}
     for name in METRICS:
@@ -180,4 +180,12 @@ def panels_of(fault: str, here: Mapping[str, np.ndarray] | None = None) -> list[
     return [panel_of(metric, fault, here) for metric in ("loss", TELLTALES[fault])]
 
 
-assert sorted(sum(GROUPS.values(), ())) == sorted(FAULTS) == sorted(TELLTALES)
+def recorded_faults() -> list[FaultName]:
+    """The faults that recorded runs show, with healthy ones to compare them with, by group."""
+    made = {(run.planted, run.kind) for run in load_failures()}
+    return [
+        fault
+        for group in GROUPS.values()
+        for fault in group
+        if (fault, "") in made and ("healthy", kind_of(fault)) in made
+    ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_lab.engine.arguments import checked
 from dpo_lab.health.catalog import FAULTS, FaultName
-from dpo_lab.health.gallery import GROUPS, METRICS, TELLTALES, panel_of
+from dpo_lab.health.gallery import METRICS, TELLTALES, panel_of, recorded_faults
 from dpo_lab.plots import OPTIMUM, REJECTED
 from dpo_lab.widgets.explorers import Explorer, Picture, explorer_of
 from dpo_lab.widgets.figures import BlittedFigure, wide
@@ -89,9 +89,9 @@ def failures_explorer(fault: FaultName = "identical_pairs") -> Explorer:
         fault: where the slider begins.
 
     Raises:
-        ValueError: there is no such fault.
+        ValueError: there is no recorded run with this fault.
     """
-    names = [name for group in GROUPS.values() for name in group]
+    names = recorded_faults()
     if fault not in names:
         raise ValueError(f"fault is {fault!r}; it must be one of {', '.join(names)}")
     blitted = failures_figure()
