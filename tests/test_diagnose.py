@@ -34,8 +34,8 @@ from dpo_lab.health import (
 )
 from dpo_lab.health.diagnosis import RULES, safe
 from dpo_lab.health.faults import healthy, plant
+from dpo_lab.health.files import read_lines
 from dpo_lab.health.finding import Seen, Unknown
-from dpo_lab.health.record import read_lines
 from dpo_lab.health.run_size import GALLERY, SMALL, TINY
 from dpo_lab.health.trl_state import read_arguments
 from dpo_lab.loop import LoopConfig
@@ -570,13 +570,18 @@ def trained(tiny, tokenizer, tmp_path):
 
 def test_a_run_keeps_its_facts(trained):
     record = read_run(trained)
-    assert record.data["pairs"] == 12 and record.planned == len(record.steps) == 6
+    assert record.data["pairs"] == 12 and record.facts["steps"] == len(record.steps) == 6
     assert record.start["sum"] < 1e-3 and record.start["again"] == 0
     assert record.leaked == (2, 2) and record.facts["model"]["moved"]
     assert record.facts["model"]["trained"].keys() == {"float32"}
     assert 0.9 < record.series("weights/changed").max() <= 1
     found = diagnose(trained)
-    assert "leaked_pairs" in found.faults and found.run == str(trained)
+    assert "leaked_pairs" in found.faults and found.run == str(trained) and not found.notes
+
+    # an interrupted one
+    kept = (trained / "metrics.jsonl").read_text().splitlines()[:4]
+    (trained / "metrics.jsonl").write_text("\n".join(kept))
+    assert "ends at step 4 of 6" in diagnose(trained).notes[0]
 
 
 def test_a_run_of_an_earlier_version_is_read(trained):
