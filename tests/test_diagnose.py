@@ -438,7 +438,6 @@ def test_weights_that_an_update_cannot_move():
     [
         ({"reward": [0.5, 0.9, 0.8], "reward_se": [0.02] * 3}, None),  # 3.5 standard errors
         ({"reward": [0.5, 0.9, 0.78], "reward_se": [0.02] * 3}, "warning"),  # 4.2
-        ({"accuracy": [0.5, 0.7, 0.7 - over_time.ACCURACY_LOST + 1e-9]}, None),
         ({"held_out_loss": [0.69, 0.6, 0.6 * over_time.LOSS_RISEN - 1e-9]}, None),
         ({"held_out_loss": [0.69, 0.6, 0.6 * over_time.LOSS_RISEN + 1e-9]}, "warning"),
         ({"distinct_2": [0.9, 0.9 * over_time.LESS_DISTINCT + 1e-9]}, None),
@@ -455,6 +454,14 @@ def test_weights_that_an_update_cannot_move():
 )
 def test_overtraining(series, expected):
     assert severity(over_time.overtraining(with_evaluations(**series))) == expected
+
+
+@pytest.mark.parametrize(("n", "expected"), [(3370, None), (3390, "warning"), (None, None)])
+def test_a_fall_of_accuracy_by_the_number_of_pairs(n, expected):
+    """Three standard errors of two means over a third of n pairs are 0.0632 at 3,380."""
+    falls = with_evaluations(accuracy=[0.5, 0.7, 0.7 - 0.0632])
+    record = replace(falls, leaked=n and (0, n))
+    assert severity(over_time.overtraining(record)) == expected
 
 
 @pytest.mark.parametrize(
