@@ -51,8 +51,8 @@ ABOVE_ZERO = 1.05
 # half of the distinct two-token sequences that the policy began with
 LESS_DISTINCT = 0.6
 
-# Few held-out pairs and margins that are too sure raise their loss in healthy runs too, by up to two
-# thirds in those that the rules were fixed on.
+# Few held-out pairs and margins that are too sure raise their loss in healthy runs too, by up to
+# two thirds in those that the rules were fixed on.
 LOSS_RISEN = 2.0
 
 # held-out accuracy lost since its best, if that is more than three standard errors of as many pairs
