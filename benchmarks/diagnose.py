@@ -115,8 +115,7 @@ def main(
         minutes: after these no further run is begun.
         first_seed: is added to the seeds; 100 makes the runs that thresholds are fixed on.
     """
-    began = time.perf_counter()
-    rows = []
+    origin, began, rows = provenance(), time.perf_counter(), []
     for run in planned(first_seed):
         kept = out / f"{run.name}.json"
         if not kept.exists():
@@ -124,7 +123,7 @@ def main(
                 continue
             write_json(kept, judged(run, out / "now"))
         rows.append(loads(kept.read_text(encoding="utf-8")))
-        write_json(results, table(rows))
+        write_json(results, {**origin, **table(rows)})
 
 
 def judged(run: Planned, folder: Path) -> dict[str, Any]:
@@ -189,7 +188,6 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         counts = Counter(fault for row in some for fault in row["found"])
         matrix[name] = {"runs": len(some), "found": {f: counts[f] for f in FAULTS if counts[f]}}
     return {
-        **provenance(),
         "sizes": {name: asdict(size) for name, size in SIZES.items()},
         "faults": list(FAULTS),
         "matrix": matrix,
