@@ -72,8 +72,9 @@ def planned(first_seed: int = 0) -> list[Planned]:
         for fault in FAULTS:
             found.append(Planned(fault, seed, "d" if fault in LARGER else size))
 
-    # thresholds of this one were changed after the first two seeds had been looked at
-    found = [replace(r, seed=r.seed + 2) if r.planted == "overtraining" else r for r in found]
+    # thresholds of these were changed after the first two seeds had been looked at
+    again = ("overtraining", "chosen_logps_fall")
+    found = [replace(r, seed=r.seed + 2) if r.planted in again else r for r in found]
 
     # healthy ones
     others = []
@@ -84,7 +85,9 @@ def planned(first_seed: int = 0) -> list[Planned]:
             settings = {"beta": beta, "epochs": epochs, "kind": kind}
             if i % 3 == 2:
                 settings["learning_rate"] = 2e-5
-            others.append(Planned("healthy", 20 + 2 * i + k, "abc"[(i + k) % 3], settings=settings))
+            # of three passes, one run had an alarm of a rule that was changed then
+            seed = (84 if epochs == 3 else 20 + 2 * i) + k
+            others.append(Planned("healthy", seed, "abc"[(i + k) % 3], settings=settings))
     others += [Planned("healthy", 60 + i, size) for i, size in enumerate("ab")]
     for i, beta in enumerate((0.05, 0.1, 0.3, 1.0)):
         others.append(Planned("healthy", 70 + i, "abca"[i], "trl", {"beta": beta}))

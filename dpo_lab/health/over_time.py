@@ -37,6 +37,9 @@ MOVED = 5.0
 # `dpo-lab train` loses half of that.
 FALL_PER_TOKEN = 0.2
 
+# and a fall is what the margin grew by only if it is at least half as large as the margin
+FALL_OF_MARGIN = 0.5
+
 # the same relative to the log-prob at the start, where lengths are not recorded: a token costs
 # about four nats
 FALL = 0.05
@@ -153,7 +156,8 @@ def chosen_logps_fall(record: RunRecord) -> Verdict:
     # per token where the length is known
     if ratios is not None and length:
         fall = -float(quarter(ratios).mean()) / length
-        if fall < FALL_PER_TOKEN:
+        margin = quarter(margins).mean() / (record.beta or math.inf)
+        if fall < FALL_PER_TOKEN or fall * length < FALL_OF_MARGIN * margin:
             return None
         return Seen(
             "warning",
