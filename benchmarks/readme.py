@@ -24,6 +24,7 @@ from scale import table
 import dpo_lab
 from dpo_lab.checks import mistakes as table_of_mistakes
 from dpo_lab.engine.escaping import for_markdown
+from dpo_lab.health import FAULTS, load_diagnosis_table
 from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
 from dpo_lab.sentiment.results import (
@@ -1044,7 +1045,46 @@ def mistakes_origin(part: str) -> str:
     return f"{counts} {origin}"
 
 
+def faults() -> str:
+    """What one sees of each fault, its cause and its cure."""
+    rows = [
+        (f"`{name}`", fault.title, fault.sees, fault.cause, fault.cure)
+        for name, fault in FAULTS.items()
+    ]
+    return _table("fault | in words | what one sees | cause | cure", rows)
+
+
+def diagnosis() -> str:
+    """How many runs with each fault `diagnose` finds it in, and what else it says."""
+    found = load_diagnosis_table()
+    rows, missed = [], 0
+    for planted, counts in found["matrix"].items():
+        others = {name: n for name, n in counts["found"].items() if name != planted}
+        right = counts["found"].get(planted, 0)
+        if planted == "healthy":
+            right = sum(not row["found"] for row in found["runs"] if row["planted"] == "healthy")
+        missed += counts["runs"] - right
+        also = ", ".join(f"`{name}` {n}" for name, n in others.items())
+        rows.append((f"`{planted}`", counts["runs"], right, also or "-"))
+    planted, healthy = len(found["runs"]), found["matrix"]["healthy"]["runs"]
+    by_trl = sum(row["source"] == "trl" for row in found["runs"])
+    return "\n".join(
+        [
+            f"{planted} runs, {healthy} of them healthy, {by_trl} by TRL; {missed} verdicts are "
+            "wrong: a planted fault that is not named, or a healthy run with an error or a "
+            "warning.",
+            "",
+            _table("planted | runs | found (healthy: without a finding) | also found", rows),
+            "",
+            "A fault brings others with it: a learning rate that is too high also makes samples "
+            f"repeat themselves. {_origin(found)}",
+        ]
+    )
+
+
 BLOCKS = {
+    "faults": faults,
+    "diagnosis": diagnosis,
     "main job": main_job,
     "main job origin": main_job_origin,
     "sweep": sweep,

@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +16,8 @@ from dpo_lab.data.run import PublicRunConfig, train_public
 from dpo_lab.doctor import doctor
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.cpu import tune_cpu
-from dpo_lab.engine.distributed import cleanup, print0
+from dpo_lab.engine.distributed import cleanup, from_main, print0
+from dpo_lab.health.diagnosis import diagnose
 from dpo_lab.loop import Interrupted
 from dpo_lab.sentiment import run as experiment
 from dpo_lab.sentiment.pretrain import PretrainConfig, pretrain
@@ -30,6 +32,8 @@ T = TypeVar("T")
 Flat = tyro.conf.OmitArgPrefixes
 Nested = Annotated[T, tyro.conf.arg(name="")]
 
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
 Command = Callable[..., Any]
 
 
@@ -43,6 +47,31 @@ def evaluate_command(run: Path = Path("runs/imdb"), eval_prefixes: int | None = 
     """Evaluate the policy of a finished run again, on more held-out prefixes if asked."""
     s = experiment.evaluate(run, eval_prefixes=eval_prefixes)
     print0(f"{_means(s, ', ')}, in {run / 'evaluation.json'}")
+
+
+@checked
+def diagnose_command(run: RunFolder, json: bool = False) -> int:
+    """Say which faults a run of DPO shows, with evidence and what to do; exit 0 when it has none.
+
+    The exit status is 1 where an error or a warning was found, and 2 where there is no run.
+
+    Args:
+        run: directory of `dpo-lab train` or train_dpo(run=...); or TRL's output_dir, or a
+            checkpoint in it.
+        json: print it as JSON.
+    """
+    found = diagnose(run)
+    print0(dumps(found.as_dict(), indent=2) if json else found)
+    return 0 if found.healthy else 1
+
+
+def _health(run: Path) -> str:
+    """What `diagnose` says of a finished run, in one to three lines."""
+    try:
+        found = diagnose(run)
+    except (ValueError, FileNotFoundError) as error:
+        return f"diagnosis: none ({error})"
+    return f"diagnosis: {found.summary(2)}; dpo-lab diagnose {run} says more"
 
 
 @checked
@@ -127,6 +156,7 @@ def _run_commands(default: ExperimentConfig) -> dict[str, Command]:
             f"policy in {out / 'policy'}, figures in {out / 'figures'}, "
             f"samples in {out / 'samples.md'}, all of it in {out}"
         )
+        print0(from_main(_health, out))
 
     return {"plan": plan_command, "train": train_command}
 
@@ -161,6 +191,7 @@ def _public_commands(default: PublicRunConfig) -> dict[str, Command]:
             f"{summary['peak_memory_mb']:,} MB peak"
         )
         print0(f"policy in {out / 'policy'}, samples in {out / 'samples.md'}, all of it in {out}")
+        print0(from_main(_health, out))
 
     return {"train": train_command}
 
@@ -225,6 +256,7 @@ def commands(name: str = "laptop", data: str | None = None) -> dict[str, Command
         **_run_commands(CONFIGS[name]),
         **_task_commands(CONFIGS[name].task),
         "evaluate": evaluate_command,
+        "diagnose": diagnose_command,
         **_frontier_commands(frontier_config(name)),
         "pretrain": pretrain_command,
     }

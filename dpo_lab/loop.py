@@ -205,7 +205,10 @@ def fit(
             line, tokens = _gradient(training, objective, step, progress)
 
             # clip, check, update
+            looks = (step == 1 or evaluates(step, steps, config)) and not sharding()
+            before = some_weights(model) if looks else {}
             line["grad_norm"] = _update(training, step, config)
+            line |= _weight_change(before, model)
 
             # log
             seconds = time.perf_counter() - began
@@ -471,6 +474,34 @@ def _update(training: _Training, step: int, config: LoopConfig) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def some_weights(model: nn.Module, most: int = 256) -> dict[str, Tensor]:
+    """Up to `most` values of each trained parameter but embeddings, as they are now.
+
+    Rows of an embedding that no text uses do not move, whatever the training.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    flat = {
+        name: p.detach().reshape(-1)
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.numel() and id(p) not in embeddings
+    }
+    return {name: p[:: -(-p.numel() // most)].clone() for name, p in flat.items()}
+
+
+def _weight_change(before: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
+    """What a step did to `some_weights`: the fraction that changed, and the distance over the norm.
+
+    Nothing where none were kept.
+    """
+    if not before:
+        return {}
+    old, new = (torch.cat([p.float() for p in w.values()]) for w in (before, some_weights(model)))
+    changed = (new != old).float().mean()
+    moved = (new - old).norm() / old.norm().clamp_min(torch.finfo(old.dtype).tiny)
+    found = torch.stack([changed, moved]).tolist()
+    return dict(zip(("weights/changed", "weights/relative_change"), found))
 
 
 @checked

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from dpo_lab.batching import CompletionBatch, completion_batch, split
 from dpo_lab.engine.arguments import checked, folder, integer, settled
-from dpo_lab.engine.distributed import local_shard, world_size
+from dpo_lab.engine.checkpoints import checkpoints_of
+from dpo_lab.engine.distributed import from_main, local_shard, world_size
 from dpo_lab.engine.records import data_hash, training_run, weights_record
+from dpo_lab.facts import record_facts
 from dpo_lab.logprobs import Precision, can_compact
 from dpo_lab.loop import Callback, LoopConfig, Score, check_loop, check_policy, fit
 from dpo_lab.losses import (
@@ -101,8 +104,12 @@ def train_dpo(
         callback: called with (policy, step) before the first step, as `eval_every` says, and after
             the last; what it returns is added to the metrics, under `eval/`.
 
-    Metrics have TRL's names; rewards and margins are in units of beta x nats, `logps/*` in nats per
-    completion. `gradient_weight/mean` is missing where your own loss returns losses alone.
+    Metrics have TRL's names; rewards and margins are in units of beta x nats, `logps/*` and
+    `reference_logps/*` in nats per completion. At the first step and at evaluations
+    `weights/changed` is the fraction of some trained weights that the step changed, and
+    `weights/relative_change` the size of that change over their norm. `gradient_weight/mean` is
+    missing where your own loss returns losses alone. A `run` also gets what `dpo_lab.health` reads
+    (facts.py).
 
     Raises:
         ValueError, TypeError: a bad argument; missing reference log-probs; a `loss` that returns
@@ -131,8 +138,10 @@ def train_dpo(
             preferences = replace(preferences, reference_logps=began_with)
 
         objective = DPOObjective(trained, preferences, config, seed, loss)
-        options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
         steps = len(objective.plan)
+        if run and not checkpoints_of(run):
+            from_main(partial(record_facts, run, trained, preferences, steps=steps))
+        options = {"run": run, "resume": resume, "callback": callback, "progress": progress}
         return fit(trained, objective, steps, config.loop, precision=precision, **options)
 
 
@@ -279,6 +288,8 @@ class DPOObjective(PairObjective):
             "rewards/margins": result.margins,
             "logps/chosen": logps.detach()[micro.chosen],
             "logps/rejected": logps.detach()[micro.rejected],
+            "reference_logps/chosen": micro.reference_logps[micro.chosen],
+            "reference_logps/rejected": micro.reference_logps[micro.rejected],
         }
         if result.gradient_weights is not None:
             per_pair["gradient_weight/mean"] = result.gradient_weights

@@ -140,6 +140,7 @@ LONGEST = (
     "06_preference_data",
     "07_win_rates",
     "05c_on_policy_dpo",
+    "08_failures",
     "00_start_here",
     "tests/test_browser.py",
     "tests/test_experiment.py",

@@ -23,6 +23,9 @@ from dpo_lab.data import run as public_run
 from dpo_lab.data.ratings import Rating
 from dpo_lab.data.run import PublicRunConfig, train_public
 from dpo_lab.engine.arguments import checked, settled
+from dpo_lab.health.diagnosis import Finding
+from dpo_lab.health.finding import Seen
+from dpo_lab.health.record import RunRecord
 from dpo_lab.loop import LoopConfig, make_optimizers
 from dpo_lab.models import load_model
 from dpo_lab.preferences import Preferences, from_rows
@@ -176,6 +179,9 @@ def test_a_wrong_name_makes_no_object(kind, name):
     given = {
         Rating: dict(item="a", rater="ada", pass_number=1, order=(0, 1), choice="tie"),
         Run: {"method": "dpo", "setting": 0.1, "seed": 0},
+        RunRecord: {"source": "trl", "steps": []},
+        Seen: {"severity": "note", "evidence": ""},
+        Finding: dict(fault="dropout_on", severity="note", evidence="", advice=""),
         Preferences: dict(
             prompts=[[1]],
             completions=[[2], [3]],

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "judges": {"engine", "core", "theory", "root", "data", "judges"},
 }
 MAY_IMPORT["sentiment"] = set(MAY_IMPORT) - {"checks"} | {"sentiment"}
-MAY_IMPORT["top"] = MAY_IMPORT["sentiment"] | {"top"}
+MAY_IMPORT["health"] = MAY_IMPORT["sentiment"] | {"health"}
+MAY_IMPORT["top"] = MAY_IMPORT["health"] | {"top"}
 THEORY_NEEDS = {"dpo_lab.losses", "dpo_lab.engine.arguments"}
 
 
@@ -111,7 +112,7 @@ def test_the_front_door_says_the_same_three_times():
     assert len(dpo_lab.__all__) == len(set(dpo_lab.__all__)) <= 60
 
 
-@pytest.mark.parametrize("name", ["rlhf", "sentiment", "data", "judges", "plots"])
+@pytest.mark.parametrize("name", ["rlhf", "sentiment", "data", "judges", "plots", "health"])
 def test_the_door_of_a_package_says_the_same_three_times(name):
     package = importlib.import_module(f"dpo_lab.{name}")
     read = front_table(package)

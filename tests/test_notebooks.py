@@ -45,6 +45,12 @@ SMALL = {
         "temperatures": (0, 1),
         "best_of": 2,
     },
+    "08_failures": {
+        "prefixes": 6,
+        "max_new_tokens": 8,
+        "eval_prefixes": 8,
+        "held_out": 4,
+    },
 }
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

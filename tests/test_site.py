@@ -29,6 +29,7 @@ from dpo_lab.widgets import (
     beta_explorer,
     betas_explorer,
     bradley_terry_explorer,
+    failures_explorer,
     frontier_explorer,
     gae_explorer,
     gradient_weight_explorer,
@@ -66,6 +67,7 @@ def explorers(tmp_path_factory):
         "gae_explorer": gae_explorer(LABELS, [-0.1, 0.2, -0.3, 1.5], [0.4, 0.5, 0.3, 0.9]),
         "prompts_explorer": prompts_explorer(),
         "rounds_explorer": rounds_explorer(labels=12, rounds=(1, 2, 4), seeds=2),
+        "failures_explorer": failures_explorer(),
     }
 
 
@@ -142,9 +144,8 @@ def test_samples_move_with_the_slider(explorers, blocks, name):
     first, slider = next(iter(explorer.sliders.items()))
     for text, value in zip(read.texts, slider_values(slider), strict=True):
         explorer.show(**{first: value})
-        (sample,) = (
-            Read(f"<div class=dpo-lab-frame>{table.value}</div>").texts[0] for table in tables
-        )
+        # the diagnosis of a run stands below its samples
+        sample = Read(f"<div class=dpo-lab-frame>{tables[0].value}</div>").texts[0]
         assert sample and sample in text
     explorer.show(**{first: slider.value})
 

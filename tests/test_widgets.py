@@ -13,7 +13,7 @@ from ipywidgets import Button
 from PIL import Image
 from recording import record_run
 
-from dpo_lab.engine.runs import append_metrics
+from dpo_lab.engine.runs import append_metrics, write_json
 from dpo_lab.losses import dpo_loss
 from dpo_lab.theory.bradley_terry import fit_bradley_terry
 from dpo_lab.theory.frontier import OptimalFrontier
@@ -240,6 +240,21 @@ def test_a_recorded_run_is_walked_through():
     # rewards / beta
     assert chosen.get_ydata().tolist() == [1, 2, 3, 4]
     assert rejected.get_ydata().tolist() == [-2, -4, -6, -8]
+
+
+def test_what_is_found_in_a_run_stands_below_it(tmp_path):
+    run = tmp_path / "<b>run</b>"
+    record_run(run)
+    shown = training_explorer(run).box.children[-2].value
+    assert "diagnosis: none" in shown and "&lt;b&gt;run" in shown and "<b>" not in shown
+
+    # five steps with a beta that is tiny
+    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    for step in range(1, 6):
+        append_metrics(run, {"step": step, **dict.fromkeys(names, 0.0)})
+    write_json(run / "training.json", {"config": {"beta": 1e-4, "loss_type": "sigmoid"}})
+    shown = training_explorer(run).box.children[-2].value
+    assert "beta is 0.0001" in shown and "Raise beta" in shown and "<td>error</td>" in shown
 
 
 def test_the_pairs_of_a_run_are_those_at_its_end(tmp_path):

@@ -35,6 +35,7 @@ from dpo_lab.engine.runs import (
 )
 from dpo_lab.engine.structure import context_of
 from dpo_lab.evaluate import Evaluation, evaluate_pairs, evaluate_policy
+from dpo_lab.facts import record_held_out
 from dpo_lab.logprobs import Precision, can_compact
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import check_sampling, load_model, load_tokenizer, save_policy
@@ -273,6 +274,7 @@ def _trained(task: PublicTask, resume: bool) -> dict[str, Any]:
         return {"accuracy": result.accuracy, "margin": result.margin}
 
     # before, training, after
+    record_held_out(out, test)
     first = task.sample(task.reference, progress="sample before")
     policy = load_model(task.reference_name, device=config.device)
     metrics = train_dpo(

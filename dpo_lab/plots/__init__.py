@@ -18,6 +18,10 @@ if TYPE_CHECKING:
         plot_race,
         plot_rewards,
     )
+    from dpo_lab.plots.failures import (
+        plot_confusion,
+        plot_failures,
+    )
     from dpo_lab.plots.frontier import (
         plot_betas,
         plot_frontier,
@@ -85,7 +89,9 @@ __all__ = [
     "plot_beta_path",
     "plot_betas",
     "plot_calibration",
+    "plot_confusion",
     "plot_distributions",
+    "plot_failures",
     "plot_frontier",
     "plot_intervals",
     "plot_judges",
@@ -130,7 +136,9 @@ _HOME = {
     "plot_beta_path": "theory",
     "plot_betas": "frontier",
     "plot_calibration": "theory",
+    "plot_confusion": "failures",
     "plot_distributions": "theory",
+    "plot_failures": "failures",
     "plot_frontier": "frontier",
     "plot_intervals": "theory",
     "plot_judges": "judges",

@@ -33,9 +33,10 @@ from dpo_lab.engine.runs import (
     write_json,
 )
 from dpo_lab.evaluate import Evaluation
+from dpo_lab.facts import completion_facts
 from dpo_lab.logprobs import score_completions
 from dpo_lab.loop import LoopConfig
-from dpo_lab.models import load_model, save_policy
+from dpo_lab.models import end_tokens, load_model, save_policy
 from dpo_lab.plots import plot_frontier, plot_loss, plot_margins, plot_rewards
 from dpo_lab.preferences import Preferences
 from dpo_lab.sentiment.cost import Job, Plan, fitting_prompts, measure_speed, plan_job
@@ -252,10 +253,11 @@ def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> d
     preferences = task.preferences
     task.check_reference()
     preferences = preferences.with_reference(task.reference, precision=task.precision)
-    pairs = SNAPSHOT_PAIRS[config.task.prompt]
+    pairs, some = SNAPSHOT_PAIRS[config.task.prompt], prefixes_during(len(task.held_out))
+    ends = end_tokens(task.reference, task.tokenizer)
 
     def during(model: torch.nn.Module, step: int) -> dict[str, float]:
-        result = _evaluation(task, model, prefixes_during(len(task.held_out))) if step else before
+        result = _evaluation(task, model, some) if step else before
         save_snapshot(out, step, model, preferences, result, pairs=pairs)
         return_freed_memory()
         return {
@@ -263,6 +265,11 @@ def _trained(config: ExperimentConfig, task: Task, out: Path, resume: bool) -> d
             "reward_se": result.reward_se,
             "kl/sequence": result.kl,
             "kl/sequence_se": result.kl_se,
+            **completion_facts(
+                result.completions[:some],
+                max_new_tokens=config.task.max_new_tokens,
+                end_tokens=ends,
+            ),
         }
 
     # before, training, after

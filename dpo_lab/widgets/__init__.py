@@ -15,6 +15,7 @@ from dpo_lab.widgets.explorers import (
     live_curves,
     training_explorer,
 )
+from dpo_lab.widgets.failures import failures_explorer, failures_state
 from dpo_lab.widgets.frames import frames_html
 from dpo_lab.widgets.landscape import landscape_explorer
 from dpo_lab.widgets.on_policy import rounds_explorer, rounds_state
@@ -49,6 +50,8 @@ __all__ = [
     "betas_explorer",
     "bradley_terry_explorer",
     "bradley_terry_state",
+    "failures_explorer",
+    "failures_state",
     "frames_html",
     "frontier_explorer",
     "gae_explorer",

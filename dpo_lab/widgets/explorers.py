@@ -281,7 +281,8 @@ def bradley_terry_explorer(
 def training_explorer(run: Path | str) -> Explorer:
     """Walk through a recorded run of `dpo-lab train`, one evaluation at a time.
 
-    It shows the log-ratios of chosen and rejected completions, the pairs, and samples.
+    It shows the log-ratios of chosen and rejected completions, the pairs, samples, and what
+    `dpo_lab.health.diagnose` finds in the run.
 
     Raises:
         ValueError: the directory does not hold a run.
@@ -316,7 +317,8 @@ def training_explorer(run: Path | str) -> Explorer:
         "The margin grows. Does the chosen completion become more likely, or only the rejected "
         "one less likely?"
     )
-    return explorer_of(show, Picture(blitted), sliders, caption, samples)
+    health = widgets.HTML(_health_table(run))
+    return explorer_of(show, Picture(blitted), sliders, caption, samples, health)
 
 
 def frontier_explorer(sweep: SweepResults | None = None) -> Explorer:
@@ -614,3 +616,27 @@ def _sample_table(texts: Sequence[str], rewards: Sequence[float]) -> str:
         for text, reward in zip(texts, rewards, strict=True)
     ]
     return f"<table><tr><th>reward</th><th>sample of the policy</th></tr>{''.join(rows)}</table>"
+
+
+def _health_table(run: Path) -> str:
+    """What `diagnose` finds in a run as HTML."""
+    # imported here, since it loads datasets and transformers
+    from dpo_lab.health.catalog import FAULTS
+    from dpo_lab.health.diagnosis import diagnose, safe
+
+    try:
+        found = diagnose(run)
+    except (ValueError, FileNotFoundError) as error:
+        return f"<p>diagnosis: none ({for_html(safe(str(error)))})</p>"
+    if not found.findings:
+        return f"<p>diagnosis: {for_html(found.summary())}</p>"
+    rows = [
+        "".join(
+            f"<td>{for_html(safe(text))}</td>"
+            for text in (f.severity, FAULTS[f.fault].title, f.evidence, f.advice)
+        )
+        for f in found.findings
+    ]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    head = "<tr><th>diagnosis</th><th>fault</th><th>seen</th><th>what to do</th></tr>"
+    return f"<table>{head}{body}</table>"
