@@ -48,6 +48,7 @@ def test_train_writes_everything_the_readme_promises(tiny, finished, capsys):
     assert (
         "before  reward 0." in out and "after   reward" in out and str(finished / "policy") in out
     )
+    assert "\ndiagnosis: " in out and f"dpo-lab diagnose {finished} says more" in out
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["before"]["kl"] == summary["before"]["kl_se"] == 0
     for when in ("before", "after"):
@@ -64,6 +65,8 @@ def test_train_writes_everything_the_readme_promises(tiny, finished, capsys):
     assert json.loads((finished / "config.json").read_text())["dpo"]["batch_pairs"] == 20
     metrics = read_metrics(finished)
     assert metrics[0]["step"] == 0 and metrics[0]["eval/kl/sequence"] == 0
+    evaluated = [line["eval/completions"] for line in metrics if "eval/length" in line]
+    assert len(set(evaluated)) == 1 and json.loads((finished / "facts.json").read_text())["data"]
     assert sum("loss" in line for line in metrics) == summary["steps"]
     for name in ("loss", "rewards", "margins", "reward_kl"):
         assert (finished / "figures" / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -86,6 +86,7 @@ class SmallTask:
         size: how many.
     """
 
+    @checked
     def __init__(self, kind: Kind, seed: int, size: RunSize):
         self.kind, self.seed, self.size = kind, seed, size
         self.tokenizer, self.limit = load_tokenizer(), size.max_new_tokens
