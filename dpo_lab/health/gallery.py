@@ -96,6 +96,9 @@ TELLTALES: dict[FaultName, str] = {
 LOGARITHMIC = ("start", "grad_norm")
 """Curves whose values span many powers of ten."""
 
+LEAST = 1e-8
+"""What a logarithmic axis shows in place of 0."""
+
 SENTENCES = ("truncated_eos", "length_exploitation")
 """Faults of runs on sentences, which end; the others are on the beginnings of reviews."""
 
@@ -162,14 +165,19 @@ def panel_of(
         here: the curves of a run, as `read_curves` gives them.
     """
     kind = kind_of(fault)
+
+    def shown(curves: Mapping[str, np.ndarray]) -> np.ndarray:
+        least = [-np.inf, LEAST if metric in LOGARITHMIC else -np.inf]
+        return np.maximum(curves[metric], least)
+
     recorded = [run for run in load_failures() if metric in run.curves]
     return {
         "label": METRICS[metric],
         "healthy": [
-            run.curves[metric] for run in recorded if (run.planted, run.kind) == ("healthy", kind)
+            shown(run.curves) for run in recorded if (run.planted, run.kind) == ("healthy", kind)
         ],
-        "with_fault": [run.curves[metric] for run in recorded if run.planted == fault != "healthy"],
-        "here": (here or {}).get(metric),
+        "with_fault": [shown(run.curves) for run in recorded if run.planted == fault != "healthy"],
+        "here": shown(here) if here and metric in here else None,
         "logarithmic": metric in LOGARITHMIC,
         "line": math.log(2) if metric == "loss" else None,
     }
