@@ -16,7 +16,7 @@ import numpy as np
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.runs import read_metrics
-from dpo_lab.health.catalog import FaultName
+from dpo_lab.health.catalog import FAULTS, FaultName
 
 RECORDED = ASSETS / "failures.json"
 
@@ -163,7 +163,13 @@ def panel_of(
         metric: a name in METRICS.
         fault: one of FAULTS, or "healthy" for healthy runs alone.
         here: the curves of a run, as `read_curves` gives them.
+
+    Raises:
+        ValueError: no such metric or fault.
     """
+    for name, value, known in (("metric", metric, METRICS), ("fault", fault, [*FAULTS, "healthy"])):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     kind = kind_of(fault)
 
     def shown(curves: Mapping[str, np.ndarray]) -> np.ndarray:
