@@ -354,6 +354,7 @@ def logits(values):
         ("04b_ppo_on_a_language_model", 900, ["ArrowLeft", "ArrowRight"]),
         ("05_dpo_gpt2_imdb", 1_200, ["ArrowRight"]),
         ("07_win_rates", 900, ["ArrowRight"]),
+        ("08_failures", 900, ["ArrowRight"]),
     ],
 )
 def test_a_notebook_that_trains_runs_and_its_sliders_move(lab, browser, notebook, seconds, keys):

@@ -44,6 +44,7 @@ from dpo_lab.widgets.explorers import (
     slider_of,
     training_explorer,
 )
+from dpo_lab.widgets.failures import failures_explorer
 from dpo_lab.widgets.figures import expanded_limits
 from dpo_lab.widgets.states import (
     bandit_state,
@@ -127,6 +128,7 @@ EXPLORERS = {
     "frontier": lambda runs: frontier_explorer(far_sweep()),
     "GAE": lambda runs: gae_explorer(LABELS, [-60.0, 0.1, 0.0, 900.0], [-5.0, 300.0, 0.2, 0.1]),
     "prompts": lambda runs: prompts_explorer(),
+    "failures": lambda runs: failures_explorer(),
 }
 
 

@@ -30,6 +30,7 @@ from dpo_lab.widgets.explorers import (
     live_curves,
     training_explorer,
 )
+from dpo_lab.widgets.failures import failures_explorer
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
     LABELS,
@@ -57,6 +58,7 @@ EXPLORERS = {
     "betas": lambda: betas_explorer({0.1: RUN, 5.0: RUN}, OPTIMAL),
     "GAE": lambda: gae_explorer(TOKENS, TOKEN_REWARDS, TOKEN_VALUES),
     "prompts": prompts_explorer,
+    "failures": failures_explorer,
 }
 
 
