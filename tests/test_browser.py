@@ -355,6 +355,7 @@ def logits(values):
         ("05_dpo_gpt2_imdb", 1_200, ["ArrowRight"]),
         ("05c_on_policy_dpo", 900, ["ArrowRight"]),
         ("07_win_rates", 900, ["ArrowRight"]),
+        ("08_failures", 900, ["ArrowRight"]),
     ],
 )
 def test_a_notebook_that_trains_runs_and_its_sliders_move(lab, browser, notebook, seconds, keys):

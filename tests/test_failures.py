@@ -203,6 +203,10 @@ def test_a_panel_has_healthy_runs_of_its_kind_and_those_with_the_fault(recorded)
     assert len(panel["healthy"]) == len(panel["with_fault"]) == 2
     assert panel["line"] == math.log(2) and (panel["here"] == 1).all()
     assert panel_of("loss", "healthy")["with_fault"] == []
+    with pytest.raises(ValueError, match="metric is 'lost'; it must be one of loss, "):
+        panel_of("lost", "healthy")
+    with pytest.raises(ValueError, match="fault is 'flu'"):
+        panel_of("loss", "flu")
 
 
 def test_the_figure_of_faults_has_a_panel_for_each_metric(recorded):

@@ -44,6 +44,7 @@ from dpo_lab.widgets.explorers import (
     slider_of,
     training_explorer,
 )
+from dpo_lab.widgets.failures import failures_explorer
 from dpo_lab.widgets.figures import expanded_limits
 from dpo_lab.widgets.on_policy import rounds_explorer
 from dpo_lab.widgets.states import (
@@ -131,6 +132,7 @@ EXPLORERS = {
     "rounds": lambda runs: rounds_explorer(
         labels=12, rounds=(1, 2, 4), seeds=2, completions=LABELS * 2
     ),
+    "failures": lambda runs: failures_explorer(),
 }
 
 

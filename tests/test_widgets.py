@@ -30,6 +30,7 @@ from dpo_lab.widgets.explorers import (
     live_curves,
     training_explorer,
 )
+from dpo_lab.widgets.failures import failures_explorer
 from dpo_lab.widgets.on_policy import rounds_explorer
 from dpo_lab.widgets.states import (
     CHOSEN_FILMS,
@@ -59,6 +60,7 @@ EXPLORERS = {
     "GAE": lambda: gae_explorer(TOKENS, TOKEN_REWARDS, TOKEN_VALUES),
     "prompts": prompts_explorer,
     "rounds": lambda: rounds_explorer(labels=12, rounds=(1, 2, 4), seeds=2),
+    "failures": failures_explorer,
 }
 
 

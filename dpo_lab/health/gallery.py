@@ -16,7 +16,7 @@ import numpy as np
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.runs import read_metrics
-from dpo_lab.health.catalog import FaultName
+from dpo_lab.health.catalog import FAULTS, FaultName
 
 RECORDED = ASSETS / "failures.json"
 
@@ -96,6 +96,9 @@ TELLTALES: dict[FaultName, str] = {
 LOGARITHMIC = ("start", "grad_norm")
 """Curves whose values span many powers of ten."""
 
+LEAST = 1e-8
+"""What a logarithmic axis shows in place of 0."""
+
 SENTENCES = ("truncated_eos", "length_exploitation")
 """Faults of runs on sentences, which end; the others are on the beginnings of reviews."""
 
@@ -160,16 +163,27 @@ def panel_of(
         metric: a name in METRICS.
         fault: one of FAULTS, or "healthy" for healthy runs alone.
         here: the curves of a run, as `read_curves` gives them.
+
+    Raises:
+        ValueError: no such metric or fault.
     """
+    for name, value, known in (("metric", metric, METRICS), ("fault", fault, [*FAULTS, "healthy"])):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     kind = kind_of(fault)
+
+    def shown(curves: Mapping[str, np.ndarray]) -> np.ndarray:
+        least = [-np.inf, LEAST if metric in LOGARITHMIC else -np.inf]
+        return np.maximum(curves[metric], least)
+
     recorded = [run for run in load_failures() if metric in run.curves]
     return {
         "label": METRICS[metric],
         "healthy": [
-            run.curves[metric] for run in recorded if (run.planted, run.kind) == ("healthy", kind)
+            shown(run.curves) for run in recorded if (run.planted, run.kind) == ("healthy", kind)
         ],
-        "with_fault": [run.curves[metric] for run in recorded if run.planted == fault != "healthy"],
-        "here": (here or {}).get(metric),
+        "with_fault": [shown(run.curves) for run in recorded if run.planted == fault != "healthy"],
+        "here": shown(here) if here and metric in here else None,
         "logarithmic": metric in LOGARITHMIC,
         "line": math.log(2) if metric == "loss" else None,
     }
