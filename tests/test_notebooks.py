@@ -28,6 +28,14 @@ SMALL = {
         "beta_prefixes": 48,
         "beta_eval_prefixes": 16,
     },
+    "05c_on_policy_dpo": {
+        "prefixes": 24,
+        "eval_prefixes": 24,
+        "live_rounds": 2,
+        "seeds": 12,
+        "budgets": (60, 480, 7_680),
+        "many_rounds": (1, 4, 24),
+    },
     "06_preference_data": {
         "prefixes": 24,
         "eval_prefixes": 24,
