@@ -67,24 +67,24 @@ class Method:
     """whose pairs make a step"""
     size: int = 1
     """labeled completions, in multiples of `completions`"""
-    betas: tuple[float, ...] = (0.35, 0.55)
+    betas: tuple[float, ...] = (0.35, 0.5)
     """that are tried"""
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 7e-5
     """of AdamW on all weights, in the first round; falls to zero in each"""
 
 
 METHODS = {
     "offline": Method(),
     "4 rounds": Method(rounds=4),
-    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.55, 1.0)),
-    "offline, best and worst": Method(labels="extremes", k=8, prompts_per_step=16),
-    "4 rounds, best and worst": Method(rounds=4, labels="extremes", k=8, prompts_per_step=16),
-    "2 rounds": Method(rounds=2),
+    "offline, best and worst": Method(1, "extremes", 8, prompts_per_step=16, betas=(0.45, 0.7)),
+    "4 rounds, best and worst": Method(4, "extremes", 8, prompts_per_step=16, betas=(0.45, 0.7)),
+    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.5, 1.0)),
     "8 rounds": Method(rounds=8),
-    "offline, judge": Method(labels="judge", betas=(0.15, 0.35)),
-    "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.35)),
+    "2 rounds": Method(rounds=2),
+    "offline, judge": Method(labels="judge", betas=(0.15, 0.3)),
+    "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.3)),
     "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2, 0.5)),
-    "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.35)),
+    "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.3)),
 }
 
 

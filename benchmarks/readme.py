@@ -24,7 +24,7 @@ from dpo_lab.checks import mistakes as table_of_mistakes
 from dpo_lab.engine.escaping import for_markdown
 from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
-from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
+from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_on_policy, load_sweep
 from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +232,38 @@ def goodhart() -> str:
         f"{judge['accuracy']:.0%} of {judge['held_out']:,} sentences that it was not fitted to."
     )
     return _table(header, rows) + text + _origin(found)
+
+
+def on_policy() -> str:
+    """The last policy of every method of `benchmarks/on_policy.py`, over its seeds."""
+    found = load_on_policy()
+
+    def spread(values: list[float], digits: int) -> str:
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    def line(name: str, lasts: list[dict], beta: float) -> tuple[object, ...]:
+        low, high = (statistics.mean(row["fraction"][end] for row in lasts) for end in (0, 1))
+        ends = dict.fromkeys((f"{low:.0%}", f"{high:.0%}"))
+        return (
+            name,
+            f"{beta:g}",
+            f"{statistics.mean(row['labels'] for row in lasts):,.0f}",
+            spread([row["reward"] for row in lasts], 3),
+            spread([row["kl"] for row in lasts], 2),
+            " to ".join(ends),
+            f"{statistics.mean(row['seconds'] for row in lasts):.0f}",
+        )
+
+    rows = []
+    for name in found["methods"]:
+        runs = [run for run in found["runs"] if run["method"] == name]
+        if len(runs) > 1:
+            rows.append(line(name, [run["rows"][-1] for run in runs], runs[0]["beta"]))
+    header = (
+        "method | beta | labeled completions | reward | sequence KL (nats) "
+        "| fraction of the optimal gain | seconds of one core"
+    )
+    return _table(header, rows) + _origin(found)
 
 
 def embedded_model() -> str:
@@ -849,6 +881,7 @@ BLOCKS = {
     "methods": methods,
     "spread": spread,
     "goodhart": goodhart,
+    "on policy": on_policy,
     "embedded model": embedded_model,
     "chat": chat,
     "chat samples": chat_samples,

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
         unlikelihood_loss,
     )
     from dpo_lab.models import load_model, load_tokenizer
+    from dpo_lab.online import (
+        OnlineConfig,
+        bradley_terry_label,
+        train_online_dpo,
+        train_spin,
+    )
     from dpo_lab.preferences import PairBatch, Preferences, from_rankings, from_rows, from_scores
     from dpo_lab.sampling import sample_completions, texts_of
     from dpo_lab.theory.bradley_terry import fit_bradley_terry
@@ -50,6 +56,7 @@ __all__ = [
     "DPOLoss",
     "LoopConfig",
     "MARGIN_LOSSES",
+    "OnlineConfig",
     "PairBatch",
     "Preferences",
     "Stopwatch",
@@ -59,6 +66,7 @@ __all__ = [
     "beta_explorer",
     "betas_explorer",
     "bradley_terry_explorer",
+    "bradley_terry_label",
     "bradley_terry_nll",
     "can_compact",
     "completion_batch",
@@ -87,7 +95,9 @@ __all__ = [
     "score_completions",
     "texts_of",
     "train_dpo",
+    "train_online_dpo",
     "train_sft",
+    "train_spin",
     "train_unlikelihood",
     "training_explorer",
     "tune_cpu",
@@ -118,6 +128,7 @@ _NAMES = {
     "engine.runs": ("Stopwatch",),
     "loop": ("LoopConfig",),
     "train": ("DPOConfig", "train_dpo", "train_sft", "train_unlikelihood"),
+    "online": ("OnlineConfig", "bradley_terry_label", "train_online_dpo", "train_spin"),
     "evaluate": ("evaluate_policy", "win_rate"),
     "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),
     "theory.frontier": ("best_of_n", "optimal_frontier"),

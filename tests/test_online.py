@@ -1,10 +1,8 @@
 """On-policy DPO on a tiny GPT-2: what a round is, whose log-probs it uses, what it labels."""
 
 import copy
-import re
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -386,14 +384,3 @@ def test_rounds_find_the_optimum_of_the_kl_constrained_objective(bandit):
     best -= np.logaddexp.reduce(best)
     distance = np.exp(best) @ (best - logps(policy))
     assert distance < 0.02 < 10 * 0.02 < np.exp(best) @ (best - logps(bandit))
-
-
-# the page
-
-
-def test_the_python_of_the_page_runs_as_pasted(tiny):
-    page = (Path(__file__).parent.parent / "docs" / "online.md").read_text(encoding="utf-8")
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(code.replace('name = "embedded"', f"name = {str(tiny)!r}"), names)
-    assert names["metrics"][-1]["round"] == 2
