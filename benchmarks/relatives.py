@@ -29,6 +29,7 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.relatives import AOT, CPO, ORPO, SimPO
 from dpo_lab.sentiment.results import reward_at
 from dpo_lab.sentiment.task import Task, TaskConfig
+from dpo_lab.theory.frontier import frontier_band, optimal_frontier
 from dpo_lab.train import DPOConfig, train_dpo
 
 RESULTS = ASSETS / "relatives.json"
@@ -48,6 +49,9 @@ KNOBS: dict[str, tuple[str, tuple[float, float]]] = {
 # of EXO, the paper's; of SimPO, as in its paper's figures; of CPO, TRL's
 SMOOTHING, GAMMA_RATIO, CPO_BETA = 1e-3, 0.5, 0.1
 
+# strengths of the KL constraint at which the optimum is estimated
+BETAS = np.geomspace(10, 0.01, 60)
+
 
 @dataclass(frozen=True)
 class RelativesConfig:
@@ -62,20 +66,22 @@ class RelativesConfig:
     seeds: tuple[int, ...] = (1, 2, 3)
     """of the results, each of pairs, training and sampling of its own"""
     task: TaskConfig = field(
-        default_factory=lambda: TaskConfig(prefixes=128, eval_prefixes=256, precision="float32")
+        default_factory=lambda: TaskConfig(
+            prefixes=128, eval_prefixes=128, max_new_tokens=24, precision="float32"
+        )
     )
-    """the data; its held-out prefixes are those of the shipped frontier, for every seed"""
-    final_prefixes: int = 128
-    """of the held-out ones, in the results"""
+    """the data; all seeds are evaluated on the held-out prefixes of its own seed"""
+    samples: int = 48
+    """of the reference per held-out prefix, for the optimal frontier"""
     tuning_prefixes: int = 64
     """of the held-out ones, while tuning"""
     batch_pairs: int = 32
     """pairs per step; as many completions as these have are a step of KTO"""
     steps: tuple[int, ...] = (6, 12, 18, 24)
     """after which a policy is evaluated"""
-    kl: float = 5.0
+    kl: float = 2.5
     """nats, at which rewards are compared"""
-    enough: float = 8.0
+    enough: float = 5.0
     """nats, past which a run ends"""
     out: Path = Path("runs/relatives")
     """where pairs and runs go"""
@@ -109,14 +115,28 @@ def main(config: RelativesConfig, results: Path = RESULTS) -> None:
             finish(config, best(config, method), seed)
 
     # all that is finished
+    if not (config.out / "optimal.json").exists():
+        write_json(config.out / "optimal.json", optimal(config))
     done = [method for method in KNOBS if finished(config, method)]
     found = {
         "tuning": [row for method in done for row in tuning_rows(config, method)],
         "rows": [row for method in done for row in final_rows(config, method)],
         "reference": [reference_row(config, seed) for seed in config.seeds],
+        "optimal": json.loads((config.out / "optimal.json").read_text(encoding="utf-8")),
     }
     written = {**recorded, "methods": done}
     write_json(results, {**origin, "config": written, **found})
+
+
+def optimal(config: RelativesConfig) -> dict[str, Any]:
+    """The optimal frontier on the held-out prefixes, and its 90% band."""
+    task = seeded(config, config.task.seed).task
+    scores, _ = task.score_reference(task.held_out, config.samples)
+    at = np.linspace(0, np.log(config.samples), 40)
+    found = optimal_frontier(scores, BETAS)
+    low, high = (np.where(np.isfinite(end), end, None) for end in frontier_band(scores, BETAS, at))
+    arrays = {**found._asdict(), "at": at, "low": low, "high": high}
+    return {name: array.tolist() for name, array in arrays.items()}
 
 
 def grid(config: RelativesConfig, method: str) -> list[Setting]:
@@ -220,7 +240,7 @@ class Seed:
     def evaluate(self, policy: nn.Module, step: int) -> dict[str, Any]:
         """Reward and KL of a policy, and the mean number of tokens of its completions."""
         tuning, config = self.seed == self.config.tuning_seed, self.config
-        prompts = self.held_out[: config.tuning_prefixes if tuning else config.final_prefixes]
+        prompts = self.held_out[: config.tuning_prefixes if tuning else None]
         found = evaluate_policy(
             policy,
             self.task.reference,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dpo_lab.engine.cpu import tune_cpu
     from dpo_lab.engine.runs import Stopwatch
     from dpo_lab.evaluate import evaluate_policy, win_rate
+    from dpo_lab.kto import BinaryFeedback, KTOConfig, train_kto
     from dpo_lab.logprobs import can_compact, completion_logps, score_completions
     from dpo_lab.loop import LoopConfig
     from dpo_lab.losses import (
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
         train_spin,
     )
     from dpo_lab.preferences import PairBatch, Preferences, from_rankings, from_rows, from_scores
+    from dpo_lab.relatives import (
+        AOT,
+        CPO,
+        ORPO,
+        SimPO,
+        aot_loss,
+        cpo_loss,
+        kto_loss,
+        orpo_loss,
+        simpo_loss,
+    )
     from dpo_lab.sampling import sample_completions, texts_of
     from dpo_lab.theory.bradley_terry import fit_bradley_terry
     from dpo_lab.theory.frontier import best_of_n, optimal_frontier
@@ -51,16 +63,23 @@ if TYPE_CHECKING:
     from dpo_lab.widgets.landscape import landscape_explorer
 
 __all__ = [
+    "AOT",
+    "BinaryFeedback",
+    "CPO",
     "CompletionBatch",
     "DPOConfig",
     "DPOLoss",
+    "KTOConfig",
     "LoopConfig",
     "MARGIN_LOSSES",
+    "ORPO",
     "OnlineConfig",
     "PairBatch",
     "Preferences",
+    "SimPO",
     "Stopwatch",
     "__version__",
+    "aot_loss",
     "bandit_explorer",
     "best_of_n",
     "beta_explorer",
@@ -71,6 +90,7 @@ __all__ = [
     "can_compact",
     "completion_batch",
     "completion_logps",
+    "cpo_loss",
     "dpo_loss",
     "dpo_loss_from_pairs",
     "evaluate_policy",
@@ -81,6 +101,7 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "implicit_reward",
+    "kto_loss",
     "landscape_explorer",
     "live_curves",
     "load_model",
@@ -88,13 +109,16 @@ __all__ = [
     "objective_value",
     "optimal_frontier",
     "optimal_policy",
+    "orpo_loss",
     "plackett_luce_loss",
     "ppo_clip_loss",
     "reward_model_loss",
     "sample_completions",
     "score_completions",
+    "simpo_loss",
     "texts_of",
     "train_dpo",
+    "train_kto",
     "train_online_dpo",
     "train_sft",
     "train_spin",
@@ -128,6 +152,18 @@ _NAMES = {
     "engine.runs": ("Stopwatch",),
     "loop": ("LoopConfig",),
     "train": ("DPOConfig", "train_dpo", "train_sft", "train_unlikelihood"),
+    "relatives": (
+        "AOT",
+        "CPO",
+        "ORPO",
+        "SimPO",
+        "aot_loss",
+        "cpo_loss",
+        "kto_loss",
+        "orpo_loss",
+        "simpo_loss",
+    ),
+    "kto": ("BinaryFeedback", "KTOConfig", "train_kto"),
     "online": ("OnlineConfig", "bradley_terry_label", "train_online_dpo", "train_spin"),
     "evaluate": ("evaluate_policy", "win_rate"),
     "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),

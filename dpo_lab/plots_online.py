@@ -10,6 +10,7 @@ from dpo_lab.engine.arguments import floats
 from dpo_lab.engine.escaping import for_figure
 from dpo_lab.plots import METHODS, OPTIMUM, check_labels, looks
 from dpo_lab.plots_judges import MARKERS, count_ticks
+from dpo_lab.theory.frontier import OptimalFrontier
 
 
 def plot_means(
@@ -126,3 +127,84 @@ def plot_online(
     handles, shown = panels[0].get_legend_handles_labels()
     figure.legend(handles, shown, frameon=False, loc="outside upper center", ncols=4)
     return figure
+
+
+def plot_relatives(found: Mapping[str, Any]) -> Figure:
+    """DPO and its relatives on one task: reward against KL on the left, and at one KL on the right.
+
+    On the left the mean over seeds at each evaluation, with standard errors in both directions, and
+    the optimal frontier with its 90% band. On the right the reward of each method where it has
+    `config["kl"]` nats: the mean over seeds with its standard error, and a small point per seed.
+    The figure says what was trained on; no general ranking follows from it.
+
+    Args:
+        found: as `sentiment.load_relatives` gives it.
+
+    Raises:
+        ValueError: no run.
+    """
+    if not found["rows"]:
+        raise ValueError("found['rows'] is empty; give at least one run")
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    figure = Figure(figsize=(9.6, 4.4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    _optimum(left, found["optimal"])
+    before = np.mean([row["reward"] for row in found["reference"]])
+    left.plot(0, before, "k.", label="reference")
+
+    kl, task = found["config"]["kl"], found["config"]["task"]
+    for k, (method, (color, marker)) in enumerate(zip(methods, looks(METHODS, MARKERS))):
+        runs = [row for row in found["rows"] if row["method"] == method]
+
+        # the evaluations that all seeds have
+        fewest = min(len(run["evaluations"]) for run in runs)
+        rewards, kls = (
+            np.array([[row[name] for row in run["evaluations"][:fewest]] for run in runs])
+            for name in ("reward", "kl")
+        )
+        look = {"color": color, "marker": marker, "markersize": 4, "capsize": 2}
+        (x, dx), (y, dy) = map(_mean_and_error, (kls, rewards))
+        left.errorbar(x, y, dy, dx, label=for_figure(method), **look)
+
+        at = np.array([run["reward_at_kl"] for run in runs])
+        mean, error = _mean_and_error(at)
+        right.errorbar(k, mean, error, **look)
+        right.plot([k + 0.2] * len(at), at, marker, color=color, markersize=2.5, alpha=0.5)
+
+    best = np.interp(kl, *_valid(found["optimal"]), right=np.nan)
+    right.axhline(best, color=OPTIMUM, linestyle="--", linewidth=1)
+    left.axvline(kl, color=OPTIMUM, linestyle=":", linewidth=1)
+    left.set(xlabel="sequence KL to the reference (nats)", ylabel="mean reward, P(positive)")
+    right.set_title(f"where a run has {kl:g} nats", fontsize=10)
+    right.set_xticks(range(len(methods)), [for_figure(name) for name in methods], rotation=45)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.suptitle(
+        f"Sentiment of film reviews, {task['max_new_tokens']} tokens, pairs from "
+        f"{task['prefixes']:,} prefixes, {len(found['config']['seeds'])} seeds",
+        fontsize=10,
+    )
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=6, fontsize=9)
+    return figure
+
+
+def _optimum(axes: Any, optimal: Mapping[str, Sequence[float]]) -> None:
+    """The optimal frontier where its estimate is valid, with its band."""
+    axes.plot(*_valid(optimal), color=OPTIMUM, linestyle="--", label="optimum")
+    at, low, high = (np.array(optimal[name], dtype=np.float64) for name in ("at", "low", "high"))
+    axes.fill_between(at, low, high, color=OPTIMUM, alpha=0.15, linewidth=0)
+
+
+def _valid(optimal: Mapping[str, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """KL and reward of the optimal frontier, in the order of the KL, where it is valid."""
+    found = OptimalFrontier(*(np.array(optimal[name]) for name in OptimalFrontier._fields))
+    order = np.argsort(found.kl[found.valid])
+    return found.kl[found.valid][order], found.reward[found.valid][order]
+
+
+def _mean_and_error(values: np.ndarray) -> tuple[Any, Any]:
+    """Mean over the first axis, and its standard error; no error for a single value."""
+    n = len(values)
+    return values.mean(0), values.std(0, ddof=1) / n**0.5 if n > 1 else None

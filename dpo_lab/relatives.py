@@ -261,9 +261,11 @@ def kto_loss(
 
     ratios = policy_logps - reference_logps  # (R,)
     signs = torch.where(desirable, 1.0, -1.0).to(ratios)
-    weights = torch.where(desirable, desirable_weight, undesirable_weight).to(ratios)
-    values = torch.sigmoid(signs * beta * (ratios - z0.detach()))
-    losses, slopes = weights * (1 - values), weights * values * (1 - values)
+    sides = ratios.new_tensor([undesirable_weight, desirable_weight])
+    weights = sides[desirable.long()]
+    gains = signs * beta * (ratios - z0.detach())
+    losses = weights * torch.sigmoid(-gains)
+    slopes = losses * torch.sigmoid(gains)
     return KTOLoss(losses, (beta * ratios).detach(), slopes.detach())
 
 

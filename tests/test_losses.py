@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_in_the_table_is_named_with_those_that_are(monkeypatc
             GOOD | {"loss_type": name},
             dpo_loss,
             ValueError,
-            [f"loss_type is {name!r}", "sigmoid, ipo, hinge, robust, exponential"],
+            [f"loss_type is {name!r}", "sigmoid, ipo, hinge, robust, exo_pair, exponential"],
         )
 
 
@@ -476,7 +476,7 @@ BAD = [  # what is changed in GOOD, the error, words that its message must hold
         (
             {"label_smoothing": 0.1, "loss_type": kind},
             ValueError,
-            ["label_smoothing is 0.1", f"loss_type='{kind}'", "sigmoid and robust"],
+            ["label_smoothing is 0.1", f"loss_type='{kind}'", "sigmoid, robust and exo_pair"],
         )
         for kind in ("ipo", "hinge")
     ),

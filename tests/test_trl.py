@@ -3,24 +3,44 @@
 import copy
 import re
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_reviews
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig as TRLConfig
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer
+from trl import KTOConfig as TRLKTOConfig
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+import dpo_lab
 from dpo_lab.batching import completion_batch
-from dpo_lab.logprobs import completion_logps
+from dpo_lab.kto import BinaryFeedback, KTOConfig, KTOObjective
+from dpo_lab.logprobs import Scorer, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model
 from dpo_lab.preferences import from_rankings, from_rows, from_scores
-from dpo_lab.train import DPOConfig, plan_prompts, train_dpo
+from dpo_lab.relatives import aot_loss, cpo_loss, orpo_loss, simpo_loss
+from dpo_lab.train import DPOConfig, check_config, plan_prompts, train_dpo
 
 EOS = 0
+
+# of TRL's trainers, on this machine
+SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture
@@ -52,18 +72,10 @@ def make_trainer(tiny, tokenizer, reference, tmp_path):
     """TRL's trainer of the tiny model as transformers loads it, in float32."""
 
     def make(preferences, **settings):
-        settings = {
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-        } | settings
         return DPOTrainer(
             AutoModelForCausalLM.from_pretrained(tiny),
             ref_model=copy.deepcopy(reference),
-            args=TRLConfig(
-                output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **settings
-            ),
+            args=TRLConfig(output_dir=str(tmp_path), **SETTINGS | settings),
             train_dataset=preferences.to_trl(tokenizer),
             processing_class=tokenizer,
         )
@@ -201,6 +213,7 @@ def test_a_token_across_the_boundary_and_half_a_character_are_other_tokens(token
         ("hinge", "sum", 0.1, 0),
         ("ipo", "mean", 0.5, 0),
         ("robust", "sum", 0.1, 0.2),
+        ("exo_pair", "sum", 0.1, 0.01),
     ],
 )
 def test_losses_rewards_and_gradients_are_those_of_trl(
@@ -243,6 +256,98 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
         assert 0 < scale and torch.allclose(
             parameter.grad, theirs[name].grad, atol=1e-5 * scale, rtol=0
         ), name
+
+
+def test_aot_sorts_the_same_ratios(preferences, tiny, reference, make_trainer):
+    p = preferences
+    batch = completion_batch(p.prompts, p.completions, p.prompt_of.tolist())
+    chosen, rejected = torch.from_numpy(p.chosen), torch.from_numpy(p.rejected)
+    with torch.no_grad():
+        logps, known = (completion_logps(m, batch) for m in (load_model(str(tiny)), reference))
+    ours = aot_loss(logps, known, chosen, rejected, 0.1).losses.mean()
+    theirs, _ = trl_loss(make_trainer(p, beta=0.1, loss_type=["aot"]), range(len(chosen)))
+    plain = dpo_loss(logps, known, chosen, rejected, 0.1).losses.mean()
+    assert float(ours) == pytest.approx(theirs.item(), rel=1e-5) and abs(ours - plain) > 1e-4
+
+
+def test_the_losses_without_a_reference_are_those_of_trl_s_trainers():
+    """Its losses as it computes them from log-probs, which for SimPO and ORPO are means."""
+    logps, lengths = torch.tensor([-22.0, -31.5, -27.0, -14.5]), torch.tensor([8, 12, 9, 5])
+    chosen, rejected = torch.tensor([0, 2, 0]), torch.tensor([1, 3, 3])
+    sides = [logps[chosen], logps[rejected]]
+    means = [(logps / lengths)[side] for side in (chosen, rejected)]
+    settings = {"alpha": 0.0, "label_smoothing": 0, "accelerator": SimpleNamespace(device="cpu")}
+
+    simpo = SimpleNamespace(loss_type="simpo", beta=2.0, simpo_gamma=1.0, **settings)
+    theirs, *rewards = CPOTrainer.cpo_loss(simpo, *means)
+    ours = simpo_loss(logps, lengths, chosen, rejected, 2.0, gamma=1.0)
+    assert ours.losses.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert ours.margins.tolist() == pytest.approx((rewards[0] - rewards[1]).tolist(), rel=1e-5)
+
+    cpo = SimpleNamespace(loss_type="sigmoid", beta=0.1, **settings)
+    theirs, *_ = CPOTrainer.cpo_loss(cpo, *sides)
+    ours = cpo_loss(logps, lengths, chosen, rejected, 0.1, alpha=0.0)
+    assert ours.losses.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+
+    orpo = SimpleNamespace(beta=0.3, accelerator=settings["accelerator"])
+    theirs, _, _, _, odds = ORPOTrainer.odds_ratio_loss(orpo, *means)
+    ours = orpo_loss(logps, lengths, chosen, rejected, 0.3)
+    assert (ours.losses + means[0]).tolist() == pytest.approx((-theirs).tolist(), rel=1e-4)
+    assert float(ours.margins.mean()) == pytest.approx(odds.item(), rel=1e-4)
+
+
+def test_kto_is_that_of_trl(tiny, tokenizer, reference, tmp_path):
+    """Two rows: each completion is the mismatched one of the other, here as there."""
+    rows = [
+        {"prompt": "This film", "completion": " was a joy", "label": True},
+        {"prompt": "The plot", "completion": " was such a bore", "label": False},
+    ]
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.75}
+    trainer = KTOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny),
+        ref_model=copy.deepcopy(reference),
+        args=TRLKTOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            beta=0.3,
+            **{**SETTINGS, **weights},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    found = BinaryFeedback.from_rows(rows, tokenizer, context=64).with_reference(reference)
+    ids = [(row["prompt_ids"], row["completion_ids"]) for row in trainer.train_dataset]
+    assert ids == list(zip(found.prompts, found.completions))
+
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    theirs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+    policy = load_model(str(tiny))
+    config = KTOConfig(beta=0.3, batch_completions=2, **weights)
+    objective = KTOObjective(policy, found, config, seed=0)
+    (micro,) = objective.micro_batches(0, 1)
+    ours, sums = objective.loss(Scorer(policy), micro)
+    assert ours.item() / 2 == pytest.approx(theirs.item(), rel=1e-4)
+    assert ours.item() / 2 != pytest.approx(0.5625, rel=1e-2) and sums["kl"] >= 0
+
+
+def test_every_call_in_the_table_of_losses_is_one(tmp_path):
+    """The last two columns of docs/losses.md, as Python."""
+    page = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(table) == 13
+    settings = {"output_dir": str(tmp_path), **SETTINGS}
+    ours = {name: getattr(dpo_lab, name) for name in dpo_lab.__all__}
+    theirs = {
+        one.__name__: partial(one, **settings)
+        for one in (TRLConfig, TRLKTOConfig, CPOConfig, ORPOConfig)
+    }
+    for line in table:
+        here, there = line.split(" | ")[-2:]
+        for column, names in ((here, ours), (there, theirs)):
+            for code in re.findall("`(.*?)`", column):
+                made = eval(code, dict(names))
+                if isinstance(made, DPOConfig):
+                    check_config(made)
 
 
 def test_a_run_of_trl_logs_what_ours_does(preferences, tiny, tokenizer, reference, make_trainer):
