@@ -32,8 +32,7 @@ SMALL = {
         "prefixes": 24,
         "eval_prefixes": 24,
         "live_rounds": 2,
-        "seeds": 12,
-        "budgets": (60, 480, 7_680),
+        "budgets": (480, 7_680),
         "many_rounds": (1, 4, 24),
     },
     "06_preference_data": {
