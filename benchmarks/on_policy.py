@@ -13,7 +13,7 @@ estimated. Writes dpo_lab/assets/on_policy.json. Runs that are in `--config.out`
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -71,19 +71,29 @@ class Method:
     """that are tried"""
     learning_rate: float = 7e-5
     """of AdamW on all weights, in the first round; falls to zero in each"""
+    tuned_as: str = ""
+    """another method, whose beta it takes"""
 
+
+BEST_AND_WORST = Method(labels="extremes", k=8, prompts_per_step=16, betas=(0.45, 0.7))
 
 METHODS = {
     "offline": Method(),
     "4 rounds": Method(rounds=4),
-    "offline, best and worst": Method(1, "extremes", 8, prompts_per_step=16, betas=(0.45, 0.7)),
-    "4 rounds, best and worst": Method(4, "extremes", 8, prompts_per_step=16, betas=(0.45, 0.7)),
+    "offline, best and worst": BEST_AND_WORST,
+    "4 rounds, best and worst": replace(BEST_AND_WORST, rounds=4),
     "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.5, 1.0)),
-    "8 rounds": Method(rounds=8),
-    "2 rounds": Method(rounds=2),
+    "8 rounds, best and worst, 8 times the labels": replace(
+        BEST_AND_WORST, rounds=8, size=8, tuned_as="4 rounds, best and worst"
+    ),
     "offline, judge": Method(labels="judge", betas=(0.15, 0.3)),
     "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.3)),
     "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2, 0.5)),
+    "8 rounds": Method(rounds=8),
+    "offline, best and worst, 8 times the labels": replace(
+        BEST_AND_WORST, size=8, tuned_as="offline, best and worst"
+    ),
+    "2 rounds": Method(rounds=2),
     "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.3)),
 }
 
@@ -132,12 +142,13 @@ def main(config: OnPolicyConfig, results: Path = RESULTS) -> None:
 
     # tune, then run the seeds
     for name in config.only:
-        tuning = [(name, beta, TUNING_SEED) for beta in METHODS[name].betas]
+        tuned = METHODS[name].tuned_as or name
+        tuning = [(tuned, beta, TUNING_SEED) for beta in METHODS[tuned].betas]
         for run in tuning:
             bench.finish(*run, until=began + 60 * config.minutes)
         if all(bench.path(*run).exists() for run in tuning):
             for seed in config.seeds:
-                bench.finish(name, bench.best_beta(name), seed, until=began + 60 * config.minutes)
+                bench.finish(name, bench.best_beta(tuned), seed, until=began + 60 * config.minutes)
         write_json(results, {**origin, "config": recorded, **bench.found()})
 
 
