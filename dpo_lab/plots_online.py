@@ -116,7 +116,7 @@ def plot_online(
                 costs[:, -1], fractions[:, -1], marker, color=color, markersize=2.5, alpha=0.5
             )
 
-    for axes, label in zip(panels, ("labeled completions", "seconds of one core, training alone")):
+    for axes, label in zip(panels, ("labeled completions", "seconds of one core")):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
