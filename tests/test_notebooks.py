@@ -29,8 +29,8 @@ SMALL = {
         "beta_eval_prefixes": 16,
     },
     "05c_on_policy_dpo": {
-        "prefixes": 24,
-        "eval_prefixes": 24,
+        "prefixes": 64,
+        "eval_prefixes": 16,
         "live_rounds": 2,
         "budgets": (480, 7_680),
         "many_rounds": (1, 4, 24),
