@@ -28,9 +28,10 @@ from dpo_lab.engine.cpu import tune_cpu
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.evaluate import evaluate_policy
 from dpo_lab.judges import biased_judge, judge_label
+from dpo_lab.labels import Label, best_and_worst_label, bradley_terry_label
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import end_tokens
-from dpo_lab.online import Label, OnlineConfig, bradley_terry_label, train_online_dpo, train_spin
+from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
 from dpo_lab.rlhf.ppo import text_reward
 from dpo_lab.sentiment.results import load_sweep
 from dpo_lab.sentiment.reviews import sample_continuations
@@ -79,7 +80,7 @@ BEST_AND_WORST = Method(labels="extremes", k=8, prompts_per_step=16, betas=(0.45
 
 METHODS = {
     "offline": Method(),
-    "4 rounds": Method(rounds=4),
+    "4 rounds": Method(rounds=4, betas=(0.27, 0.35, 0.5)),
     "offline, best and worst": BEST_AND_WORST,
     "4 rounds, best and worst": replace(BEST_AND_WORST, rounds=4),
     "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.5, 1.0)),
@@ -89,11 +90,11 @@ METHODS = {
     "offline, judge": Method(labels="judge", betas=(0.15, 0.3)),
     "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.3)),
     "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2, 0.5)),
-    "8 rounds": Method(rounds=8),
+    "8 rounds": Method(rounds=8, betas=(0.27, 0.35)),
     "offline, best and worst, 8 times the labels": replace(
         BEST_AND_WORST, size=8, tuned_as="offline, best and worst"
     ),
-    "2 rounds": Method(rounds=2),
+    "2 rounds": Method(rounds=2, betas=(0.3, 0.4)),
     "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.3)),
 }
 
@@ -185,15 +186,17 @@ class Bench:
 
     def best_beta(self, name: str) -> float:
         """The beta whose last policy has the largest fraction of the optimal gain within `WITHIN`
-        nats, or is nearest to them where none is within.
+        nats, or is nearest to them where none is within; of the betas that were tried so far.
         """
+        name = METHODS[name].tuned_as or name
 
         def value(beta: float) -> float:
             path = self.path(name, beta, TUNING_SEED)
             last = json.loads(path.read_text(encoding="utf-8"))["rows"][-1]
             return last["fraction"][0] if last["kl"] <= WITHIN else WITHIN - last["kl"]
 
-        return max(METHODS[name].betas, key=value)
+        tried = [b for b in METHODS[name].betas if self.path(name, b, TUNING_SEED).exists()]
+        return max(tried, key=value)
 
     def found(self) -> dict[str, Any]:
         """The finished runs, those that tuned apart, and the settings of each method."""
@@ -201,11 +204,15 @@ class Bench:
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         order = list(METHODS)
         runs.sort(key=lambda run: (order.index(run["method"]), run["beta"], run["seed"]))
+        tuning = [run for run in runs if run["seed"] == TUNING_SEED]
+        seeds = [run for run in runs if run["seed"] != TUNING_SEED]
+        best = {run["method"]: self.best_beta(run["method"]) for run in seeds}
         return {
             "within": WITHIN,
             "methods": {name: asdict(method) for name, method in METHODS.items()},
-            "tuning": [run for run in runs if run["seed"] == TUNING_SEED],
-            "runs": [run for run in runs if run["seed"] != TUNING_SEED],
+            "tuning": tuning,
+            "runs": [run for run in seeds if run["beta"] == best[run["method"]]],
+            "other_betas": [run for run in seeds if run["beta"] != best[run["method"]]],
         }
 
 
@@ -284,7 +291,7 @@ class Run:
             judge = biased_judge(task.reward, accuracy=config.accuracy, seed=self.seed)
             return judge_label(judge, task.tokenizer, k=k, seed=self.seed)
         if self.method.labels == "extremes":
-            return lambda prompts, completions: extremes(rewards(prompts, completions), k)
+            return best_and_worst_label(rewards, k=k)
         return rewards
 
     def counted(self, label: Label) -> Label:
@@ -344,14 +351,6 @@ class Run:
         }
         self.unpaid += time.process_time() - began
         return row, found
-
-
-def extremes(rewards: np.ndarray, k: int) -> np.ndarray:
-    """The best and the worst of the k completions of each prompt, (P, 2), unless all are equal."""
-    rows = rewards.reshape(-1, k)
-    firsts = k * np.arange(len(rows))
-    pairs = np.stack([firsts + rows.argmax(1), firsts + rows.argmin(1)], 1)
-    return pairs[rows.max(1) > rows.min(1)]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpo_lab.engine.runs import Stopwatch
     from dpo_lab.evaluate import evaluate_policy, win_rate
     from dpo_lab.kto import BinaryFeedback, KTOConfig, train_kto
+    from dpo_lab.labels import bradley_terry_label
     from dpo_lab.logprobs import can_compact, completion_logps, score_completions
     from dpo_lab.loop import LoopConfig
     from dpo_lab.losses import (
@@ -27,12 +28,7 @@ if TYPE_CHECKING:
         unlikelihood_loss,
     )
     from dpo_lab.models import load_model, load_tokenizer
-    from dpo_lab.online import (
-        OnlineConfig,
-        bradley_terry_label,
-        train_online_dpo,
-        train_spin,
-    )
+    from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
     from dpo_lab.preferences import PairBatch, Preferences, from_rankings, from_rows, from_scores
     from dpo_lab.relatives import (
         AOT,
@@ -152,6 +148,8 @@ _NAMES = {
     "engine.runs": ("Stopwatch",),
     "loop": ("LoopConfig",),
     "train": ("DPOConfig", "train_dpo", "train_sft", "train_unlikelihood"),
+    "labels": ("bradley_terry_label",),
+    "online": ("OnlineConfig", "train_online_dpo", "train_spin"),
     "relatives": (
         "AOT",
         "CPO",
@@ -164,7 +162,6 @@ _NAMES = {
         "simpo_loss",
     ),
     "kto": ("BinaryFeedback", "KTOConfig", "train_kto"),
-    "online": ("OnlineConfig", "bradley_terry_label", "train_online_dpo", "train_spin"),
     "evaluate": ("evaluate_policy", "win_rate"),
     "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),
     "theory.frontier": ("best_of_n", "optimal_frontier"),

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,77 +21,23 @@ from dpo_lab.engine.arguments import (
     at_least,
     checked,
     finite_positive,
-    floats,
     folder,
     integer,
     settled,
     token_lists,
 )
 from dpo_lab.engine.checkpoints import weights_hash
+from dpo_lab.engine.distributed import world_size
 from dpo_lab.engine.records import data_hash, training_run, weights_record
 from dpo_lab.engine.runs import write_json
+from dpo_lab.labels import Label, joined, labeled_preferences, spin_preferences
 from dpo_lab.logprobs import Precision
 from dpo_lab.loop import Callback, check_policy
 from dpo_lab.models import check_same_vocabulary
 from dpo_lab.own_loss import OwnLoss
-from dpo_lab.preferences import Preferences, Report
+from dpo_lab.preferences import Preferences
 from dpo_lab.sampling import sample_with_logps
 from dpo_lab.train import DPOConfig, check_config, train_dpo
-
-Label = Callable[[list[list[int]], list[list[int]]], Any]
-"""A labeler: called with N prompts and N completions as token ids, the completions of one prompt
-one after the other. It gives N rewards, of which the higher one of a prompt is chosen; or pairs
-(P, 2), the index of the chosen completion and that of the rejected one. `rlhf.text_reward` makes
-one of a reward of texts, `judges.judge_label` one of a judge."""
-
-
-def bradley_terry_label(
-    reward: Label, *, k: int, scale: float, votes: int = 1, seed: int = 0
-) -> Label:
-    """A labeler whose votes on every two completions of a prompt are drawn by Bradley-Terry.
-
-    A vote prefers the first completion with probability sigma((r_1 - r_2) / scale). These are the
-    labels that DPO's derivation assumes: its optimum is then that of the objective with the reward
-    r / scale, while labels without error have none for a single pair. Many votes stand for the
-    probability itself.
-
-    Args:
-        reward: gives N rewards.
-        k: completions per prompt, as in `OnlineConfig`.
-        scale: rewards per unit of log-odds, positive.
-        votes: on each pair, at least 1; each becomes a pair.
-        seed: of the votes, with the rewards.
-
-    Raises:
-        ValueError, TypeError: a bad argument; when asked: rewards of another shape.
-
-    Source: Eq. 1 of Rafailov et al. 2023.
-    """
-    scale, k, votes = finite_positive("scale", scale), integer("k", k), integer("votes", votes)
-    for name, value, least in (("k", k, 2), ("votes", votes, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-
-    def label(prompts: list[list[int]], completions: list[list[int]]) -> np.ndarray:
-        rewards, n = floats("reward", reward(prompts, completions)), len(completions)
-        if rewards.shape != (n,) or n % k:
-            raise ValueError(
-                f"reward gave the shape {rewards.shape} for {n} completions, {k} of each prompt; "
-                "it must be (N,), and k the number that was drawn"
-            )
-        _check_rewards(rewards)
-
-        # every two completions of a prompt, and how many votes the first of them gets
-        i, j = np.triu_indices(k, 1)
-        firsts = k * np.arange(n // k)[:, None]
-        pairs = np.stack([firsts + i, firsts + j], -1).reshape(-1, 2)
-        log_odds = (rewards[pairs[:, 0]] - rewards[pairs[:, 1]]) / scale
-        rng = np.random.default_rng([seed, int(data_hash(rewards), 16)])
-        won = rng.binomial(votes, np.exp(-np.logaddexp(0, -log_odds)))
-        both = np.concatenate([pairs, pairs[:, ::-1]])
-        return np.repeat(both, np.concatenate([won, votes - won]), axis=0)
-
-    return label
 
 
 @dataclass(frozen=True)
@@ -219,36 +164,6 @@ def train_online_dpo(
     return rounds.train(collect, describe, run, resume, options)
 
 
-def spin_preferences(
-    prompts: Sequence[Sequence[int]],
-    human: Sequence[Sequence[int]],
-    samples: Sequence[Sequence[Sequence[int]]],
-) -> Preferences:
-    """Pairs of self-play: the human completion of each prompt is chosen over the policy's own.
-
-    Args:
-        prompts: token ids of M prompts.
-        human: token ids of the completion that a person wrote to each, with EOS where it ends.
-        samples: token ids of k completions of each that the policy drew.
-
-    Raises:
-        ValueError, TypeError: there are not equally many of each, or no sample differs from the
-            human text.
-
-    Source: Chen et al. 2024, Algorithm 1; the pairs are those of its Eq. 4.7.
-    """
-    prompts, human = token_lists("prompts", prompts), token_lists("human", human)
-    if not len(prompts) == len(human) == len(samples):
-        raise ValueError(
-            f"{len(prompts)} prompts, {len(human)} human completions, {len(samples)} lists of "
-            "samples; one each"
-        )
-    rows = [[text, *own] for text, own in zip(human, samples)]
-    firsts = np.cumsum([0] + [len(row) for row in rows[:-1]])
-    pairs = [(first, first + j) for first, row in zip(firsts, rows) for j in range(1, len(row))]
-    return labeled_preferences(prompts, rows, np.array(pairs, dtype=np.int64).reshape(-1, 2))
-
-
 @checked
 def train_spin(
     policy: nn.Module,
@@ -301,107 +216,6 @@ def train_spin(
     return rounds.train(collect, describe, run, resume, options)
 
 
-# pairs
-
-
-def labeled_preferences(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[Sequence[int]]],
-    labels: Any,
-) -> Preferences:
-    """Preferences of M prompts with completions of each, as sampled, from what a `Label` gave.
-
-    Args:
-        prompts: token ids.
-        completions: a list for each prompt, N completions in all.
-        labels: (N,) rewards, of which every two of a prompt make a pair, equal ones left out; or
-            (P, 2) pairs, the chosen and the rejected completion as indices into the N.
-
-    Raises:
-        ValueError, TypeError: labels of another shape, a reward that is not finite, an index that
-            is none; or no pair is left.
-    """
-    prompts = token_lists("prompts", prompts)
-    sizes = [len(row) for row in completions]
-    flat = token_lists("completions", [ids for row in completions for ids in row])
-    values, n = floats("labels", labels), len(flat)
-    scores, ties = None, 0
-
-    if values.shape == (n,):
-        _check_rewards(values)
-        scores, pairs = values, _ranked(values, sizes)
-        ties = sum(size * (size - 1) // 2 for size in sizes) - len(pairs)
-    elif values.ndim == 2 and values.shape[1] == 2:
-        pairs = _checked_pairs(values, n)
-    else:
-        raise ValueError(
-            f"labels have the shape {values.shape} for {n} completions; they must be (N,), a "
-            "reward each, or (P, 2), the indices of each pair's chosen and rejected completion"
-        )
-
-    # what is the same text teaches nothing
-    differ = np.array([flat[c] != flat[r] for c, r in pairs], dtype=bool)
-    kept = pairs[differ]
-    report = Report(
-        pairs=len(kept),
-        ties=ties,
-        identical=len(pairs) - len(kept),
-        duplicated=len(kept) - len(np.unique(kept, axis=0)),
-    )
-    owners = np.repeat(np.arange(len(prompts)), sizes)
-    sides = {"chosen": kept[:, 0], "rejected": kept[:, 1]}
-    return Preferences(prompts, flat, owners, scores=scores, report=report, **sides)
-
-
-def _ranked(rewards: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Every two completions of a prompt with different rewards, the higher one first, (P, 2)."""
-    found = []
-    for first, size in zip(np.cumsum([0, *sizes]), sizes):
-        for a, b in combinations(range(first, first + size), 2):
-            if rewards[a] != rewards[b]:
-                found.append((a, b) if rewards[a] > rewards[b] else (b, a))
-    return np.array(found, dtype=np.int64).reshape(-1, 2)
-
-
-def _check_rewards(rewards: np.ndarray) -> None:
-    wrong = np.flatnonzero(~np.isfinite(rewards))
-    if len(wrong):
-        raise ValueError(f"labels[{wrong[0]}] is {rewards[wrong[0]]}; a reward must be finite")
-
-
-def _checked_pairs(values: np.ndarray, n: int) -> np.ndarray:
-    """(P, 2) indices of completions; `Preferences` checks that both are of one prompt."""
-    pairs = values.astype(np.int64)
-    wrong = np.argwhere((pairs != values) | (pairs < 0) | (pairs >= n))
-    if len(wrong):
-        i, j = wrong[0]
-        raise ValueError(
-            f"labels[{i}, {j}] is {values[i, j]:g}; with {n} completions the index of one must be "
-            f"an integer in 0..{n - 1}"
-        )
-    return pairs
-
-
-def joined(parts: Sequence[Preferences]) -> Preferences:
-    """The pairs of several preferences as one; prompts and completions stay apart.
-
-    Reference log-probs are kept, without their key, where all of `parts` have them.
-    """
-    prompts = np.cumsum([0] + [len(part.prompts) for part in parts[:-1]])
-    firsts = np.cumsum([0] + [len(part.completions) for part in parts[:-1]])
-    known = all(part.reference_logps is not None for part in parts)
-    return Preferences(
-        [ids for part in parts for ids in part.prompts],
-        [ids for part in parts for ids in part.completions],
-        np.concatenate([part.prompt_of + first for part, first in zip(parts, prompts)]),
-        np.concatenate([part.chosen + first for part, first in zip(parts, firsts)]),
-        np.concatenate([part.rejected + first for part, first in zip(parts, firsts)]),
-        reference_logps=np.concatenate([p.reference_logps for p in parts]) if known else None,
-        reference_precision=parts[0].reference_precision,
-        report=Report(pairs=sum(len(part.chosen) for part in parts)),
-    )
-
-
 # rounds
 
 
@@ -417,6 +231,11 @@ class _Rounds:
         seed: int,
     ):
         check_online(config)
+        if world_size() > 1:
+            raise ValueError(
+                f"there are {world_size()} processes; rounds are sampled and labeled by one, so "
+                "launch it once"
+            )
         check_policy(policy, config.dpo.loop, adapters=bool(config.dpo.lora_rank))
         self.policy, self.precision = policy.eval(), precision
         self.config, self.seed = settled(config), integer("seed", seed)
@@ -493,7 +312,8 @@ class _Rounds:
         try:
             preferences, found = collect(number)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"round {number}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"round {number}: {error}") from error
         if costs is not None:
             place.mkdir(parents=True, exist_ok=True)
             preferences.save(place / "preferences")

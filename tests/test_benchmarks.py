@@ -27,7 +27,7 @@ from dpo_lab.loop import LoopConfig  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
 from dpo_lab.sentiment import reviews  # noqa: E402
-from dpo_lab.sentiment.results import load_goodhart  # noqa: E402
+from dpo_lab.sentiment.results import load_goodhart, load_on_policy, load_sweep  # noqa: E402
 from dpo_lab.sentiment.task import TaskConfig  # noqa: E402
 
 # each in a fork of one process: what they load takes longer than what they do
@@ -325,5 +325,24 @@ def test_the_best_beta_is_the_one_with_most_of_the_gain_within_the_limit(tmp_pat
         ends(small, kl_small, 0.9)
         ends(large, kl_large, 0.8)
         assert bench.best_beta("offline") == best
-    pairs = on_policy.extremes(np.array([1.0, 3.0, 2.0, 5.0, 5.0, 5.0]), 3)
-    assert pairs.tolist() == [[1, 0]]
+
+
+def test_the_recorded_on_policy_runs_hold_together():
+    found, sweep = load_on_policy(), load_sweep()
+    assert {run["method"] for run in found["runs"]} <= set(found["methods"])
+    for run in found["runs"]:
+        method, rows = found["methods"][run["method"]], run["rows"]
+        labels = [row["labels"] for row in rows]
+        assert labels == sorted(labels)
+        human, size = method["labels"] == "human", method["size"]
+        assert labels[-1] == (0 if human else size * found["config"]["completions"])
+        for row in rows:
+            bounds = sweep.fraction_bounds(row["reward"], row["kl"])
+            assert row["fraction"] == pytest.approx(bounds)
+
+        # the beta is the one that the tuning runs chose
+        tuned = method["tuned_as"] or run["method"]
+        ends = {t["beta"]: t["rows"][-1] for t in found["tuning"] if t["method"] == tuned}
+        within = {b: r["fraction"][0] for b, r in ends.items() if r["kl"] <= found["within"]}
+        if within:
+            assert run["beta"] == max(within, key=within.get)

@@ -13,16 +13,15 @@ from transformers import GPT2LMHeadModel, set_seed
 
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.judges import judge_label, reward_judge
-from dpo_lab.loop import LoopConfig
-from dpo_lab.online import (
-    OnlineConfig,
+from dpo_lab.labels import (
+    best_and_worst_label,
     bradley_terry_label,
     joined,
     labeled_preferences,
     spin_preferences,
-    train_online_dpo,
-    train_spin,
 )
+from dpo_lab.loop import LoopConfig
+from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
 from dpo_lab.preferences import Preferences, from_scores
 from dpo_lab.sampling import sample_with_logps
 from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config
@@ -307,6 +306,16 @@ def test_votes_are_drawn_by_bradley_terry():
     expected = 1 / (1 + np.exp(-2.0))
     assert abs((pairs[:, 0] == 0).mean() - expected) < 4 * (expected / 20_000) ** 0.5
     np.testing.assert_array_equal(pairs, label([[0], [0]], [[1], [2]]))
+
+
+def test_the_best_of_a_prompt_is_compared_with_its_worst():
+    rewards = np.array([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
+    label = best_and_worst_label(lambda prompts, completions: rewards, k=3)
+    assert label([[0]] * 6, [[1]] * 6).tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match="k is 1"):
+        best_and_worst_label(label, k=1)
+    with pytest.raises(ValueError, match=r"the shape \(6,\) for 5 completions"):
+        label([[0]] * 5, [[1]] * 5)
 
 
 # self-play

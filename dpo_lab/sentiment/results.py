@@ -368,7 +368,8 @@ def load_on_policy() -> dict[str, Any]:
     (benchmarks/on_policy.py), as they come with the package.
 
     `methods` holds the settings of each method by its name, `tuning` the runs that chose its beta,
-    and `runs` those of the seeds: `method`, `beta`, `seed` and `rows`, evaluations along training.
+    `runs` those of the seeds, and `other_betas` those of seeds at a beta that was not chosen: each
+    with `method`, `beta`, `seed` and `rows`, evaluations along training.
     A row has the `step`, the `labels` so far (labeled completions), the `sampled_tokens`, the
     `seconds` of one core without evaluations, `reward` and `kl` in nats with their standard errors,
     and the lowest and highest `fraction` of the optimal gain that they may be. The last row of a
