@@ -4,7 +4,8 @@
 
 Every method has as many completions labeled, whatever its rounds; self-play samples as many, which
 nobody labels. First each method is tuned by one run for each of its betas, with a seed of its own:
-the beta is kept whose last policy reaches the largest fraction of the optimal gain within 5 nats.
+the beta is kept whose last policy reaches the largest fraction of the optimal gain within 5 nats;
+two methods were given a single beta.
 Then three seeds. Training is in the precision that is asked for; reward and KL are those of
 completions sampled in float32 on the prompts from which the optimal frontier in the package was
 estimated. Writes dpo_lab/assets/on_policy.json. Runs that are in `--config.out` are kept, and
@@ -83,13 +84,13 @@ METHODS = {
     "4 rounds": Method(rounds=4, betas=(0.27, 0.35, 0.5)),
     "offline, best and worst": BEST_AND_WORST,
     "4 rounds, best and worst": replace(BEST_AND_WORST, rounds=4),
-    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.5, 1.0)),
+    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.5,)),
     "8 rounds, best and worst, 8 times the labels": replace(
         BEST_AND_WORST, rounds=8, size=8, tuned_as="4 rounds, best and worst"
     ),
     "offline, judge": Method(labels="judge", betas=(0.15, 0.3)),
     "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.3)),
-    "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2, 0.5)),
+    "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2,)),
     "8 rounds": Method(rounds=8, betas=(0.27, 0.35)),
     "offline, best and worst, 8 times the labels": replace(
         BEST_AND_WORST, size=8, tuned_as="offline, best and worst"

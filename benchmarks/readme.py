@@ -266,6 +266,42 @@ def on_policy() -> str:
     return _table(header, rows) + _origin(found)
 
 
+def more_labels() -> str:
+    """What DPO offline reaches with more labels at the same KL, from the shipped repeats."""
+    result = load_sweep(REPEATS[0])
+    runs = [rows for run, rows in result.runs().items() if run.method == "dpo"]
+    config = json.loads((REPEATS[0] / "frontier.json").read_text(encoding="utf-8"))["config"]
+    k = config["task"]["completions"]
+    labels_per_step = config["batch_pairs"] / (k * (k - 1) / 2) * k
+
+    # the same steps of every seed, and the last one
+    shared = set.intersection(*({row["step"] for row in rows} for rows in runs))
+    ends = [[row for row in rows if row["step"] == s] for s in sorted(shared) for rows in runs]
+    groups = [sum(ends[i : i + len(runs)], []) for i in range(0, len(ends), len(runs))]
+    groups.append([rows[-1] for rows in runs])
+
+    lines = []
+    for group in groups:
+        step = statistics.mean(row["step"] for row in group)
+        if step < 32:
+            continue
+        rewards, kls = ([row[name] for row in group] for name in ("reward", "kl"))
+        reward, kl = statistics.mean(rewards), statistics.mean(kls)
+        ends = dict.fromkeys(f"{part:.0%}" for part in result.fraction_bounds(reward, kl))
+        lines.append(
+            (
+                f"{step * labels_per_step:,.0f}",
+                f"{reward:.3f} ± {statistics.stdev(rewards):.3f}",
+                f"{kl:.2f} ± {statistics.stdev(kls):.2f}",
+                " to ".join(ends),
+            )
+        )
+    header = (
+        "labeled completions so far | reward | sequence KL (nats) | fraction of the optimal gain"
+    )
+    return _table(header, lines) + _origin(result.provenance)
+
+
 def embedded_model() -> str:
     """A sentence from the card of the embedded model."""
     folder = ROOT / "dpo_lab" / "assets" / "gpt2-imdb"
@@ -882,6 +918,7 @@ BLOCKS = {
     "spread": spread,
     "goodhart": goodhart,
     "on policy": on_policy,
+    "more labels": more_labels,
     "embedded model": embedded_model,
     "chat": chat,
     "chat samples": chat_samples,
