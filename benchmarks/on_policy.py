@@ -4,8 +4,8 @@
 
 Every method has as many completions labeled, whatever its rounds; self-play samples as many, which
 nobody labels. First each method is tuned by one run for each of its betas, with a seed of its own:
-the beta is kept whose last policy reaches the largest fraction of the optimal gain within 5 nats;
-two methods were given a single beta.
+the beta is kept whose last policy reaches the largest fraction of the optimal gain within 5 nats.
+A method with a single beta is not tuned.
 Then three seeds. Training is in the precision that is asked for; reward and KL are those of
 completions sampled in float32 on the prompts from which the optimal frontier in the package was
 estimated. Writes dpo_lab/assets/on_policy.json. Runs that are in `--config.out` are kept, and
@@ -70,7 +70,7 @@ class Method:
     size: int = 1
     """labeled completions, in multiples of `completions`"""
     betas: tuple[float, ...] = (0.35, 0.5)
-    """that are tried"""
+    """that are tried; a single one is taken as it is"""
     learning_rate: float = 7e-5
     """of AdamW on all weights, in the first round; falls to zero in each"""
     tuned_as: str = ""
@@ -84,7 +84,7 @@ METHODS = {
     "4 rounds": Method(rounds=4, betas=(0.27, 0.35, 0.5)),
     "offline, best and worst": BEST_AND_WORST,
     "4 rounds, best and worst": replace(BEST_AND_WORST, rounds=4),
-    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(0.5,)),
+    "4 rounds, moved": Method(rounds=4, reference="moved", betas=(1.0,)),
     "8 rounds, best and worst, 8 times the labels": replace(
         BEST_AND_WORST, rounds=8, size=8, tuned_as="4 rounds, best and worst"
     ),
@@ -145,7 +145,8 @@ def main(config: OnPolicyConfig, results: Path = RESULTS) -> None:
     # tune, then run the seeds
     for name in config.only:
         tuned = METHODS[name].tuned_as or name
-        tuning = [(tuned, beta, TUNING_SEED) for beta in METHODS[tuned].betas]
+        betas = METHODS[tuned].betas if len(METHODS[tuned].betas) > 1 else ()
+        tuning = [(tuned, beta, TUNING_SEED) for beta in betas]
         for run in tuning:
             bench.finish(*run, until=began + 60 * config.minutes)
         if all(bench.path(*run).exists() for run in tuning):
@@ -190,6 +191,8 @@ class Bench:
         nats, or is nearest to them where none is within; of the betas that were tried so far.
         """
         name = METHODS[name].tuned_as or name
+        if len(METHODS[name].betas) == 1:
+            return METHODS[name].betas[0]
 
         def value(beta: float) -> float:
             path = self.path(name, beta, TUNING_SEED)
