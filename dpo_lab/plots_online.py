@@ -82,51 +82,67 @@ def plot_coverage(
 
 
 def plot_online(
-    runs: Sequence[Mapping[str, Any]], names: Mapping[str, str], goal: float | None = None
+    runs: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    optimal: Any,
+    *,
+    goal: float | None = None,
 ) -> Figure:
-    """Fraction of the optimal gain against labels and against seconds, mean over seeds.
+    """Reward against KL, and the fraction of the optimal gain against labels and against seconds.
 
-    Bars are standard errors over seeds, small points the last evaluation of each seed.
+    Means over seeds, with standard errors over seeds; small points are the ends of the runs.
 
     Args:
-        runs: as `sentiment.load_on_policy` gives them: `method`, `seed`, and `rows` with `labels`,
-            `seconds` and `fraction`, whose lower end is drawn.
+        runs: as `sentiment.load_on_policy` gives them: `method`, `seed`, and `rows` with `reward`,
+            `kl`, `labels`, `seconds` and `fraction`, whose lower end is drawn.
         names: what the legend calls each method that is shown, by the method.
+        optimal: what `optimal_frontier` returns, drawn where it is valid.
         goal: a fraction to mark.
 
     Raises:
         ValueError: a method without runs.
     """
-    figure = Figure(figsize=(8.8, 4.2), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(10.4, 4.2), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[2].sharey(panels[1])
+    kl, reward = optimal.kl[optimal.valid], optimal.reward[optimal.valid]
+    panels[0].plot(kl, reward, "--", color=OPTIMUM, label="optimal policy")
+
     for (method, name), (color, marker) in zip(names.items(), looks(METHODS, MARKERS)):
         own = [run["rows"] for run in runs if run["method"] == method]
         if not own:
             known = ", ".join(dict.fromkeys(run["method"] for run in runs))
             raise ValueError(f"names has {method!r}, of which there is no run; there are {known}")
 
-        # (seeds, rows), of the evaluations that all seeds have, and always the last
+        # (seeds, rows): the evaluations that all seeds have, and always the last
         fewest = min(map(len, own))
         own = [[*rows[: fewest - 1], rows[-1]] for rows in own]
-        fractions = np.array([[row["fraction"][0] for row in rows] for rows in own])
-        errors = fractions.std(0, ddof=1) / len(own) ** 0.5 if len(own) > 1 else None
-        look = {"color": color, "marker": marker, "markersize": 4, "capsize": 2}
-        for axes, key in zip(panels, ("labels", "seconds")):
-            costs = np.array([[row[key] for row in rows] for rows in own])
-            at = costs.mean(0)
-            axes.errorbar(at, fractions.mean(0), errors, label=for_figure(name), **look)
-            axes.plot(
-                costs[:, -1], fractions[:, -1], marker, color=color, markersize=2.5, alpha=0.5
-            )
+        found = {
+            key: np.array([[row[key] for row in rows] for rows in own])
+            for key in ("kl", "reward", "labels", "seconds")
+        }
+        found["fraction"] = np.array([[row["fraction"][0] for row in rows] for rows in own])
 
-    for axes, label in zip(panels, ("labeled completions", "seconds of one core, training alone")):
+        # a curve in each panel
+        look = {"color": color, "marker": marker, "capsize": 2, "label": for_figure(name)}
+        ends = {"color": color, "markersize": 2.5, "alpha": 0.5}
+        for axes, x, y in zip(panels, ("kl", "labels", "seconds"), ("reward", *["fraction"] * 2)):
+            several = len(own) > 1
+            errors = found[y].std(0, ddof=1) / len(own) ** 0.5 if several else None
+            axes.errorbar(found[x].mean(0), found[y].mean(0), errors, markersize=4, **look)
+            axes.plot(found[x][:, -1], found[y][:, -1], marker, **ends)
+
+    # what the axes are
+    labels = ("sequence KL to the reference (nats)", "labeled completions", "seconds of one core")
+    for axes, label in zip(panels, labels):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        if goal is not None:
+        if goal is not None and axes is not panels[0]:
             axes.axhline(goal, color=OPTIMUM, linestyle=":", linewidth=1)
-    panels[0].set_ylabel("fraction of the optimal gain")
+    panels[0].set_ylabel("mean reward, P(positive)")
+    panels[1].set_ylabel("fraction of the optimal gain")
     handles, shown = panels[0].get_legend_handles_labels()
     figure.legend(handles, shown, frameon=False, loc="outside upper center", ncols=4)
     return figure

@@ -28,6 +28,13 @@ SMALL = {
         "beta_prefixes": 48,
         "beta_eval_prefixes": 16,
     },
+    "05c_on_policy_dpo": {
+        "prefixes": 64,
+        "eval_prefixes": 16,
+        "live_rounds": 2,
+        "budgets": (480, 7_680),
+        "many_rounds": (1, 4, 24),
+    },
     "06_preference_data": {
         "prefixes": 24,
         "eval_prefixes": 24,

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dpo_lab.plots_online import plot_coverage, plot_means, plot_online
+from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.on_policy import tuned_runs
 from dpo_lab.widgets.on_policy import (
     QUALITY_REWARDS,
@@ -109,7 +110,13 @@ def test_coverage_stands_beside_the_optimum():
 
 def recorded_run(method, seed, fractions):
     rows = [
-        {"labels": 10 * k, "seconds": k + seed, "fraction": [value, value + 0.1]}
+        {
+            "labels": 10 * k,
+            "seconds": k + seed,
+            "kl": 2.0 * k,
+            "reward": value / 2,
+            "fraction": [value, value + 0.1],
+        }
         for k, value in enumerate(fractions, 1)
     ]
     return {"method": method, "seed": seed, "rows": rows}
@@ -121,8 +128,13 @@ def test_fractions_stand_over_labels_and_over_seconds():
         recorded_run("offline", 2, [0.7, 0.6]),
         recorded_run("4 rounds", 0, [0.9]),
     ]
-    figure = plot_online(runs, {"offline": "once"}, goal=0.93)
-    for axes, at in zip(figure.axes, ([10, 25], [2, 3.5])):
+    optimal = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 2.0]))
+    figure = plot_online(runs, {"offline": "once"}, optimal, goal=0.93)
+    first, *others = figure.axes
+    assert [list(line.get_xdata()) for line in first.get_lines()[:1]] == [[0.0]]
+    line, _, _ = first.containers[0].lines
+    assert line.get_xdata().tolist() == [2, 5] and line.get_ydata().tolist() == [0.3, 0.35]
+    for axes, at in zip(others, ([10, 25], [2, 3.5])):
         line, _, (bars,) = axes.containers[0].lines
         assert line.get_xdata().tolist() == at
         np.testing.assert_allclose(line.get_ydata(), [0.6, 0.7])
@@ -133,4 +145,4 @@ def test_fractions_stand_over_labels_and_over_seconds():
     with pytest.raises(
         ValueError, match="names has 'PPO', of which there is no run; there are off"
     ):
-        plot_online(runs, {"PPO": "PPO"})
+        plot_online(runs, {"PPO": "PPO"}, optimal)

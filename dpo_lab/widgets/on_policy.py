@@ -28,7 +28,6 @@ ROUNDS = (1, 2, 3, 4, 6, 8, 12, 24)
 REFERENCES = {"fixed reference": POLICY, "moved reference": REJECTED}
 
 
-@cache
 def rounds_state(
     rounds: int,
     moved: bool = False,
@@ -43,6 +42,14 @@ def rounds_state(
     `policy` (n,) is the mean policy of the seeds, `labeled` (n,) the fraction of the labeled
     completions that are each of the n, and `gaps` (seeds,) the J(pi*) - J(pi) of each.
     """
+    return _rounds_state(rounds, moved, labels, beta, reference, reward, seeds)
+
+
+@cache
+def _rounds_state(
+    rounds: int, moved: bool, labels: int, beta: float, reference: Any, reward: Any, seeds: int
+) -> dict[str, Any]:
+    """`rounds_state`, computed once for the same arguments."""
     bandit = (torch.tensor(values, dtype=torch.float64) for values in (reference, reward))
     options = {"rounds": rounds, "moved": moved, "labels": labels, "seeds": seeds}
     runs = tuned_runs(*bandit, beta, generator=torch.Generator().manual_seed(0), **options)
