@@ -34,6 +34,7 @@ from dpo_lab.widgets import (
     gradient_weight_explorer,
     landscape_explorer,
     prompts_explorer,
+    tax_explorer,
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html, slider_values
@@ -42,6 +43,10 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", '<b onclick="x">&"\n\\$']
+TAX = [
+    {"coefficient": c, "reward": 0.8, "kl": 3.0, "changes": {"$_a": 0.1 - c, "<b>": 60 * c}}
+    for c in (0, 0.5, 2)
+]
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -64,6 +69,7 @@ def explorers(tmp_path_factory):
         "frontier_explorer": frontier_explorer(),
         "gae_explorer": gae_explorer(LABELS, [-0.1, 0.2, -0.3, 1.5], [0.4, 0.5, 0.3, 0.9]),
         "prompts_explorer": prompts_explorer(),
+        "tax_explorer": tax_explorer(TAX),
     }
 
 
@@ -108,6 +114,7 @@ NAMES = [
     "training_explorer",
     "betas_explorer",
     "frontier_explorer",
+    "tax_explorer",
 ]
 
 

@@ -42,9 +42,14 @@ from dpo_lab.widgets.states import (
     gae_state,
     gradient_weight_state,
 )
+from dpo_lab.widgets.tax import tax_explorer
 from dpo_lab.widgets.win_rates import prompts_explorer
 
 RUN = Path(tempfile.mkdtemp()) / "run"
+TAX = [
+    {"coefficient": c, "reward": 0.8, "kl": 3.0, "changes": {"reviews": 0.1 - c, "license": 60 * c}}
+    for c in (0, 0.5, 2)
+]
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
 TOKENS = [" a", "<b>", "$x$", "\n"]
 TOKEN_REWARDS, TOKEN_VALUES = [-0.1, 0.2, 0.0, 1.5], [0.3, 0.1, -0.4, 0.8]
@@ -57,6 +62,7 @@ EXPLORERS = {
     "betas": lambda: betas_explorer({0.1: RUN, 5.0: RUN}, OPTIMAL),
     "GAE": lambda: gae_explorer(TOKENS, TOKEN_REWARDS, TOKEN_VALUES),
     "prompts": prompts_explorer,
+    "tax": lambda: tax_explorer(TAX),
 }
 
 

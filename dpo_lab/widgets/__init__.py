@@ -29,6 +29,7 @@ from dpo_lab.widgets.states import (
     gae_state,
     gradient_weight_state,
 )
+from dpo_lab.widgets.tax import tax_explorer, tax_state
 from dpo_lab.widgets.win_rates import prompts_explorer, prompts_state
 
 __all__ = [
@@ -60,5 +61,7 @@ __all__ = [
     "prompts_explorer",
     "prompts_state",
     "rating_widget",
+    "tax_explorer",
+    "tax_state",
     "training_explorer",
 ]
