@@ -7,18 +7,21 @@ runs PPO against it twice, and prints how much of the variance of the returns th
 explains in each rollout, and where the policy ends. About five minutes per seed on one core.
 """
 
-import copy
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 import tyro
 
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import ScalarModel, end_tokens
 from dpo_lab.rlhf.ppo import PPOConfig, train_ppo
-from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.rlhf.reward_model import (
+    LearnedReward,
+    RewardModelConfig,
+    train_reward_model,
+    value_model_from,
+)
 from dpo_lab.sentiment.task import Task, TaskConfig
 
 
@@ -56,14 +59,9 @@ def compare(config: ValueStartConfig, task: Task, seed: int) -> None:
     train_reward_model(model, preferences, config.reward_model, **options)
     learned = LearnedReward(model, precision=task.precision)
 
-    # the reward model as a value model, in the units of PPO's normalized score
     prompts = [preferences.prompts[i] for i in preferences.prompt_of]
-    scores, scaled = learned(prompts, preferences.completions), copy.deepcopy(model)
-    with torch.no_grad():
-        scaled.head.weight.div_(scores.std())
-        scaled.head.bias.sub_(scores.mean()).div_(scores.std())
-
-    for name, value in {"zero head": ScalarModel(task.new_policy()), "reward": scaled}.items():
+    started = value_model_from(learned, prompts, preferences.completions)
+    for name, value in {"zero head": ScalarModel(task.new_policy()), "reward": started}.items():
         policy = task.new_policy()
         lines = train_ppo(
             policy,

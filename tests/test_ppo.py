@@ -222,6 +222,37 @@ def test_ptx_adds_the_language_model_loss(tiny):
         assert completion_logps(policy, text) > completion_logps(load_model(str(tiny)), text) + 1
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 27.8])
+def test_ptx_adds_gamma_times_the_gradient_per_token_of_the_text(tiny, gamma, monkeypatch):
+    """Eq. 2 of Ouyang et al. 2022, minimized: PPO's gradient, and that of gamma nats per token."""
+    text = completion_batch([[0]] * 2, [[5, 6, 7, 8, 9], [4, 3]], range(2))
+    gradients = []
+
+    def kept(roles, optimizer, loss, norm):
+        loss.backward()
+        found = [p.grad.double().flatten().clone() for p in roles.policy.parameters()]
+        gradients.append(torch.cat(found))
+        optimizer.zero_grad()
+        return 1.0
+
+    monkeypatch.setattr("dpo_lab.rlhf.ppo.update", kept)
+    once = replace(CONFIG, steps=1, epochs=1, minibatch=8)
+    policy, _ = trained(tiny, config=once)
+    trained(tiny, config=replace(once, ptx_coefficient=gamma), ptx=lambda: text)
+
+    # the text's by a plain sum over its seven tokens, one row at a time
+    total = 0.0
+    for row in ([0, 5, 6, 7, 8, 9], [0, 4, 3]):
+        logits = policy(torch.tensor([row])).logits[0, :-1]
+        total = total - logits.log_softmax(-1)[range(len(row) - 1), row[1:]].sum()
+    policy.zero_grad()
+    (total / 7).backward()
+    ptx = torch.cat([p.grad.double().flatten() for p in policy.parameters()])
+    alone, both = gradients
+    torch.testing.assert_close(both, alone + gamma * ptx, rtol=1e-4, atol=1e-5 * (1 + gamma))
+    assert gamma == 0 or (gamma * ptx).norm() > 1e-3
+
+
 def test_a_missing_eos_costs_what_was_asked(tiny):
     configs = (replace(CONFIG, steps=1, no_eos_penalty=penalty) for penalty in (0.0, 2.5))
     free, paid = (

@@ -11,7 +11,12 @@ from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import reward_model_loss
 from dpo_lab.models import ScalarModel, load_model
 from dpo_lab.preferences import Preferences
-from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+from dpo_lab.rlhf.reward_model import (
+    LearnedReward,
+    RewardModelConfig,
+    train_reward_model,
+    value_model_from,
+)
 
 LOOP = LoopConfig(learning_rate=3e-3, warmup_steps=2, eval_every=4)
 CONFIG = RewardModelConfig(epochs=2, batch_pairs=24, held_out=0.2, loop=LOOP)
@@ -100,3 +105,23 @@ def test_a_bad_fraction_is_named(tiny, held_out):
         train_reward_model(
             ScalarModel(load_model(str(tiny))), ranked(4), replace(CONFIG, held_out=held_out)
         )
+
+
+def test_a_value_model_starts_from_the_reward_model_in_units_of_the_score(tiny):
+    """On the completions it is given its values have mean 0 and deviation 1, in the same order."""
+    model, p = ScalarModel(load_model(str(tiny))), ranked(12)
+    nn.init.normal_(model.head.weight)
+    reward, prompts = LearnedReward(model), [p.prompts[i] for i in p.prompt_of]
+    before, head = reward(prompts, p.completions), model.head.weight.clone()
+
+    value = value_model_from(reward, prompts, p.completions)
+    after = LearnedReward(value)(prompts, p.completions)
+    np.testing.assert_allclose(after, (before - before.mean()) / before.std(), atol=1e-4)
+    torch.testing.assert_close(model.head.weight, head)  # a copy
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_reward_model_that_tells_nothing_apart_is_no_start(tiny, n):
+    reward = LearnedReward(ScalarModel(load_model(str(tiny))))
+    with pytest.raises(ValueError, match=f"the {n} completions have the same reward"):
+        value_model_from(reward, [[0, 5]] * n, [[6]] * n)

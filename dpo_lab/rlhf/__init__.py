@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from dpo_lab.models import ScalarModel
     from dpo_lab.rlhf.advantages import gae, token_rewards
     from dpo_lab.rlhf.ppo import PPOConfig, text_reward, train_ppo
-    from dpo_lab.rlhf.reward_model import LearnedReward, RewardModelConfig, train_reward_model
+    from dpo_lab.rlhf.reward_model import (
+        LearnedReward,
+        RewardModelConfig,
+        train_reward_model,
+        value_model_from,
+    )
     from dpo_lab.rlhf.trace import TokenTrace, trace_completion
 
 __all__ = [
@@ -26,6 +31,7 @@ __all__ = [
     "trace_completion",
     "train_ppo",
     "train_reward_model",
+    "value_model_from",
 ]
 
 # where each name lives
@@ -41,6 +47,7 @@ _HOME = {
     "trace_completion": "rlhf.trace",
     "train_ppo": "rlhf.ppo",
     "train_reward_model": "rlhf.reward_model",
+    "value_model_from": "rlhf.reward_model",
 }
 
 

@@ -78,8 +78,9 @@ class PPOConfig:
     value_coefficient: float = 0.1
     """of the value loss"""
     ptx_coefficient: float = 0.0
-    """gamma of InstructGPT's PPO-ptx: weight of the language-model loss on `ptx` batches, in nats
-    per token"""
+    """gamma of InstructGPT's PPO-ptx (Eq. 2 of Ouyang et al. 2022): weight of the language-model
+    loss on `ptx` batches, in nats per token, beside PPO's loss per token, whose advantages have
+    variance 1. Their 27.8 weighs gradients of other units (docs/tax.md)"""
     no_eos_penalty: float = 0.0
     """subtracted from the score of a completion truncated before its EOS, in standard deviations of
     the reward"""
@@ -158,15 +159,16 @@ def train_ppo(
     Args:
         policy: a causal LM, at first equal to `reference`; dropout is switched off in all models.
         value_model: of the same family and vocabulary. A copy of the reference under a zero head is
-            what this project uses; InstructGPT starts from the reward model. Any start can be
-            passed: on the sentiment task the reward model's explained 0.6 of the variance of the
-            returns in the first rollout, less than the zero head's from the second to the fourth,
-            and no more at the end (benchmarks/value_start.py, 2 seeds).
+            what this project uses; InstructGPT starts from the reward model (`value_model_from`).
+            Any start can be passed: on the sentiment task the reward model's explained 0.6 of the
+            variance of the returns in the first rollout, less than the zero head's from the second
+            to the fourth, and no more at the end (benchmarks/value_start.py, 2 seeds).
         reward: called with N prompts and N completions (token ids). It is normalized by its mean
             and standard deviation on completions of the reference, so that `kl_coefficient` means
             the same for every reward.
         prompts: token ids, taken in shuffled order.
-        ptx: gives a batch of text for each optimizer step, for `ptx_coefficient`.
+        ptx: gives a batch of text for each optimizer step, for `ptx_coefficient`
+            (`sentiment.text_batches`). InstructGPT's has 8 times as many texts as completions.
         run: directory for `metrics.jsonl`, a new one for each run; without it nothing is written.
         callback: called with (policy, rollout), as by `train_dpo`.
 

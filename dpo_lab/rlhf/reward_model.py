@@ -3,6 +3,7 @@
 Eq. 2 of Rafailov et al. 2023.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +140,35 @@ def train_reward_model(
     metrics = fit(model.eval(), objective, len(plan), config.loop, **options)
     model.load_state_dict(best.weights)
     return metrics
+
+
+@torch.no_grad()
+def value_model_from(reward: LearnedReward, prompts: Tokens, completions: Tokens) -> ScalarModel:
+    """A value model that begins as the reward model, as InstructGPT's does (Appendix C.4 of Ouyang
+    et al. 2022); a copy.
+
+    `train_ppo` gives the score in standard deviations of the reward on completions of the
+    reference, so the head is scaled and shifted into these units.
+
+    Args:
+        reward: the learned reward.
+        prompts, completions: N completions of the reference, each of the prompt at its place, such
+            as those of the preferences; their mean is 0 in the new units and their standard
+            deviation 1.
+
+    Raises:
+        ValueError: the rewards of the completions are all the same, or there are none.
+    """
+    scores = reward(prompts, completions)
+    if not len(scores) or not scores.std() > 0:
+        raise ValueError(
+            f"the {len(scores)} completions have the same reward; give several to a model that has "
+            "learned to tell them apart"
+        )
+    model = copy.deepcopy(reward.model)
+    model.head.weight.div_(scores.std())
+    model.head.bias.sub_(scores.mean()).div_(scores.std())
+    return model
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dpo_lab.sentiment.cost import plan
     from dpo_lab.sentiment.precision import measure_precision
     from dpo_lab.sentiment.pretrain import held_out_loss
+    from dpo_lab.sentiment.probes import TaxItems, tax_items
     from dpo_lab.sentiment.results import (
         LABELS,
         REPEATS,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         load_hacking,
         load_labels,
         load_sweep,
+        load_tax,
         load_win_rates,
         paper_runs,
         repeats,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         load_rotten_tomatoes,
         sample_continuations,
         sample_prefixes,
+        text_batches,
     )
     from dpo_lab.sentiment.reward import SentimentReward, cache_directory
     from dpo_lab.sentiment.run import (
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     )
     from dpo_lab.sentiment.sweep import FrontierConfig, frontier
     from dpo_lab.sentiment.task import Task, TaskConfig, save_policy, task_config
+    from dpo_lab.sentiment.tax import Tax, measure_rudeness, measure_tax
 
 __all__ = [
     "CONFIGS",
@@ -68,6 +72,8 @@ __all__ = [
     "SummaryReward",
     "Task",
     "TaskConfig",
+    "Tax",
+    "TaxItems",
     "brevity",
     "cache_directory",
     "chat_prompt",
@@ -81,8 +87,11 @@ __all__ = [
     "load_labels",
     "load_rotten_tomatoes",
     "load_sweep",
+    "load_tax",
     "load_win_rates",
     "measure_precision",
+    "measure_rudeness",
+    "measure_tax",
     "paper_runs",
     "plan",
     "plan_run",
@@ -99,6 +108,8 @@ __all__ = [
     "summary_judge",
     "summary_requests",
     "task_config",
+    "tax_items",
+    "text_batches",
     "train",
 ]
 
@@ -107,6 +118,7 @@ _NAMES = {
     "cost": ("plan",),
     "precision": ("measure_precision",),
     "pretrain": ("held_out_loss",),
+    "probes": ("TaxItems", "tax_items"),
     "results": (
         "LABELS",
         "REPEATS",
@@ -116,11 +128,18 @@ _NAMES = {
         "load_hacking",
         "load_labels",
         "load_sweep",
+        "load_tax",
         "load_win_rates",
         "paper_runs",
         "repeats",
     ),
-    "reviews": ("load_imdb", "load_rotten_tomatoes", "sample_continuations", "sample_prefixes"),
+    "reviews": (
+        "load_imdb",
+        "load_rotten_tomatoes",
+        "sample_continuations",
+        "sample_prefixes",
+        "text_batches",
+    ),
     "reward": ("SentimentReward", "cache_directory"),
     "run": (
         "CONFIGS",
@@ -145,6 +164,7 @@ _NAMES = {
     ),
     "sweep": ("FrontierConfig", "frontier"),
     "task": ("Task", "TaskConfig", "save_policy", "task_config"),
+    "tax": ("Tax", "measure_rudeness", "measure_tax"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

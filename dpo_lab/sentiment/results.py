@@ -327,3 +327,45 @@ def load_win_rates() -> dict[str, Any]:
     every policy, and `texts` some answers.
     """
     return json.loads((ASSETS / "win_rates.json").read_text(encoding="utf-8"))
+
+
+def load_tax() -> dict[str, Any]:
+    """The alignment tax of PPO, PPO-ptx and DPO (benchmarks/tax.py), as it comes with the package.
+
+    `before` holds the measures of the model that all runs begin with, and `runs` one entry per run:
+    its `method` ("ppo", "dpo" or "dpo-sft"), `seed`, `kl_coefficient` and `ptx_coefficient`
+    (PPO-ptx where it is positive), the `seconds` it took, for each rollout of PPO its score, KL and
+    loss on text (`rollouts`), and `rows`, one per evaluation. A row holds `step`, `reward`, `kl`
+    and their standard errors, the first `texts`, and three groups of measures, `nats_per_byte` by
+    kind of text, `accuracy` by probe and `rude` by request (at the end of a run alone), each as
+    [value, standard error]; `change` has the differences from `before`, on the same items.
+    `sizes` and `hashes` say what was measured on, `config` how everything was trained. The texts
+    are a model's: escape them before they are shown as HTML.
+    """
+    return json.loads((ASSETS / "tax.json").read_text(encoding="utf-8"))
+
+
+def end_over_seeds(
+    runs: list[dict[str, Any]], group: str, name: str, **setting: Any
+) -> tuple[float, float, int]:
+    """Mean, standard error and number of seeds of a measure's change at the end of runs.
+
+    The error covers the seeds and the items: seeds are trained apart and measured on the same
+    items, so the error over items does not shrink with their number.
+
+    Args:
+        runs: those of `load_tax`.
+        group: "nats_per_byte", "accuracy" or "rude".
+        name: of the measure in its group.
+        setting: values that the runs must have, as method="ppo", ptx_coefficient=0.0.
+
+    Raises:
+        ValueError: fewer than two runs have these values.
+    """
+    chosen = [run for run in runs if all(run[key] == value for key, value in setting.items())]
+    if len(chosen) < 2:
+        raise ValueError(f"{len(chosen)} runs have {setting}; an error over seeds needs two")
+    changes = np.array([run["rows"][-1]["change"][group][name] for run in chosen])
+    over_seeds = changes[:, 0].std(ddof=1) / len(chosen) ** 0.5
+    over_items = changes[:, 1].mean()
+    return float(changes[:, 0].mean()), float(np.hypot(over_seeds, over_items)), len(chosen)

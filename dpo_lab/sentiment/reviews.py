@@ -6,6 +6,7 @@ import html
 import importlib.resources
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
+from dpo_lab.batching import CompletionBatch, completion_batch, pack
 from dpo_lab.engine.arguments import checked
 from dpo_lab.engine.runs import quiet_bars
 from dpo_lab.engine.tokenizing import begun
@@ -203,3 +205,39 @@ def sample_continuations(
         f"n is {n}, and {len(prompts)} of the {len(texts)} reviews have at least "
         f"{LEAST_CONTINUATION} tokens after their beginning; ask for at most as many"
     )
+
+
+def text_batches(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+) -> Callable[[], CompletionBatch]:
+    """A function that gives another batch of text at each call, without end: `train_ppo`'s `ptx`.
+
+    Texts, each begun with BOS, lie end to end in rows of at most `length` tokens; a longer one goes
+    on in a row of its own. Every row is read before one comes again, in another order.
+
+    Raises:
+        ValueError: the texts fill fewer rows than a batch has.
+    """
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    filled = pack([begun(ids, end if start is None else start) for ids in encoded], length, end)
+    if len(filled) < rows:
+        raise ValueError(
+            f"rows is {rows}, and the texts fill {len(filled)} of {length} tokens; ask for at most "
+            "as many"
+        )
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+
+    def batch() -> CompletionBatch:
+        if len(order) < rows:
+            order.extend(rng.permutation(len(filled)).tolist())
+        some = [filled[order.pop(0)] for _ in range(rows)]
+        return completion_batch([row[:1] for row in some], [row[1:] for row in some], range(rows))
+
+    return batch
