@@ -16,6 +16,7 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import batch_element  # noqa: E402
 import contender  # noqa: E402
 import goodhart  # noqa: E402
 import hacking  # noqa: E402
@@ -265,3 +266,20 @@ def test_what_the_pages_say_of_the_true_reward_is_in_the_shipped_rows():
     assert mean("kl", 0.05) > 5 * mean("kl", 0.3)
     for name, close in (("reference_logp", 0.1), ("known", 0.01)):
         assert abs(mean(name, 1.0) - mean(name, 1.0, last=False)) < close
+
+
+@pytest.mark.usefixtures("made_up_reviews")
+def test_pairs_of_a_prompt_are_fitted_together_and_shuffled(tiny, tmp_path):
+    task = TaskConfig(
+        model=str(tiny), completions=3, eval_prefixes=8, max_new_tokens=6, precision="float32"
+    )
+    config = batch_element.BatchElementConfig(
+        seeds=(0,), learning_rates=(1e-2,), prompts=6, held_out=4, batch_pairs=6, task=task
+    )
+    batch_element.main(config, tmp_path / "batch_element.json")
+    found = json.loads((tmp_path / "batch_element.json").read_text())
+    together, shuffled = found["rows"]
+    assert not together["shuffled"] and shuffled["shuffled"]
+    assert together["steps"] >= 3 and together["trained_loss"] != shuffled["trained_loss"]
+    for row in found["rows"]:
+        assert 0 < row["unseen_loss"] < 10 and 0 <= row["trained_accuracy"] <= 1
