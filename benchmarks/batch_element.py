@@ -10,9 +10,10 @@ were trained on and on those of unseen prompts to dpo_lab/assets/batch_element.j
 04b shows. About eight minutes of one core.
 """
 
-import tempfile
+import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from dpo_lab.assets import ASSETS
-from dpo_lab.engine.runs import provenance, write_json
+from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.loop import LoopConfig, fit
 from dpo_lab.models import ScalarModel
 from dpo_lab.preferences import Preferences, plan_prompts
@@ -52,22 +53,27 @@ class BatchElementConfig:
         default_factory=lambda: TaskConfig(completions=9, eval_prefixes=8, precision="bfloat16")
     )
     """the rest of the data"""
+    out: Path = Path("runs/batch_element")
+    """where pairs and the measurements of each fit go; those that are there are kept"""
 
 
-def main(config: BatchElementConfig, out: Path = RESULTS) -> None:
+def main(config: BatchElementConfig, results: Path = RESULTS) -> None:
     origin = provenance()
+    recorded = {name: value for name, value in asdict(config).items() if name != "out"}
+    open_run(config.out, recorded, resume=True)
     asked = replace(config.task, prefixes=config.prompts + config.held_out)
-    with tempfile.TemporaryDirectory() as folder:
-        task = Task.open(asked, Path(folder))
-        arms = [
-            (seed, rate, shuffled)
-            for seed in config.seeds
-            for rate in config.learning_rates
-            for shuffled in (False, True)
-        ]
-        rows = [fitted(config, task, *arm) for arm in tqdm(arms)]
-    recorded = asdict(replace(config, task=task.config))
-    write_json(out, {**origin, "config": recorded, "rows": rows})
+    task = Task.open(asked, config.out / "data")
+
+    # what is not there yet
+    arms = list(product(config.seeds, config.learning_rates, (False, True)))
+    paths = [config.out / f"seed{s}-{rate:g}-shuffled{way:d}.json" for s, rate, way in arms]
+    for arm, path in zip(tqdm(arms), paths):
+        if not path.exists():
+            write_json(path, fitted(config, task, *arm))
+
+    # all of it
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    write_json(results, {**origin, "config": recorded, "rows": rows})
 
 
 def fitted(

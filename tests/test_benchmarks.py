@@ -274,7 +274,13 @@ def test_pairs_of_a_prompt_are_fitted_together_and_shuffled(tiny, tmp_path):
         model=str(tiny), completions=3, eval_prefixes=8, max_new_tokens=6, precision="float32"
     )
     config = batch_element.BatchElementConfig(
-        seeds=(0,), learning_rates=(1e-2,), prompts=6, held_out=4, batch_pairs=6, task=task
+        seeds=(0,),
+        learning_rates=(1e-2,),
+        prompts=10,
+        held_out=3,
+        batch_pairs=6,
+        task=task,
+        out=tmp_path / "runs",
     )
     batch_element.main(config, tmp_path / "batch_element.json")
     found = json.loads((tmp_path / "batch_element.json").read_text())
