@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dpo_lab.engine.arguments import floats
 from dpo_lab.engine.escaping import for_figure
-from dpo_lab.plots import METHODS, OPTIMUM, looks
+from dpo_lab.plots import METHODS, OPTIMUM, looks, root_scale
 
 # markers of methods and curves, for those who see colors alike
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -172,5 +172,28 @@ def plot_rudeness(rates: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     axes.set(ylabel="fraction with a rude word", xlabel="what the prompt asks for")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="upper left")
+    _bare(axes)
+    return figure
+
+
+def plot_tax_against_kl(curves: Mapping[str, Sequence[Mapping[str, float]]], kind: str) -> Figure:
+    """The tax on one kind of text against the sequence KL, a point per evaluation.
+
+    Args:
+        curves: by name, points with `kl` (nats) and `tax` (nats per byte), and their `_se`.
+        kind: of text, for the axis.
+    """
+    figure = Figure(figsize=(6.6, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color=OPTIMUM, linewidth=0.8)
+    for (name, points), (color, marker) in zip(curves.items(), looks(METHODS, MARKERS)):
+        columns = ("kl", "tax", "tax_se", "kl_se")
+        values = [[point[column] for point in points] for column in columns]
+        style = {"color": color, "marker": marker, "linestyle": "", "markersize": 5}
+        axes.errorbar(*values, label=for_figure(name), elinewidth=0.8, **style)
+    root_scale(axes.xaxis, max(point["kl"] for points in curves.values() for point in points))
+    axes.set_xlabel("sequence KL to the model before training (nats)")
+    axes.set_ylabel(f"change in nats per byte, {for_figure(kind)}")
+    axes.legend(frameon=False, fontsize=9)
     _bare(axes)
     return figure
