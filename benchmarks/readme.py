@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import mistake_tables
+import tax_tables
 from scale import table
 
 import dpo_lab
@@ -24,7 +25,7 @@ from dpo_lab.checks import mistakes as table_of_mistakes
 from dpo_lab.engine.escaping import for_markdown
 from dpo_lab.judges import half_width, power
 from dpo_lab.plots import plot_sweep
-from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep
+from dpo_lab.sentiment.results import REPEATS, load_goodhart, load_sweep, load_tax
 from dpo_lab.theory.symbolic import equation_index
 
 ROOT = Path(__file__).parent.parent
@@ -864,6 +865,12 @@ BLOCKS = {
     "latency": latency,
     "judge biases": judge_biases,
     "prompts and power": prompts_and_power,
+    "tax before": tax_tables.before,
+    "tax kl": partial(tax_tables.sweep, "kl"),
+    "tax ptx": partial(tax_tables.sweep, "ptx"),
+    "tax dpo": partial(tax_tables.sweep, "dpo"),
+    "tax at equal reward": tax_tables.equal_reward,
+    "tax rude": lambda: tax_tables.rude() + _origin(load_tax()),
     "gpu": gpu_summary,
     "gpu exactness": gpu_exactness,
     "gpu dpo": gpu_dpo,

@@ -69,7 +69,7 @@ class TaxConfig:
     """of PPO"""
     ppo: PPOConfig = field(
         default_factory=lambda: PPOConfig(
-            steps=12, batch=64, minibatch=16, epochs=1, learning_rate=3e-4, eval_every=6
+            steps=12, batch=64, minibatch=16, epochs=1, learning_rate=1.5e-4, eval_every=6
         )
     )
     """of all runs of PPO but for their two coefficients"""
@@ -123,8 +123,15 @@ def settings(config: TaxConfig) -> Iterator[Setting]:
         yield from (Setting(method, seed) for seed in config.seeds)
 
 
-def main(config: TaxConfig, results: Path = RESULTS) -> None:
-    origin = provenance()
+def main(
+    config: TaxConfig, results: Path = RESULTS, minutes: float = float("inf"), only: str = ""
+) -> None:
+    """Do the runs that are left, and write the results of all.
+
+    With `only` those whose names begin so, and with `minutes` none that would begin later; the next
+    call goes on.
+    """
+    origin, began = provenance(), time.perf_counter()
     recorded = {name: value for name, value in asdict(config).items() if name != "out"}
     grids = ("seeds", "ptx_coefficients", "kl_coefficients")
     decides = {name: value for name, value in recorded.items() if name not in grids}
@@ -136,11 +143,14 @@ def main(config: TaxConfig, results: Path = RESULTS) -> None:
         write_json(before, shared.before_training())
     for setting in settings(config):
         path = config.out / f"{setting.name}.json"
-        if not path.exists():
+        late = time.perf_counter() - began > 60 * minutes
+        if not path.exists() and setting.name.startswith(only) and not late:
             write_json(path, {**asdict(setting), **shared.run(setting)})
 
     # all of it
     runs = [config.out / f"{setting.name}.json" for setting in settings(config)]
+    if left := [path.stem for path in runs if not path.exists()]:
+        return print(f"{len(left)} runs are left: {', '.join(left)}")
     found = json.loads(before.read_text(encoding="utf-8"))
     found["runs"] = [json.loads(path.read_text(encoding="utf-8")) for path in runs]
     write_json(results, {**origin, "config": recorded, **found})

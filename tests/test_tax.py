@@ -21,9 +21,16 @@ from dpo_lab.sentiment.probes import (
     sentences_of,
     tax_items,
 )
-from dpo_lab.sentiment.results import end_over_seeds
 from dpo_lab.sentiment.reviews import text_batches
-from dpo_lab.sentiment.tax import COMPLETION, Ratio, Tax, measure_rudeness, measure_tax
+from dpo_lab.sentiment.tax import (
+    COMPLETION,
+    Ratio,
+    Tax,
+    at_equal_reward,
+    end_over_seeds,
+    measure_rudeness,
+    measure_tax,
+)
 
 REVIEWS = [
     f"A fool named {name} has seen this film. We all know it is an odd story. Then we met a man. "
@@ -227,3 +234,18 @@ def test_the_error_over_seeds_keeps_that_over_items():
     assert error == pytest.approx(np.hypot(0.1, 0.04))
     with pytest.raises(ValueError, match="0 runs have"):
         end_over_seeds(runs, "accuracy", "article", method="ppo")
+
+
+def test_runs_are_compared_where_others_have_the_same_reward():
+    def run(seed, reward, change):
+        end = {"reward": reward, "change": {"nats_per_byte": {"license": [change, 0.0]}}}
+        return {"seed": seed, "rows": [{"reward": 9.0}, end]}
+
+    others = [run(s, reward, cost) for s in (0, 1) for reward, cost in ((0.9, 0.4), (0.7, 0.1))]
+    runs = [run(0, 0.8, 0.05), run(1, 0.6, 0.0), run(1, 0.95, 0.0)]
+    # 0.25 and 0.05 on the lines of the others; the third is past their end
+    found = at_equal_reward(runs, others, "nats_per_byte", "license", before=0.5)
+    assert found[0] == pytest.approx(-(0.2 + 0.05) / 2) and found[2] == 2
+    assert found[1] == pytest.approx(0.15 / 2)
+    with pytest.raises(ValueError, match="1 of 1 runs have a reward"):
+        at_equal_reward(runs[:1], others, "nats_per_byte", "license", before=0.5)

@@ -353,29 +353,3 @@ def load_tax() -> dict[str, Any]:
     are a model's: escape them before they are shown as HTML.
     """
     return json.loads((ASSETS / "tax.json").read_text(encoding="utf-8"))
-
-
-def end_over_seeds(
-    runs: list[dict[str, Any]], group: str, name: str, **setting: Any
-) -> tuple[float, float, int]:
-    """Mean, standard error and number of seeds of a measure's change at the end of runs.
-
-    The error covers the seeds and the items: seeds are trained apart and measured on the same
-    items, so the error over items does not shrink with their number.
-
-    Args:
-        runs: those of `load_tax`.
-        group: "nats_per_byte", "accuracy" or "rude".
-        name: of the measure in its group.
-        setting: values that the runs must have, as method="ppo", ptx_coefficient=0.0.
-
-    Raises:
-        ValueError: fewer than two runs have these values.
-    """
-    chosen = [run for run in runs if all(run[key] == value for key, value in setting.items())]
-    if len(chosen) < 2:
-        raise ValueError(f"{len(chosen)} runs have {setting}; an error over seeds needs two")
-    changes = np.array([run["rows"][-1]["change"][group][name] for run in chosen])
-    over_seeds = changes[:, 0].std(ddof=1) / len(chosen) ** 0.5
-    over_items = changes[:, 1].mean()
-    return float(changes[:, 0].mean()), float(np.hypot(over_seeds, over_items)), len(chosen)

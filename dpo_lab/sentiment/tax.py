@@ -7,6 +7,7 @@ the accuracy on three probes, and how often completions are rude. docs/tax.md te
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -219,3 +220,77 @@ def _accuracy(model: PreTrainedModel, questions: list[Question], precision: Prec
     owners = np.repeat(np.arange(len(questions)), [len(q.right) + len(q.wrong) for q in questions])
     margins = np.bincount(owners, signs * logps, minlength=len(questions))
     return Ratio((margins > 0) + (margins == 0) / 2, np.ones(len(questions)))
+
+
+# of recorded runs
+
+
+def end_over_seeds(
+    runs: list[dict[str, Any]], group: str, name: str, **setting: Any
+) -> tuple[float, float, int]:
+    """Mean, standard error and number of seeds of a measure's change at the end of runs.
+
+    The error covers the seeds and the items: seeds are trained apart and measured on the same
+    items, so the error over items does not shrink with their number.
+
+    Args:
+        runs: those of `load_tax`.
+        group: "nats_per_byte", "accuracy" or "rude".
+        name: of the measure in its group.
+        setting: values that the runs must have, as method="ppo", ptx_coefficient=0.0.
+
+    Raises:
+        ValueError: fewer than two runs have these values.
+    """
+    chosen = [run for run in runs if all(run[key] == value for key, value in setting.items())]
+    if len(chosen) < 2:
+        raise ValueError(f"{len(chosen)} runs have {setting}; an error over seeds needs two")
+    changes = np.array([run["rows"][-1]["change"][group][name] for run in chosen])
+    over_seeds = changes[:, 0].std(ddof=1) / len(chosen) ** 0.5
+    over_items = changes[:, 1].mean()
+    return float(changes[:, 0].mean()), float(np.hypot(over_seeds, over_items)), len(chosen)
+
+
+def at_equal_reward(
+    runs: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+    group: str,
+    name: str,
+    before: float,
+) -> tuple[float, float, int]:
+    """What runs cost less (below 0: a fall of the measure) than others that reach the same reward.
+
+    Each seed has a curve of the others: the change of the measure against the reward, from the
+    model before training through the ends of its runs, with straight lines between them. The
+    difference is that of each run's change from this curve at its own reward.
+
+    Args:
+        runs: of one setting, from `load_tax`.
+        others: runs of several settings of the same seeds, such as PPO at other KL coefficients.
+        group, name: of the measure.
+        before: reward of the model before training.
+
+    Returns:
+        the mean over seeds, its standard error and the number of seeds; a run whose reward none of
+        the others reaches is left out.
+
+    Raises:
+        ValueError: fewer than two runs can be compared.
+    """
+    differences = []
+    for run in runs:
+        ends = [other["rows"][-1] for other in others if other["seed"] == run["seed"]]
+        points = sorted(
+            [(before, 0.0), *((e["reward"], e["change"][group][name][0]) for e in ends)]
+        )
+        rewards, changes = zip(*points)
+        end = run["rows"][-1]
+        if rewards[0] <= end["reward"] <= rewards[-1]:
+            expected = float(np.interp(end["reward"], rewards, changes))
+            differences.append(end["change"][group][name][0] - expected)
+    if len(differences) < 2:
+        raise ValueError(
+            f"{len(differences)} of {len(runs)} runs have a reward that others of their seed "
+            "reach; an error over seeds needs two"
+        )
+    return float(np.mean(differences)), _standard_error(np.array(differences)), len(differences)
