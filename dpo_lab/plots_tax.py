@@ -176,24 +176,33 @@ def plot_rudeness(rates: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
-def plot_tax_against_kl(curves: Mapping[str, Sequence[Mapping[str, float]]], kind: str) -> Figure:
-    """The tax on one kind of text against the sequence KL, a point per evaluation.
+def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, float]]], kind: str) -> Figure:
+    """The tax on one kind of text against the sequence KL, and against the reward.
 
     Args:
-        curves: by name, points with `kl` (nats) and `tax` (nats per byte), and their `_se`.
+        curves: by name, points with `kl` (nats), `reward` and `tax` (nats per byte), and the
+            standard error of each, `kl_se` and so on; a curve joins them in their order.
         kind: of text, for the axis.
+
+    Raises:
+        ValueError: there is no point.
     """
-    figure = Figure(figsize=(6.6, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color=OPTIMUM, linewidth=0.8)
-    for (name, points), (color, marker) in zip(curves.items(), looks(METHODS, MARKERS)):
-        columns = ("kl", "tax", "tax_se", "kl_se")
-        values = [[point[column] for point in points] for column in columns]
-        style = {"color": color, "marker": marker, "linestyle": "", "markersize": 5}
-        axes.errorbar(*values, label=for_figure(name), elinewidth=0.8, **style)
-    root_scale(axes.xaxis, max(point["kl"] for points in curves.values() for point in points))
-    axes.set_xlabel("sequence KL to the model before training (nats)")
-    axes.set_ylabel(f"change in nats per byte, {for_figure(kind)}")
-    axes.legend(frameon=False, fontsize=9)
-    _bare(axes)
+    if not any(curves.values()):
+        raise ValueError(f"curves has the names {list(curves)} and no point; give at least one")
+    figure = Figure(figsize=(8.4, 4.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    labels = {"kl": "sequence KL to the model before (nats)", "reward": "true reward"}
+    for axes, (across, label) in zip((left, right), labels.items()):
+        axes.axhline(0, color=OPTIMUM, linewidth=0.8)
+        for (name, points), (color, marker) in zip(curves.items(), looks(METHODS, MARKERS)):
+            columns = (across, "tax", "tax_se", f"{across}_se")
+            values = [[point[column] for point in points] for column in columns]
+            style = {"color": color, "marker": marker, "markersize": 5, "elinewidth": 0.8}
+            axes.errorbar(*values, label=for_figure(name), **style)
+        axes.set_xlabel(label)
+        _bare(axes)
+    root_scale(left.xaxis, max(point["kl"] for points in curves.values() for point in points))
+    left.set_ylabel(f"change in nats per byte, {for_figure(kind)}")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside upper center", ncols=4, fontsize=9)
     return figure

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_lab.plots_tax import plot_coefficients, plot_rudeness, plot_tax
+from dpo_lab.plots_tax import plot_coefficients, plot_rudeness, plot_tax, plot_trade_off
 from dpo_lab.widgets.tax import tax_explorer, tax_state
 
 CHANGES = {
@@ -26,8 +26,8 @@ def drawn(axes):
     """By label, the values of each curve with bars and the ends of its bars."""
     found = {}
     for container in axes.containers:
-        line, _, (bars,) = container
-        found[container.get_label()] = (line, np.array(bars.get_segments()))
+        line, _, bars = container
+        found[container.get_label()] = (line, np.array(bars[0].get_segments()))
     return found
 
 
@@ -83,6 +83,20 @@ def test_rudeness_is_drawn_by_request():
     for wrong in ({}, rates | {"after": {"none": [0.1, 0.01]}}):
         with pytest.raises(ValueError, match="rates has the requests"):
             plot_rudeness(wrong)
+
+
+def test_the_tax_stands_against_kl_and_against_reward():
+    point = {"kl": 4.0, "kl_se": 0.5, "reward": 0.8, "reward_se": 0.02, "tax": 0.1, "tax_se": 0.01}
+    curves = {"PPO": [point, point | {"kl": 9.0, "tax": 0.3}], "DPO": [point | {"reward": 0.7}]}
+    figure = plot_trade_off(curves, "reviews")
+    left, right = map(drawn, figure.axes)
+    assert list(left["PPO"][0].get_xdata()) == [4.0, 9.0]
+    assert list(left["PPO"][0].get_ydata()) == [0.1, 0.3]
+    assert list(right["DPO"][0].get_xdata()) == [0.7]
+    assert len(figure.legends[0].get_texts()) == 2
+    for nothing in ({}, {"PPO": []}):
+        with pytest.raises(ValueError, match="and no point"):
+            plot_trade_off(nothing, "reviews")
 
 
 def test_the_state_of_a_coefficient_is_the_mean_over_its_seeds():
