@@ -85,7 +85,7 @@ def plot_coefficients(
     panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
     xlabel: str,
     *,
-    before: Mapping[str, Mapping[str, float]] | None = None,
+    changes: Sequence[str] = (),
 ) -> Figure:
     """Measures against a coefficient, one panel over the other, as in InstructGPT's Figures 33, 34.
 
@@ -96,12 +96,12 @@ def plot_coefficients(
         settings: (S,) values of the coefficient.
         panels: by the label of a y axis, curves by name, each (S, seeds).
         xlabel: what the coefficient is.
-        before: by y axis and curve, the value before training: a dotted line.
+        changes: the panels of differences, in which a line shows zero.
 
     Raises:
         ValueError: a curve does not have a row of seeds for each setting.
     """
-    figure = Figure(figsize=(6.6, 1 + 2.1 * len(panels)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.6, 0.8 + 1.8 * len(panels)), dpi=120, layout="constrained")
     grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     places = np.arange(len(settings))
 
@@ -116,9 +116,9 @@ def plot_coefficients(
                 )
             aside = 0.12 * (k - (len(curves) - 1) / 2)
             _curve_over_seeds(axes, places + aside, rows, for_figure(name), (color, marker))
-            if before and name in before.get(ylabel, {}):
-                axes.axhline(before[ylabel][name], color=color, linestyle=":", linewidth=1)
         axes.set_ylabel(ylabel)
+        if ylabel in changes:
+            axes.axhline(0, color=OPTIMUM, linewidth=0.8)
         if len(curves) > 1:
             axes.legend(frameon=False, fontsize=9)
         _bare(axes)

@@ -56,7 +56,7 @@ def test_changes_without_a_measure_are_refused(changes):
 def test_coefficients_are_drawn_with_the_standard_error_over_seeds():
     rows = [[1.0, 2.0, 3.0], [4.0, 4.0, 7.0]]
     panels = {"reward": {"PPO": rows}, "tax": {"a": rows, "b": [[0.0], [1.0]]}}
-    figure = plot_coefficients([0, 0.25], panels, "gamma", before={"tax": {"a": 0.5}})
+    figure = plot_coefficients([0, 0.25], panels, "gamma", changes=["tax"])
     top, bottom = figure.axes
     line, bars = drawn(top)["PPO"]
     assert list(line.get_ydata()) == [2.0, 5.0]
@@ -65,8 +65,11 @@ def test_coefficients_are_drawn_with_the_standard_error_over_seeds():
     assert [text.get_text() for text in bottom.get_xticklabels()] == ["0", "0.25"]
     seeds = [list(line.get_ydata()) for line in top.get_lines() if len(line.get_ydata()) == 3]
     assert seeds == rows
-    dotted = [line for line in bottom.get_lines() if line.get_linestyle() == ":"]
-    assert [line.get_ydata()[0] for line in dotted] == [0.5]
+    zeros = [
+        [line for line in axes.get_lines() if list(line.get_ydata()) == [0, 0]]
+        for axes in figure.axes
+    ]
+    assert [len(found) for found in zeros] == [0, 1]
 
 
 def test_a_curve_needs_seeds_for_each_setting():
