@@ -7,7 +7,7 @@ coefficients, as in Figures 33 and 34 of Ouyang et al. 2022 (https://arxiv.org/a
 of the pretraining loss (PPO-ptx) and that of the KL. DPO reads the same pairs, alone and with a
 term of SFT on the chosen completions. The seeds of a setting share pairs and reward model. Reward,
 KL and tax are measured half way through each run and at its end. Writes dpo_lab/assets/tax.json,
-which notebook 04c draws. Runs that are in `--config.out` are kept. About 15 minutes of one core.
+which notebook 04c draws. Runs that are in `--config.out` are kept. About 35 minutes of one core.
 """
 
 import json
@@ -51,9 +51,9 @@ class TaxConfig:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """of the order of the prompts and of PPO's samples"""
-    ptx_coefficients: tuple[float, ...] = (1.0, 4.0)
+    ptx_coefficients: tuple[float, ...] = (0.25, 1.0, 4.0)
     """of PPO-ptx, at the first of `kl_coefficients`; Figure 33"""
-    kl_coefficients: tuple[float, ...] = (0.02, 0.2, 2.0)
+    kl_coefficients: tuple[float, ...] = (0.02, 0.1, 0.5, 2.0)
     """of PPO without text; Figure 34"""
     task: TaskConfig = field(
         default_factory=lambda: TaskConfig(
@@ -126,10 +126,10 @@ def settings(config: TaxConfig) -> Iterator[Setting]:
 def main(
     config: TaxConfig, results: Path = RESULTS, minutes: float = float("inf"), only: str = ""
 ) -> None:
-    """Do the runs that are left, and write the results of all.
+    """Do the runs that are left, and write the settings that are finished in all seeds.
 
-    With `only` those whose names begin so, and with `minutes` none that would begin later; the next
-    call goes on.
+    With `only` those runs whose names begin so, and with `minutes` none that would begin later; the
+    next call goes on.
     """
     origin, began = provenance(), time.perf_counter()
     recorded = {name: value for name, value in asdict(config).items() if name != "out"}
@@ -147,13 +147,18 @@ def main(
         if not path.exists() and setting.name.startswith(only) and not late:
             write_json(path, {**asdict(setting), **shared.run(setting)})
 
-    # all of it
-    runs = [config.out / f"{setting.name}.json" for setting in settings(config)]
-    if left := [path.stem for path in runs if not path.exists()]:
-        return print(f"{len(left)} runs are left: {', '.join(left)}")
+    # the settings that are finished in all seeds
+    files = {each: config.out / f"{each.name}.json" for each in settings(config)}
+    left = [each for each, path in files.items() if not path.exists()]
+    unfinished = {replace(each, seed=0) for each in left}
     found = json.loads(before.read_text(encoding="utf-8"))
-    found["runs"] = [json.loads(path.read_text(encoding="utf-8")) for path in runs]
+    found["runs"] = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for each, path in files.items()
+        if replace(each, seed=0) not in unfinished
+    ]
     write_json(results, {**origin, "config": recorded, **found})
+    print(f"{len(left)} runs are left: {', '.join(each.name for each in left)}")
 
 
 class Shared:

@@ -37,7 +37,9 @@ def _change(pair: Sequence[float]) -> str:
 
 def _settings(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What a reader calls each setting, and the values its runs have; in order of coefficients."""
-    kls, gammas = found["config"]["kl_coefficients"], found["config"]["ptx_coefficients"]
+    runs = found["runs"]
+    kls = sorted({r["kl_coefficient"] for r in runs if r["method"] == "ppo"})
+    gammas = sorted({r["ptx_coefficient"] for r in runs} - {0.0})
     ptx = [
         (f"PPO-ptx, gamma {gamma:g}", {"kl_coefficient": kls[0], "ptx_coefficient": gamma})
         for gamma in gammas
@@ -46,7 +48,8 @@ def _settings(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         (f"PPO, KL coefficient {each:g}", {"kl_coefficient": each, "ptx_coefficient": 0.0})
         for each in kls
     ]
-    dpo = [(label, {"method": method}) for method, label in METHODS.items()]
+    methods = {run["method"] for run in runs}
+    dpo = [(label, {"method": name}) for name, label in METHODS.items() if name in methods]
     return [(label, {"method": "ppo"} | setting) for label, setting in kl + ptx] + dpo
 
 
@@ -107,22 +110,26 @@ def _mean(rows: list[dict[str, Any]], name: str, digits: int) -> str:
 
 
 def equal_reward() -> str:
-    """Changes minus those of PPO without text at the same reward."""
+    """Changes minus those of other runs at the same reward."""
     found = load_tax()
-    runs, kls = found["runs"], found["config"]["kl_coefficients"]
-    others = [run for run in runs if run["method"] == "ppo" and not run["ptx_coefficient"]]
+    runs, before = found["runs"], found["before"]["reward"]
+    ppo = [run for run in runs if run["method"] == "ppo" and not run["ptx_coefficient"]]
+    dpo = [run for run in runs if run["method"] == "dpo"]
+
     rows = []
-    for label, setting in _settings(found)[len(kls) :]:
-        chosen, cells, seeds = _chosen(runs, setting), [], ""
-        for group, name, _ in MEASURES:
+    for label, setting in _settings(found):
+        chosen = _chosen(runs, setting)
+        others, name_of_others = (ppo, "PPO") if setting.get("ptx_coefficient") else (dpo, "DPO")
+        cells, seeds = [], 0
+        for group, name, _ in MEASURES if others[0] not in chosen else ():
             try:
-                *pair, n = at_equal_reward(chosen, others, group, name, found["before"]["reward"])
+                *pair, seeds = at_equal_reward(chosen, others, group, name, before)
                 cells.append(_change(pair))
-                seeds = str(n)
             except ValueError:
-                cells.append("beyond PPO's rewards")
-        rows.append([label, seeds, *cells])
-    return _table(["run", "seeds", *(label for _, _, label in MEASURES)], rows)
+                break
+        if seeds:
+            rows.append([f"{label}, minus {name_of_others}", str(seeds), *cells])
+    return _table(["run", "seeds compared", *(label for _, _, label in MEASURES)], rows)
 
 
 def rude() -> str:
@@ -133,8 +140,7 @@ def rude() -> str:
         cells = []
         for name in REQUESTS:
             change, error, _ = end_over_seeds(found["runs"], "rude", name, **setting)
-            cells.append(
-                f"{found['before']['rude'][name][0] + change:.3f} ({change:+.3f} ± {error:.3f})"
-            )
+            ends = [run["rows"][-1]["rude"][name][0] for run in _chosen(found["runs"], setting)]
+            cells.append(f"{statistics.mean(ends):.3f} ({change:+.3f} ± {error:.3f})")
         rows.append([label, *cells])
     return _table(["run", *(f"asked for {asked}" for asked in REQUESTS.values())], rows)

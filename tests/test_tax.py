@@ -21,6 +21,7 @@ from dpo_lab.sentiment.probes import (
     sentences_of,
     tax_items,
 )
+from dpo_lab.sentiment.results import load_tax
 from dpo_lab.sentiment.reviews import text_batches
 from dpo_lab.sentiment.tax import (
     COMPLETION,
@@ -239,7 +240,7 @@ def test_the_error_over_seeds_keeps_that_over_items():
 def test_runs_are_compared_where_others_have_the_same_reward():
     def run(seed, reward, change):
         end = {"reward": reward, "change": {"nats_per_byte": {"license": [change, 0.0]}}}
-        return {"seed": seed, "rows": [{"reward": 9.0}, end]}
+        return {"seed": seed, "rows": [end]}
 
     others = [run(s, reward, cost) for s in (0, 1) for reward, cost in ((0.9, 0.4), (0.7, 0.1))]
     runs = [run(0, 0.8, 0.05), run(1, 0.6, 0.0), run(1, 0.95, 0.0)]
@@ -249,3 +250,27 @@ def test_runs_are_compared_where_others_have_the_same_reward():
     assert found[1] == pytest.approx(0.15 / 2)
     with pytest.raises(ValueError, match="1 of 1 runs have a reward"):
         at_equal_reward(runs[:1], others, "nats_per_byte", "license", before=0.5)
+
+
+def test_the_recorded_runs_hold_together():
+    """Every setting in three seeds, changes that are differences, probes far above a guess."""
+    found = load_tax()
+    config, before, runs = found["config"], found["before"], found["runs"]
+    names = ("method", "kl_coefficient", "ptx_coefficient")
+    seeds: dict[tuple, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(tuple(run[name] for name in names), []).append(run["seed"])
+    assert set(map(tuple, seeds.values())) == {tuple(config["seeds"])} and len(config["seeds"]) == 3
+    first = config["kl_coefficients"][0]
+    assert {("ppo", first, 0.0), ("dpo", 0.0, 0.0)} < set(seeds)
+
+    for run in runs:
+        assert [row["step"] for row in run["rows"]] == sorted({row["step"] for row in run["rows"]})
+        assert set(run["rows"][-1]["rude"]) == set(before["rude"])
+        for row in run["rows"]:
+            for group, measures in row["change"].items():
+                for name, (change, error) in measures.items():
+                    now, then = row[group][name][0], before[group][name][0]
+                    assert change == pytest.approx(now - then, abs=1e-12) and error >= 0
+    for accuracy, error in before["accuracy"].values():
+        assert accuracy - 5 * error > 0.5

@@ -260,9 +260,10 @@ def at_equal_reward(
 ) -> tuple[float, float, int]:
     """What runs cost less (below 0: a fall of the measure) than others that reach the same reward.
 
-    Each seed has a curve of the others: the change of the measure against the reward, from the
-    model before training through the ends of its runs, with straight lines between them. The
-    difference is that of each run's change from this curve at its own reward.
+    Each seed has a curve of the others: the change of the measure against the reward, through the
+    model before training and all evaluations of the others, in order of their rewards, with
+    straight lines between them. The difference is that of each run's last change from this curve at
+    its own reward.
 
     Args:
         runs: of one setting, from `load_tax`.
@@ -279,10 +280,9 @@ def at_equal_reward(
     """
     differences = []
     for run in runs:
-        ends = [other["rows"][-1] for other in others if other["seed"] == run["seed"]]
-        points = sorted(
-            [(before, 0.0), *((e["reward"], e["change"][group][name][0]) for e in ends)]
-        )
+        rows = [row for other in others if other["seed"] == run["seed"] for row in other["rows"]]
+        known = [(row["reward"], row["change"][group][name][0]) for row in rows]
+        points = sorted([(before, 0.0), *known])
         rewards, changes = zip(*points)
         end = run["rows"][-1]
         if rewards[0] <= end["reward"] <= rewards[-1]:
