@@ -239,15 +239,16 @@ def test_the_error_over_seeds_keeps_that_over_items():
 
 def test_runs_are_compared_where_others_have_the_same_reward():
     def run(seed, reward, change):
-        end = {"reward": reward, "change": {"nats_per_byte": {"license": [change, 0.0]}}}
-        return {"seed": seed, "rows": [end]}
+        measures = {"nats_per_byte": {"license": [change, 0.0]}}
+        return {"seed": seed, "rows": [{"reward": reward, "reward_se": 0.02, "change": measures}]}
 
     others = [run(s, reward, cost) for s in (0, 1) for reward, cost in ((0.9, 0.4), (0.7, 0.1))]
-    runs = [run(0, 0.8, 0.05), run(1, 0.6, 0.0), run(1, 0.95, 0.0)]
-    # 0.25 and 0.05 on the lines of the others; the third is past their end
-    found = at_equal_reward(runs, others, "nats_per_byte", "license", before=0.5)
-    assert found[0] == pytest.approx(-(0.2 + 0.05) / 2) and found[2] == 2
-    assert found[1] == pytest.approx(0.15 / 2)
+    runs = [run(0, 0.8, 0.05), run(1, 0.6, 0.0), run(1, 0.91, 0.1), run(1, 0.93, 0.0)]
+    # 0.25 and 0.05 on the lines of the others; the third against their end, the fourth is past it
+    mean, error, n = at_equal_reward(runs, others, "nats_per_byte", "license", before=0.5)
+    differences = [0.05 - 0.25, 0.0 - 0.05, 0.1 - 0.4]
+    assert (mean, n) == (pytest.approx(np.mean(differences)), 3)
+    assert error == pytest.approx(np.std(differences, ddof=1) / 3**0.5)
     with pytest.raises(ValueError, match="1 of 1 runs have a reward"):
         at_equal_reward(runs[:1], others, "nats_per_byte", "license", before=0.5)
 

@@ -272,8 +272,9 @@ def at_equal_reward(
         before: reward of the model before training.
 
     Returns:
-        the mean over seeds, its standard error and the number of seeds; a run whose reward none of
-        the others reaches is left out.
+        the mean over seeds, its standard error and the number of seeds. A run whose reward is above
+        all of the others is compared with their highest if it is so by at most its standard error,
+        and left out if it is by more.
 
     Raises:
         ValueError: fewer than two runs can be compared.
@@ -285,7 +286,7 @@ def at_equal_reward(
         points = sorted([(before, 0.0), *known])
         rewards, changes = zip(*points)
         end = run["rows"][-1]
-        if rewards[0] <= end["reward"] <= rewards[-1]:
+        if rewards[0] <= end["reward"] <= rewards[-1] + end["reward_se"]:
             expected = float(np.interp(end["reward"], rewards, changes))
             differences.append(end["change"][group][name][0] - expected)
     if len(differences) < 2:
