@@ -329,16 +329,6 @@ def load_win_rates() -> dict[str, Any]:
     return json.loads((ASSETS / "win_rates.json").read_text(encoding="utf-8"))
 
 
-def load_batch_element() -> dict[str, Any]:
-    """Reward models fitted to whole prompts and to shuffled pairs (benchmarks/batch_element.py).
-
-    `rows` has one entry per fit: `seed`, `learning_rate`, `shuffled`, its `steps` and `seconds`,
-    and on the pairs that were `trained` on and on `unseen` ones the loss in nats per pair and the
-    fraction in order, as `trained_loss` and so on. `config` says how.
-    """
-    return json.loads((ASSETS / "batch_element.json").read_text(encoding="utf-8"))
-
-
 def load_tax() -> dict[str, Any]:
     """The alignment tax of PPO, PPO-ptx and DPO (benchmarks/tax.py), as it comes with the package.
 
