@@ -6,8 +6,8 @@ InstructGPT's reason to keep the pairs of a prompt together (Section 3.5 of Ouya
 https://arxiv.org/abs/2203.02155). Rankings of 9 completions come from a noisy labeler: every
 completion's reward gets an error, which is in all of its pairs. One pass over the prompts, or over
 the same pairs in random order, with equally many pairs per step. Writes the loss on the pairs that
-were trained on and on those of unseen prompts to dpo_lab/assets/batch_element.json, which notebook
-04b shows. About two minutes of one core.
+were trained on and on those of unseen prompts to runs/batch_element.json, and prints it. About two
+minutes of one core.
 """
 
 import json
@@ -21,7 +21,6 @@ import numpy as np
 import tyro
 from tqdm.auto import tqdm
 
-from dpo_lab.assets import ASSETS
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.loop import LoopConfig, fit
 from dpo_lab.models import ScalarModel
@@ -30,7 +29,7 @@ from dpo_lab.rlhf.ppo import text_reward
 from dpo_lab.rlhf.reward_model import LearnedReward, RewardObjective
 from dpo_lab.sentiment.task import Task, TaskConfig
 
-RESULTS = ASSETS / "batch_element.json"
+RESULTS = Path("runs/batch_element.json")
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ def main(config: BatchElementConfig, results: Path = RESULTS) -> None:
     # all of it
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     write_json(results, {**origin, "config": recorded, "rows": rows})
+    for row in rows:
+        print({name: round(value, 4) for name, value in row.items()})
 
 
 def fitted(
