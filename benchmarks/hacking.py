@@ -4,7 +4,7 @@
 
 Fits a reward model to the pairs of 25 prefixes, several times over, each time of other ones, and
 lets PPO push each of them while its KL costs hardly anything. Writes dpo_lab/assets/hacking.json,
-which notebook 04b draws. About eight minutes of one core.
+which notebook 04c draws. About eight minutes of one core.
 """
 
 import tempfile

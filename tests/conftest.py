@@ -136,6 +136,7 @@ def model(tiny):
 # what takes longest, in this order: notebooks and files of tests
 LONGEST = (
     "04b_ppo_on_a_language_model",
+    "04c_alignment_tax",
     "05_dpo_gpt2_imdb",
     "06_preference_data",
     "07_win_rates",

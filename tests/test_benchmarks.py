@@ -17,6 +17,7 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import batch_element  # noqa: E402
 import contender  # noqa: E402
 import goodhart  # noqa: E402
 import hacking  # noqa: E402
@@ -432,3 +433,26 @@ def test_the_recorded_on_policy_runs_hold_together():
         within = {b: r["fraction"][0] for b, r in ends.items() if r["kl"] <= found["within"]}
         if within and len(method["betas"]) > 1:
             assert run["beta"] == max(within, key=within.get)
+
+
+@pytest.mark.usefixtures("made_up_reviews")
+def test_pairs_of_a_prompt_are_fitted_together_and_shuffled(tiny, tmp_path):
+    task = TaskConfig(
+        model=str(tiny), completions=3, eval_prefixes=8, max_new_tokens=6, precision="float32"
+    )
+    config = batch_element.BatchElementConfig(
+        seeds=(0,),
+        learning_rates=(1e-2,),
+        prompts=10,
+        held_out=3,
+        batch_pairs=6,
+        task=task,
+        out=tmp_path / "runs",
+    )
+    batch_element.main(config, tmp_path / "batch_element.json")
+    found = json.loads((tmp_path / "batch_element.json").read_text())
+    together, shuffled = found["rows"]
+    assert not together["shuffled"] and shuffled["shuffled"]
+    assert together["steps"] >= 3 and together["trained_loss"] != shuffled["trained_loss"]
+    for row in found["rows"]:
+        assert 0 < row["unseen_loss"] < 10 and 0 <= row["trained_accuracy"] <= 1

@@ -352,6 +352,7 @@ def logits(values):
     "notebook, seconds, keys",
     [
         ("04b_ppo_on_a_language_model", 900, ["ArrowLeft", "ArrowRight"]),
+        ("04c_alignment_tax", 900, ["ArrowRight"]),
         ("05_dpo_gpt2_imdb", 1_200, ["ArrowRight"]),
         ("05c_on_policy_dpo", 900, ["ArrowRight"]),
         ("07_win_rates", 900, ["ArrowRight"]),

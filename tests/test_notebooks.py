@@ -15,11 +15,19 @@ SITE = "https://dpo-lab.github.io/dpo-lab/"
 # what the cell tagged `parameters` says in `make test`; `make test-long` leaves it as it is
 SMALL = {
     "04b_ppo_on_a_language_model": {
+        "demonstrations": 128,
         "passes": 2,
         "prefixes": 160,
         "eval_prefixes": 48,
         "rollouts": 5,
         "batch": 48,
+    },
+    "04c_alignment_tax": {
+        "prefixes": 64,
+        "eval_prefixes": 24,
+        "rollouts": 4,
+        "batch": 32,
+        "n_items": 20,
     },
     "05_dpo_gpt2_imdb": {
         "prefixes": 100,

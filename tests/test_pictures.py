@@ -50,11 +50,16 @@ from dpo_lab.widgets.on_policy import rounds_explorer
 from dpo_lab.widgets.states import (
     bandit_state,
 )
+from dpo_lab.widgets.tax import tax_explorer
 from dpo_lab.widgets.win_rates import prompts_explorer
 
 LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", "<b>&\n\\$"]
 REFERENCE, REWARD = [0.6, 0.3, 0.099, 0.001], [-5.0, 0.0, 1.0, 8.0]
 LOG_RATIOS = [1.0, 3.0, -40.0, 250.0, 0.0]
+TAX = [
+    {"coefficient": c, "reward": 0.8, "kl": 3.0, "changes": {"$_a": 0.1 - c, "<b>": 60 * c}}
+    for c in (0, 0.5, 2)
+]
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
 # rewards of 5.7, 0 and -5.7
 CHAIN = ([0] * 300 + [1] + [1] * 300 + [2], [1] * 300 + [0] + [2] * 300 + [1])
@@ -133,6 +138,7 @@ EXPLORERS = {
         labels=12, rounds=(1, 2, 4), seeds=2, completions=LABELS * 2
     ),
     "failures": lambda runs: failures_explorer(),
+    "tax": lambda runs: tax_explorer(TAX),
 }
 
 

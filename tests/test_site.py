@@ -36,6 +36,7 @@ from dpo_lab.widgets import (
     landscape_explorer,
     prompts_explorer,
     rounds_explorer,
+    tax_explorer,
     training_explorer,
 )
 from dpo_lab.widgets.frames import frames_html, slider_values
@@ -44,6 +45,10 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LABELS = ["$5 to $10", r"c$\undefined$", "_hidden", '<b onclick="x">&"\n\\$']
+TAX = [
+    {"coefficient": c, "reward": 0.8, "kl": 3.0, "changes": {"$_a": 0.1 - c, "<b>": 60 * c}}
+    for c in (0, 0.5, 2)
+]
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -68,6 +73,7 @@ def explorers(tmp_path_factory):
         "prompts_explorer": prompts_explorer(),
         "rounds_explorer": rounds_explorer(labels=12, rounds=(1, 2, 4), seeds=2),
         "failures_explorer": failures_explorer(),
+        "tax_explorer": tax_explorer(TAX),
     }
 
 
@@ -112,6 +118,7 @@ NAMES = [
     "training_explorer",
     "betas_explorer",
     "frontier_explorer",
+    "tax_explorer",
 ]
 
 

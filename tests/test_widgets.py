@@ -44,9 +44,14 @@ from dpo_lab.widgets.states import (
     gae_state,
     gradient_weight_state,
 )
+from dpo_lab.widgets.tax import tax_explorer
 from dpo_lab.widgets.win_rates import prompts_explorer
 
 RUN = Path(tempfile.mkdtemp()) / "run"
+TAX = [
+    {"coefficient": c, "reward": 0.8, "kl": 3.0, "changes": {"reviews": 0.1 - c, "license": 60 * c}}
+    for c in (0, 0.5, 2)
+]
 OPTIMAL = OptimalFrontier(np.array([0.5, 0.9]), np.array([0.0, 3.0]), np.array([64.0, 20.0]))
 TOKENS = [" a", "<b>", "$x$", "\n"]
 TOKEN_REWARDS, TOKEN_VALUES = [-0.1, 0.2, 0.0, 1.5], [0.3, 0.1, -0.4, 0.8]
@@ -61,6 +66,7 @@ EXPLORERS = {
     "prompts": prompts_explorer,
     "rounds": lambda: rounds_explorer(labels=12, rounds=(1, 2, 4), seeds=2),
     "failures": failures_explorer,
+    "tax": lambda: tax_explorer(TAX),
 }
 
 

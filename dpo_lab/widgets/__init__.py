@@ -31,6 +31,7 @@ from dpo_lab.widgets.states import (
     gae_state,
     gradient_weight_state,
 )
+from dpo_lab.widgets.tax import tax_explorer, tax_state
 from dpo_lab.widgets.win_rates import prompts_explorer, prompts_state
 
 __all__ = [
@@ -66,5 +67,7 @@ __all__ = [
     "rating_widget",
     "rounds_explorer",
     "rounds_state",
+    "tax_explorer",
+    "tax_state",
     "training_explorer",
 ]
