@@ -69,7 +69,12 @@ def planned(first_seed: int = 0) -> list[Planned]:
     """All runs, in an order in which any beginning of the list has runs of each kind."""
     found = []
     for seed, size in ((0, "a"), (1, "b")):
-        found += [Planned(fault, seed, "d" if fault in LARGER else size) for fault in FAULTS]
+        for fault in FAULTS:
+            found.append(Planned(fault, seed, "d" if fault in LARGER else size))
+
+    # thresholds of these were changed after the first two seeds had been looked at
+    again = ("overtraining", "chosen_logps_fall")
+    found = [replace(r, seed=r.seed + 2) if r.planted in again else r for r in found]
 
     # healthy ones
     others = []
@@ -80,7 +85,9 @@ def planned(first_seed: int = 0) -> list[Planned]:
             settings = {"beta": beta, "epochs": epochs, "kind": kind}
             if i % 3 == 2:
                 settings["learning_rate"] = 2e-5
-            others.append(Planned("healthy", 20 + 2 * i + k, "abc"[(i + k) % 3], settings=settings))
+            # of three passes, one run had an alarm of a rule that was changed then
+            seed = (84 if epochs == 3 else 20 + 2 * i) + k
+            others.append(Planned("healthy", seed, "abc"[(i + k) % 3], settings=settings))
     others += [Planned("healthy", 60 + i, size) for i, size in enumerate("ab")]
     for i, beta in enumerate((0.05, 0.1, 0.3, 1.0)):
         others.append(Planned("healthy", 70 + i, "abca"[i], "trl", {"beta": beta}))
@@ -111,8 +118,7 @@ def main(
         minutes: after these no further run is begun.
         first_seed: is added to the seeds; 100 makes the runs that thresholds are fixed on.
     """
-    began = time.perf_counter()
-    rows = []
+    origin, began, rows = provenance(), time.perf_counter(), []
     for run in planned(first_seed):
         kept = out / f"{run.name}.json"
         if not kept.exists():
@@ -120,7 +126,7 @@ def main(
                 continue
             write_json(kept, judged(run, out / "now"))
         rows.append(loads(kept.read_text(encoding="utf-8")))
-        write_json(results, table(rows))
+        write_json(results, {**origin, **table(rows)})
 
 
 def judged(run: Planned, folder: Path) -> dict[str, Any]:
@@ -143,7 +149,6 @@ def judged(run: Planned, folder: Path) -> dict[str, Any]:
             for f in found.findings
         ],
         "not_looked": sorted(found.not_looked),
-        "commit": provenance()["commit"],
     }
 
 
@@ -186,7 +191,6 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         counts = Counter(fault for row in some for fault in row["found"])
         matrix[name] = {"runs": len(some), "found": {f: counts[f] for f in FAULTS if counts[f]}}
     return {
-        **provenance(),
         "sizes": {name: asdict(size) for name, size in SIZES.items()},
         "faults": list(FAULTS),
         "matrix": matrix,

@@ -37,6 +37,9 @@ MOVED = 5.0
 # `dpo-lab train` loses half of that.
 FALL_PER_TOKEN = 0.2
 
+# and a fall is what the margin grew by only if it is at least half as large as the margin
+FALL_OF_MARGIN = 0.5
+
 # the same relative to the log-prob at the start, where lengths are not recorded: a token costs
 # about four nats
 FALL = 0.05
@@ -51,12 +54,12 @@ ABOVE_ZERO = 1.05
 # half of the distinct two-token sequences that the policy began with
 LESS_DISTINCT = 0.6
 
-# Few held-out pairs and margins that are too sure raise their loss in healthy runs too; one that is
-# half as large again as at its best is more than that.
-LOSS_RISEN = 1.5
+# Few held-out pairs and margins that are too sure raise their loss in healthy runs too, by up to
+# two thirds in those that the rules were fixed on.
+LOSS_RISEN = 2.0
 
-# held-out accuracy lost since its best, beyond what a few hundred pairs vary by
-ACCURACY_LOST = 0.05
+# held-out accuracy lost since its best, if that is more than three standard errors of as many pairs
+ACCURACY_LOST, ACCURACY_SIGMAS = 0.05, 3.0
 
 # One question is asked of two means: whether the true reward fell while the other rose. Two
 # standard errors make it worth a warning, three an error.
@@ -153,7 +156,8 @@ def chosen_logps_fall(record: RunRecord) -> Verdict:
     # per token where the length is known
     if ratios is not None and length:
         fall = -float(quarter(ratios).mean()) / length
-        if fall < FALL_PER_TOKEN:
+        margin = quarter(margins).mean() / (record.beta or math.inf)
+        if fall < FALL_PER_TOKEN or fall * length < FALL_OF_MARGIN * margin:
             return None
         return Seen(
             "warning",
@@ -268,7 +272,7 @@ def overtraining(record: RunRecord) -> Verdict:
 
     # accuracy on held-out pairs since its best, while that on training pairs is not lower
     held_out, trained = record.evaluated("accuracy"), record.series("rewards/accuracies")
-    if len(held_out) >= 3 and held_out.max() - held_out[-1] > ACCURACY_LOST:
+    if len(held_out) >= 3 and held_out.max() - held_out[-1] > _accuracy_noise(record):
         if len(trained) and quarter(trained).mean() > held_out[-1]:
             said.append(
                 f"accuracy on held-out pairs fell from {held_out.max():.1%} to {held_out[-1]:.1%}, "
@@ -288,6 +292,19 @@ def overtraining(record: RunRecord) -> Verdict:
         return Seen("error" if len(said) > 1 else "warning", "; ".join(said))
     looked = max(len(rewards), len(held_out), len(losses)) >= 3 or len(distinct) >= 2
     return None if looked else Unknown("too few evaluations of held-out pairs or samples")
+
+
+def _accuracy_noise(record: RunRecord) -> float:
+    """By how much held-out accuracy may fall by chance: all of it, where the pairs are not counted.
+
+    Pairs that share completions are not independent.
+    """
+    if not record.leaked or not record.leaked[1]:
+        return 1.0
+    data = record.data
+    linked = fraction_of(data.get("completions"), 2 * data.get("pairs", 0)) or 1.0
+    n = record.leaked[1] * min(1.0, linked)
+    return max(ACCURACY_LOST, ACCURACY_SIGMAS * math.sqrt(2 * 0.25 / n))
 
 
 def reward_hacking(record: RunRecord) -> Verdict:

@@ -20,10 +20,7 @@ TRAINER_STATE, ARGUMENTS = "trainer_state.json", "training_args.bin"
 READ = {
     "beta",
     "loss_type",
-    "label_smoothing",
     "learning_rate",
-    "warmup_steps",
-    "disable_dropout",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }
@@ -91,11 +88,8 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
         "evaluations": evaluations,
         "beta": arguments.get("beta"),
         "loss_type": loss_type,
-        "label_smoothing": arguments.get("label_smoothing") or 0.0,
         "learning_rate": arguments.get("learning_rate"),
-        "warmup_steps": int(arguments.get("warmup_steps") or 0),
         "epochs": _numbers(state).get("num_train_epochs"),
-        "planned": int(_numbers(state).get("max_steps", 0)) or None,
         "pairs_per_line": _pairs_per_line(steps, arguments, _numbers(state)),
         "notes": tuple(notes),
     }
