@@ -75,7 +75,9 @@ def test_only_rejected_sentences_end():
     setup = planted("truncated_eos")
     p, end = setup.preferences, setup.task.end
     assert all(p.completions[r][-1] == end for r in p.rejected)
-    assert not any(p.completions[c][-1] == end for c in p.chosen if len(p.completions[c]) > 1)
+    lost = [c for c in p.chosen if p.completions[c][-1] != end]
+    assert all(len(p.completions[c]) == 1 for c in set(p.chosen) - set(lost))
+    assert p.report.without_eos == len(lost) > 0
 
 
 def test_a_scored_prompt_adds_its_log_prob_to_both_sides(good):

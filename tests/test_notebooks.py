@@ -61,7 +61,6 @@ SMALL = {
         "best_of": 2,
     },
     "08_failures": {
-        "seed": 0,
         "prefixes": 6,
         "max_new_tokens": 8,
         "eval_prefixes": 8,

@@ -62,12 +62,16 @@ def plant(fault: FaultName, folder: Path | str, *, seed: int = 0, size: RunSize 
 
 
 def _side_by_side(
-    prompts: list[list[int]], completions: list[list[int]], prompt_of: np.ndarray
+    prompts: list[list[int]], completions: list[list[int]], prompt_of: np.ndarray, end: int
 ) -> Preferences:
-    """Preferences of completions that stand as chosen, rejected, chosen, and so on."""
-    n = len(completions)
+    """Preferences of completions that stand as chosen, rejected, chosen, and so on.
+
+    The report counts those that do not end with the token `end`.
+    """
+    n, without = len(completions), sum(ids[-1] != end for ids in completions)
+    report = Report(pairs=n // 2, without_eos=without)
     sides = np.arange(0, n, 2), np.arange(1, n, 2)
-    return Preferences(prompts, completions, prompt_of, *sides, report=Report(pairs=n // 2))
+    return Preferences(prompts, completions, prompt_of, *sides, report=report)
 
 
 # data
@@ -85,7 +89,7 @@ def _identical_pairs(seed: int, size: RunSize) -> Setup:
             body = ids if ids[-1] != task.end else ids[:-1]
             prompt_of += [p, p]
             completions += [(body + ending)[:limit] for ending in endings]
-    pairs = _side_by_side(task.prompts, completions, np.array(prompt_of))
+    pairs = _side_by_side(task.prompts, completions, np.array(prompt_of), task.end)
     return replace(setup, preferences=pairs.with_reference(task.reference))
 
 
@@ -127,7 +131,8 @@ def _truncated_eos(seed: int, size: RunSize) -> Setup:
             for c, r in sides
             for ids in (p.completions[c][:-1] or p.completions[c], p.completions[r])
         ]
-        pairs = _side_by_side(p.prompts, completions, np.repeat(p.prompt_of[p.chosen], 2))
+        owners = np.repeat(p.prompt_of[p.chosen], 2)
+        pairs = _side_by_side(p.prompts, completions, owners, setup.task.end)
         return pairs.with_reference(setup.task.reference)
 
     return replace(setup, preferences=truncated(setup.preferences))
@@ -244,7 +249,7 @@ def _chosen_logps_fall(seed: int, size: RunSize) -> Setup:
             spoiled[middle] = int(rng.choice(others))
             prompt_of += [p, p]
             completions += [ids, spoiled]
-    pairs = _side_by_side(task.prompts, completions, np.array(prompt_of))
+    pairs = _side_by_side(task.prompts, completions, np.array(prompt_of), task.end)
     return replace(setup, preferences=pairs.with_reference(task.reference))
 
 

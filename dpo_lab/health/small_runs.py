@@ -276,7 +276,8 @@ def train_by_hand(setup: Setup, run: Path, callback: Callable) -> None:
         record_facts(run, policy, preferences, steps=steps)
         _log_evaluation(run, callback, policy, 0)
         for step in range(1, steps + 1):
-            looks = step == 1 or evaluates(step, steps, config.loop)
+            evaluating = evaluates(step, steps, config.loop)
+            looks = step == 1 or evaluating
 
             # forward and backward
             (micro,) = objective.micro_batches(step - 1, 1)
@@ -302,7 +303,7 @@ def train_by_hand(setup: Setup, run: Path, callback: Callable) -> None:
             # log and evaluate
             line |= {"grad_norm": float(norm), "learning_rate": rate}
             append_metrics(run, {"step": step, **line})
-            if looks and step > 1:
+            if evaluating:
                 _log_evaluation(run, callback, policy, step)
         save_checkpoint(run, steps, policy, optimizers)
 
