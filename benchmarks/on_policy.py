@@ -29,15 +29,15 @@ from dpo_lab.engine.cpu import tune_cpu
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.evaluate import evaluate_policy
 from dpo_lab.judges import biased_judge, judge_label
-from dpo_lab.labels import Label, best_and_worst_label, bradley_terry_label
 from dpo_lab.loop import LoopConfig
 from dpo_lab.models import end_tokens
-from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
 from dpo_lab.rlhf.ppo import text_reward
 from dpo_lab.sentiment.results import load_sweep
 from dpo_lab.sentiment.reviews import sample_continuations
 from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig
+from dpo_lab.variants.labels import Label, best_and_worst_label, bradley_terry_label
+from dpo_lab.variants.online import OnlineConfig, train_online_dpo, train_spin
 
 RESULTS = ASSETS / "on_policy.json"
 

@@ -24,14 +24,14 @@ from torch import nn
 from dpo_lab.assets import ASSETS
 from dpo_lab.engine.runs import open_run, provenance, write_json
 from dpo_lab.evaluate import evaluate_policy
-from dpo_lab.feedback import BinaryFeedback
-from dpo_lab.kto import KTOConfig, train_kto
 from dpo_lab.loop import LoopConfig
-from dpo_lab.relatives import AOT, CPO, ORPO, SimPO
 from dpo_lab.sentiment.results import reward_at
 from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.theory.frontier import frontier_band, optimal_frontier
 from dpo_lab.train import DPOConfig, train_dpo
+from dpo_lab.variants.feedback import BinaryFeedback
+from dpo_lab.variants.kto import KTOConfig, train_kto
+from dpo_lab.variants.relatives import AOT, CPO, ORPO, SimPO
 
 RESULTS = ASSETS / "relatives.json"
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from dpo_lab.engine.cpu import tune_cpu
     from dpo_lab.engine.runs import Stopwatch
     from dpo_lab.evaluate import evaluate_policy, win_rate
-    from dpo_lab.feedback import BinaryFeedback
-    from dpo_lab.kto import KTOConfig, train_kto
-    from dpo_lab.labels import bradley_terry_label
     from dpo_lab.logprobs import can_compact, completion_logps, score_completions
     from dpo_lab.loop import LoopConfig
     from dpo_lab.losses import (
@@ -29,24 +26,16 @@ if TYPE_CHECKING:
         unlikelihood_loss,
     )
     from dpo_lab.models import load_model, load_tokenizer
-    from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
     from dpo_lab.preferences import PairBatch, Preferences, from_rankings, from_rows, from_scores
-    from dpo_lab.relatives import (
-        AOT,
-        CPO,
-        ORPO,
-        SimPO,
-        aot_loss,
-        cpo_loss,
-        kto_loss,
-        orpo_loss,
-        simpo_loss,
-    )
     from dpo_lab.sampling import sample_completions, texts_of
     from dpo_lab.theory.bradley_terry import fit_bradley_terry
     from dpo_lab.theory.frontier import best_of_n, optimal_frontier
     from dpo_lab.theory.objective import implicit_reward, objective_value, optimal_policy, value_gap
     from dpo_lab.train import DPOConfig, train_dpo, train_sft, train_unlikelihood
+    from dpo_lab.variants.feedback import BinaryFeedback
+    from dpo_lab.variants.kto import KTOConfig, train_kto
+    from dpo_lab.variants.online import OnlineConfig, train_online_dpo, train_spin
+    from dpo_lab.variants.relatives import AOT, CPO, ORPO, SimPO
     from dpo_lab.widgets.explorers import (
         bandit_explorer,
         beta_explorer,
@@ -76,18 +65,15 @@ __all__ = [
     "SimPO",
     "Stopwatch",
     "__version__",
-    "aot_loss",
     "bandit_explorer",
     "best_of_n",
     "beta_explorer",
     "betas_explorer",
     "bradley_terry_explorer",
-    "bradley_terry_label",
     "bradley_terry_nll",
     "can_compact",
     "completion_batch",
     "completion_logps",
-    "cpo_loss",
     "dpo_loss",
     "dpo_loss_from_pairs",
     "evaluate_policy",
@@ -98,7 +84,6 @@ __all__ = [
     "frontier_explorer",
     "gradient_weight_explorer",
     "implicit_reward",
-    "kto_loss",
     "landscape_explorer",
     "live_curves",
     "load_model",
@@ -106,13 +91,11 @@ __all__ = [
     "objective_value",
     "optimal_frontier",
     "optimal_policy",
-    "orpo_loss",
     "plackett_luce_loss",
     "ppo_clip_loss",
     "reward_model_loss",
     "sample_completions",
     "score_completions",
-    "simpo_loss",
     "texts_of",
     "train_dpo",
     "train_kto",
@@ -149,21 +132,10 @@ _NAMES = {
     "engine.runs": ("Stopwatch",),
     "loop": ("LoopConfig",),
     "train": ("DPOConfig", "train_dpo", "train_sft", "train_unlikelihood"),
-    "relatives": (
-        "AOT",
-        "CPO",
-        "ORPO",
-        "SimPO",
-        "aot_loss",
-        "cpo_loss",
-        "kto_loss",
-        "orpo_loss",
-        "simpo_loss",
-    ),
-    "feedback": ("BinaryFeedback",),
-    "kto": ("KTOConfig", "train_kto"),
-    "labels": ("bradley_terry_label",),
-    "online": ("OnlineConfig", "train_online_dpo", "train_spin"),
+    "variants.relatives": ("AOT", "CPO", "ORPO", "SimPO"),
+    "variants.feedback": ("BinaryFeedback",),
+    "variants.kto": ("KTOConfig", "train_kto"),
+    "variants.online": ("OnlineConfig", "train_online_dpo", "train_spin"),
     "evaluate": ("evaluate_policy", "win_rate"),
     "theory.objective": ("implicit_reward", "objective_value", "optimal_policy", "value_gap"),
     "theory.frontier": ("best_of_n", "optimal_frontier"),

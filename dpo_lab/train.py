@@ -90,7 +90,7 @@ def train_dpo(
         preferences: pairs with stored `reference_logps`, in whose precision the policy is computed;
             the reference model itself is not needed. A `loss` without a reference needs no
             `reference_logps` either.
-        loss: a relative of DPO, such as `SimPO()` of `dpo_lab.relatives`, or your own loss, in
+        loss: a relative of DPO, such as `SimPO()` of `dpo_lab.variants`, or your own loss, in
             place of the config's `loss_type`: a function of policy_logps (N,), reference_logps
             (N,), chosen (P,), rejected (P,) and beta, as `dpo_loss` is, and of `lengths` (N,) in
             tokens if it has a parameter of that name, that returns losses (P,) or a `DPOLoss`. It

@@ -27,7 +27,7 @@ import scale  # noqa: E402
 import speed  # noqa: E402
 
 from dpo_lab.loop import LoopConfig  # noqa: E402
-from dpo_lab.plots_online import plot_relatives  # noqa: E402
+from dpo_lab.plots.online import plot_relatives  # noqa: E402
 from dpo_lab.rlhf.ppo import PPOConfig  # noqa: E402
 from dpo_lab.rlhf.reward_model import RewardModelConfig  # noqa: E402
 from dpo_lab.sentiment import reviews  # noqa: E402

@@ -10,11 +10,11 @@ import torch
 from test_train import LOOP, make_preferences, same, state, timeless
 
 from dpo_lab.engine.runs import read_metrics
-from dpo_lab.feedback import BinaryFeedback
-from dpo_lab.kto import KTOConfig, KTOObjective, train_kto
 from dpo_lab.loop import Scorer
 from dpo_lab.models import load_model
 from dpo_lab.train import DPOConfig
+from dpo_lab.variants.feedback import BinaryFeedback
+from dpo_lab.variants.kto import KTOConfig, KTOObjective, train_kto
 
 
 @pytest.fixture(scope="module")

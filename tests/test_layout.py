@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "root": {"assets", "engine", "core", "theory", "root"},
     "rlhf": {"engine", "core", "root", "rlhf"},
     "data": {"engine", "core", "root", "data"},
-    "judges": {"engine", "core", "theory", "root", "data", "judges"},
+    "variants": {"engine", "core", "root", "variants"},
+    "judges": {"engine", "core", "theory", "root", "data", "variants", "judges"},
 }
 MAY_IMPORT["sentiment"] = set(MAY_IMPORT) - {"checks"} | {"sentiment"}
 MAY_IMPORT["health"] = MAY_IMPORT["sentiment"] | {"health"}

@@ -13,19 +13,19 @@ from transformers import GPT2LMHeadModel, set_seed
 
 from dpo_lab.engine.runs import read_metrics
 from dpo_lab.judges import judge_label, reward_judge
-from dpo_lab.labels import (
+from dpo_lab.loop import LoopConfig
+from dpo_lab.preferences import Preferences, from_scores
+from dpo_lab.sampling import sample_with_logps
+from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config
+from dpo_lab.train import DPOConfig, train_dpo
+from dpo_lab.variants.labels import (
     best_and_worst_label,
     bradley_terry_label,
     joined,
     labeled_preferences,
     spin_preferences,
 )
-from dpo_lab.loop import LoopConfig
-from dpo_lab.online import OnlineConfig, train_online_dpo, train_spin
-from dpo_lab.preferences import Preferences, from_scores
-from dpo_lab.sampling import sample_with_logps
-from dpo_lab.sentiment.pretrain import PretrainConfig, gpt2_config
-from dpo_lab.train import DPOConfig, train_dpo
+from dpo_lab.variants.online import OnlineConfig, train_online_dpo, train_spin
 
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=1, eval_every=2, save_every=1)
 DPO = DPOConfig(beta=0.2, batch_pairs=12, loop=LOOP)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_lab.plots_tax import plot_coefficients, plot_rudeness, plot_tax, plot_trade_off
+from dpo_lab.plots.tax import plot_coefficients, plot_rudeness, plot_tax, plot_trade_off
 from dpo_lab.widgets.tax import tax_explorer, tax_state
 
 CHANGES = {

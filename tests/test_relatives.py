@@ -17,7 +17,8 @@ from test_train import CONFIG, make_preferences, same, state, timeless
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model
 from dpo_lab.own_loss import loss_record
-from dpo_lab.relatives import (
+from dpo_lab.train import train_dpo
+from dpo_lab.variants.relatives import (
     AOT,
     CPO,
     ORPO,
@@ -29,7 +30,6 @@ from dpo_lab.relatives import (
     orpo_loss,
     simpo_loss,
 )
-from dpo_lab.train import train_dpo
 from dpo_lab.widgets.states import on_curve
 
 CHOSEN, REJECTED = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 4, 5, 4])
@@ -408,7 +408,7 @@ def test_a_relative_is_recorded_and_its_run_goes_on_bit_identically(tiny, prefer
     with pytest.raises(Stop):
         trained(tiny, preferences, SimPO(0.3), run=tmp_path, callback=stop)
     record = json.loads((tmp_path / "training.json").read_text())
-    assert record["loss"]["name"] == "dpo_lab.relatives.SimPO"
+    assert record["loss"]["name"] == "dpo_lab.variants.relatives.SimPO"
     for other in (SimPO(0.4), AOT()):
         assert loss_record(other) != record["loss"]
         with pytest.raises(ValueError, match="holds another run"):

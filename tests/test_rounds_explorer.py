@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab.plots_online import plot_coverage, plot_means, plot_online
+from dpo_lab.plots.online import plot_coverage, plot_means, plot_online
 from dpo_lab.theory.frontier import OptimalFrontier
 from dpo_lab.theory.on_policy import tuned_runs
 from dpo_lab.widgets.on_policy import (

@@ -21,15 +21,15 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 import dpo_lab
 from dpo_lab.batching import completion_batch
-from dpo_lab.feedback import BinaryFeedback
-from dpo_lab.kto import KTOConfig, KTOObjective
 from dpo_lab.logprobs import Scorer, completion_logps
 from dpo_lab.loop import LoopConfig
 from dpo_lab.losses import dpo_loss
 from dpo_lab.models import load_model
 from dpo_lab.preferences import from_rankings, from_rows, from_scores
-from dpo_lab.relatives import aot_loss, cpo_loss, orpo_loss, simpo_loss
 from dpo_lab.train import DPOConfig, check_config, plan_prompts, train_dpo
+from dpo_lab.variants.feedback import BinaryFeedback
+from dpo_lab.variants.kto import KTOConfig, KTOObjective
+from dpo_lab.variants.relatives import aot_loss, cpo_loss, orpo_loss, simpo_loss
 
 EOS = 0
 

@@ -1,4 +1,4 @@
-"""A judge as the labeler of sampled completions, for on-policy DPO (`dpo_lab.online`)."""
+"""A judge as the labeler of sampled completions, for on-policy DPO (`dpo_lab.variants.online`)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from dpo_lab.engine.arguments import at_least, checked, folder, integer, settled
 from dpo_lab.engine.distributed import local_shard, world_size
 from dpo_lab.engine.records import data_hash, training_run, weights_record
-from dpo_lab.feedback import BinaryFeedback, FeedbackBatch
 from dpo_lab.logprobs import can_compact
 from dpo_lab.loop import Callback, LoopConfig, Score, check_loop, check_policy, fit
 from dpo_lab.losses import check_beta
 from dpo_lab.preferences import SAME_LOGPS, plan_prompts
-from dpo_lab.relatives import check_kto_weights, kto_loss, kto_reference_point
+from dpo_lab.variants.feedback import BinaryFeedback, FeedbackBatch
+from dpo_lab.variants.relatives import check_kto_weights, kto_loss, kto_reference_point
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from dpo_lab.engine.checkpoints import weights_hash
 from dpo_lab.engine.distributed import world_size
 from dpo_lab.engine.records import data_hash, training_run, weights_record
 from dpo_lab.engine.runs import write_json
-from dpo_lab.labels import Label, joined, labeled_preferences, spin_preferences
 from dpo_lab.logprobs import Precision
 from dpo_lab.loop import Callback, check_policy
 from dpo_lab.models import check_same_vocabulary
@@ -38,6 +37,7 @@ from dpo_lab.own_loss import OwnLoss
 from dpo_lab.preferences import Preferences
 from dpo_lab.sampling import sample_with_logps
 from dpo_lab.train import DPOConfig, check_config, train_dpo
+from dpo_lab.variants.labels import Label, joined, labeled_preferences, spin_preferences
 
 
 @dataclass(frozen=True)

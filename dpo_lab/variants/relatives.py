@@ -1,6 +1,6 @@
 """DPO's relatives: SimPO, ORPO, CPO, AOT and KTO, each a pure function under its paper's equation.
 
-The objects `SimPO`, `ORPO`, `CPO` and `AOT` go into `train_dpo(..., loss=SimPO())`; `dpo_lab.kto`
+The objects `SimPO`, `ORPO`, `CPO` and `AOT` go into `train_dpo(..., loss=SimPO())`; `train_kto`
 trains by KTO, whose data has no pairs. IPO, the hinge and EXO are functions of DPO's margin alone,
 and so are names in `MARGIN_LOSSES`. docs/losses.md has all losses in one table.
 """
