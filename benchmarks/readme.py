@@ -914,7 +914,7 @@ def gpu_summary() -> str:
 
 def results() -> str:
     """Each result in one sentence, with a link to the page that holds all of it."""
-    lines = [_experiment_result(), _methods_result(), *_speed_results(), _gpu_result()]
+    lines = [_experiment_result(), _methods_result(), _speed_result(), _gpu_result()]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -933,29 +933,24 @@ def _methods_result() -> str:
         next(row for name, row in found.items() if name.startswith(method))
         for method in ("DPO", "PPO, learned reward")
     )
-    optimal = load_sweep(REPEATS[0]).optimal
     return (
         f"DPO reaches {_percent(dpo['fraction'])} of the gain that is possible at its KL of "
         f"{dpo['kl']:.1f} nats, and PPO with a learned reward {_percent(ppo['fraction'])} at "
-        f"{ppo['kl']:.1f} nats ({dpo['seeds']} and {ppo['seeds']} seeds; bounds, since the optimum "
-        f"is estimated up to {optimal.kl[optimal.valid].max():.1f} nats): "
+        f"{ppo['kl']:.1f} nats (bounds; {dpo['seeds']} and {ppo['seeds']} seeds): "
         "[methods compared](docs/results.md#methods-on-one-task)."
     )
 
 
-def _speed_results() -> list[str]:
+def _speed_result() -> str:
     ours, _, best = _ours_and_trl("cpu")["paper"]
     fast = " and ".join(
         f"{_times(row, best, 'pairs_per_second'):.1f} times ({row['precision']})" for row in ours
     )
     memory = " and ".join(f"{_times(row, best, 'peak_memory_mb'):.2f}x" for row in ours)
-    draws, drag = _result("sampling"), _result("latency")["apart"]
-    return [
+    return (
         f"On two CPU cores GPT-2 trains {fast} as fast as with TRL's best settings, in {memory} of "
-        "the memory: [speed](docs/speed.md).",
-        f"Sampling is {draws['ratio']:.1f} times as fast as `generate`, and a slider redraws "
-        f"within {drag['p95']:.0f} ms: [both](docs/speed.md#sampling-and-sliders).",
-    ]
+        "the memory: [speed](docs/speed.md)."
+    )
 
 
 def _gpu_result() -> str:
