@@ -38,11 +38,12 @@ def record_facts(
 
     `train_dpo(run=...)` calls it.
     """
+    scored = preferences.reference_logps is not None and world_size() == 1
     facts = {
         "steps": steps,
         "data": data_facts(preferences, end_tokens=_end_tokens(policy)),
         "model": model_facts(policy),
-        "start": start_facts(policy, preferences) if world_size() == 1 else None,
+        "start": start_facts(policy, preferences) if scored else None,
     }
     write_json(Path(run) / FACTS, facts)
     _write_hashes(Path(run) / PAIRS, preferences)

@@ -288,9 +288,10 @@ class DPOObjective(PairObjective):
             "rewards/margins": result.margins,
             "logps/chosen": logps.detach()[micro.chosen],
             "logps/rejected": logps.detach()[micro.rejected],
-            "reference_logps/chosen": micro.reference_logps[micro.chosen],
-            "reference_logps/rejected": micro.reference_logps[micro.rejected],
         }
+        if micro.reference_logps is not None:
+            per_pair["reference_logps/chosen"] = micro.reference_logps[micro.chosen]
+            per_pair["reference_logps/rejected"] = micro.reference_logps[micro.rejected]
         if result.gradient_weights is not None:
             per_pair["gradient_weight/mean"] = result.gradient_weights
         return result.losses.sum(), {name: values.sum() for name, values in per_pair.items()}

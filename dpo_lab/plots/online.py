@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from dpo_lab.engine.arguments import floats
 from dpo_lab.engine.escaping import for_figure
-from dpo_lab.plots import METHODS, OPTIMUM, check_labels, looks
 from dpo_lab.plots.judges import MARKERS, count_ticks
+from dpo_lab.plots.style import METHODS, OPTIMUM, check_labels, looks
 from dpo_lab.theory.frontier import OptimalFrontier
 
 # the color of an eighth method

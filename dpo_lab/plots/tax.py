@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dpo_lab.engine.arguments import floats
 from dpo_lab.engine.escaping import for_figure
-from dpo_lab.plots import METHODS, OPTIMUM, looks, root_scale
+from dpo_lab.plots.style import METHODS, OPTIMUM, looks, root_scale
 
 # markers of methods and curves, for those who see colors alike
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -60,7 +60,14 @@ if TYPE_CHECKING:
     )
     from dpo_lab.sentiment.sweep import FrontierConfig, frontier
     from dpo_lab.sentiment.task import Task, TaskConfig, save_policy, task_config
-    from dpo_lab.sentiment.tax import Tax, measure_rudeness, measure_tax
+    from dpo_lab.sentiment.tax import (
+        Ratio,
+        Tax,
+        at_equal_reward,
+        end_over_seeds,
+        measure_rudeness,
+        measure_tax,
+    )
 
 __all__ = [
     "CONFIGS",
@@ -68,6 +75,7 @@ __all__ = [
     "FrontierConfig",
     "LABELS",
     "REPEATS",
+    "Ratio",
     "Run",
     "SentimentReward",
     "SummaryRequests",
@@ -76,10 +84,12 @@ __all__ = [
     "TaskConfig",
     "Tax",
     "TaxItems",
+    "at_equal_reward",
     "brevity",
     "cache_directory",
     "chat_prompt",
     "dialogue_prompts",
+    "end_over_seeds",
     "frontier",
     "held_out_loss",
     "load_chat",
@@ -170,7 +180,14 @@ _NAMES = {
     ),
     "sweep": ("FrontierConfig", "frontier"),
     "task": ("Task", "TaskConfig", "save_policy", "task_config"),
-    "tax": ("Tax", "measure_rudeness", "measure_tax"),
+    "tax": (
+        "Ratio",
+        "Tax",
+        "at_equal_reward",
+        "end_over_seeds",
+        "measure_rudeness",
+        "measure_tax",
+    ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
