@@ -17,7 +17,6 @@ import tyro
 
 from dpo_lab.engine.runs import atomic_write, provenance, write_json
 from dpo_lab.health.catalog import FAULTS
-from dpo_lab.health.diagnosis import diagnose
 from dpo_lab.health.faults import plant
 from dpo_lab.health.gallery import RECORDED, read_curves
 from dpo_lab.health.run_size import GALLERY, RunSize
@@ -60,12 +59,9 @@ def recorded(name: str, seed: int, size: RunSize, folder: Path) -> dict[str, Any
         metric: [[int(step), float(f"{value:.4g}")] for step, value in points]
         for metric, points in read_curves(folder).items()
     }
-    found = list(diagnose(folder).faults)
     shutil.rmtree(folder)
     kind = HEALTHY.get(name, "")
-    return {"planted": name.split()[0], "kind": kind, "seed": seed, "found": found} | {
-        "curves": curves
-    }
+    return {"planted": name.split()[0], "kind": kind, "seed": seed, "curves": curves}
 
 
 if __name__ == "__main__":
