@@ -86,14 +86,14 @@ METHODS = {
     "4 rounds, best and worst": replace(BEST_AND_WORST, rounds=4),
     "4 rounds, moved": Method(rounds=4, reference="moved", betas=(1.0,)),
     "8 rounds, best and worst, 8 times the labels": replace(
-        BEST_AND_WORST, rounds=8, size=8, tuned_as="4 rounds, best and worst"
+        BEST_AND_WORST, rounds=8, size=8, betas=(1.0, 1.6)
     ),
     "offline, judge": Method(labels="judge", betas=(0.15, 0.3)),
     "4 rounds, judge": Method(rounds=4, labels="judge", betas=(0.15, 0.3)),
     "SPIN": Method(3, "human", 1, "moved", prompts_per_step=16, betas=(0.2,)),
     "8 rounds": Method(rounds=8, betas=(0.27, 0.35)),
     "offline, best and worst, 8 times the labels": replace(
-        BEST_AND_WORST, size=8, tuned_as="offline, best and worst"
+        BEST_AND_WORST, size=8, betas=(0.8, 1.2)
     ),
     "2 rounds": Method(rounds=2, betas=(0.3, 0.4)),
     "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.3)),
