@@ -95,7 +95,7 @@ METHODS = {
     "offline, best and worst, 8 times the labels": replace(
         BEST_AND_WORST, size=8, betas=(0.8, 1.2)
     ),
-    "4 rounds, 8 times the labels": Method(rounds=4, size=8, tuned_as="4 rounds"),
+    "4 rounds, 8 times the labels": Method(rounds=4, size=8, betas=(0.8,)),
     "2 rounds": Method(rounds=2, betas=(0.3, 0.4)),
     "4 rounds, votes": Method(rounds=4, labels="votes", betas=(0.15, 0.3)),
 }
