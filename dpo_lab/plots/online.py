@@ -144,7 +144,8 @@ def plot_online(
     panels[0].set_ylabel("mean reward, P(positive)")
     panels[1].set_ylabel("fraction of the optimal gain")
     handles, shown = panels[0].get_legend_handles_labels()
-    figure.legend(handles, shown, frameon=False, loc="outside upper center", ncols=4)
+    options = {"frameon": False, "loc": "outside upper center", "ncols": 3, "fontsize": 9}
+    figure.legend(handles, shown, **options)
     return figure
 
 
