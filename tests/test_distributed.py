@@ -83,6 +83,11 @@ def two(one, tiny, tmp_path_factory):
 
 def assert_same(a, b, tolerance=TOLERANCE):
     """Metrics, line by line and name by name."""
+    # how many weights a step changed depends on the last bit, and sharded ones are not looked at
+    a, b = (
+        [{name: value for name, value in line.items() if "weights/" not in name} for line in lines]
+        for lines in (a, b)
+    )
     assert [line.keys() for line in a] == [line.keys() for line in b]
     for line, other in zip(a, b):
         assert line == pytest.approx(other, abs=tolerance)

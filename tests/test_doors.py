@@ -40,6 +40,7 @@ from dpo_lab.sentiment.run import ExperimentConfig
 from dpo_lab.sentiment.sweep import FrontierConfig
 from dpo_lab.sentiment.task import Task, TaskConfig
 from dpo_lab.train import DPOConfig, check_config, train_dpo, train_sft, train_unlikelihood
+from dpo_lab.variants import CPO, BinaryFeedback
 
 WRONG = "a name that nobody allowed"
 # takes the numbers of a config once per step, after its loop has settled it
@@ -181,6 +182,14 @@ def test_a_wrong_name_makes_no_object(kind, name):
         Run: {"method": "dpo", "setting": 0.1, "seed": 0},
         RunRecord: {"source": "trl", "steps": []},
         Seen: {"severity": "note", "evidence": ""},
+        CPO: {},
+        BinaryFeedback: dict(
+            prompts=[[1], [4]],
+            completions=[[2], [3]],
+            prompt_of=np.arange(2),
+            rated=np.arange(2),
+            desirable=np.array([True, False]),
+        ),
         Finding: dict(fault="dropout_on", severity="note", evidence="", advice=""),
         Preferences: dict(
             prompts=[[1]],

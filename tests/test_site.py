@@ -370,7 +370,7 @@ class TestInABrowser:
             block = page.locator(".dpo-lab-frames").nth(list(names).index(name))
             (frame,) = [f for f in block.locator(".dpo-lab-frame").all() if f.is_visible()]
             source = frame.locator("img").get_attribute("src")
-            texts = frame.locator("p").inner_text(), block.locator("output").inner_text()
+            texts = frame.locator("p").first.inner_text(), block.locator("output").inner_text()
             return *texts, pixels(base64.b64decode(source.split(",")[1])).tobytes()
 
         def expected(name, value, label):

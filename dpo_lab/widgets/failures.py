@@ -50,7 +50,7 @@ def failures_figure() -> BlittedFigure:
     ]
     red = [[axes.plot([], [], color=REJECTED, linewidth=2)[0] for _ in range(6)] for axes in panels]
     panels[0].axhline(np.log(2), color=OPTIMUM, linestyle=":", linewidth=1)
-    shown: list[str] = []
+    shown: list[tuple[Any, ...]] = []
 
     def update(state: Mapping[str, Any]) -> None:
         for axes, panel, *lines in zip(panels, state["panels"], gray, red):
@@ -65,7 +65,10 @@ def failures_figure() -> BlittedFigure:
             points = np.concatenate([*curves[0], *curves[1]])
             axes.set_xlim(0, points[:, 0].max() + 1)
             axes.set_ylim(*_limits(points[:, 1], panel["logarithmic"]))
-        shown[:] = [panel["label"] for panel in state["panels"]]
+        shown[:] = [
+            (panel["label"], axes.get_yscale(), axes.get_xlim(), axes.get_ylim())
+            for axes, panel in zip(panels, state["panels"])
+        ]
 
     artists = [line for lines in (*gray, *red) for line in lines]
     return BlittedFigure(figure, artists, update, lambda: tuple(shown))
