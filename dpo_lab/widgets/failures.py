@@ -43,14 +43,18 @@ def _ends(fault: FaultName) -> str:
 def failures_figure() -> BlittedFigure:
     """Three panels, in which a state has the curves of healthy runs and of those with a fault."""
     figure, panels = wide(3)
-    for axes in panels:
+
+    # places that do not depend on what was drawn before
+    figure.set_layout_engine("none")
+    for k, axes in enumerate(panels):
+        axes.set_position((0.09 + 0.335 * k, 0.16, 0.225, 0.79))
         axes.set_xlabel("step")
     gray = [
         [axes.plot([], [], color=HEALTHY, linewidth=1.2)[0] for _ in range(6)] for axes in panels
     ]
     red = [[axes.plot([], [], color=REJECTED, linewidth=2)[0] for _ in range(6)] for axes in panels]
     panels[0].axhline(np.log(2), color=OPTIMUM, linestyle=":", linewidth=1)
-    shown: list[tuple[Any, ...]] = []
+    shown: list[tuple[str, bool]] = []
 
     def update(state: Mapping[str, Any]) -> None:
         for axes, panel, *lines in zip(panels, state["panels"], gray, red):
@@ -65,10 +69,7 @@ def failures_figure() -> BlittedFigure:
             points = np.concatenate([*curves[0], *curves[1]])
             axes.set_xlim(0, points[:, 0].max() + 1)
             axes.set_ylim(*_limits(points[:, 1], panel["logarithmic"]))
-        shown[:] = [
-            (panel["label"], axes.get_yscale(), axes.get_xlim(), axes.get_ylim())
-            for axes, panel in zip(panels, state["panels"])
-        ]
+        shown[:] = [(panel["label"], panel["logarithmic"]) for panel in state["panels"]]
 
     artists = [line for lines in (*gray, *red) for line in lines]
     return BlittedFigure(figure, artists, update, lambda: tuple(shown))
