@@ -414,6 +414,25 @@ def test_the_settings_of_a_relative_are_its_own(method):
     assert changes.get(knob, getattr(loss, knob, None)) == setting.knob
 
 
+def test_what_the_pages_say_of_eight_times_the_labels_is_what_was_recorded():
+    found, name = load_on_policy(), "4 rounds, 8 times the labels"
+    every = [run for run in found["runs"] + found["other_betas"] if run["method"] == name]
+
+    def ends(beta):
+        lasts = [run["rows"][-1] for run in every if run["beta"] == beta]
+        assert len(lasts) == 3
+        low, high = np.mean([row["fraction"] for row in lasts], 0)
+        return f"{low:.0%}", f"{high:.0%}", f"{np.mean([row['kl'] for row in lasts]):.1f} nats"
+
+    page = " ".join(
+        (Path(__file__).parent.parent / "docs" / "online.md").read_text(encoding="utf-8").split()
+    )
+    low, high, kl = ends(0.35)
+    assert f"beta 0.35 go on to {low} to {high} of the gain, but at {kl}" in page
+    low, _, kl = ends(0.8)
+    assert f"beta 0.8 they stop at {kl} and {low}" in page
+
+
 def test_the_recorded_on_policy_runs_hold_together():
     found, sweep = load_on_policy(), load_sweep()
     assert {run["method"] for run in found["runs"]} <= set(found["methods"])
