@@ -3,10 +3,13 @@
 One step of the workload "short" (GPT-2, 124M weights) by dpo_lab, in one thread, in both
 precisions: reference log-probs, a pass forward and backward, and AdamW. The clock is the CPU time
 of that thread, which depends little on what else runs; torch's profiler tells what it goes to.
-Writes benchmarks/results/limit.json. About a minute of one core.
+Beside it, a block of that model alone, forward and backward, as torch runs it operation by
+operation and as torch.compile fuses it, where there is a C++ compiler. Writes
+benchmarks/results/limit.json. About two minutes of one core.
 """
 
 import json
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,11 +23,14 @@ import torch
 import tyro
 from contender import BETA, LEARNING_RATE, WORKLOADS, make_models, make_preferences, tuned
 from speed import least_flops, matmul_rate
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_lab.engine.runs import provenance, write_json
 from dpo_lab.logprobs import Precision, autocast, can_compact, completion_logps
 from dpo_lab.losses import dpo_loss
+from dpo_lab.models import prepare_model
 
 RESULTS = Path(__file__).parent / "results" / "limit.json"
 
@@ -46,6 +52,10 @@ class LimitConfig:
 
     repeats: int = 1
     """steps of each kind after the first, which is not counted"""
+    block_tokens: int = 1_024
+    """tokens that a block alone computes"""
+    block_repeats: int = 15
+    """passes of a block whose median counts"""
     seed: int = 0
     """of weights and pairs"""
 
@@ -97,6 +107,36 @@ def measure(step: Callable[[], float]) -> dict[str, Any]:
     return {"loss": loss, "cpu_seconds": taken, "kinds": kinds}
 
 
+def block_seconds(block: nn.Module, tokens: int, precision: Precision, repeats: int) -> float:
+    """Median CPU seconds of a forward and a backward pass of a block of GPT-2's shape."""
+    states, times = torch.randn(1, tokens, 768, requires_grad=True), []
+    for turn in range(repeats + 3):
+        began = time.process_time()
+        with autocast("cpu", precision):
+            found = block(states)
+        found = found[0] if isinstance(found, tuple) else found
+        found.float().square().mean().backward()
+        if turn >= 3:
+            times.append(time.process_time() - began)
+    return float(np.median(times))
+
+
+def fused_blocks(config: LimitConfig) -> dict[str, dict[str, float]]:
+    """CPU seconds of a block by precision, as it is and compiled; empty without a compiler."""
+    if shutil.which("g++") is None:
+        return {}
+    torch.manual_seed(config.seed)
+    shape = GPT2Config(n_layer=1, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+    block = prepare_model(GPT2LMHeadModel(shape)).eval().transformer.h[0]
+    ways = {"as it is": block, "compiled": torch.compile(block, fullgraph=True)}
+    names: tuple[Precision, ...] = ("float32", "bfloat16")
+    size = (config.block_tokens, config.block_repeats)
+    return {
+        name: {way: block_seconds(one, size[0], name, size[1]) for way, one in ways.items()}
+        for name in names
+    }
+
+
 def main(config: LimitConfig) -> None:
     torch.set_num_threads(1)
     origin = provenance()
@@ -122,7 +162,12 @@ def main(config: LimitConfig) -> None:
         }
         limit = flops / best[name]
         table[name] = {"seconds": least, "limit_seconds": limit, "kinds": kinds}
-    result = {"provenance": origin, "matmul_flops_per_second": best, "steps": table}
+    result = {
+        "provenance": origin,
+        "matmul_flops_per_second": best,
+        "steps": table,
+        "block": {"tokens": config.block_tokens, "cpu_seconds": fused_blocks(config)},
+    }
     write_json(RESULTS, result)
     print(json.dumps(result, indent=2))
 

@@ -124,7 +124,7 @@ def _percent(fractions: Iterable[float]) -> str:
 # The controlled-sentiment experiment
 
 
-def main_job() -> str:
+def main_job(name: str = "main_job") -> str:
     """The table of `benchmarks/main_job.py`."""
     header = "seed | reward before | reward after | sequence KL (nats) | seconds | peak memory"
     rows = (
@@ -136,31 +136,35 @@ def main_job() -> str:
             f"{row['process_seconds']:.0f}",
             f"{row['peak_memory_mb']:,} MB",
         )
-        for row in _result("main_job")["rows"]
+        for row in _result(name)["rows"]
     )
     return _table(header, rows)
 
 
-def main_job_origin() -> str:
+def main_job_origin(name: str = "main_job") -> str:
     """Where the table of `main_job` was measured."""
-    return "± is one standard error." + _origin(_result("main_job")["provenance"]).replace(
-        "\n\n", " "
-    )
+    return "± is one standard error." + _origin(_result(name)["provenance"]).replace("\n\n", " ")
 
 
 def sweep() -> str:
-    """The grid of `benchmarks/sweep.py`, best reward within 4 nats first."""
-    rows = sorted(
-        _result("sweep")["rows"],
-        key=lambda row: (row["after"]["kl"] > 4, -row["after"]["reward"]),
-    )
+    """The grid of `benchmarks/sweep.py`, means over seeds, best reward within 4 nats first."""
+    settings: dict[tuple, list[dict]] = {}
+    for row in _result("sweep")["rows"]:
+        key = row["beta"], row["learning_rate"], row["lora_layers"] or "all"
+        settings.setdefault(key, []).append(row["after"])
+
+    # the mean of each, with the error of the held-out prefixes
+    means = {}
+    for key, found in settings.items():
+        mean = {name: float(np.mean([one[name] for one in found])) for name in ("reward", "kl")}
+        for name in ("reward_se", "kl_se"):
+            mean[name] = math.hypot(*(one[name] for one in found)) / len(found)
+        means[key] = mean
+    order = sorted(means, key=lambda key: (means[key]["kl"] > 4, -means[key]["reward"]))
     return _table(
-        "beta | learning rate | reward | sequence KL (nats)",
-        (
-            (row["beta"], row["learning_rate"], _reward(row["after"]), _kl(row["after"]))
-            for row in rows
-        ),
-    )
+        "beta | learning rate | blocks with adapters | seeds | reward | sequence KL (nats)",
+        ((*key, len(settings[key]), _reward(means[key]), _kl(means[key])) for key in order),
+    ) + _origin(_result("sweep")["provenance"])
 
 
 def methods() -> str:
@@ -659,7 +663,21 @@ def limit() -> str:
         for name, rate in result["matmul_flops_per_second"].items()
     )
     table = _table(" | ".join(["of the step", *steps]), rows)
-    return table + _origin(result["provenance"], f" ({rates})") + "\n\n" + _with_matrix_units()
+    origin = _origin(result["provenance"], f" ({rates})")
+    return f"{table}{origin}\n\n{_compiled_block()}\n\n{_with_matrix_units()}"
+
+
+def _compiled_block() -> str:
+    """What torch.compile makes of a block of the same model."""
+    block = _result("limit")["block"]
+    ratios = " and ".join(
+        f"{ways['compiled'] / ways['as it is']:.2f} times the CPU time in {name}"
+        for name, ways in block["cpu_seconds"].items()
+    )
+    return (
+        f"A block alone, forward and backward on {block['tokens']:,} tokens, takes {ratios} when "
+        "torch.compile has fused it."
+    )
 
 
 def _with_matrix_units() -> str:

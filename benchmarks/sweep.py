@@ -1,9 +1,11 @@
-"""How beta and learning rate of `dpo-lab train` were chosen: runs on the same preferences.
+"""How beta, learning rate and adapters of `dpo-lab train` were chosen, on the same preferences.
 
-    python benchmarks/sweep.py --betas 0.1 0.3 --rates 1e-4 3e-4
+    python benchmarks/sweep.py --fresh
 
-Every run is `dpo-lab train` in a process of its own. Rows go to benchmarks/results/sweep.json as
-they finish; a row that is there already is not run again.
+Every run is `dpo-lab train` in a process of its own, on fewer prefixes, with one setting other than
+the defaults. Each beta is run with every seed, the rest with the first. Rows go to
+benchmarks/results/sweep.json as they finish; a row that is there already is not run again. About
+two minutes per run where bfloat16 is fast.
 """
 
 import json
@@ -24,12 +26,16 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.31, 0.33, 0.35)
-    """values of beta, at the default learning rate"""
-    rates: tuple[float, ...] = (1.5e-4, 6e-4)
-    """peak learning rates, at the default beta"""
-    seed: int = 0
-    """seed of every run"""
+    betas: tuple[float, ...] = (0.32, 0.34, 0.36)
+    """values of beta"""
+    rates: tuple[float, ...] = (2e-3,)
+    """peak learning rates"""
+    layers: tuple[int, ...] = (0,)
+    """blocks with adapters, from the last one back; 0 for all"""
+    prefixes: int = 3_600
+    """prefixes of every run"""
+    seeds: tuple[int, ...] = (3, 4)
+    """seeds, other than those of the results that are reported"""
     fresh: bool = False
     """forget the rows that are there"""
     out: Path = Path("runs/sweep")
@@ -40,16 +46,24 @@ def main(config: SweepConfig) -> None:
     origin = provenance()  # before the results file changes
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not config.fresh else []
     default = CONFIGS["laptop"].dpo
-    grid = [(beta, default.loop.learning_rate) for beta in config.betas] + [
-        (default.beta, rate) for rate in config.rates
-    ]
-    for beta, rate in grid:
-        key = {"beta": beta, "learning_rate": rate, "seed": config.seed}
+    usual = {
+        "beta": default.beta,
+        "learning_rate": default.loop.learning_rate,
+        "lora_layers": default.lora_layers,
+        "prefixes": config.prefixes,
+    }
+    betas = [{"beta": beta, "seed": seed} for seed in config.seeds for beta in config.betas]
+    others = [{"learning_rate": rate} for rate in config.rates]
+    others += [{"lora_layers": layers} for layers in config.layers]
+    others = [change | {"seed": config.seeds[0]} for change in others]
+    for change in [*betas, *others]:
+        key = usual | change
         if any(key.items() <= row.items() for row in rows):
             continue
-        run = config.out / f"beta{beta}-lr{rate}-seed{config.seed}"
-        options = [f"--beta={beta}", f"--learning-rate={rate}", f"--seed={config.seed}"]
-        data = config.out / f"data-seed{config.seed}"
+        names = [f"{name}-{value:g}" for name, value in key.items()]
+        run = config.out / "-".join(names)
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in key.items()]
+        data = config.out / f"data-seed{key['seed']}"
         command = [
             sys.executable,
             "-m",
@@ -74,13 +88,10 @@ def main(config: SweepConfig) -> None:
             | {"curve": curve}
         )
         write_json(RESULTS, {"provenance": origin, "rows": rows})
-    print(f"{'beta':>6} {'rate':>8} {'reward':>7} {'KL':>6} {'seconds':>8}")
-    for row in sorted(rows, key=lambda row: -row["after"]["reward"]):
+    for row in rows:
         after = row["after"]
-        print(
-            f"{row['beta']:>6} {row['learning_rate']:>8} {after['reward']:>7.3f} "
-            f"{after['kl']:>6.2f} {row['seconds']:>8.0f}"
-        )
+        settings = " ".join(f"{name} {row[name]:g}" for name in key)
+        print(f"{settings}: reward {after['reward']:.3f}, KL {after['kl']:.2f}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_gguf_available
 
@@ -376,18 +377,23 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def check_lora(rank: int) -> None:
-    """Raise ValueError for a rank that adapters cannot have."""
+def check_lora(rank: int, layers: int = 0) -> None:
+    """Raise ValueError for a rank that adapters cannot have, or a number of blocks without them."""
     if rank < 0:
         raise ValueError(
             f"lora_rank is {rank}; it must be 0 (train all weights) or the rank of the adapters, "
             "such as 8"
         )
+    if layers < 0:
+        raise ValueError(
+            f"lora_layers is {layers}; it must be 0 (adapters in every block) or the number of "
+            "blocks, from the last one back, that get adapters"
+        )
 
 
-def check_adaptable(model: nn.Module, rank: int) -> None:
-    """Raise ValueError unless `lora` can put adapters of this rank on the model."""
-    check_lora(rank)
+def check_adaptable(model: nn.Module, rank: int, layers: int = 0) -> None:
+    """Raise ValueError unless `lora` can put adapters of this rank on so many blocks of a model."""
+    check_lora(rank, layers)
     model = unwrapped(model)
     check_precision(dict(model.named_parameters()))
     from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
@@ -399,22 +405,47 @@ def check_adaptable(model: nn.Module, rank: int) -> None:
             "of them; merge them first, with policy = policy.merge_and_unload(), or train them "
             "themselves with lora_rank=0"
         )
+    lora_targets(model, layers)
+
+
+def lora_targets(model: nn.Module, layers: int = 0) -> list[str]:
+    """Names of the linear layers that get adapters: those of the last `layers` blocks, or of all.
+
+    Raises:
+        ValueError: the model has fewer blocks, or does not say which of its modules they are.
+    """
+    decoder = model.get_decoder()
+    blocks = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if layers > len(blocks):
+        raise ValueError(
+            f"lora_layers is {layers}, and {name_of(model)} has {len(blocks)} blocks that it "
+            "names; give at most as many, or 0 for adapters in every block"
+        )
+
+    # within those blocks, or anywhere in the decoder
+    linear = nn.Linear | Conv1D
+    inside = blocks[-layers:] if layers else [decoder]
+    some = {id(m) for block in inside for m in block.modules() if isinstance(m, linear)}
+    return [name for name, module in model.named_modules() if id(module) in some]
 
 
 @contextmanager
-def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Module]:
+def lora(
+    model: PreTrainedModel, rank: int, *, layers: int = 0, seed: int = 0
+) -> Iterator[nn.Module]:
     """In the block, `model` with LoRA adapters; afterwards they are merged into it.
 
     Every linear layer of the decoder becomes W + 2 B A, where only A (rank, in) and B (out, rank)
     are trained. B starts at zero, so the model starts unchanged; `seed` decides A. Hu et al. 2021,
-    https://arxiv.org/abs/2106.09685
+    https://arxiv.org/abs/2106.09685. With `layers` only the linear layers of the last so many
+    blocks do, and a backward pass ends at the first of these blocks.
 
     Raises:
-        ValueError: a negative rank, a model with adapters, or weights in half precision, which
-            would round the adapters away.
+        ValueError: a negative rank, more layers than the model has blocks, a model with adapters,
+            or weights in half precision, which would round the adapters away.
     """
     model = unwrapped(model)
-    check_adaptable(model, rank)
+    check_adaptable(model, rank, layers)
     from peft import LoraConfig, get_peft_model  # takes seconds
 
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -422,7 +453,7 @@ def lora(model: PreTrainedModel, rank: int, *, seed: int = 0) -> Iterator[nn.Mod
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules="all-linear",
+        target_modules=lora_targets(model, layers) if layers else "all-linear",
         fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )

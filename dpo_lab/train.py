@@ -1,7 +1,7 @@
 """DPO, unlikelihood and SFT: what each of them minimizes, in one loop."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,9 @@ class DPOConfig:
     lora_rank: int = 0
     """rank of LoRA adapters, which want about ten times the learning rate (Schulman et al. 2025); 0
     trains all weights"""
+    lora_layers: int = 0
+    """blocks with adapters, from the last one back; 0 for all. The blocks below them cost nothing
+    in a backward pass"""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -59,7 +62,7 @@ def check_config(config: DPOConfig) -> None:
     """Raise ValueError for a value that cannot be trained with, named with what is allowed."""
     check_beta(config.beta)
     check_loss_type(config.loss_type, config.label_smoothing)
-    check_lora(config.lora_rank)
+    check_lora(config.lora_rank, config.lora_layers)
     check_loop(config.loop)
     if config.lora_rank and config.loop.optimizer == "muon":
         raise ValueError(
@@ -132,7 +135,7 @@ def train_dpo(
     # the run's record, which gives a resumed run the reference log-probs that it began with
     logps, precision = preferences.reference_logps, preferences.reference_precision
     options = {"resume": resume, "logps": logps, "atol": SAME_LOGPS[precision]}
-    adapted = lora(policy, config.lora_rank, seed=seed) if config.lora_rank else nullcontext(policy)
+    adapted = adapters(policy, config, seed)
     with training_run(run, describe, **options) as began_with, adapted as trained:
         if began_with is not logps:
             preferences = replace(preferences, reference_logps=began_with)
@@ -403,6 +406,15 @@ def pairs_hash(preferences: Preferences) -> str:
     return data_hash(preferences.tokens_hash(), *sides)
 
 
+@checked
+def adapters(
+    model: nn.Module, config: DPOConfig, seed: int = 0
+) -> AbstractContextManager[nn.Module]:
+    """A block in which `model` has the adapters of `config`; itself where that asks for none."""
+    rank, layers = config.lora_rank, config.lora_layers
+    return lora(model, rank, layers=layers, seed=seed) if rank else nullcontext(model)
+
+
 def _check_dpo_training(
     policy: nn.Module, preferences: Preferences, config: DPOConfig, loss: OwnLoss | None
 ) -> None:
@@ -414,7 +426,7 @@ def _check_dpo_training(
             "reference model"
         )
     if config.lora_rank:
-        check_adaptable(policy, config.lora_rank)
+        check_adaptable(policy, config.lora_rank, config.lora_layers)
     check_policy(policy, config.loop, adapters=bool(config.lora_rank))
 
 

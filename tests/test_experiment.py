@@ -629,8 +629,12 @@ def test_one_selector_sets_the_task_of_every_command():
         "embedded",
         "tfidf",
     )
-    assert gpu.dpo == laptop.dpo and gpu.dpo.beta == 0.33
-    assert replace(gpu.task, device="cpu", model="embedded", reward="tfidf") == laptop.task
+    small = {"device": "cpu", "model": "embedded", "reward": "tfidf"}
+    assert replace(gpu.task, **small, prefixes=laptop.task.prefixes) == laptop.task
+
+    # adapters in every block of the large model
+    assert (laptop.dpo.lora_layers, gpu.dpo.lora_layers) == (2, 0)
+    assert gpu.dpo.lora_rank == laptop.dpo.lora_rank > 0
     assert (gpu.task.device, gpu.task.model) == ("cuda", "openai-community/gpt2-large")
     assert (gpu.task.reward, paper.task.model) == (HUB_CLASSIFIER, gpu.task.model)
     assert frontier_config("laptop") == FrontierConfig()
@@ -668,9 +672,10 @@ def test_a_run_fits_into_the_minutes_that_it_is_given(tiny, tmp_path, monkeypatc
     out = tmp_path / "run"
     assert main(["train", *small, "--out", str(out)]) == 0
     (n, seconds, least) = asked.pop()
-    assert n == 7_500 and 0 < seconds < 120 and least == 100 and not asked
+    full = task_config("laptop").prefixes
+    assert n == full and 0 < seconds < 120 and least == 100 and not asked
     said = capsys.readouterr().out
-    assert "9 prefixes" in said and "2 minutes" in said and "--prefixes 7500" in said
+    assert "9 prefixes" in said and "2 minutes" in said and f"--prefixes {full}" in said
     assert len(json.loads((out / "data" / "samples.json").read_text())["prompts"]) == 9
     for folder in (out, out / "data"):
         recorded = json.loads((folder / "config.json").read_text())

@@ -69,26 +69,32 @@ def test_flops_are_those_that_torch_counts(model, batch):
             counted(lambda: completion_logps(model, batch)), rel=0.1
         )
     work = counted(lambda: completion_logps(model, batch).sum().backward())
-    assert training_flops(model, batch, "float32") == pytest.approx(work, rel=0.1)
+    assert training_flops(model, batch, DPOConfig(), "float32") == pytest.approx(work, rel=0.1)
 
 
 def test_flops_with_blocks_that_are_computed_again(model):
     with loop.checkpointed(loop.blocks_of(model)):
         work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
-    assert training_flops(model, padded_batch(), "float32", again=True) == pytest.approx(
-        work, rel=0.1
-    )
+    again = DPOConfig(loop=LoopConfig(gradient_checkpointing=True))
+    assert training_flops(model, padded_batch(), again, "float32") == pytest.approx(work, rel=0.1)
 
 
+@pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("again", [False, True])
-def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
+def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again, layers):
+    asked = DPOConfig(loop=LoopConfig(gradient_checkpointing=again))
+    few = replace(asked, lora_rank=4, lora_layers=layers)
     config = GPT2Config(
         vocab_size=64, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     )
     model = GPT2LMHeadModel(config).eval()
-    expected = training_flops(model, padded_batch(), "float32", again=again, rank=4)
-    assert expected < 0.85 * training_flops(model, padded_batch(), "float32", again=again)
-    with lora(model, 4) as adapted, loop.checkpointed(loop.blocks_of(adapted) if again else []):
+    expected = training_flops(model, padded_batch(), few, "float32")
+    most = 0.65 if layers else 0.85
+    assert expected < most * training_flops(model, padded_batch(), asked, "float32")
+    with (
+        lora(model, 4, layers=layers) as adapted,
+        loop.checkpointed(loop.blocks_of(adapted) if again else []),
+    ):
         logit_path(adapted)  # which computes a few tokens, once
         assert expected == pytest.approx(
             counted(lambda: completion_logps(adapted, padded_batch()).sum().backward()), rel=0.1
@@ -98,7 +104,9 @@ def test_flops_of_adapters_leave_out_the_gradients_of_the_frozen_weights(again):
 def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
     monkeypatch.setattr("dpo_lab.engine.lm_head.STORED_LOGITS_BYTES", 0)
     work = counted(lambda: completion_logps(model, padded_batch()).sum().backward())
-    assert training_flops(model, padded_batch(), "float32") == pytest.approx(work, rel=0.1)
+    assert training_flops(model, padded_batch(), DPOConfig(), "float32") == pytest.approx(
+        work, rel=0.1
+    )
 
 
 def test_flops_of_sampling_are_those_that_torch_counts(model, monkeypatch):
@@ -117,14 +125,24 @@ def n_bytes(tensors):
 
 
 @pytest.mark.parametrize(
-    "optimizer, rank", [("adamw", 0), ("rmsprop", 0), ("muon", 0), ("adamw", 3), ("rmsprop", 3)]
+    "optimizer, rank, layers",
+    [
+        ("adamw", 0, 0),
+        ("rmsprop", 0, 0),
+        ("muon", 0, 0),
+        ("adamw", 3, 0),
+        ("rmsprop", 3, 0),
+        ("adamw", 3, 1),
+    ],
 )
-def test_bytes_of_weights_gradients_and_optimizer_are_those_after_a_step(tiny, optimizer, rank):
+def test_bytes_of_weights_gradients_and_optimizer_are_those_after_a_step(
+    tiny, optimizer, rank, layers
+):
     model, kept = load_model(str(tiny)), []
-    config = DPOConfig(lora_rank=rank, loop=LoopConfig(optimizer=optimizer))
+    config = DPOConfig(lora_rank=rank, lora_layers=layers, loop=LoopConfig(optimizer=optimizer))
     made = plan(model, PROMPTS, config, completions=4, max_new_tokens=8, eval_prefixes=8).training
     assert made["weights"] == 2 * n_bytes(model.parameters()) and ("adapters" in made) is bool(rank)
-    with lora(model, rank) if rank else nullcontext(model) as policy:
+    with lora(model, rank, layers=layers) if rank else nullcontext(model) as policy:
         completion_logps(policy, padded_batch()).sum().backward()
         trained = [p for p in policy.parameters() if p.requires_grad]
         for one in loop.make_optimizers(policy, config.loop):
@@ -151,7 +169,7 @@ def test_activations_grow_with_the_batch_as_those_of_a_batch_of_its_size(model):
     )
     with loop.checkpointed(loop.blocks_of(model)):
         inputs = planning.saved_bytes(model, batch, "float32")
-    again = planning.activation_bytes(model, batch, padded_batch(), "float32", again=True)
+    again = planning.activation_bytes(model, batch, padded_batch(), "float32", again=True, blocks=2)
     assert again == pytest.approx(inputs + direct / 2, rel=0.05) and inputs < direct / 5
 
 
@@ -226,9 +244,9 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
         return np.random.default_rng(len(texts)).random(len(texts))
 
     scoring, backward = preferences.score_completions, loop._backward
+    monkeypatch.setattr(task_steps, "sample_completions", endless(sample_completions))
     for module in (evaluate, task_steps):
-        monkeypatch.setattr(module, "sample_completions", endless(sample_completions))
-    monkeypatch.setattr(task_steps, "sample_with_logps", endless(sample_with_logps))
+        monkeypatch.setattr(module, "sample_with_logps", endless(sample_with_logps))
     for module in (evaluate, experiment, preferences):
         monkeypatch.setattr(module, "score_completions", score)
     monkeypatch.setattr(loop, "_backward", gradient)
@@ -282,7 +300,8 @@ def test_sft_is_planned_as_it_is_done(tiny, tmp_path, monkeypatch):
     assert made.tokens == {"SFT": batch.tokens * batches} | without.tokens
     per_token = made.flops["SFT"] / made.tokens["SFT"]
     assert per_token == pytest.approx(
-        planning.training_flops(reference, read[0], "float32") / read[0].tokens, rel=0.1
+        planning.training_flops(reference, read[0], DPOConfig(), "float32") / read[0].tokens,
+        rel=0.1,
     )
     assert (
         not without.tuning

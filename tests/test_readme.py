@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import yaml
 from hub_copies import into_cache, write_copy
@@ -68,14 +69,20 @@ def test_a_page_without_measurements_on_a_gpu_says_so(figures, monkeypatch):
     assert figures._gpu_result() == figures.UNMEASURED
 
 
-def test_the_default_beta_has_the_most_reward_within_4_nats():
+def test_the_laptop_config_has_the_most_reward_within_4_nats():
+    """In the mean over seeds, none of which is among the reported ones."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "sweep.json").read_text())["rows"]
-    best = max(
-        (row for row in rows if row["after"]["kl"] <= 4), key=lambda row: row["after"]["reward"]
-    )
+    found = {}
+    for row in rows:
+        key = row["beta"], row["learning_rate"], row["lora_layers"]
+        found.setdefault(key, []).append((row["after"]["kl"], row["after"]["reward"]))
+    means = {key: np.mean(values, 0) for key, values in found.items()}
+    best = max((key for key in means if means[key][0] <= 4), key=lambda key: means[key][1])
     config = CONFIGS["laptop"].dpo
-    assert len({row["beta"] for row in rows}) > 1
-    assert (best["beta"], best["learning_rate"]) == (config.beta, config.loop.learning_rate)
+    assert len({beta for beta, *_ in found}) > 1
+    assert best == (config.beta, config.loop.learning_rate, config.lora_layers)
+    reported = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text())["rows"]
+    assert not {row["seed"] for row in rows} & {row["seed"] for row in reported}
 
 
 def test_every_mistake_was_measured():

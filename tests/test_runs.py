@@ -97,6 +97,13 @@ def test_settings_that_differ_are_named_one_by_one(tmp_path):
     assert differences(found, asked) == ["a.b: 1 there, 2 asked", "f: None there, 3 asked"]
 
 
+def test_a_setting_that_an_earlier_version_lacked_has_the_value_of_what_it_did():
+    old = {"dpo": {"lora_rank": 8}}
+    assert differences(old, {"dpo": {"lora_rank": 8, "lora_layers": 0}}) == []
+    found = differences(old, {"dpo": {"lora_rank": 8, "lora_layers": 2}})
+    assert found == ["dpo.lora_layers: 0 there, 2 asked"]
+
+
 def test_a_folder_that_was_moved_is_the_same_place(tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     (tmp_path / "old").mkdir()

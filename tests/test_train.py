@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import make_reviews
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from dpo_lab import loop, train
 from dpo_lab.batching import completion_batch
@@ -33,6 +33,15 @@ from dpo_lab.train import DPOConfig, sft_batches, train_dpo, train_sft, train_un
 
 LOOP = LoopConfig(learning_rate=1e-3, warmup_steps=2, eval_every=3, save_every=2)
 CONFIG = DPOConfig(beta=0.5, epochs=2, batch_pairs=12, loop=LOOP)
+
+LLAMA = LlamaConfig(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+)
 
 score = loop.Scorer.forward
 
@@ -297,18 +306,50 @@ def test_adapters_depend_on_the_seed_alone(tiny, preferences):
     assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_of_the_last_blocks_leave_those_below_as_they_were(family, tiny, preferences):
+    policy = load_model(str(tiny)) if family == "gpt2" else LlamaForCausalLM(LLAMA)
+    reference = copy.deepcopy(policy)
+    preferences = replace(preferences, reference_logps=None).with_reference(reference)
+    config = replace(CONFIG, lora_rank=2, lora_layers=1, loop=replace(LOOP, learning_rate=1e-2))
+    blocks, trained_names = reference.config.num_hidden_layers, set()
+
+    def look(model, step):
+        trained_names.update(n for n, p in model.named_parameters() if p.requires_grad)
+        return {}
+
+    train_dpo(policy, preferences, config, callback=look, progress=None)
+    assert blocks > 1 and trained_names
+    assert all(f".{blocks - 1}." in name and ".lora_" in name for name in trained_names)
+    moved = {n for n, p in policy.named_parameters() if not torch.equal(p, state(reference)[n])}
+    last = {n for n in state(reference) if f".{blocks - 1}." in n}
+    assert moved == {n for n in last if state(reference)[n].ndim == 2}
+
+
+def test_adapters_of_as_many_layers_as_there_are_blocks_are_adapters_of_all(tiny, preferences):
+    ends = []
+    for layers in (0, 2):
+        policy = load_model(str(tiny))
+        config = replace(CONFIG, lora_rank=2, lora_layers=layers)
+        train_dpo(policy, preferences, config, progress=None)
+        ends.append(state(policy))
+    assert same(*ends)
+
+
 @pytest.mark.parametrize(
-    "rank, optimizer, message",
-    [(-1, "adamw", "lora_rank is -1"), (2, "muon", "'adamw' or 'rmsprop'")],
+    "rank, layers, optimizer, message",
+    [
+        (-1, 0, "adamw", "lora_rank is -1"),
+        (2, 0, "muon", "'adamw' or 'rmsprop'"),
+        (2, -1, "adamw", "lora_layers is -1; it must be 0"),
+        (2, 3, "adamw", "lora_layers is 3, and .* has 2 blocks"),
+    ],
 )
-def test_adapters_that_cannot_be_are_named(model, preferences, rank, optimizer, message):
+def test_adapters_that_cannot_be_are_named(model, preferences, rank, layers, optimizer, message):
+    loop = replace(LOOP, optimizer=optimizer)
+    config = replace(CONFIG, lora_rank=rank, lora_layers=layers, loop=loop)
     with pytest.raises(ValueError, match=message):
-        train_dpo(
-            model,
-            preferences,
-            replace(CONFIG, lora_rank=rank, loop=replace(LOOP, optimizer=optimizer)),
-            progress=None,
-        )
+        train_dpo(model, preferences, config, progress=None)
 
 
 def test_a_checkpoint_of_adapters_fits_adapters_only(tiny, preferences, tmp_path):

@@ -38,7 +38,7 @@ RENAMED = {
 }
 
 # settings that earlier versions did not have, and what they did
-NEW = {"prompt": "prefix"}
+NEW = {"prompt": "prefix", "lora_layers": 0}
 
 # what the two lanes of earlier versions meant
 LANES = {

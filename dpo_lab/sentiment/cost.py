@@ -7,7 +7,6 @@ this machine.
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, comb
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dpo_lab.batching import CompletionBatch, completion_batch
 from dpo_lab.engine.arguments import checked
@@ -43,14 +41,14 @@ from dpo_lab.loop import (
     make_optimizers,
     warn_of_warmup,
 )
-from dpo_lab.models import lora
+from dpo_lab.models import lora_targets
 from dpo_lab.sampling import reads_once, rows_on, sample_completions
 from dpo_lab.sentiment.task import (
     FRONTIER,
     SNAPSHOT_PAIRS,
     prefixes_during,
 )
-from dpo_lab.train import DPOConfig, check_config, plan_prompts
+from dpo_lab.train import DPOConfig, adapters, check_config, plan_prompts
 
 # of a measured pass on a CPU: about a second; on a GPU a thousand times as many
 TRIAL_FLOPS = 1e11
@@ -283,7 +281,7 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
     """Tokens, FLOPs and seconds of each phase."""
     counts = completions_of(job)
     trained = job.config.epochs * counts.drawn
-    model, rank = job.reference, job.config.lora_rank
+    model = job.reference
 
     # FLOPs per completion: sampled, scored, trained on
     mean_prompt = sum(map(len, job.prompts)) / len(job.prompts)
@@ -291,8 +289,7 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
     to_draw = sampling_flops(model, mean_prompt, job.max_new_tokens, once)
     to_evaluate = sampling_flops(model, mean_prompt, job.max_new_tokens)
     to_score = forward_flops(model, job.micro_batch) / job.micro_batch.n
-    again = job.config.loop.gradient_checkpointing
-    step = training_flops(model, job.micro_batch, job.precision, again=again, rank=rank)
+    step = training_flops(model, job.micro_batch, job.config, job.precision)
     to_train = step / job.micro_batch.n
 
     # each phase
@@ -317,7 +314,7 @@ def costs(job: Job, speed: Speed) -> tuple[dict[str, int], dict[str, float], dic
 
     # SFT before them
     if job.sft is not None:
-        tuned = job.sft_batches * training_flops(model, job.sft, job.precision)
+        tuned = job.sft_batches * training_flops(model, job.sft, DPOConfig(), job.precision)
         tokens = {"SFT": job.sft_batches * job.sft.tokens} | tokens
         flops = {"SFT": tuned} | flops
         seconds = {"SFT": tuned / speed.tuning} | seconds
@@ -334,13 +331,15 @@ def completions_of(job: Job) -> Counts:
     pairs = len(job.prompts) * comb(job.completions, 2)
     snapshots = (evaluations + 1) * 2 * min(job.snapshot_pairs, pairs)
 
-    # policy and reference score what the policy samples; before training they are one
+    # The reference scores what the policy samples; before training they are one. The policy scores
+    # it too where the log-probs of sampling are not those of float32.
+    again = job.precision != "float32"
     return Counts(
         drawn=len(job.prompts) * job.completions,
         sampled=2 * n + min(job.frontier[0], n) * job.frontier[1],
         sampled_during=during,
-        scored=2 * n + during,
-        scored_during=during + snapshots,
+        scored=n + again * n + during,
+        scored_during=again * during + snapshots,
     )
 
 
@@ -364,23 +363,25 @@ def fitting_prompts(job: Job, speed: Speed, seconds: float, *, least: int) -> in
 @kept_memory()
 def measure_speed(job: Job) -> Speed:
     """The speed of this machine at what a job does; the main process's, where there are several."""
-    model, rank, precision = job.reference, job.config.lora_rank, job.precision
+    model, precision = job.reference, job.precision
     rows = rows_on(job.device) * sampling_threads(job.device)
     prompts = [ids for ids in job.prompts[:rows] for _ in range(job.completions)]
     batch = job.trial
 
     # all weights, as in sampling, SFT and scoring by the reference
     sampling = sampling_rate(model, prompts[:rows], job.max_new_tokens, precision)
-    tuning = training_flops(model, batch, precision) / pass_seconds(model, batch, precision)
+    tuning = training_flops(model, batch, DPOConfig(), precision) / pass_seconds(
+        model, batch, precision
+    )
     scoring = job.trial_flops / scoring_seconds(model, job)
 
     # the policy during training, with adapters where those are trained
     some, training, scoring_during = prompts[: prefixes_during(job.eval_prefixes)], tuning, scoring
-    with lora(model, rank) if rank else nullcontext(model) as policy:
+    with adapters(model, job.config) as policy:
         sampling_during = sampling_rate(policy, some, job.max_new_tokens, precision, base=model)
-        if rank:
+        if job.config.lora_rank:
             seconds = pass_seconds(policy, batch, precision)
-            training = training_flops(model, batch, precision, rank=rank) / seconds
+            training = training_flops(model, batch, job.config, precision) / seconds
             scoring_during = job.trial_flops / scoring_seconds(policy, job)
 
     found = Speed(
@@ -404,8 +405,8 @@ def memory(job: Job) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     # what is always there: the process, policy and reference
     weights = _bytes(model.parameters())
     always = {"process": max(0, held_bytes(device) - weights), "weights": 2 * weights}
-    if rank := job.config.lora_rank:
-        always["adapters"] = _bytes(trained(model, rank).parameters())
+    if job.config.lora_rank:
+        always["adapters"] = _bytes(trained(model, job.config).parameters())
 
     # one batch of rows on a GPU, one per thread on a CPU
     most = max(len(job.prompts) * job.completions, job.eval_prefixes)
@@ -441,32 +442,36 @@ def forward_flops(model: nn.Module, batch: CompletionBatch) -> float:
 
 @checked
 def training_flops(
-    model: nn.Module,
-    batch: CompletionBatch,
-    precision: Precision,
-    *,
-    again: bool = False,
-    rank: int = 0,
+    model: nn.Module, batch: CompletionBatch, config: DPOConfig, precision: Precision
 ) -> float:
-    """FLOPs of `completion_logps` and its backward pass; `again` says whether that recomputes the
-    blocks.
+    """FLOPs of `completion_logps` and its backward pass.
 
-    With LoRA adapters of `rank` the frozen weights need no gradients of their own: 2 FLOPs per
-    weight and token backward.
+    With LoRA adapters the frozen weights need no gradients of their own: 2 FLOPs
+    per weight and token backward, and none in the blocks below the first adapter. With gradient
+    checkpointing the blocks of the backward pass are computed again.
     """
-    forward, head = forward_flops(model, batch), _head_flops(model, batch)
-    positions = batch.input_ids.numel()
+    head, positions = _head_flops(model, batch), batch.input_ids.numel()
+    blocks, adapted = forward_flops(model, batch) - head, adapted_fraction(model, config)
 
     # forward, twice that backward, and what is recomputed
-    total = 3 * forward + again * (forward - head)
+    total = 3 * head + blocks + 2 * adapted * blocks
+    if config.loop.gradient_checkpointing:
+        total += adapted * blocks
     if _logits_bytes(model, batch, precision) > logits_budget(model.device.type)[0]:
         total += head
 
     # no gradients of the frozen weights, but the adapters' forward and backward
-    if rank:
-        total -= head + 2 * block_weights(model) * positions
-        total += 6 * sum(p.numel() for p in trained(model, rank).parameters()) * positions
+    if config.lora_rank:
+        total -= head + 2 * adapted * block_weights(model) * positions
+        total += 6 * sum(p.numel() for p in trained(model, config).parameters()) * positions
     return total
+
+
+@checked
+def adapted_fraction(model: nn.Module, config: DPOConfig) -> float:
+    """The fraction of a model's blocks that a backward pass goes through."""
+    n = model.config.num_hidden_layers
+    return config.lora_layers / n if config.lora_rank and config.lora_layers else 1.0
 
 
 def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int, k: int = 1) -> float:
@@ -492,14 +497,15 @@ def block_weights(model: nn.Module) -> int:
     )
 
 
-def trained(model: nn.Module, rank: int) -> nn.Module:
+@checked
+def trained(model: nn.Module, config: DPOConfig) -> nn.Module:
     """What the optimizer gets: the model, or the LoRA matrices of its linear layers."""
-    if not rank:
+    if not config.lora_rank:
         return model
-    linear = nn.Linear | Conv1D
-    shapes = [m.weight.shape for m in model.get_decoder().modules() if isinstance(m, linear)]
+    named = dict(model.named_modules())
+    shapes = [named[name].weight.shape for name in lora_targets(model, config.lora_layers)]
     return nn.ParameterList(
-        torch.empty(rank, size, dtype=model.dtype) for shape in shapes for size in shape
+        torch.empty(config.lora_rank, size, dtype=model.dtype) for shape in shapes for size in shape
     )
 
 
@@ -596,17 +602,18 @@ def training_bytes(
     Activations are what autograd saves in the decoder, extrapolated from `trial` and a part of it.
     """
     # adapters save inputs of their own
-    rank, again = config.lora_rank, config.loop.gradient_checkpointing
-    with lora(model, rank) if rank else nullcontext(model) as policy:
-        activations = activation_bytes(policy, batch, trial, precision, again=again)
+    again = config.loop.gradient_checkpointing
+    blocks = round(adapted_fraction(model, config) * model.config.num_hidden_layers)
+    with adapters(model, config) as policy:
+        activations = activation_bytes(policy, batch, trial, precision, again=again, blocks=blocks)
 
-    module = trained(model, rank)
+    module = trained(model, config)
     device = trial.sources.device.type
     parts = {
         "gradients": _bytes(p for p in module.parameters() if p.requires_grad),
         "optimizer": optimizer_bytes(module, config.loop),
         "activations": activations,
-        "logits": _logits_peak(model, batch, precision, device, trains_head=not rank),
+        "logits": _logits_peak(model, batch, precision, device, trains_head=not config.lora_rank),
     }
     if device == "cpu":
         parts["slack"] = round(SLACK * (parts["activations"] + parts["logits"]))
@@ -652,12 +659,13 @@ def activation_bytes(
     precision: Precision,
     *,
     again: bool = False,
+    blocks: int = 1,
 ) -> int:
     """Bytes that autograd saves in the decoder for `batch`: a line through those for two batches
     that are small.
 
     With gradient checkpointing (`again`), those of the blocks' inputs, and of the one block that is
-    recomputed.
+    recomputed, of the `blocks` that the backward pass goes through.
     """
     small = _batch(model, [[0]], 1, 8).to(trial.sources.device)
     sizes = [b.input_ids.numel() for b in (small, trial)]
@@ -671,7 +679,7 @@ def activation_bytes(
         return round(extrapolated())
     with checkpointed(blocks_of(model)):
         inputs = extrapolated()
-    return round(inputs + extrapolated() / model.config.num_hidden_layers)
+    return round(inputs + extrapolated() / blocks)
 
 
 @checked

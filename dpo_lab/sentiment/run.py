@@ -74,8 +74,14 @@ class ExperimentConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
 
-def _adapters() -> DPOConfig:
-    """DPO with adapters; beta and learning rate by benchmarks/sweep.py."""
+def _laptop() -> DPOConfig:
+    """DPO with adapters in the last two of four blocks; settings by benchmarks/sweep.py."""
+    loop = LoopConfig(learning_rate=1e-3, eval_every=160)
+    return DPOConfig(beta=0.32, batch_pairs=48, lora_rank=8, lora_layers=2, loop=loop)
+
+
+def _gpu() -> DPOConfig:
+    """DPO with adapters in all blocks of a larger model."""
     loop = LoopConfig(learning_rate=3e-4)
     return DPOConfig(beta=0.33, batch_pairs=64, lora_rank=8, loop=loop)
 
@@ -103,8 +109,8 @@ def _chat() -> DPOConfig:
 
 # what `--config` selects
 CONFIGS = {
-    "laptop": ExperimentConfig(task_config("laptop"), _adapters()),
-    "gpu": ExperimentConfig(task_config("gpu"), _adapters()),
+    "laptop": ExperimentConfig(task_config("laptop"), _laptop()),
+    "gpu": ExperimentConfig(task_config("gpu"), _gpu()),
     "paper": ExperimentConfig(task_config("paper"), _paper()),
     "chat": ExperimentConfig(task_config("chat"), _chat()),
 }

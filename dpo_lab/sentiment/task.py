@@ -75,7 +75,7 @@ class TaskConfig:
     """where the reviews come from"""
     prompt: Literal["prefix", "summary"] = "prefix"
     """beginnings of reviews to continue, or requests to a chat model to summarize a review"""
-    prefixes: int = 7_500
+    prefixes: int = 4_500
     """training reviews whose first 2 to 8 tokens are prompts, or which are to be summarized"""
     completions: int = 4
     """completions sampled per prefix; 4 give 6 pairs"""
@@ -102,7 +102,7 @@ LARGE: dict[str, Any] = {
 }
 TASKS = {
     "laptop": TaskConfig(),
-    "gpu": TaskConfig(**LARGE),
+    "gpu": TaskConfig(**LARGE, prefixes=7_500),
     "paper": TaskConfig(**LARGE, imdb="hub", prefixes=25_000, sft_epochs=1),
     "chat": TaskConfig(
         model="smollm2", prompt="summary", prefixes=32, max_new_tokens=32, eval_prefixes=48
