@@ -15,7 +15,7 @@ from dpo_lab.logprobs import Precision, score_completions
 from dpo_lab.losses import check_beta
 from dpo_lab.models import check_same_vocabulary, end_tokens
 from dpo_lab.preferences import Preferences
-from dpo_lab.sampling import sample_with_logps, texts_of
+from dpo_lab.sampling import sample_completions, texts_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def evaluate_policy(
     """
     prompts = token_lists("prompts", prompts)
     check_same_vocabulary(policy, reference)
-    completions, drawn = sample_with_logps(
+    completions = sample_completions(
         policy,
         prompts,
         1,
@@ -92,15 +92,12 @@ def evaluate_policy(
     # what sampling needed, before scoring needs other sizes
     return_freed_memory()
 
-    # log-ratios (N,), which are 0 without a difference; what is drawn in float32 comes with its
-    # log-probs under the policy
+    # log-ratios (N,), which are 0 without a difference
     flat, owners = [row[0] for row in completions], range(len(prompts))
     log_ratios = np.zeros(len(flat))
     if policy is not reference:
-        logps = np.array([row[0] for row in drawn])
-        if precision != "float32":
-            logps = score_completions(policy, prompts, flat, owners).numpy()
-        log_ratios = logps - score_completions(reference, prompts, flat, owners).numpy()
+        scored = [score_completions(model, prompts, flat, owners) for model in (policy, reference)]
+        log_ratios = (scored[0] - scored[1]).numpy()
 
     texts = [row[0] for row in texts_of(tokenizer, prompts, completions)]
     rewards = floats("reward", reward(texts))

@@ -392,7 +392,7 @@ def check_lora(rank: int, layers: int = 0) -> None:
 
 
 def check_adaptable(model: nn.Module, rank: int, layers: int = 0) -> None:
-    """Raise ValueError unless `lora` can put adapters of this rank on so many blocks of a model."""
+    """Raise ValueError unless `lora` can put such adapters on the model."""
     check_lora(rank, layers)
     model = unwrapped(model)
     check_precision(dict(model.named_parameters()))
@@ -405,26 +405,14 @@ def check_adaptable(model: nn.Module, rank: int, layers: int = 0) -> None:
             "of them; merge them first, with policy = policy.merge_and_unload(), or train them "
             "themselves with lora_rank=0"
         )
-    lora_targets(model, layers)
 
 
 def lora_targets(model: nn.Module, layers: int = 0) -> list[str]:
-    """Names of the linear layers that get adapters: those of the last `layers` blocks, or of all.
-
-    Raises:
-        ValueError: the model has fewer blocks, or does not say which of its modules they are.
-    """
-    decoder = model.get_decoder()
+    """Names of the linear layers that get adapters: those of the last `layers` blocks, or of all
+    where there are no more or `layers` is 0."""
+    decoder, linear = model.get_decoder(), nn.Linear | Conv1D
     blocks = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if layers > len(blocks):
-        raise ValueError(
-            f"lora_layers is {layers}, and {name_of(model)} has {len(blocks)} blocks that it "
-            "names; give at most as many, or 0 for adapters in every block"
-        )
-
-    # within those blocks, or anywhere in the decoder
-    linear = nn.Linear | Conv1D
-    inside = blocks[-layers:] if layers else [decoder]
+    inside = blocks[-layers:] if 0 < layers < len(blocks) else [decoder]
     some = {id(m) for block in inside for m in block.modules() if isinstance(m, linear)}
     return [name for name, module in model.named_modules() if id(module) in some]
 
@@ -441,8 +429,8 @@ def lora(
     blocks do, and a backward pass ends at the first of these blocks.
 
     Raises:
-        ValueError: a negative rank, more layers than the model has blocks, a model with adapters,
-            or weights in half precision, which would round the adapters away.
+        ValueError: a negative rank or number of layers, a model with adapters, or weights in half
+            precision, which would round the adapters away.
     """
     model = unwrapped(model)
     check_adaptable(model, rank, layers)

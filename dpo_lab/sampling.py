@@ -127,7 +127,7 @@ def sample_with_logps(
     model, prompts = unwrapped(model), token_lists("prompts", prompts)
     device = next(model.parameters()).device
     shared = reads_once(model, prompts)
-    rows = rows_on(device, shared, len(prompts) * k) if rows is None else rows
+    rows = rows_on(device, shared) if rows is None else rows
     k, max_new_tokens, rows = _checked(model, prompts, k, max_new_tokens, rows)
     drawing = Drawing(temperature, top_k, top_p)
     use_packed_attention(model)
@@ -174,17 +174,14 @@ def reads_once(model: nn.Module, prompts: list[list[int]]) -> bool:
     return max(map(len, prompts), default=0) > SHORT_PROMPT and can_compact(model)
 
 
-def rows_on(device: torch.device, shared: bool = False, total: int | None = None) -> int:
+def rows_on(device: torch.device, shared: bool = False) -> int:
     """Completions that are sampled at a time unless another number is asked for.
 
-    On a CPU each thread takes a batch. So there are fewer after `shared` prompts, of which there
-    are fewer, and half of a `total` that would fill little more than one batch.
+    Fewer on a CPU after `shared` prompts, of which there are fewer: each thread takes a batch.
     """
     if device.type == "cuda":
         return 1_024
-    if shared:
-        return 64
-    return 256 if total is None else min(256, max(128, -(-total // 2)))
+    return 64 if shared else 256
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class DPOConfig:
     """rank of LoRA adapters, which want about ten times the learning rate (Schulman et al. 2025); 0
     trains all weights"""
     lora_layers: int = 0
-    """blocks with adapters, from the last one back; 0 for all. The blocks below them cost nothing
-    in a backward pass"""
+    """blocks with adapters, from the last one back; 0 for all, as in a model with no more. The
+    blocks below them cost nothing in a backward pass"""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from dpo_lab import evaluate
 from dpo_lab.evaluate import distinct_n, evaluate_pairs, evaluate_policy, win_rate
-from dpo_lab.logprobs import score_completions
 from dpo_lab.models import load_model
 from dpo_lab.preferences import from_rows
 from dpo_lab.theory.frontier import OptimalFrontier, best_of_n, frontier_band, optimal_frontier
@@ -56,40 +54,6 @@ def test_the_sequence_kl_matches_enumeration(model, tiny, tokenizer):
         model, reference, [prompt] * 4_000, lambda t: np.zeros(len(t)), tokenizer, max_new_tokens=2
     )
     assert kl > 0.05 and abs(result.kl - kl) < 4 * result.kl_se < kl / 2
-
-
-@pytest.mark.parametrize("precision, scored_by", [("float32", 1), ("bfloat16", 2)])
-def test_only_what_is_drawn_in_bfloat16_is_scored_by_the_policy(
-    model, tiny, tokenizer, monkeypatch, precision, scored_by
-):
-    """The KL is that of scoring by both models in float32, however the completions were drawn."""
-    reference, calls = load_model(str(tiny)), []
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-
-    def scoring(*arguments):
-        calls.append(arguments)
-        return score_completions(*arguments)
-
-    monkeypatch.setattr(evaluate, "score_completions", scoring)
-    prompts = [[0, 7], [0, 3, 9]] * 20
-    result = evaluate_policy(
-        model,
-        reference,
-        prompts,
-        lambda texts: np.zeros(len(texts)),
-        tokenizer,
-        max_new_tokens=12,
-        precision=precision,
-    )
-    assert len(calls) == scored_by
-    completions, owners = [list(ids) for ids in result.completions], range(len(prompts))
-    ratios = score_completions(model, prompts, completions, owners)
-    ratios -= score_completions(reference, prompts, completions, owners)
-    assert result.kl == pytest.approx(ratios.mean().item(), abs=1e-4)
-    assert result.kl_se == pytest.approx(ratios.std().item() / len(prompts) ** 0.5, abs=1e-4)
 
 
 def test_the_frontier_is_exact_when_every_outcome_is_listed_once():

@@ -244,9 +244,9 @@ def test_tokens_are_those_that_a_run_handles_when_no_completion_ends(
         return np.random.default_rng(len(texts)).random(len(texts))
 
     scoring, backward = preferences.score_completions, loop._backward
-    monkeypatch.setattr(task_steps, "sample_completions", endless(sample_completions))
     for module in (evaluate, task_steps):
-        monkeypatch.setattr(module, "sample_with_logps", endless(sample_with_logps))
+        monkeypatch.setattr(module, "sample_completions", endless(sample_completions))
+    monkeypatch.setattr(task_steps, "sample_with_logps", endless(sample_with_logps))
     for module in (evaluate, experiment, preferences):
         monkeypatch.setattr(module, "score_completions", score)
     monkeypatch.setattr(loop, "_backward", gradient)

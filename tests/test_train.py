@@ -326,14 +326,14 @@ def test_adapters_of_the_last_blocks_leave_those_below_as_they_were(family, tiny
     assert moved == {n for n in last if state(reference)[n].ndim == 2}
 
 
-def test_adapters_of_as_many_layers_as_there_are_blocks_are_adapters_of_all(tiny, preferences):
+def test_adapters_of_as_many_blocks_as_there_are_or_more_are_adapters_of_all(tiny, preferences):
     ends = []
-    for layers in (0, 2):
+    for layers in (0, 2, 9):
         policy = load_model(str(tiny))
         config = replace(CONFIG, lora_rank=2, lora_layers=layers)
         train_dpo(policy, preferences, config, progress=None)
         ends.append(state(policy))
-    assert same(*ends)
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,6 @@ def test_adapters_of_as_many_layers_as_there_are_blocks_are_adapters_of_all(tiny
         (-1, 0, "adamw", "lora_rank is -1"),
         (2, 0, "muon", "'adamw' or 'rmsprop'"),
         (2, -1, "adamw", "lora_layers is -1; it must be 0"),
-        (2, 3, "adamw", "lora_layers is 3, and .* has 2 blocks"),
     ],
 )
 def test_adapters_that_cannot_be_are_named(model, preferences, rank, layers, optimizer, message):

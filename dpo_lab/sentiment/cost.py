@@ -331,15 +331,13 @@ def completions_of(job: Job) -> Counts:
     pairs = len(job.prompts) * comb(job.completions, 2)
     snapshots = (evaluations + 1) * 2 * min(job.snapshot_pairs, pairs)
 
-    # The reference scores what the policy samples; before training they are one. The policy scores
-    # it too where the log-probs of sampling are not those of float32.
-    again = job.precision != "float32"
+    # policy and reference score what the policy samples; before training they are one
     return Counts(
         drawn=len(job.prompts) * job.completions,
         sampled=2 * n + min(job.frontier[0], n) * job.frontier[1],
         sampled_during=during,
-        scored=n + again * n + during,
-        scored_during=again * during + snapshots,
+        scored=2 * n + during,
+        scored_during=during + snapshots,
     )
 
 
@@ -471,7 +469,7 @@ def training_flops(
 def adapted_fraction(model: nn.Module, config: DPOConfig) -> float:
     """The fraction of a model's blocks that a backward pass goes through."""
     n = model.config.num_hidden_layers
-    return config.lora_layers / n if config.lora_rank and config.lora_layers else 1.0
+    return min(config.lora_layers, n) / n if config.lora_rank and config.lora_layers else 1.0
 
 
 def sampling_flops(model: nn.Module, prompt_tokens: float, new_tokens: int, k: int = 1) -> float:
