@@ -237,7 +237,7 @@ def test_the_hub_s_names_run_interrupted_resumed_and_evaluated_offline(home, tmp
         float((a - b).detach().abs().max())
         for a, b in zip(policy.parameters(), reference.parameters())
     ]
-    assert 0 < max(moved) < 1e-3
+    assert 0 < max(moved) < 1e-2
 
     after = json.loads((run / "summary.json").read_text())["after"]
     again = json.loads((run / "evaluation.json").read_text())
