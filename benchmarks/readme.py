@@ -1100,6 +1100,8 @@ BLOCKS = {
     "diagnosis": diagnosis,
     "main job": main_job,
     "main job origin": main_job_origin,
+    "main job in avx": partial(main_job, "main_job-avx2"),
+    "main job in avx origin": partial(main_job_origin, "main_job-avx2"),
     "sweep": sweep,
     "methods": methods,
     "spread": spread,
