@@ -5,8 +5,8 @@
 
 Every run starts with an empty cache, in its own process. With `avx2` torch, oneDNN and MKL use no
 wider instructions than those of processors without AVX-512, where float32 is the faster precision.
-Writes benchmarks/results/main_job.json, or main_job-avx2.json, and the figure of the first seed to
-docs/reward_kl.png.
+Writes benchmarks/results/main_job.json and the figure of the first seed to docs/reward_kl.png, or
+main_job-avx2.json alone.
 """
 
 import json
