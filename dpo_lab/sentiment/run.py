@@ -76,8 +76,8 @@ class ExperimentConfig:
 
 def _laptop() -> DPOConfig:
     """DPO with adapters in the last two of four blocks; settings by benchmarks/sweep.py."""
-    loop = LoopConfig(learning_rate=1e-3, eval_every=170)
-    return DPOConfig(beta=0.33, batch_pairs=48, lora_rank=8, lora_layers=2, loop=loop)
+    loop = LoopConfig(learning_rate=1e-3, eval_every=200)
+    return DPOConfig(beta=0.35, batch_pairs=48, lora_rank=8, lora_layers=2, loop=loop)
 
 
 def _gpu() -> DPOConfig:

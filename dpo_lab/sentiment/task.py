@@ -75,7 +75,7 @@ class TaskConfig:
     """where the reviews come from"""
     prompt: Literal["prefix", "summary"] = "prefix"
     """beginnings of reviews to continue, or requests to a chat model to summarize a review"""
-    prefixes: int = 5_400
+    prefixes: int = 6_200
     """training reviews whose first 2 to 8 tokens are prompts, or which are to be summarized"""
     completions: int = 4
     """completions sampled per prefix; 4 give 6 pairs"""
