@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 class SweepConfig:
     """The grid."""
 
-    betas: tuple[float, ...] = (0.32, 0.34, 0.36)
+    betas: tuple[float, ...] = (0.33, 0.35, 0.37)
     """values of beta"""
     rates: tuple[float, ...] = (2e-3,)
     """peak learning rates"""
