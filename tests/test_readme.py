@@ -69,7 +69,7 @@ def test_a_page_without_measurements_on_a_gpu_says_so(figures, monkeypatch):
     assert figures._gpu_result() == figures.UNMEASURED
 
 
-def test_the_laptop_config_has_settings_of_the_sweep_and_stays_within_4_nats():
+def test_the_laptop_config_has_settings_of_the_sweep_and_reaches_090_within_4_nats():
     """Seeds of the sweep are not among the reported ones."""
     results = {
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
@@ -95,6 +95,31 @@ def test_the_laptop_config_has_settings_of_the_sweep_and_stays_within_4_nats():
     ]
     for rows in (reported, confined):
         assert np.mean([row["after"]["kl"] for row in rows]) <= 4
+        assert round(np.mean([row["after"]["reward"] for row in rows]), 2) >= 0.90
+
+
+def test_pages_name_the_size_and_the_settings_of_the_configs():
+    """The full run wherever a command or a sentence has its prefixes, and the table of configs."""
+    full = CONFIGS["laptop"].task.prefixes
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for text in (README, makefile, PAGES["CHANGELOG.md"], PAGES["docs/experiment.md"]):
+        named = re.findall(r'ARGS="--prefixes (\d+)"', text)
+        assert named
+        assert set(map(int, named)) == {full}
+    assert f"takes all {full:,} prefixes" in PAGES["docs/experiment.md"]
+    assert f"full run, with {full:,} prefixes" in PAGES["docs/results.md"]
+
+    # the table, a column per config
+    settings = {
+        "prefixes": lambda config: f"{config.task.prefixes:,}",
+        "pairs per step": lambda config: str(config.dpo.batch_pairs),
+        "beta": lambda config: f"{config.dpo.beta:g}",
+    }
+    for name, setting in settings.items():
+        cells = " | ".join(setting(CONFIGS[config]) for config in ("laptop", "gpu", "paper"))
+        assert f"| {name} | {cells} |" in PAGES["docs/experiment.md"]
+    beta = CONFIGS["laptop"].dpo.beta
+    assert f"(the laptop config has {beta:g})" in PAGES["CHANGELOG.md"]
 
 
 def test_every_mistake_was_measured():
