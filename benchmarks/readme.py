@@ -664,7 +664,8 @@ def limit() -> str:
     )
     table = _table(" | ".join(["of the step", *steps]), rows)
     origin = _origin(result["provenance"], f" ({rates})")
-    return f"{table}{origin}\n\n{_compiled_block()}\n\n{_with_matrix_units()}"
+    paragraphs = (_compiled_block(), _on_the_first_machine())
+    return "\n\n".join([f"{table}{origin}", *filter(None, paragraphs)])
 
 
 def _compiled_block() -> str:
@@ -680,11 +681,16 @@ def _compiled_block() -> str:
     )
 
 
-def _with_matrix_units() -> str:
-    """The same step on the processor of cpu.json, if all but its matmuls takes as long there."""
+def _on_the_first_machine() -> str:
+    """The same step on the processor of cpu.json, if all but its matmuls takes as long there.
+
+    Nothing where float32 is the faster precision there, in which the step was then measured.
+    """
     step, fast = _result("limit")["steps"]["bfloat16"], _result("cpu")
     wanted = {"job": "dpo", "workload": "short", "contender": "dpo_lab", "precision": "bfloat16"}
-    (row,) = (row for row in fast["table"] if wanted.items() <= row.items())
+    row = next((row for row in fast["table"] if wanted.items() <= row.items()), None)
+    if row is None:
+        return ""
     pairs = next(run["pairs"] for run in fast["runs"] if wanted.items() <= run.items())
 
     # core-seconds of the step there and at its limit, and those of the rest here
@@ -695,12 +701,14 @@ def _with_matrix_units() -> str:
     rest = (1 - fraction["matmuls"]) * step["seconds"]
     light = ("casts and copies", "activation", "layer norm", "other")
     elementwise = sum(fraction[kind] for kind in light) * step["seconds"]
+    rate = fast["matmul_flops_per_second"]["bfloat16"] / 1e9
     return (
-        f"With matrix units this step takes {whole:.1f} core-seconds, {least / whole:.0%} of the "
-        f"limit. If all but the matmuls takes as long there as here, {rest:.1f} s, then "
-        f"{whole - rest:.1f} s are left for the matmuls, which so reach "
-        f"{least / (whole - rest):.0%} of their full rate. A block whose elementwise work took no "
-        f"time at all ({elementwise:.1f} s less) would reach {least / (whole - elementwise):.0%}."
+        f"On the first machine of the speed tables, whose bfloat16 matmuls reach {rate:,.0f} "
+        f"GFLOP/s, this step takes {whole:.1f} core-seconds, {least / whole:.0%} of the limit. If "
+        f"all but the matmuls takes as long there as here, {rest:.1f} s, then {whole - rest:.1f} s "
+        f"are left for the matmuls, which so reach {least / (whole - rest):.0%} of their full "
+        f"rate. A block whose elementwise work took no time at all ({elementwise:.1f} s less) "
+        f"would reach {least / (whole - elementwise):.0%}."
     )
 
 

@@ -98,6 +98,19 @@ def test_the_laptop_config_has_settings_of_the_sweep_and_reaches_090_within_4_na
         assert round(np.mean([row["after"]["reward"] for row in rows]), 2) >= 0.90
 
 
+def test_every_block_is_written_where_float32_is_the_faster_precision(figures, monkeypatch):
+    """As after `make bench` on a processor without fast bfloat16."""
+    recorded, slower = figures._result, figures._result("cpu-avx2")
+    assert not any(row["precision"] == "bfloat16" for row in slower["table"])
+    monkeypatch.setattr(
+        figures, "_result", lambda name: slower if name == "cpu" else recorded(name)
+    )
+    for name, block in figures.BLOCKS.items():
+        assert block().strip() == block(), name
+        assert block(), name
+    assert "On the first machine" not in figures.limit()
+
+
 def test_pages_name_the_size_and_the_settings_of_the_configs():
     """The full run wherever a command or a sentence has its prefixes, and the table of configs."""
     full = CONFIGS["laptop"].task.prefixes
