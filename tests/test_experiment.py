@@ -450,10 +450,12 @@ def test_help_lists_every_command_and_explains_beta(capsys):
 def test_control_c_on_the_command_resumes_to_the_same_bytes(name, tiny, tmp_path, monkeypatch):
     """A model on real reviews: a process stopped by SIGINT, resumed here, beside a whole run."""
     monkeypatch.undo()  # what the process reads is not made up
+
+    # in one precision: which of two is faster depends on what else the machine does
     arguments = (
         "--prefixes 40 --eval-prefixes 16 --max-new-tokens 12 --eval-every 4 --save-every 3 "
         "--epochs 2 --precision float32"
-    ).split()  # which of two precisions is faster depends on what else the machine does
+    ).split()
     arguments += ["--model", str(tiny) if name == "tiny" else name]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     assert main(["train", "--out", str(tmp_path / "whole"), *arguments]) == 0

@@ -96,6 +96,7 @@ def test_the_laptop_config_has_settings_of_the_sweep_and_reaches_090_within_4_na
     for rows in (reported, confined):
         assert np.mean([row["after"]["kl"] for row in rows]) <= 4
         assert round(np.mean([row["after"]["reward"] for row in rows]), 2) >= 0.90
+    assert np.mean([row["after"]["reward"] for row in confined]) >= 0.90
 
 
 def test_every_block_is_written_where_float32_is_the_faster_precision(figures, monkeypatch):
