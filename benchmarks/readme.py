@@ -611,7 +611,7 @@ def long_prompts() -> str:
                 f"{theirs:,.0f} ({ours / theirs:.1f}x)",
             )
         )
-    header = "shape | prompt tokens | `sample_completions` | prompt read K times | `generate`"
+    header = "shape | prompt tokens | `sample_completions` | as it was | `generate`"
     return _table(header, rows) + _origin(result["long_provenance"])
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from dpo_lab.engine.attention import NO_MASK, use_packed_attention
 from dpo_lab.engine.cpu import kept_memory, matmuls_by_mkl
 from dpo_lab.engine.distributed import gather_shards, is_main, local_shard, parallel_map
 from dpo_lab.engine.lm_head import SOFTMAX_ROWS
+from dpo_lab.engine.prepacked import prepacked_weights
 from dpo_lab.engine.shared_prompts import read_prompts
 from dpo_lab.engine.structure import check_fits, check_vocabulary, unwrapped, widest
 from dpo_lab.logprobs import Precision, autocast, can_compact, logit_path
@@ -30,6 +32,9 @@ SHORT_PROMPT = 32
 
 # tokens of prompts whose keys and values a batch keeps
 KEPT_TOKENS = 16_384
+
+# tokens per completion from which it pays to copy the weights into another layout
+PREPACKING_PAYS = 16
 
 # tokens per block of the cumulative distribution (`draw`)
 BLOCK = 64
@@ -127,8 +132,9 @@ def sample_with_logps(
     model, prompts = unwrapped(model), token_lists("prompts", prompts)
     device = next(model.parameters()).device
     shared = reads_once(model, prompts)
-    rows = rows_on(device, shared) if rows is None else rows
     k, max_new_tokens, rows = _checked(model, prompts, k, max_new_tokens, rows)
+    if rows is None:
+        rows = rows_on(device, len(prompts) * k if shared else None)
     drawing = Drawing(temperature, top_k, top_p)
     use_packed_attention(model)
 
@@ -149,11 +155,12 @@ def sample_with_logps(
                 reader = Reads(model)
             return _sample(reader, batch, eos_token_id, max_new_tokens, drawing, generator)
 
-    # by MKL: with so few rows oneDNN fragments the heap (2 GB measured)
+    # attention, and weights that are not copied, by MKL: with so few rows oneDNN fragments the heap
     total, quiet = sum(len(now) for now, _ in mine), not (progress and is_main())
     sampled = []
     bar = tqdm(total=total, desc=progress, disable=quiet, unit="completion")
-    with bar, matmuls_by_mkl():
+    copied = prepacked_weights(model) if max_new_tokens >= PREPACKING_PAYS else nullcontext()
+    with bar, matmuls_by_mkl(), autocast(device.type, precision), copied:
         run = parallel_map if device.type == "cpu" else map
         for found in run(continued, mine):
             sampled.append(found)
@@ -174,14 +181,15 @@ def reads_once(model: nn.Module, prompts: list[list[int]]) -> bool:
     return max(map(len, prompts), default=0) > SHORT_PROMPT and can_compact(model)
 
 
-def rows_on(device: torch.device, shared: bool = False) -> int:
+def rows_on(device: torch.device, shared: int | None = None) -> int:
     """Completions that are sampled at a time unless another number is asked for.
 
-    Fewer on a CPU after `shared` prompts, of which there are fewer: each thread takes a batch.
+    On a CPU each thread takes a batch. So where prompts are read once for all their completions,
+    of which there are `shared` in all, they are at least four batches, unless those are small.
     """
     if device.type == "cuda":
         return 1_024
-    return 64 if shared else 256
+    return 256 if shared is None else min(256, max(64, shared // 4))
 
 
 @dataclass(frozen=True)
@@ -210,14 +218,16 @@ class Drawing:
 
 
 def _checked(
-    model: nn.Module, prompts: list[list[int]], k: int, max_new_tokens: int, rows: int
-) -> tuple[int, int, int]:
+    model: nn.Module, prompts: list[list[int]], k: int, max_new_tokens: int, rows: int | None
+) -> tuple[int, int, int | None]:
     """The numbers of `sample_with_logps` in plain Python.
 
     Raises:
         ValueError: what cannot be sampled.
     """
-    counts = {"k": k, "max_new_tokens": max_new_tokens, "rows": rows}
+    counts = {"k": k, "max_new_tokens": max_new_tokens}
+    if rows is not None:
+        counts["rows"] = rows
     for name, value in counts.items():
         counts[name] = integer(name, value)
         if counts[name] < 1:
@@ -235,7 +245,7 @@ def _checked(
         check_vocabulary(model, [i for prompt in prompts for i in (min(prompt), max(prompt))])
         logit_path(model)
         check_cache(model)
-    return counts["k"], counts["max_new_tokens"], counts["rows"]
+    return counts["k"], counts["max_new_tokens"], counts.get("rows")
 
 
 def _batches(prompts: list[list[int]], k: int, rows: int) -> list[list[int]]:

@@ -110,8 +110,9 @@ def test_flops_with_logits_that_are_computed_again(model, monkeypatch):
 
 
 def test_flops_of_sampling_are_those_that_torch_counts(model, monkeypatch):
-    # torch counts what its own thread does
+    # torch counts what its own thread does, and not the products with prepacked weights
     monkeypatch.setattr("dpo_lab.sampling.parallel_map", map)
+    monkeypatch.setattr("dpo_lab.sampling.PREPACKING_PAYS", 1_000)
     work = counted(
         lambda: sample_completions(model, PROMPTS, 3, eos_token_id=-1, max_new_tokens=20)
     )

@@ -11,7 +11,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dpo_lab import sampling
 from dpo_lab.engine import shared_prompts
-from dpo_lab.sampling import Drawing, draw, reads_once, sample_completions, sample_with_logps
+from dpo_lab.sampling import (
+    Drawing,
+    draw,
+    reads_once,
+    rows_on,
+    sample_completions,
+    sample_with_logps,
+)
 from dpo_lab.sentiment.cost import sampling_flops
 
 EOS = 17
@@ -143,6 +150,29 @@ def test_threads_share_batches_of_long_prompts_and_sample_the_same(long_model, m
     assert found[0] != sample_completions(
         long_model, prompts_of([40] * 8), 3, eos_token_id=EOS, max_new_tokens=6, seed=4
     )
+
+
+@pytest.mark.parametrize(
+    "completions, rows", [(1, 64), (64, 64), (256, 64), (512, 128), (1_024, 256), (9_999, 256)]
+)
+def test_completions_of_shared_prompts_are_at_least_four_batches_for_the_threads(completions, rows):
+    """A batch of fewer rows than 64 would gain no thread enough."""
+    assert rows_on(torch.device("cpu"), completions) == rows
+    assert -(-completions // rows) >= min(4, -(-completions // 64))
+
+
+def test_batches_depend_on_the_number_of_completions_alone(long_model):
+    """Not on threads, so that samples do not."""
+    widths = []
+    hook = long_model.lm_head.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
+    try:
+        for n in (16, 128):
+            widths.clear()
+            prompts = prompts_of([33] * n)
+            sample_completions(long_model, prompts, 8, eos_token_id=-1, max_new_tokens=1)
+            assert max(widths) == rows_on(torch.device("cpu"), 8 * n)
+    finally:
+        hook.remove()
 
 
 def kept_by_hand(probabilities: list[float], top_k: int, top_p: float) -> dict[int, float]:

@@ -11,13 +11,16 @@ from dpo_lab.engine.attention import NO_MASK
 # tokens of prompts that are read in one pass
 READ_TOKENS = 2_048
 
+# rows of keys begin where a cache line does
+ALIGNED = 16
+
 
 @dataclass(frozen=True)
 class SharedPrompts:
     """Keys and values of P prompts, which the K rows of each look back at."""
 
     keys: list[Tensor]
-    """of each layer, (P, G, L, D) for G heads of width D"""
+    """of each layer, (P, G, D, L) for G heads of width D, ready to be multiplied by queries"""
     values: list[Tensor]
     """of each layer, (P, G, L, D)"""
     hidden: Tensor | None
@@ -39,7 +42,7 @@ class SharedPrompts:
 
         # the K queries of a prompt in one product, (P, G, K H / G, L)
         together = query.unflatten(0, sizes).transpose(1, 2).flatten(2, 3)
-        to_prompt = together @ self.keys[layer].mT
+        to_prompt = together @ self.keys[layer]
         if self.hidden is not None:
             to_prompt = to_prompt + self.hidden
         to_own = (query @ key.mT).unflatten(0, sizes).transpose(1, 2).flatten(2, 3)
@@ -76,7 +79,7 @@ def read_prompts(model: nn.Module, prompts: list[list[int]], k: int) -> SharedPr
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = max(1, *map(len, prompts))
+    longest = -(-max(1, *map(len, prompts)) // ALIGNED) * ALIGNED
     keys: list[Tensor] = []
     values: list[Tensor] = []
 
@@ -96,11 +99,12 @@ def read_prompts(model: nn.Module, prompts: list[list[int]], k: int) -> SharedPr
         # to their places; the rest is zero, as what no weight falls on must be finite
         places = torch.tensor(part, device=device)
         for n, layer in enumerate(cache.layers):
-            for all_of, read in ((keys, layer.keys), (values, layer.values)):
-                if n == len(all_of):
-                    _, heads, _, size = read.shape
-                    all_of.append(read.new_zeros(len(prompts), heads, longest, size))
-                all_of[n][places, :, :width] = read
+            if n == len(keys):
+                _, heads, _, size = layer.keys.shape
+                keys.append(layer.keys.new_zeros(len(prompts), heads, size, longest))
+                values.append(layer.values.new_zeros(len(prompts), heads, longest, size))
+            keys[n][places, ..., :width] = layer.keys.mT
+            values[n][places, :, :width] = layer.values
 
     hidden = None
     if min(map(len, prompts)) < longest:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dpo_lab.engine.prepacked import PrepackedForward
+
 # what families call a cap or a factor on the logits; None or 1 where there is none
 AFTER_HEAD = (
     "final_logit_softcapping",
@@ -92,7 +94,9 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
 
 def touched(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: hooks, or a forward of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    own = vars(module).get("forward")
+    replaced = own is not None and type(own) is not PrepackedForward
+    return bool(module._forward_hooks or module._forward_pre_hooks) or replaced
 
 
 def after_head(model: nn.Module) -> tuple[str, ...]:

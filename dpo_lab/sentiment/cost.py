@@ -22,6 +22,7 @@ from dpo_lab.engine.cpu import kept_memory, matmuls_by_onednn, return_freed_memo
 from dpo_lab.engine.distributed import from_main
 from dpo_lab.engine.lm_head import SOFTMAX_ROWS, logits_budget
 from dpo_lab.engine.pieces import ROUND
+from dpo_lab.engine.prepacked import prepacked_bytes
 from dpo_lab.engine.prompt_rows import prompt_rows, query_key_pairs
 from dpo_lab.engine.runs import peak_memory_mb
 from dpo_lab.logprobs import (
@@ -705,14 +706,17 @@ def sampling_bytes(
 ) -> dict[str, int]:
     """Bytes of sampling `rows` at a time, `length` positions each.
 
-    Keys and values, and logits with their softmax.
+    Keys and values, logits with their softmax, and copies of the weights on a CPU.
     """
     config, item = model.config, torch.finfo(getattr(torch, precision)).bits // 8
+    with autocast("cpu", precision):
+        copied = prepacked_bytes(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = _head_width(model) * heads
     return {
         "cache": 2 * config.num_hidden_layers * rows * length * width * item,
         "logits": rows * len(model.get_output_embeddings().weight) * (item + 3 * 4),
+        "prepacked weights": copied,
     }
 
 
