@@ -163,7 +163,7 @@ def after_long_prompts(config: SamplingConfig) -> list[dict[str, Any]]:
             for _ in range(n)
         ]
         task, timed = (model, prompts, config), {"clock": time.process_time}
-        by_dpo_lab(model, prompts[:2], config, seed=1)
+        by_dpo_lab(model, prompts, config, seed=1)
 
         speeds = {"dpo_lab": rate(by_dpo_lab, *task, seed=0, **timed)}
         with mock.patch.multiple(sampling, SHORT_PROMPT=longest, PREPACKING_PAYS=longest):

@@ -152,6 +152,19 @@ def test_threads_share_batches_of_long_prompts_and_sample_the_same(long_model, m
     )
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=60))
+def test_prompts_are_read_in_parts_with_little_padding(lengths):
+    """Each once; padding is what the gap allows, but in a part too small to be worth a pass."""
+    parts = shared_prompts._parts([[0] * n for n in lengths])
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    for part in parts:
+        inside = sorted(lengths[i] for i in part)
+        assert len(part) == 1 or len(part) * inside[-1] <= shared_prompts.READ_TOKENS
+        near = [n for n in inside if n <= inside[0] + shared_prompts.GAP]
+        assert len(near) == len(inside) or (len(inside) - 1) * inside[0] < shared_prompts.ENOUGH
+
+
 @pytest.mark.parametrize(
     "completions, rows", [(1, 64), (64, 64), (256, 64), (512, 128), (1_024, 256), (9_999, 256)]
 )

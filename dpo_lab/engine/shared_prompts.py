@@ -11,6 +11,9 @@ from dpo_lab.engine.attention import NO_MASK
 # tokens of prompts that are read in one pass
 READ_TOKENS = 2_048
 
+# tokens of a pass from which it ends at a prompt that is longer by more than so many
+ENOUGH, GAP = 128, 16
+
 # rows of keys begin where a cache line does
 ALIGNED = 16
 
@@ -115,10 +118,15 @@ def read_prompts(model: nn.Module, prompts: list[list[int]], k: int) -> SharedPr
 
 
 def _parts(prompts: list[list[int]]) -> list[list[int]]:
-    """The prompts, by index, in parts of about `READ_TOKENS` tokens, shortest first."""
+    """The prompts, by index, in parts of like length and of `ENOUGH` to `READ_TOKENS` tokens."""
     parts: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if not parts or (len(parts[-1]) + 1) * len(prompts[i]) > READ_TOKENS:
+        length = len(prompts[i])
+        if parts:
+            shortest, n = len(prompts[parts[-1][0]]), len(parts[-1])
+            full = (n + 1) * length > READ_TOKENS
+            unlike = length > shortest + GAP and n * shortest >= ENOUGH
+        if not parts or full or unlike:
             parts.append([])
         parts[-1].append(i)
     return parts
