@@ -77,7 +77,7 @@ def sample_completions(
             that do (nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751); 1
             for all of them. It is applied after `temperature` and `top_k`.
         seed: of the random numbers.
-        rows: completions per batch, at most; by default `rows_on` the device.
+        rows: completions per batch, at most; by default what `rows_on` gives.
         precision: of the computation.
         progress: a name for a progress bar; without it there is none.
 

@@ -1,8 +1,8 @@
 """Weights in oneDNN's own layout, for passes of few rows without gradients on a CPU.
 
-A product of few rows with a weight takes as long as reading the weight. In the layout that torch
-keeps, MKL and oneDNN copy it piece by piece into one of their own, in every call. Sampling calls
-each layer thousands of times, so its weight is copied once before.
+torch keeps a weight row by row. In every product MKL and oneDNN copy it, piece by piece, into a
+layout of their own, and with few rows that is a large part of the work. Sampling calls each layer
+thousands of times, so its weight is copied once before.
 """
 
 import functools
