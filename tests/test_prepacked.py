@@ -200,6 +200,17 @@ def test_larger_models_and_other_precisions_are_left_alone(model, monkeypatch):
     assert sampling_bytes(model, 1, 2, "float32")["prepacked weights"] == size
 
 
+class Odd(torch.Tensor):
+    """Stands for sharded and quantized weights, which are tensors of classes of their own."""
+
+
+def test_weights_of_another_class_are_left_alone():
+    plain, odd, meta = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, device="meta")
+    odd.weight = nn.Parameter(torch.randn(4, 4).as_subclass(Odd))
+    with prepacked_weights(nn.Sequential(plain, odd, meta)):
+        assert "forward" in vars(plain) and not {"forward"} & {*vars(odd), *vars(meta)}
+
+
 def test_a_torch_without_these_operators_samples_as_before(model, monkeypatch):
     def missing(*_):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")

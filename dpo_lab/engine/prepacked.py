@@ -63,11 +63,12 @@ def prepacked_weights(model: nn.Module) -> Iterator[None]:
 
 
 def layers_to_prepack(model: nn.Module) -> list[nn.Module]:
-    """The layers whose weights are copied."""
+    """The layers whose weights are copied: not those with sharded, quantized or other weights."""
     layers = [
         layer
         for layer in model.modules()
         if type(layer) in (nn.Linear, Conv1D)
+        and type(layer.weight) is nn.Parameter
         and layer.weight.device.type == "cpu"
         and layer.weight.numel()
         and can_prepack(_computed_in(layer.weight))
