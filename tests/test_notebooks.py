@@ -31,7 +31,7 @@ SMALL = {
     },
     "05_dpo_gpt2_imdb": {
         "prefixes": 100,
-        "eval_prefixes": 64,
+        "eval_prefixes": 256,
         "betas": (0.01, 0.3, 5.0),
         "beta_prefixes": 48,
         "beta_eval_prefixes": 16,
