@@ -1,5 +1,6 @@
 """The site: explorers that move without a kernel, still pictures, and the publishing workflow."""
 
+import ast
 import base64
 import io
 import json
@@ -474,3 +475,18 @@ class TestInABrowser:
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=120)
+
+
+def test_no_docstring_begins_a_substitution():
+    """`make site` reads |y| as the name of a text to put there, and stops."""
+    begins = re.compile(r"(?:^|[\s'\"(\[{<:/-])\|(?![|\s])")
+    found = []
+    for path in sorted((ROOT / "dpo_lab").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            outside = re.sub(r"`[^`]*`", "", text or "")
+            found += [
+                f"{path.name}: {line}" for line in outside.splitlines() if begins.search(line)
+            ]
+    assert found == []

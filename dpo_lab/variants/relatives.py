@@ -51,7 +51,7 @@ def simpo_loss(
     *,
     check_values: bool = True,
 ) -> DPOLoss:
-    """SimPO: -log sigma(m - gamma) with the reward r = beta * log pi(y|x) / |y|, (P,) nats.
+    """SimPO: -log sigma(m - gamma) with the reward r = beta * log pi(y|x) / len(y), (P,) nats.
 
     m = r[chosen] - r[rejected] is the margin. The reward is the mean log-prob of a token, so there
     is no reference and no KL constraint; gamma is the margin that is asked for. Its gradient weight
@@ -59,7 +59,7 @@ def simpo_loss(
 
     Args:
         policy_logps: (N,) log pi(y|x) in nats, summed over the tokens of each completion.
-        lengths: (N,) |y|, the number of tokens that each of these sums is over.
+        lengths: (N,) the number of tokens that each of these sums is over.
         chosen: (P,) integer indices into the N completions.
         rejected: (P,) integer indices into the N completions.
         beta: scale of the reward, positive; larger than DPO's, since it multiplies nats per token.
@@ -89,7 +89,7 @@ def orpo_loss(
 ) -> DPOLoss:
     """ORPO: SFT on the chosen completion plus `weight` times the loss of a log odds ratio, (P,).
 
-    With the mean log-prob of a token l = log pi(y|x) / |y| and p = exp(l), the odds of a completion
+    With the mean log-prob of a token l = log pi(y|x) / len(y) and p = exp(l), a completion's odds
     are p / (1 - p). Its reward here is the log of them, and the loss of a pair is
     -l[chosen] - weight * log sigma(m), where m is the difference of the two log-odds. No reference,
     and no beta. The gradient weight, weight * sigma(-m), is that of the second part alone.
@@ -97,7 +97,7 @@ def orpo_loss(
 
     Args:
         policy_logps: (N,) log pi(y|x) in nats, summed over tokens; below 0.
-        lengths: (N,) |y|, the number of tokens that each of these sums is over.
+        lengths: (N,) the number of tokens that each of these sums is over.
         chosen: (P,) integer indices into the N completions.
         rejected: (P,) integer indices into the N completions.
         weight: the paper's lambda, which TRL's `ORPOConfig` calls beta; 0 or more.
@@ -141,7 +141,7 @@ def cpo_loss(
 
     Args:
         policy_logps: (N,) log pi(y|x) in nats, summed over the tokens of each completion.
-        lengths: (N,) |y|, the number of tokens that each of these sums is over.
+        lengths: (N,) the number of tokens that each of these sums is over.
         chosen: (P,) integer indices into the N completions.
         rejected: (P,) integer indices into the N completions.
         beta: scale of the reward, positive.
@@ -277,8 +277,8 @@ def kto_reference_point(policy_logps: Tensor, reference_logps: Tensor) -> Tensor
     tensor of no dimension, without a gradient. Section 4 of Ethayarajh et al. 2024.
 
     Args:
-        policy_logps: (M,) log pi(y'|x) in nats of completions y' that belong to other prompts.
-        reference_logps: (M,) log pi_ref(y'|x) in nats of the same.
+        policy_logps: (M,) log pi(y' | x) in nats of completions y' that belong to other prompts.
+        reference_logps: (M,) log pi_ref(y' | x) in nats of the same.
 
     Raises:
         ValueError, TypeError: naming the argument, the value found and what is allowed.
